@@ -1,0 +1,285 @@
+"""Teacher and student configurations: frozen, in the words of config.json, refusing what they cannot carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hxaconv.errors import HxaconvError, raise_all
+
+FAMILIES = {
+    "llama": "Llama, Reka Flash 3 and 3.1",
+    "mistral": "Mistral, Devstral, Magistral (text)",
+    "qwen2": "Qwen2 and Qwen2.5 (biases on q, k, v)",
+    "qwen3": "Qwen3 (norms on q and k)",
+    "phi3": "Phi-3 and Phi-4 (fused projections)",
+}
+RANK_KEYS = {
+    "decay": "lora_rank_decay",
+    "iclr": "lora_rank_iclr",
+    "value": "lora_rank_value_residual_mix",
+    "key": "lora_rank_key_residual_mix",
+    "gate": "lora_rank_gate",
+}
+ROPE_SCALING_DEFAULTS = (None, "default")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What teacher and student have in common. Symbols of the spec: L C F V H G N, A = H*N."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    qk_norm: bool = False
+    attention_bias: bool = False
+    """Biases on q, k and v."""
+    output_bias: bool = False
+    """Bias on the attention output."""
+    mlp_bias: bool = False
+
+    @property
+    def attention_size(self) -> int:
+        """A = H * N, the width inside attention; not always the hidden size."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """G * N."""
+        return self.num_key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherConfig(ModelConfig):
+    """A Llama-style transformer; `raw` is its config.json."""
+
+    model_type: str
+    dtype: str | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Inner widths of the low-rank pairs of an RWKV layer: Rw Ra Rv Rk Rg."""
+
+    decay: int
+    iclr: int
+    value: int
+    key: int
+    gate: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentConfig(ModelConfig):
+    """An hxa079 model; `gqa_layers` are the layers that stay attention, sorted."""
+
+    gqa_layers: tuple[int, ...]
+    ranks: Ranks
+    layer_records: bool = True
+    """Whether RWKV layers carry the 0-dim layer_architecture and head_size_record."""
+
+    @property
+    def rwkv_layers(self) -> tuple[int, ...]:
+        """The layers that are not GQA."""
+        return tuple(i for i in range(self.num_hidden_layers) if i not in self.gqa_layers)
+
+    def layer_kind(self, layer: int) -> str:
+        """`gqa` or `rwkv`."""
+        return "gqa" if layer in self.gqa_layers else "rwkv"
+
+
+def round32(value: float) -> int:
+    """To the nearest multiple of 32, as the published code rounds (Python's round: ties to even)."""
+    return 32 * round(value / 32)
+
+
+def published_ranks(attention_size: int) -> Ranks:
+    """The low-rank sizes of section 5 of the specification, from A."""
+    value = max(32, round32(1.3 * attention_size**0.5))
+    return Ranks(
+        decay=max(256, round32(1.7 * attention_size**0.6)),
+        iclr=max(32, round32(1.8 * attention_size**0.5)),
+        value=value,
+        key=value,
+        gate=max(256, round32(0.35 * attention_size**0.8)),
+    )
+
+
+def rope_settings(raw: Mapping[str, Any]) -> tuple[float | None, str | None]:
+    """(rope_theta, kind of scaling) from either spelling: top level, or `rope_parameters`."""
+    nested = raw.get("rope_parameters") or {}
+    theta = raw.get("rope_theta", nested.get("rope_theta"))
+    scaling = raw.get("rope_scaling") or {}
+    kind = None
+    for settings in (scaling, nested):
+        kind = kind or settings.get("rope_type") or settings.get("type")
+    if kind in ROPE_SCALING_DEFAULTS and scaling.get("factor", 1) not in (None, 1, 1.0):
+        kind = "linear"
+    return (None if theta is None else float(theta)), kind
+
+
+def stored_dtype(raw: Mapping[str, Any]) -> str | None:
+    """`torch_dtype` or, as transformers 5 writes it, `dtype`."""
+    value = raw.get("dtype", raw.get("torch_dtype"))
+    return None if value is None else str(value).removeprefix("torch.")
+
+
+def sliding_window_in_force(raw: Mapping[str, Any]) -> str | None:
+    """Why attention does not see everything, or None."""
+    window, kinds = raw.get("sliding_window"), raw.get("layer_types") or []
+    if any(kind != "full_attention" for kind in kinds):
+        return f"layer_types names {sorted(set(kinds) - {'full_attention'})}"
+    if not isinstance(window, int) or kinds:
+        return None
+    # Qwen writes a window and switches it off; others have no switch.
+    if not raw.get("use_sliding_window", raw.get("model_type") not in ("qwen2", "qwen3")):
+        return None
+    context = raw.get("max_position_embeddings")
+    return None if context is not None and window >= context else f"sliding_window is {window}"
+
+
+def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling: bool) -> list[str]:
+    kind = raw.get("model_type")
+    found = []
+    if any(raw.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
+        found.append("mixture of experts: an hxa079 layer has one dense MLP; a dense teacher is needed")
+    elif "text_config" in raw:
+        found.append(f"{kind!r} wraps a language model in `text_config`: export the text model alone first")
+    elif kind not in FAMILIES:
+        found.append(f"model_type {kind!r} is not one of {', '.join(FAMILIES)}")
+    scaling = rope_settings(raw)[1]
+    if scaling not in ROPE_SCALING_DEFAULTS and not drop_rope_scaling:
+        found.append(
+            f"rope_scaling {scaling!r}: hxa079 loaders compute default RoPE frequencies only;"
+            " --drop-rope-scaling goes on without it (long contexts will differ from the teacher's)"
+        )
+    partial = raw.get("partial_rotary_factor", (raw.get("rope_parameters") or {}).get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        found.append(f"partial_rotary_factor {partial}: hxa079 rotates whole heads")
+    window = sliding_window_in_force(raw)
+    if window:
+        found.append(f"sliding-window attention is in force ({window}): hxa079's GQA layers see everything")
+    activation = raw.get("hidden_act", raw.get("hidden_activation"))
+    if activation not in ("silu", "swish"):
+        found.append(f"hidden_act {activation!r}: hxa079's MLP is SwiGLU, which needs silu")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown method")
+        found.append(f"the checkpoint is quantized ({method}): take the bf16 original")
+    if not allow_output_bias and (raw.get("mlp_bias") or _has_output_bias(raw)):
+        found.append("biases on o_proj or the MLP, which RWKV-Infer drops silently: --allow-output-bias keeps them")
+    return found
+
+
+def _has_output_bias(raw: Mapping[str, Any]) -> bool:
+    # transformers' Llama and Qwen3 read attention_bias as "on all four"; Qwen2 has q, k, v only, always.
+    return bool(raw.get("attention_bias")) and raw.get("model_type") in ("llama", "qwen3")
+
+
+def _integers(raw: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
+    values, problems = {}, []
+    for key in keys:
+        value = raw.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31:
+            values[key] = value
+        else:
+            problems.append(f"{key} is {value!r}, expected a positive whole number")
+    return values, problems
+
+
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
+
+
+def teacher_config(
+    raw: Mapping[str, Any],
+    *,
+    where: str,
+    has_head: bool | None = None,
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
+    allow_output_bias: bool = False,
+    drop_rope_scaling: bool = False,
+) -> TeacherConfig:
+    """Read a teacher's config.json. `has_head` says whether lm_head.weight is stored, if that is known.
+
+    Raises:
+        HxaconvError: listing everything that hxa079 cannot carry, or that the config leaves open.
+    """
+    if raw.get("rwkv_architecture") or raw.get("model_type") == "hxa079":
+        raise HxaconvError(f"{where} is an hxa079 student already, a teacher is needed here")
+    problems = _refusals(raw, allow_output_bias, drop_rope_scaling)
+    raise_all(f"{where} cannot become an hxa079 student:", problems)
+    sizes, problems = _integers(raw, _SIZES)
+    theta = rope_theta if rope_theta is not None else rope_settings(raw)[0]
+    eps = rms_norm_eps if rms_norm_eps is not None else raw.get("rms_norm_eps")
+    if theta is None:
+        problems.append("rope_theta is not given; pass --rope-theta (10000 for Llama 1 and 2)")
+    if not isinstance(eps, float | int):
+        problems.append("rms_norm_eps is not given; pass --rms-norm-eps")
+    tied = raw.get("tie_word_embeddings")
+    if tied is None:
+        tied = None if has_head is None else not has_head
+    if tied is None:
+        problems.append("tie_word_embeddings is not given, and no weights say whether there is a head")
+    raise_all(f"{where}: config.json is not usable:", problems)
+    assert theta is not None and eps is not None
+    heads = sizes["num_attention_heads"]
+    return TeacherConfig(
+        **sizes,
+        num_key_value_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=_head_dim(raw, sizes, where),
+        rms_norm_eps=float(eps),
+        rope_theta=float(theta),
+        tie_word_embeddings=bool(tied),
+        qk_norm=raw["model_type"] == "qwen3",
+        attention_bias=raw["model_type"] == "qwen2" or bool(raw.get("attention_bias")),
+        output_bias=_has_output_bias(raw),
+        mlp_bias=bool(raw.get("mlp_bias")),
+        model_type=raw["model_type"],
+        dtype=stored_dtype(raw),
+        raw=dict(raw),
+        warnings=tuple(_warnings(raw)),
+    )
+
+
+def _warnings(raw: Mapping[str, Any]) -> list[str]:
+    found = []
+    scaling = rope_settings(raw)[1]
+    if scaling not in ROPE_SCALING_DEFAULTS:
+        found.append(f"rope_scaling {scaling!r} is dropped: the student uses default RoPE frequencies")
+    if raw.get("mlp_bias") or _has_output_bias(raw):
+        found.append("biases on o_proj or the MLP are kept, but RWKV-Infer ignores them")
+    return found
+
+
+def _head_dim(raw: Mapping[str, Any], sizes: Mapping[str, int], where: str) -> int:
+    heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+    head_dim, groups = raw.get("head_dim"), raw.get("num_key_value_heads") or heads
+    problems = []
+    if not isinstance(groups, int) or groups < 1 or heads % groups:
+        problems.append(f"num_key_value_heads {groups!r} does not divide num_attention_heads {heads}")
+    if head_dim is None and hidden % heads:
+        problems.append(f"head_dim is not given and hidden_size {hidden} is not a multiple of {heads} heads")
+    head_dim = hidden // heads if head_dim is None else head_dim
+    if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
+        problems.append(f"head_dim {head_dim!r} is not an even number: RoPE rotates pairs")
+    raise_all(f"{where}: config.json is not usable:", problems)
+    return int(head_dim)
+
+
+def student_of(teacher: ModelConfig, gqa_layers: tuple[int, ...], ranks: Ranks | None = None) -> StudentConfig:
+    """The student's config: the teacher's, with these layers kept as GQA and the published ranks."""
+    shared = {f.name: getattr(teacher, f.name) for f in fields(ModelConfig)}
+    return StudentConfig(
+        **shared,
+        gqa_layers=tuple(sorted(gqa_layers)),
+        ranks=ranks or published_ranks(teacher.attention_size),
+    )

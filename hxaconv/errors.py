@@ -1,0 +1,48 @@
+"""The errors a user can cause. Everything that only we can cause is an assert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+MAX_LISTED = 12
+"""Entries of one kind that a message lists before it only counts the rest."""
+
+
+class HxaconvError(Exception):
+    """Wrong use or bad input: `message` says what and where, `hint` what to do about it."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class CheckFailed(HxaconvError):
+    """A check ran to its end and found the checkpoint wrong."""
+
+    exit_code = 1
+
+
+def bullet_list(problems: Iterable[str]) -> str:
+    """Problems as indented lines; those beyond MAX_LISTED are counted."""
+    lines = list(problems)
+    shown = [f"  - {line}" for line in lines[:MAX_LISTED]]
+    if len(lines) > MAX_LISTED:
+        shown.append(f"  ... and {len(lines) - MAX_LISTED} more")
+    return "\n".join(shown)
+
+
+def raise_all(summary: str, problems: Iterable[str], *, hint: str = "") -> None:
+    """Report every problem of one kind in one error; do nothing when there is none.
+
+    Raises:
+        HxaconvError: when `problems` is not empty.
+    """
+    lines = list(problems)
+    if lines:
+        raise HxaconvError(f"{summary}\n{bullet_list(lines)}", hint=hint)

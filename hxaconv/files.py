@@ -1,0 +1,179 @@
+"""Files of a source checkpoint: opened once, read at offsets, and watched for change."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hxaconv.errors import HxaconvError
+
+PIECE_BYTES = 256 * 1024
+"""Bytes moved per read and write: larger pieces cost more than the calls they save."""
+
+
+def read_into(fd: int, buffer: memoryview, offset: int) -> int:
+    """Read at `offset` into `buffer`; returns the bytes read (0 at the end of the file)."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [buffer], offset)
+    data = _seek_and_read(fd, len(buffer), offset)
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def write_from(fd: int, buffer: memoryview, offset: int) -> None:
+    """Write the whole of `buffer` at `offset`, however many calls the system needs for it."""
+    while len(buffer):
+        if hasattr(os, "pwrite"):
+            done = os.pwrite(fd, buffer, offset)
+        else:
+            with _SEEK_LOCK:
+                os.lseek(fd, offset, os.SEEK_SET)
+                done = os.write(fd, buffer)
+        buffer, offset = buffer[done:], offset + done
+
+
+_SEEK_LOCK = threading.Lock()
+
+
+def _seek_and_read(fd: int, count: int, offset: int) -> bytes:
+    # Windows has no positioned reads: a seek and a read that no other thread may split.
+    with _SEEK_LOCK:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, count)
+
+
+@dataclass(eq=False, slots=True)
+class SourceFile:
+    """One file of a checkpoint, local or (until `fetch` has run) only on the Hub.
+
+    `name` is relative to the checkpoint, `label` is what messages call the file, `size` its bytes.
+    """
+
+    name: str
+    label: str
+    size: int
+    path: Path | None = None
+    mtime_ns: int | None = None
+    fetch: Callable[[], Path] | None = None
+    header_digest: str = ""
+    """sha256 of the bytes that say where the tensors are, set by whoever parsed them."""
+    _fd: int | None = field(default=None, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    @classmethod
+    def local(cls, path: Path, *, name: str | None = None, label: str | None = None) -> SourceFile:
+        """A file on this machine.
+
+        Raises:
+            HxaconvError: when it is missing or not a regular file.
+        """
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            raise HxaconvError(f"{path}: {error.strerror}", hint="Check the path.") from None
+        if not path.is_file():
+            raise HxaconvError(f"{path} is not a regular file")
+        return cls(name or path.name, label or str(path), stat.st_size, path, stat.st_mtime_ns)
+
+    def open(self) -> int:
+        """The file's descriptor, opened at first use; downloads the file where it is not here yet.
+
+        Raises:
+            HxaconvError: when the file cannot be opened, or has changed since it was parsed.
+        """
+        with self._lock:
+            if self._fd is None:
+                if self.path is None:
+                    assert self.fetch is not None
+                    self.path = self.fetch()
+                try:
+                    self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                except OSError as error:
+                    raise HxaconvError(f"{self.label}: {error.strerror}") from None
+                self._check_unchanged(self._fd)
+            return self._fd
+
+    def _check_unchanged(self, fd: int) -> None:
+        stat = os.fstat(fd)
+        changed = stat.st_size != self.size or (self.mtime_ns is not None and stat.st_mtime_ns != self.mtime_ns)
+        if changed:
+            raise HxaconvError(
+                f"{self.label} changed while it was being read: expected {self.size} bytes,"
+                f" found {stat.st_size}{'' if stat.st_size != self.size else ' with a new modification time'}",
+                hint="Wait until whatever writes it has finished, then start again.",
+            )
+
+    def check_unchanged(self) -> None:
+        """Fail if the file on disk is no longer the one that was parsed (also when it was replaced).
+
+        Raises:
+            HxaconvError: when size or modification time differ.
+        """
+        if self.path is None:
+            return
+        if self._fd is not None:
+            self._check_unchanged(self._fd)
+        fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            self._check_unchanged(fd)
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close the descriptor; the next `open` opens it again."""
+        with self._lock:
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Exactly `count` bytes at `offset`.
+
+        Raises:
+            HxaconvError: when the file ends before.
+        """
+        buffer = bytearray(count)
+        for _ in self.pieces(offset, count, memoryview(buffer), advance=True):
+            pass
+        return bytes(buffer)
+
+    def pieces(self, offset: int, count: int, scratch: memoryview, *, advance: bool = False) -> Iterator[memoryview]:
+        """The bytes [offset, offset + count) in pieces of at most len(scratch), each in `scratch`.
+
+        With `advance`, pieces fill `scratch` one after the other instead of overwriting its start.
+        """
+        fd = self.open()
+        end, position = offset + count, 0
+        while offset < end:
+            room = scratch[position:] if advance else scratch
+            want = min(len(room), end - offset, PIECE_BYTES if advance else len(room))
+            filled = 0
+            while filled < want:
+                try:
+                    got = read_into(fd, room[filled:want], offset + filled)
+                except OSError as error:
+                    raise HxaconvError(
+                        f"{self.label}: reading {want} bytes at {offset} failed: {error.strerror}",
+                        hint="The disk or the network file system reports an error; check it, then use --resume.",
+                    ) from None
+                if got == 0:
+                    raise HxaconvError(
+                        f"{self.label} ends at byte {offset + filled}, expected {end}",
+                        hint="The file is truncated; download or copy it again.",
+                    )
+                filled += got
+            yield room[:want]
+            offset += want
+            position += want if advance else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A range of bytes of a source file; `file` None stands for zero bytes."""
+
+    file: SourceFile | None
+    offset: int
+    nbytes: int

@@ -1,0 +1,101 @@
+"""Published initial values of an RWKV layer, one function per kind (section 5 of the specification).
+
+A random tensor depends on the seed and its own name alone: the same bytes in any order, alone or with
+the rest, on any number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from hxaconv.architecture import mixer_tensors
+from hxaconv.arithmetic import computed
+from hxaconv.config import StudentConfig
+from hxaconv.plan import Plan
+
+LAYER_ARCHITECTURE = 78.0
+"""What published trainers write into `layer_architecture`."""
+
+ORTHOGONAL_GAIN = 0.1
+VALUE_AND_KEY_MIX = 0.73
+BONUS = -0.04
+
+
+def _lin(width: int) -> torch.Tensor:
+    return torch.arange(width, dtype=torch.float64) / (width - 1) - 0.5
+
+
+def _zig(width: int, head_dim: int) -> torch.Tensor:
+    middle = (head_dim - 1) / 2
+    z = (torch.arange(width, dtype=torch.float64) % head_dim - middle) / middle
+    return z * z.abs()
+
+
+def decay_bias(width: int, head_dim: int, layer: int, num_layers: int) -> torch.Tensor:
+    """w0, (1,1,A): -6 + 6*(n/(A-1))**(1 + q**0.3) + 0.5 + 2.5*zig, q = layer/(L-1)."""
+    q = layer / max(1, num_layers - 1)
+    ramp: torch.Tensor = (torch.arange(width, dtype=torch.float64) / (width - 1)) ** (1 + q**0.3)
+    return (-6 + 6 * ramp + 0.5 + 2.5 * _zig(width, head_dim)).view(1, 1, width)
+
+
+def iclr_bias(width: int, head_dim: int) -> torch.Tensor:
+    """a0, (1,1,A): -0.19 + 0.3*zig + 0.4*lin."""
+    return (-0.19 + 0.3 * _zig(width, head_dim) + 0.4 * _lin(width)).view(1, 1, width)
+
+
+def orthogonal(shape: tuple[int, int], seed: int, name: str) -> torch.Tensor:
+    """A semi-orthogonal (rows, columns) matrix times 0.1, and sqrt(rows/columns) where rows > columns.
+
+    Normal numbers from Philox keyed by seed and name; QR in float64 with the signs of R's diagonal
+    moved into Q, which makes the factorisation unique.
+    """
+    rows, columns = shape
+    key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], "little")
+    generator = np.random.Generator(np.random.Philox(key=key))
+    normal = torch.from_numpy(generator.standard_normal((max(shape), min(shape))))
+    q: torch.Tensor
+    q, r = torch.linalg.qr(normal)
+    q *= torch.sign(torch.diagonal(r))
+    gain = ORTHOGONAL_GAIN * math.sqrt(rows / columns) if rows > columns else ORTHOGONAL_GAIN
+    return (q if rows >= columns else q.T).mul(gain)
+
+
+def _maker(config: StudentConfig, layer: int, parameter: str, seed: int) -> Callable[[], torch.Tensor]:
+    width, head_dim = config.attention_size, config.head_dim
+    shape = mixer_tensors(config, layer)[parameter]
+    if parameter == "w0":
+        return functools.partial(decay_bias, width, head_dim, layer, config.num_hidden_layers)
+    if parameter == "a0":
+        return functools.partial(iclr_bias, width, head_dim)
+    if parameter in ("w1", "a1", "v1", "k1", "g1"):
+        return functools.partial(torch.zeros, shape)
+    if parameter in ("w2", "a2", "v2", "k2", "g2"):
+        rank, columns = shape
+        return functools.partial(orthogonal, (rank, columns), seed, f"model.layers.{layer}.self_attn.{parameter}")
+    constants = {
+        "v0": VALUE_AND_KEY_MIX,
+        "k0": VALUE_AND_KEY_MIX,
+        "r_k": BONUS,
+        "layer_architecture": LAYER_ARCHITECTURE,
+        "head_size_record": float(head_dim),
+    }
+    return functools.partial(torch.full, shape, constants[parameter])
+
+
+def initial_parameters(config: StudentConfig, layer: int, seed: int, dtype: str) -> Plan:
+    """Recipes of everything in an RWKV layer that does not come from the teacher, by canonical name."""
+    plan: Plan = {}
+    for parameter, shape in mixer_tensors(config, layer).items():
+        if "." in parameter:
+            continue
+        random = parameter in ("w2", "a2", "v2", "k2", "g2")
+        origin = f"published initial value{f', seed {seed}' if random else ''}"
+        make = _maker(config, layer, parameter, seed)
+        plan[f"model.layers.{layer}.self_attn.{parameter}"] = computed(make, dtype, shape, origin)
+    return plan

@@ -1,0 +1,221 @@
+"""What every tensor is called in the three dialects: the one table, read in every direction.
+
+The HF column is the canonical name: inside the package a plan is always keyed by it.
+`{i}` stands for the layer number. A tensor without a row is an error, never a silent skip.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from hxaconv.errors import HxaconvError, bullet_list
+
+DIALECTS = ("hf", "rwkv", "training")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One kind of tensor. `layer_kind` where a dialect's name means different things by layer."""
+
+    hf: str
+    rwkv: str | None
+    training: str
+    layer_kind: str | None = None
+
+
+def _outside(hf: str, rwkv: str | None) -> Row:
+    return Row(hf, rwkv, f"model.{hf}")
+
+
+def _attention(suffix: str, rwkv: str | None = None, layer_kind: str | None = None) -> Row:
+    return Row(
+        f"model.layers.{{i}}.self_attn.{suffix}",
+        f"blocks.{{i}}.att.{rwkv or suffix}",
+        f"model.model.layers.{{i}}.self_attn.student_attn.{suffix}",
+        layer_kind,
+    )
+
+
+RWKV_PARAMETERS = (
+    *("layer_architecture", "head_size_record"),
+    *("w1", "w2", "w0", "a1", "a2", "a0", "v1", "v2", "v0", "k1", "k2", "k0", "r_k", "g1", "g2"),
+)
+"""Parameters of an RWKV layer beside its projections and norms, in the order trainers save them."""
+
+TABLE: tuple[Row, ...] = (
+    _outside("model.embed_tokens.weight", "emb.weight"),
+    _outside("model.layers.{i}.input_layernorm.weight", "blocks.{i}.ln1.weight"),
+    *(_attention(name) for name in RWKV_PARAMETERS),
+    _attention("receptance.weight"),
+    _attention("receptance.bias"),
+    _attention("key.weight"),
+    _attention("key.bias"),
+    _attention("value.weight"),
+    _attention("value.bias"),
+    _attention("output.weight"),
+    _attention("output.bias"),
+    # ln_r is the norm of r in an RWKV layer and of q in a GQA layer.
+    _attention("r_norm.weight", "ln_r.weight", "rwkv"),
+    _attention("q_proj.weight"),
+    _attention("q_proj.bias"),
+    _attention("k_proj.weight"),
+    _attention("k_proj.bias"),
+    _attention("v_proj.weight"),
+    _attention("v_proj.bias"),
+    _attention("o_proj.weight"),
+    _attention("o_proj.bias"),
+    _attention("q_norm.weight", "ln_r.weight", "gqa"),
+    _attention("k_norm.weight", "ln_k.weight"),
+    _outside("model.layers.{i}.post_attention_layernorm.weight", "blocks.{i}.ln2.weight"),
+    _outside("model.layers.{i}.mlp.gate_proj.weight", "blocks.{i}.ffn.gate.weight"),
+    _outside("model.layers.{i}.mlp.gate_proj.bias", "blocks.{i}.ffn.gate.bias"),
+    _outside("model.layers.{i}.mlp.up_proj.weight", "blocks.{i}.ffn.up.weight"),
+    _outside("model.layers.{i}.mlp.up_proj.bias", "blocks.{i}.ffn.up.bias"),
+    _outside("model.layers.{i}.mlp.down_proj.weight", "blocks.{i}.ffn.down.weight"),
+    _outside("model.layers.{i}.mlp.down_proj.bias", "blocks.{i}.ffn.down.bias"),
+    _outside("model.norm.weight", "ln_out.weight"),
+    _outside("lm_head.weight", "head.weight"),
+    # Phi-3 keeps these fused; they are split on opening and never written.
+    _outside("model.layers.{i}.self_attn.qkv_proj.weight", None),
+    _outside("model.layers.{i}.mlp.gate_up_proj.weight", None),
+)
+
+DROPPED = (
+    "model.rotary_emb.inv_freq",
+    "model.layers.{i}.self_attn.rotary_emb.inv_freq",
+    "model.model.rotary_emb.inv_freq",
+    "model.model.layers.{i}.self_attn.rotary_emb.inv_freq",
+    "model.model.layers.{i}.self_attn.student_attn.rotary_emb.inv_freq",
+    "blocks.{i}.att.rotary_emb.inv_freq",
+)
+"""Buffers that old checkpoints carry and every reader computes by itself: known, and left behind."""
+
+_ADAPTER = re.compile(r"\.(lora_|dora_|bone\b|bone_|pissa|vera_|base_layer\.)|lora_magnitude", re.IGNORECASE)
+_NUMBERED = re.compile(r"^((?:.*\.)?(?:layers|blocks)\.)(\d{1,5})(\..*)$")
+
+
+def template_of(name: str) -> tuple[str, int | None]:
+    """`model.layers.7.mlp.up_proj.weight` -> (`model.layers.{i}.mlp.up_proj.weight`, 7)."""
+    match = _NUMBERED.match(name)
+    if match is None or (match[2] != "0" and match[2].startswith("0")):
+        return name, None
+    return f"{match[1]}{{i}}{match[3]}", int(match[2])
+
+
+def layer_index(name: str) -> int | None:
+    """The layer a canonical name belongs to, None for embedding, final norm and head."""
+    return template_of(name)[1]
+
+
+_BY_HF = {row.hf: row for row in TABLE}
+
+
+def _reader(dialect: str) -> dict[tuple[str, str | None], Row]:
+    table: dict[tuple[str, str | None], Row] = {}
+    for row in TABLE:
+        name = getattr(row, dialect)
+        if name is not None:
+            table[name, row.layer_kind if dialect == "rwkv" else None] = row
+            if ".student_attn." in name:  # the name of older trainers
+                table[name.replace(".student_attn.", ".time_mixer."), None] = row
+    if dialect == "training":  # teacher tensors (stage 1 keeps them frozen beside the student's)
+        table |= {(f"model.{row.hf}", None): row for row in TABLE if (f"model.{row.hf}", None) not in table}
+    return table
+
+
+_READERS = {dialect: _reader(dialect) for dialect in DIALECTS}
+
+
+def detect_dialect(names: Iterable[str]) -> str:
+    """`rwkv`, `training` or `hf`, from the names alone."""
+    names = list(names)
+    if any(n.startswith("blocks.") or n in ("emb.weight", "head.weight", "ln_out.weight") for n in names):
+        return "rwkv"
+    if any(n.startswith("model.model.") or ".student_attn." in n or ".time_mixer." in n for n in names):
+        return "training"
+    return "hf"
+
+
+def layer_kinds(names: Iterable[str]) -> dict[int, str]:
+    """Layer index -> `gqa` (has q_proj.weight) or `rwkv` (has receptance.weight), any dialect."""
+    kinds: dict[int, str] = {}
+    for name in names:
+        template, index = template_of(name)
+        if index is not None and template.endswith(".receptance.weight"):
+            kinds[index] = "rwkv"
+        elif index is not None and template.endswith((".q_proj.weight", ".qkv_proj.weight")):
+            kinds.setdefault(index, "gqa")
+    return kinds
+
+
+def to_canonical(names: Iterable[str], dialect: str, where: str) -> dict[str, str | None]:
+    """Stored name -> canonical name, or None for buffers that are known and left behind.
+
+    Raises:
+        HxaconvError: listing every unknown name with the nearest known one, and adapters by name.
+    """
+    names = list(names)
+    reader, kinds = _READERS[dialect], layer_kinds(names)
+    result: dict[str, str | None] = {}
+    unknown: list[str] = []
+    for name in names:
+        template, index = template_of(name)
+        row = reader.get((template, None)) or reader.get((template, kinds.get(-1 if index is None else index)))
+        if row is not None:
+            result[name] = row.hf.replace("{i}", str(index))
+        elif template in DROPPED:
+            result[name] = None
+        else:
+            unknown.append(name)
+    _refuse_unknown(unknown, dialect, where)
+    _refuse_collisions(result, where)
+    return result
+
+
+def _refuse_unknown(unknown: list[str], dialect: str, where: str) -> None:
+    adapters = [name for name in unknown if _ADAPTER.search(name)]
+    if adapters:
+        raise HxaconvError(
+            f"{where} holds adapter weights ({len(adapters)} tensors), not merged ones:\n{bullet_list(adapters)}",
+            hint="Merge the adapter into the model with the library that trained it, then convert the result.",
+        )
+    if unknown:
+        problems = [f"{name}{_nearest(name, dialect)}" for name in unknown]
+        raise HxaconvError(
+            f"{where}: {len(unknown)} tensor names are not known in the {dialect} dialect:\n{bullet_list(problems)}",
+            hint="Llama-style teachers and hxa079 students are converted; `hxaconv maps --names` prints the table.",
+        )
+
+
+def _refuse_collisions(result: Mapping[str, str | None], where: str) -> None:
+    seen: dict[str, str] = {}
+    clashes = []
+    for name, canonical in result.items():
+        if canonical is not None and canonical in seen:
+            clashes.append(f"{seen[canonical]} and {name} are both {canonical}")
+        elif canonical is not None:
+            seen[canonical] = name
+    if clashes:
+        raise HxaconvError(f"{where} holds the same tensor twice:\n{bullet_list(clashes)}")
+
+
+def _nearest(name: str, dialect: str) -> str:
+    template, index = template_of(name)
+    close = difflib.get_close_matches(template, [key[0] for key in _READERS[dialect]], n=1, cutoff=0.6)
+    return f" (nearest: {close[0].replace('{i}', str(index))})" if close else ""
+
+
+def stored_name(canonical: str, dialect: str) -> str:
+    """The name of a canonical tensor in `dialect`. A KeyError is ours: plans hold known names only."""
+    template, index = template_of(canonical)
+    name = getattr(_BY_HF[template], dialect)
+    assert name is not None, f"{canonical} has no name in the {dialect} dialect"
+    return str(name).replace("{i}", str(index))
+
+
+def is_attention(canonical: str) -> bool:
+    """Whether a canonical name is part of a mixer: what a training checkpoint holds."""
+    return ".self_attn." in canonical

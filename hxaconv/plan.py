@@ -1,0 +1,189 @@
+"""A plan: every tensor of a checkpoint, by name, with its shape, its origin and how to make its bytes.
+
+A checkpoint that is opened, an intermediate result and an output are the same type, so that every
+operation is a function from plans to plans. Insertion order is the order on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from hxaconv.dtypes import BY_NAME, num_bytes, num_elements
+from hxaconv.errors import raise_all
+from hxaconv.files import PIECE_BYTES, Extent, SourceFile
+
+
+class Scratch:
+    """Buffers that one worker uses again for every tensor."""
+
+    def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
+        self.read = memoryview(bytearray(piece_bytes))
+        self.compute = memoryview(bytearray(piece_bytes * 4))
+        """Room for a piece after a cast that widens it (at most 2 -> 8 bytes per element)."""
+
+
+class Bytes(Protocol):
+    """How the bytes of a tensor come about."""
+
+    @property
+    def kind(self) -> str:
+        """`copy`, `scale`, `cast`, `init`, ...: what the plan's table says of the tensor."""
+        ...
+
+    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+        """Little-endian row-major bytes, in order; a piece is valid until the next one is asked for."""
+        ...
+
+    def sources(self) -> Iterable[SourceFile]:
+        """The files that will be read."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One tensor: what it will be, how to make it, and, for people, where it comes from."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Bytes
+    origin: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return num_bytes(self.dtype, self.shape)
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return num_elements(self.shape)
+
+    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces, checked to be as many as promised."""
+        total = 0
+        for piece in self.make.pieces(scratch):
+            total += len(piece)
+            yield piece
+        assert total == self.nbytes, f"{self.origin}: made {total} bytes, promised {self.nbytes}"
+
+
+Plan = dict[str, Recipe]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """Bytes that stand in source files already: copied, never interpreted."""
+
+    extents: tuple[Extent, ...]
+    kind: str = "copy"
+
+    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+        """The ranges, one after the other."""
+        for extent in self.extents:
+            if extent.file is None:
+                yield from _zeros(extent.nbytes)
+            else:
+                yield from extent.file.pieces(extent.offset, extent.nbytes, scratch.read)
+
+    def sources(self) -> Iterable[SourceFile]:
+        """The files the ranges are in."""
+        return [extent.file for extent in self.extents if extent.file is not None]
+
+
+def _zeros(count: int) -> Iterator[memoryview]:
+    zeros = memoryview(bytes(min(count, PIECE_BYTES)))
+    while count:
+        piece = zeros[: min(count, len(zeros))]
+        yield piece
+        count -= len(piece)
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes that are at hand."""
+
+    data: bytes
+    kind: str = "init"
+
+    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+        """The bytes in one piece."""
+        yield memoryview(self.data)
+
+    def sources(self) -> Iterable[SourceFile]:
+        """No files."""
+        return []
+
+
+def stored(dtype: str, shape: tuple[int, ...], file: SourceFile, offset: int, origin: str) -> Recipe:
+    """A contiguous tensor that stands in `file` at `offset`."""
+    return Recipe(dtype, shape, Ranges((Extent(file, offset, num_bytes(dtype, shape)),)), origin)
+
+
+def rows(recipe: Recipe, start: int, stop: int, origin: str) -> Recipe:
+    """Rows [start, stop) of a tensor that is copied: still a range of its file.
+
+    Fused projections (Phi-3's `qkv_proj`) are split this way.
+    """
+    assert isinstance(recipe.make, Ranges) and len(recipe.make.extents) == 1
+    assert 0 <= start < stop <= recipe.shape[0]
+    whole = recipe.make.extents[0]
+    row_bytes = recipe.nbytes // recipe.shape[0]
+    part = Extent(whole.file, whole.offset + start * row_bytes, (stop - start) * row_bytes)
+    return Recipe(recipe.dtype, (stop - start, *recipe.shape[1:]), Ranges((part,)), origin)
+
+
+def pad_rows(recipe: Recipe, num_rows: int) -> Recipe:
+    """Zero rows below a copied matrix, up to `num_rows`."""
+    assert isinstance(recipe.make, Ranges)
+    more = (num_rows - recipe.shape[0]) * (recipe.nbytes // recipe.shape[0])
+    make = Ranges((*recipe.make.extents, Extent(None, 0, more)), "pad")
+    return Recipe(recipe.dtype, (num_rows, *recipe.shape[1:]), make, f"{recipe.origin} + zero rows")
+
+
+def pad_columns(recipe: Recipe, num_columns: int) -> Recipe:
+    """Zero columns to the right of a copied matrix, up to `num_columns`."""
+    assert isinstance(recipe.make, Ranges) and len(recipe.make.extents) == 1 and len(recipe.shape) == 2
+    whole, itemsize = recipe.make.extents[0], BY_NAME[recipe.dtype].itemsize
+    row_bytes, more = recipe.shape[1] * itemsize, (num_columns - recipe.shape[1]) * itemsize
+    extents: list[Extent] = []
+    for row in range(recipe.shape[0]):
+        extents += [Extent(whole.file, whole.offset + row * row_bytes, row_bytes), Extent(None, 0, more)]
+    shape = (recipe.shape[0], num_columns)
+    return Recipe(recipe.dtype, shape, Ranges(tuple(extents), "pad"), f"{recipe.origin} + zero columns")
+
+
+def with_origin(recipe: Recipe, origin: str) -> Recipe:
+    """The same tensor under another description of where it comes from."""
+    return replace(recipe, origin=origin)
+
+
+def total_bytes(plan: Mapping[str, Recipe]) -> int:
+    """Bytes of all tensors together."""
+    return sum(recipe.nbytes for recipe in plan.values())
+
+
+def source_files(plan: Mapping[str, Recipe]) -> list[SourceFile]:
+    """The files that making this plan will read, each once, in order of first use."""
+    return list(dict.fromkeys(file for recipe in plan.values() for file in recipe.make.sources()))
+
+
+def check(plan: Mapping[str, Recipe], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Compare a plan's names and shapes with what the architecture demands.
+
+    Raises:
+        HxaconvError: listing every missing, unexpected and misshapen tensor at once.
+    """
+    problems = [f"{name} is missing, expected shape {shape}" for name, shape in expected.items() if name not in plan]
+    problems += [f"{name} is not part of the architecture" for name in plan if name not in expected]
+    problems += [
+        f"{name} has shape {plan[name].shape}, the config implies {shape} ({plan[name].origin})"
+        for name, shape in expected.items()
+        if name in plan and plan[name].shape != shape
+    ]
+    raise_all(
+        f"{what} does not match its config ({len(problems)} problems):",
+        problems,
+        hint="Is config.json from another model, or a shard missing?",
+    )

@@ -1,0 +1,253 @@
+"""A checkpoint opened as an hxa079 student: its config read off config.json, tensors and named settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from hxaconv.config import (
+    FAMILIES,
+    RANK_KEYS,
+    ModelConfig,
+    Ranks,
+    StudentConfig,
+    TeacherConfig,
+    rope_settings,
+    teacher_config,
+)
+from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.model import Model
+from hxaconv.names import layer_kinds, template_of
+from hxaconv.plan import Plan
+from hxaconv.teacher import HEAD, drop_tied_head
+
+if TYPE_CHECKING:
+    from hxaconv.checkpoint import Checkpoint
+
+ARCHITECTURE = "hxa079"
+FLAGS = {
+    "rope_theta": "--rope-theta",
+    "rms_norm_eps": "--rms-norm-eps",
+    "tie_word_embeddings": "--tie-word-embeddings or --no-tie-word-embeddings",
+}
+"""What no tensor says, and the option that does."""
+
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Values with the name of where they come from; sources are asked in order."""
+
+    source: str
+    values: Mapping[str, Any]
+
+
+def looks_like_student(names: Iterable[str]) -> bool:
+    """Whether canonical names hold a time-mix layer."""
+    return any(name.endswith(".self_attn.r_k") for name in names)
+
+
+def refuse_other_variants(plan: Plan, where: str) -> None:
+    """Stop at RWKV hybrids that are not hxa079.
+
+    Raises:
+        HxaconvError: naming what differs.
+    """
+    reason = other_variant(plan)
+    if reason:
+        raise HxaconvError(
+            f"{where} looks like hxa07a, hxa07b or hxa07c, which this tool does not convert: {reason}",
+            hint="hxa079 has k0 and a two-dimensional r_k in every RWKV layer, and v2 of width kv heads x head_dim.",
+        )
+
+
+def other_variant(plan: Plan) -> str | None:
+    """Why the time-mix layers are not hxa079's, or None."""
+    for layer, kind in layer_kinds(plan).items():
+        prefix = f"model.layers.{layer}.self_attn."
+        if kind != "rwkv":
+            continue
+        missing = [name for name in ("k0", "r_k", "v2") if prefix + name not in plan]
+        if missing:
+            return f"layer {layer} has no {', '.join(missing)}"
+        width, kv = plan[prefix + "v2"].shape[-1], plan[prefix + "key.weight"].shape[0]
+        if width != kv:
+            return f"layer {layer}: v2 has width {width}, its key has {kv}"
+        if len(plan[prefix + "r_k"].shape) != 2:
+            return f"layer {layer}: r_k has shape {plan[prefix + 'r_k'].shape}, not (heads, head_dim)"
+    return None
+
+
+def tensor_facts(plan: Plan) -> dict[str, Any]:
+    """What shapes and names alone say about a student's config, whole or attention only."""
+    kinds = layer_kinds(plan)
+    facts: dict[str, Any] = {
+        "num_hidden_layers": max(kinds) + 1 if kinds else 0,
+        "gqa_layers": tuple(sorted(i for i, kind in kinds.items() if kind == "gqa")),
+    }
+    if "model.embed_tokens.weight" in plan:
+        facts["vocab_size"] = plan["model.embed_tokens.weight"].shape[0]
+    for name, recipe in plan.items():
+        template = template_of(name)[0]
+        short = template.rsplit("self_attn.", 1)[-1] if ".self_attn." in template else template
+        _shape_facts(short, recipe.shape, facts)
+    if "rwkv_key_rows" in facts and "head_dim" in facts:
+        facts["num_key_value_heads"] = facts["rwkv_key_rows"] // facts["head_dim"]
+    facts.pop("rwkv_key_rows", None)
+    names = {template_of(name)[0].rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1] for name in plan if "." in name}
+    if plan:
+        facts["qk_norm"] = bool(names & {"r_norm.weight", "q_norm.weight"})
+        facts["attention_bias"] = bool(names & {"receptance.bias", "q_proj.bias"})
+        facts["output_bias"] = bool(names & {"output.bias", "o_proj.bias"})
+    if "intermediate_size" in facts:
+        facts["mlp_bias"] = "up_proj.bias" in names
+    return facts
+
+
+def _shape_facts(short: str, shape: tuple[int, ...], facts: dict[str, Any]) -> None:
+    ranks = {"w1": "decay", "a1": "iclr", "v1": "value", "k1": "key", "g1": "gate"}
+    if short == "r_k" and len(shape) == 2:
+        facts["num_attention_heads"], facts["head_dim"] = shape
+    elif short == "key.weight":
+        facts["rwkv_key_rows"] = shape[0]
+    elif short in ("receptance.weight", "q_proj.weight"):
+        facts["hidden_size"] = shape[1]
+    elif short in ranks and len(shape) == 2:
+        facts[RANK_KEYS[ranks[short]]] = shape[1]
+    elif short == "layer_architecture":
+        facts["layer_records"] = True
+    elif short.endswith("mlp.up_proj.weight"):
+        facts["intermediate_size"] = shape[0]
+
+
+def config_facts(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What an hxa079 config.json says.
+
+    Raises:
+        HxaconvError: when it is of another variant, or scales RoPE.
+    """
+    variant = raw.get("rwkv_architecture")
+    if variant != ARCHITECTURE:
+        raise HxaconvError(f"{where}: rwkv_architecture is {variant!r}, this tool converts {ARCHITECTURE!r} only")
+    theta, scaling = rope_settings(raw)
+    if scaling not in (None, "default"):
+        raise HxaconvError(f"{where}: rope_scaling {scaling!r} is not part of hxa079")
+    keys = (*SIZES, "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias", *RANK_KEYS.values())
+    facts = {key: raw[key] for key in keys if raw.get(key) is not None}
+    if theta is not None:
+        facts["rope_theta"] = theta
+    for key, ours in (("enable_qk_norm", "qk_norm"), ("attention_out_bias", "output_bias")):
+        if raw.get(key) is not None:
+            facts[ours] = bool(raw[key])
+    if raw.get("transformer_layers") is not None:
+        facts["gqa_layers"] = tuple(sorted(raw["transformer_layers"]))
+    return facts
+
+
+def model_facts(config: ModelConfig) -> dict[str, Any]:
+    """What a teacher's config says of its students."""
+    keys = (*SIZES, "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+    return {key: getattr(config, key) for key in (*keys, "qk_norm", "attention_bias", "output_bias", "mlp_bias")}
+
+
+def gather_facts(
+    checkpoint: Checkpoint,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    teacher: TeacherConfig | None = None,
+    layer_map: Facts | None = None,
+) -> list[Facts]:
+    """Every source that says something about a student's config, the strongest first."""
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    facts = [Facts("the options given", given), Facts("the tensors", tensor_facts(checkpoint.plan))]
+    if checkpoint.config is not None and checkpoint.config.get("rwkv_architecture"):
+        facts.append(Facts("config.json", config_facts(checkpoint.config, checkpoint.label)))
+    elif checkpoint.config is not None and checkpoint.config.get("model_type") in FAMILIES:
+        beside = teacher_config(checkpoint.config, where=checkpoint.label, allow_output_bias=True)
+        facts.append(Facts("config.json", model_facts(beside)))
+    if checkpoint.sidecar is not None:
+        facts.append(Facts("the sidecar", config_facts(checkpoint.sidecar, f"sidecar of {checkpoint.label}")))
+    if teacher is not None:
+        facts.append(Facts("the teacher", model_facts(teacher)))
+    if layer_map is not None:
+        facts.append(layer_map)
+    return facts
+
+
+def resolve(sources: list[Facts], where: str) -> StudentConfig:
+    """One config from many sources: an option wins, everything else has to agree.
+
+    Raises:
+        HxaconvError: listing all contradictions, or all values that no source gives.
+    """
+    values: dict[str, Any] = dict(sources[0].values)
+    origin: dict[str, str | None] = dict.fromkeys(values)
+    problems = []
+    for facts in sources[1:]:
+        for key, value in facts.values.items():
+            if key not in values:
+                values[key], origin[key] = value, facts.source
+            elif values[key] != value and origin[key] is not None:
+                problems.append(f"{key} is {values[key]!r} by {origin[key]}, {value!r} by {facts.source}")
+    raise_all(f"{where}: its sources contradict each other:", problems, hint="Give the right value as an option.")
+    _refuse_gaps(values, where)
+    ranks = Ranks(**{short: values[key] for short, key in RANK_KEYS.items()})
+    sizes = {key: values[key] for key in SIZES}
+    return StudentConfig(
+        **sizes,
+        rms_norm_eps=float(values["rms_norm_eps"]),
+        rope_theta=float(values["rope_theta"]),
+        tie_word_embeddings=bool(values["tie_word_embeddings"]),
+        gqa_layers=values["gqa_layers"],
+        ranks=ranks,
+        layer_records=values.get("layer_records", False),
+        **{key: bool(values.get(key)) for key in ("qk_norm", "attention_bias", "output_bias", "mlp_bias")},
+    )
+
+
+def _refuse_gaps(values: dict[str, Any], where: str) -> None:
+    if not any(RANK_KEYS["decay"] == key for key in values):
+        raise HxaconvError(
+            f"{where} has no RWKV layers: it is a teacher or all-attention checkpoint, not an hxa079 student",
+            hint="`hxaconv init-from-teacher` makes a student of a teacher.",
+        )
+    missing = [key for key in (*SIZES, *FLAGS) if key not in values]
+    needs_teacher = [key for key in missing if key not in FLAGS]
+    lines = [f"{key}: pass {FLAGS[key]}, or --teacher, or --layer-map" for key in missing if key in FLAGS]
+    lines += [f"{key}: pass --teacher (the checkpoint holds attention only)" for key in needs_teacher]
+    raise_all(f"{where} does not say everything that a student's config needs, and nothing is guessed:", lines)
+
+
+def student_model(
+    checkpoint: Checkpoint,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    teacher: TeacherConfig | None = None,
+    layer_map: Facts | None = None,
+) -> Model:
+    """The student in a checkpoint, whole or attention only; a head stored by a tied model is left out.
+
+    Raises:
+        HxaconvError: for other variants, contradictions, and settings that no source gives.
+    """
+    refuse_other_variants(checkpoint.plan, checkpoint.label)
+    config = resolve(gather_facts(checkpoint, flags=flags, teacher=teacher, layer_map=layer_map), checkpoint.label)
+    plan = checkpoint.plan
+    if config.tie_word_embeddings and HEAD in plan and "model.embed_tokens.weight" in plan:
+        plan = drop_tied_head(plan, checkpoint.label)
+    return Model(config, plan, checkpoint.label, checkpoint.config or checkpoint.sidecar or {})
+
+
+def with_intermediate_size(config: StudentConfig, size: int) -> StudentConfig:
+    """The same student with a wider MLP."""
+    return replace(config, intermediate_size=size)
