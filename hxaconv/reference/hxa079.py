@@ -127,9 +127,13 @@ def loop(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, stat
     """The recurrence, a token at a time: y (B, T, H, N) and the state after the last one."""
     decay, answers = torch.exp(-torch.exp(w)), []
     for t in range(r.shape[1]):
-        removed = (state @ -kk[:, t, :, :, None]) * (kk * a)[:, t, :, None, :]
-        state = state * decay[:, t, :, None, :] + removed + v[:, t, :, :, None] * k[:, t, :, None, :]
-        answers.append((state @ r[:, t, :, :, None]).squeeze(-1))
+        removed = torch.einsum("bhvk,bhk->bhv", state, -kk[:, t])
+        state = (
+            state * decay[:, t, :, None, :]
+            + removed[..., None] * (kk * a)[:, t, :, None, :]
+            + v[:, t, :, :, None] * k[:, t, :, None, :]
+        )
+        answers.append(torch.einsum("bhvk,bhk->bhv", state, r[:, t]))
     return torch.stack(answers, dim=1), state
 
 
