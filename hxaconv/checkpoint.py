@@ -1,0 +1,336 @@
+"""Open a checkpoint of any form as a plan: headers only, without torch.
+
+A folder, a file or a Hub id becomes: canonical name -> where the bytes of that tensor stand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hxaconv.containers import Contents, read_contents
+from hxaconv.containers.contents import show
+from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.files import SourceFile
+from hxaconv.names import detect_dialect, to_canonical
+from hxaconv.plan import Plan
+
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+)
+"""The only files that are copied along from a source."""
+MAX_JSON_BYTES = 64 * 1024 * 1024
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
+_TRAINER_STATE = re.compile(
+    r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states|lr_scheduler|sampler)([._-].*)?\.(bin|pt|pth)$"
+    r"|^(optimizer|scheduler)_\d+\.(bin|pt|pth)$"
+)
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint. Nothing but headers and small JSON files has been read."""
+
+    label: str
+    """As the user named it."""
+    container: str
+    """`safetensors`, `pth` (zip) or `legacy`."""
+    dialect: str
+    plan: Plan
+    """Canonical name -> recipe, in storage order."""
+    stored_names: Mapping[str, str]
+    """Canonical name -> name in the file."""
+    dropped: tuple[str, ...] = ()
+    """Known buffers that are left behind."""
+    config: Mapping[str, Any] | None = None
+    """config.json beside the weights, as it is."""
+    sidecar: Mapping[str, Any] | None = None
+    """NAME.json beside NAME.pth."""
+    files: tuple[SourceFile, ...]
+    companions: Mapping[str, SourceFile] = field(default_factory=dict)
+    code_files: Mapping[str, SourceFile] = field(default_factory=dict)
+    root: Path | None = None
+    repo: str | None = None
+    revision: str | None = None
+    """The commit that was opened, for a Hub id."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """`__metadata__` of safetensors files."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Facts about the container: what the reader found, `index` (metadata of the index, None without
+    one), `stray_files` (weight files that were not opened)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """The files of a checkpoint, wherever they are, and how to open one."""
+
+    label: str
+    sizes: Mapping[str, int]
+    """File name (relative, `/`) -> bytes."""
+    open: Callable[[str], SourceFile]
+    read: Callable[[SourceFile], Contents] = read_contents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which of the files hold the weights."""
+
+    names: tuple[str, ...]
+    weight_map: Mapping[str, str] | None = None
+    """Of the index: tensor name -> file name."""
+    index_metadata: Mapping[str, Any] | None = None
+    index_name: str | None = None
+    stray: tuple[str, ...] = ()
+
+
+def open_checkpoint(spec: str | Path, *, revision: str | None = None, progress: Any = None) -> Checkpoint:
+    """Open a folder, a file or a Hub id (`org/name[@revision]`); a path that exists wins.
+
+    Raises:
+        HxaconvError: when there is nothing there, or it is damaged, ambiguous or of an unknown kind.
+    """
+    text = str(spec)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return open_folder(path, label=text)
+    if path.exists():
+        return _open_file(path, text)
+    if isinstance(spec, Path) or _looks_like_path(text):
+        raise HxaconvError(
+            f"{text} does not exist",
+            hint="Expected a folder, a .safetensors/.pth/.pt/.bin file, or a Hub id such as RekaAI/reka-flash-3.",
+        )
+    from hxaconv.hub import open_hub
+
+    name, _, pinned = text.partition("@")
+    return open_hub(name, revision or pinned or None, label=text, progress=progress)
+
+
+def _looks_like_path(text: str) -> bool:
+    return (
+        _HUB_ID.match(text) is None
+        or text.startswith((".", "/", "~"))
+        or text.partition("@")[0].endswith((*_WEIGHTS, ".json"))
+    )
+
+
+def open_folder(path: Path, *, label: str, repo: str | None = None, revision: str | None = None) -> Checkpoint:
+    """Open a local folder.
+
+    Raises:
+        HxaconvError: listing what is missing, contradictory or outside the folder.
+    """
+    root = path.resolve()
+    try:
+        sizes = {entry.name: entry.stat().st_size for entry in sorted(root.iterdir()) if entry.is_file()}
+    except OSError as error:
+        raise HxaconvError(f"{label}: {error.strerror}") from None
+
+    def open_local(name: str) -> SourceFile:
+        target = _inside(root, name, label)
+        return SourceFile.local(target, name=name, label=f"{label.rstrip('/')}/{name}")
+
+    listing = Listing(label=label, sizes=sizes, open=open_local)
+    return assemble(listing, root=root, repo=repo, revision=revision)
+
+
+def _inside(root: Path, name: str, label: str) -> Path:
+    """The path of a file of the folder, unless a link leads out of it (but for the Hub's cache)."""
+    target = (root / name).resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if not any(target.is_relative_to(folder) for folder in allowed):
+        raise HxaconvError(
+            f"{label}: {show(name)} is a link to {target}, outside the folder",
+            hint="Copy the file into the folder if it belongs there.",
+        )
+    return root / name
+
+
+def _open_file(path: Path, label: str) -> Checkpoint:
+    shard = _SHARD.search(path.name)
+    if shard and int(shard[2]) > 1:
+        raise HxaconvError(f"{label} is one of {int(shard[2])} shards", hint=f"Give the folder instead: {path.parent}")
+    file = SourceFile.local(path, label=label)
+    sidecar = path.with_suffix(".json")
+    config = path.parent / "config.json"
+    beside = {name: path.parent / name for name in COMPANIONS if (path.parent / name).is_file()}
+    has_config = path.suffix in (".safetensors", ".bin") and config.is_file()
+    contents = read_contents(file)
+    return _checkpoint(
+        label,
+        [(file, contents)],
+        config=_json(SourceFile.local(config)) if has_config else None,
+        sidecar=_json(SourceFile.local(sidecar)) if sidecar.is_file() and contents.container != "safetensors" else None,
+        companions={name: SourceFile.local(found) for name, found in beside.items()} if has_config else {},
+        root=path.resolve(),
+    )
+
+
+def assemble(
+    listing: Listing, *, root: Path | None = None, repo: str | None = None, revision: str | None = None
+) -> Checkpoint:
+    """Open what a listing offers: choose the weight files, read their headers, hold them against the index.
+
+    Raises:
+        HxaconvError: listing every problem of one kind at once.
+    """
+    selection = select_weights(listing)
+    opened = [(file, listing.read(file)) for file in map(listing.open, selection.names)]
+    if selection.weight_map is not None:
+        _check_index(selection, opened, listing.label)
+    config = _json(listing.open("config.json")) if "config.json" in listing.sizes else None
+    sidecar = None
+    if len(opened) == 1 and opened[0][1].container != "safetensors":
+        beside = str(PurePosixPath(selection.names[0]).with_suffix(".json"))
+        sidecar = _json(listing.open(beside)) if beside in listing.sizes else None
+    return _checkpoint(
+        listing.label,
+        opened,
+        config=config,
+        sidecar=sidecar,
+        companions={name: listing.open(name) for name in COMPANIONS if name in listing.sizes},
+        code_files={name: listing.open(name) for name in listing.sizes if re.fullmatch(r"[\w-]+\.py", name)},
+        root=root,
+        repo=repo,
+        revision=revision,
+        facts={"index": selection.index_metadata, "index_name": selection.index_name, "stray_files": selection.stray},
+    )
+
+
+def select_weights(listing: Listing) -> Selection:
+    """Choose the files that hold the weights; safetensors win over pickles, an index over its absence.
+
+    Raises:
+        HxaconvError: when there are none, or the index is not usable.
+    """
+    weights = [n for n in listing.sizes if n.endswith(_WEIGHTS) and not _TRAINER_STATE.match(n)]
+    if not weights and not any(name.endswith(".index.json") for name in listing.sizes):
+        raise HxaconvError(
+            f"{listing.label} holds no weights ({len(listing.sizes)} other files)",
+            hint="Expected *.safetensors, *.bin, *.pth or *.pt in the folder itself.",
+        )
+    for suffixes, stem in (((".safetensors",), "model"), ((".bin", ".pth", ".pt"), "pytorch_model")):
+        of_kind = [name for name in weights if name.endswith(suffixes)]
+        single, index = f"{stem}{suffixes[0]}", f"{stem}{suffixes[0]}.index.json"
+        if index in listing.sizes and (single not in of_kind or _only_names(listing, index, single)):
+            return _from_index(listing, index, weights)
+        if of_kind:
+            chosen = [single] if single in of_kind else of_kind
+            _refuse_missing_parts(chosen, listing.label)
+            return Selection(names=tuple(chosen), stray=tuple(n for n in weights if n not in chosen))
+    raise HxaconvError(f"{listing.label} has an index of an unknown name, and no weights that stand alone")
+
+
+def _only_names(listing: Listing, index: str, single: str) -> bool:
+    weight_map = _json(listing.open(index)).get("weight_map")
+    return isinstance(weight_map, dict) and set(map(str, weight_map.values())) == {single}
+
+
+def _refuse_missing_parts(names: Iterable[str], label: str) -> None:
+    numbers: dict[tuple[str, int], set[int]] = {}
+    for name in names:
+        part = _SHARD.search(name)
+        if part:
+            numbers.setdefault((name[: part.start()], int(part[2])), set()).add(int(part[1]))
+    missing = [
+        f"{stem}: {len(found)} of {total} parts are there"
+        for (stem, total), found in numbers.items()
+        if len(found) != total
+    ]
+    raise_all(f"{label}: shards are missing, and there is no index:", missing, hint="Download the folder again.")
+
+
+def _from_index(listing: Listing, index: str, weights: list[str]) -> Selection:
+    raw = _json(listing.open(index))
+    weight_map, metadata = raw.get("weight_map"), raw.get("metadata")
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise HxaconvError(f"{listing.label}: weight_map of {index} does not map tensor names to file names")
+    if not weight_map:
+        raise HxaconvError(f"{listing.label}: weight_map of {index} is empty")
+    names = sorted(set(weight_map.values()))
+    outside = [show(name) for name in names if not _is_plain(name)]
+    raise_all(f"{listing.label}: {index} names files outside the folder:", outside)
+    missing = [f"{show(name)} is missing" for name in names if name not in listing.sizes]
+    raise_all(
+        f"{listing.label}: {index} names {len(names)} files, not all of them are there:",
+        missing,
+        hint="Download the missing files; an interrupted download leaves such folders.",
+    )
+    return Selection(
+        names=tuple(names),
+        weight_map=weight_map,
+        index_metadata=metadata if isinstance(metadata, dict) else {},
+        index_name=index,
+        stray=tuple(name for name in weights if name not in weight_map.values()),
+    )
+
+
+def _is_plain(name: str) -> bool:
+    return bool(name) and name.isprintable() and not re.search(r"[/\\:]|^\.\.?$", name)
+
+
+def _check_index(selection: Selection, opened: list[tuple[SourceFile, Contents]], label: str) -> None:
+    assert selection.weight_map is not None
+    held = {file.name: contents.tensors for file, contents in opened}
+    lacking = [
+        f"{show(name)}: not in {show(file)}" for name, file in selection.weight_map.items() if name not in held[file]
+    ]
+    raise_all(f"{label}: {selection.index_name} names tensors that its files lack:", lacking)
+    unlisted = [
+        f"{show(name)} in {file}"
+        for file, tensors in held.items()
+        for name in tensors
+        if selection.weight_map.get(name) != file
+    ]
+    raise_all(f"{label}: tensors that {selection.index_name} does not name:", unlisted)
+
+
+def _json(file: SourceFile) -> dict[str, Any]:
+    if file.size > MAX_JSON_BYTES:
+        raise HxaconvError(f"{file.label} has {file.size} bytes, expected at most {MAX_JSON_BYTES}")
+    try:
+        value = json.loads(file.read(0, file.size).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        detail = "nested too deeply" if isinstance(error, RecursionError) else show(str(error))
+        raise HxaconvError(f"{file.label} is not valid JSON: {detail}") from None
+    finally:
+        file.close()
+    if not isinstance(value, dict):
+        raise HxaconvError(f"{file.label} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _checkpoint(
+    label: str, opened: list[tuple[SourceFile, Contents]], *, facts: Mapping[str, Any] | None = None, **rest: Any
+) -> Checkpoint:
+    merged: Plan = {}
+    twice = []
+    for file, contents in opened:
+        twice += [f"{name} ({merged[name].origin}; {file.name})" for name in contents.tensors if name in merged]
+        merged |= contents.tensors
+    raise_all(f"{label}: tensors that several files hold:", twice, hint="Give the one file to convert by its path.")
+    dialect = detect_dialect(merged)
+    canonical = to_canonical(merged, dialect, label)
+    first = opened[0][1]
+    extra = {"index": None, "index_name": None, "stray_files": (), **first.extra, **(facts or {})}
+    return Checkpoint(
+        label=label,
+        container=first.container,
+        dialect=dialect,
+        plan={new: merged[old] for old, new in canonical.items() if new is not None},
+        stored_names={new: old for old, new in canonical.items() if new is not None},
+        dropped=tuple(old for old, new in canonical.items() if new is None),
+        files=tuple(file for file, _ in opened),
+        metadata={key: value for _, contents in opened for key, value in contents.metadata.items()},
+        extra=extra,
+        **rest,
+    )
