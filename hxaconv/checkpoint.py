@@ -64,7 +64,9 @@ class Checkpoint:
     """`__metadata__` of safetensors files."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Facts about the container: what the reader found, `index` (metadata of the index, None without
-    one), `stray_files` (weight files that were not opened)."""
+    one), `index_name`, `stray_files` (weight files that were not opened)."""
+    handle: object = None
+    """What downloads the files, for a Hub id."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,18 +178,23 @@ def _open_file(path: Path, label: str) -> Checkpoint:
 
 
 def assemble(
-    listing: Listing, *, root: Path | None = None, repo: str | None = None, revision: str | None = None
+    listing: Listing,
+    *,
+    root: Path | None = None,
+    repo: str | None = None,
+    revision: str | None = None,
+    handle: object = None,
 ) -> Checkpoint:
     """Open what a listing offers: choose the weight files, read their headers, hold them against the index.
 
     Raises:
         HxaconvError: listing every problem of one kind at once.
     """
+    config = _json(listing.open("config.json")) if "config.json" in listing.sizes else None
     selection = select_weights(listing)
     opened = [(file, listing.read(file)) for file in map(listing.open, selection.names)]
     if selection.weight_map is not None:
         _check_index(selection, opened, listing.label)
-    config = _json(listing.open("config.json")) if "config.json" in listing.sizes else None
     sidecar = None
     if len(opened) == 1 and opened[0][1].container != "safetensors":
         beside = str(PurePosixPath(selection.names[0]).with_suffix(".json"))
@@ -202,6 +209,7 @@ def assemble(
         root=root,
         repo=repo,
         revision=revision,
+        handle=handle,
         facts={"index": selection.index_metadata, "index_name": selection.index_name, "stray_files": selection.stray},
     )
 

@@ -56,6 +56,10 @@ class ModelConfig:
         """G * N."""
         return self.num_key_value_heads * self.head_dim
 
+    def kv_cache_bytes(self, num_layers: int, itemsize: int = 2) -> int:
+        """Bytes of keys and values per token of `num_layers` attention layers; bf16 unless said otherwise."""
+        return 2 * num_layers * self.key_value_size * itemsize
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherConfig(ModelConfig):
@@ -88,6 +92,11 @@ class StudentConfig(ModelConfig):
     """Whether RWKV layers carry the 0-dim layer_architecture and head_size_record."""
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes of the recurrent state of one sequence: (H, N, N) float32 per RWKV layer."""
+        return len(self.rwkv_layers) * self.num_attention_heads * self.head_dim**2 * 4
+
+    @property
     def rwkv_layers(self) -> tuple[int, ...]:
         """The layers that are not GQA."""
         return tuple(i for i in range(self.num_hidden_layers) if i not in self.gqa_layers)
@@ -95,6 +104,11 @@ class StudentConfig(ModelConfig):
     def layer_kind(self, layer: int) -> str:
         """`gqa` or `rwkv`."""
         return "gqa" if layer in self.gqa_layers else "rwkv"
+
+    @property
+    def strip(self) -> str:
+        """One letter per layer, R or G: `RRRRRRRRGRRRRRRG...`."""
+        return "".join("G" if self.layer_kind(i) == "gqa" else "R" for i in range(self.num_hidden_layers))
 
 
 def round32(value: float) -> int:

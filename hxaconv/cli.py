@@ -1,0 +1,422 @@
+"""The command line: parses, calls the function behind each command, and shows what came of it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from hxaconv.errors import HxaconvError
+
+if TYPE_CHECKING:
+    from hxaconv.commands.common import Outcome, WriteOptions
+    from hxaconv.console import Talk
+
+app = typer.Typer(
+    name="hxaconv",
+    help="Turn Llama-style transformers into RWKV-7/GQA hybrids (hxa079), convert them, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+LAYERS, TEACHER, VALUES, OUTPUT, TALK = "Layers", "Teacher and settings", "Initial values", "Output", "Display"
+PROBE = "Probe tokens"
+
+TeacherArgument = Annotated[str, typer.Argument(help="Folder or Hub id (org/name@revision) of the teacher.")]
+SourceArgument = Annotated[str, typer.Argument(help="Folder, .pth/.pt/.bin file or Hub id of the checkpoint.")]
+OutFolder = Annotated[str, typer.Argument(help="Folder to create.")]
+OutAny = Annotated[str, typer.Argument(help="Folder, or NAME.pth, to create.")]
+OutPth = Annotated[str, typer.Argument(help="NAME.pth to create; NAME.json goes beside it.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.", rich_help_panel=TEACHER)]
+TeacherOption = Annotated[
+    str | None,
+    typer.Option("--teacher", help="Folder or Hub id: completes attention-only checkpoints.", rich_help_panel=TEACHER),
+]
+LayerMapSettings = Annotated[
+    str | None,
+    typer.Option("--layer-map", help="Layer map that names rope_theta and eps.", rich_help_panel=TEACHER),
+]
+LayerMapChoice = Annotated[
+    str | None,
+    typer.Option(
+        "--layer-map",
+        help="Layer map (name or TOML file). Default: the teacher's shipped map, else evenly spaced.",
+        rich_help_panel=LAYERS,
+    ),
+]
+RopeTheta = Annotated[
+    float | None, typer.Option(help="Where no file says it, or to override it.", rich_help_panel=TEACHER)
+]
+Eps = Annotated[float | None, typer.Option(help="Where no file says it, or to override it.", rich_help_panel=TEACHER)]
+Tied = Annotated[
+    bool | None,
+    typer.Option(
+        "--tie-word-embeddings/--no-tie-word-embeddings",
+        help="Whether the head is the embedding, where no file says it.",
+        rich_help_panel=TEACHER,
+    ),
+]
+AllowLayer0 = Annotated[
+    bool, typer.Option("--allow-gqa-layer-0", help="Accept layer 0 as GQA (loaders disagree).", rich_help_panel=LAYERS)
+]
+Preset = Annotated[
+    str, typer.Option(help="openmose-stage1 (0.5 0.5 0.3 0.5) or openmose-stage2 (1.0).", rich_help_panel=VALUES)
+]
+Scale = Annotated[
+    str | None, typer.Option(help="Factors over the preset: receptance=0.5,key=1,...", rich_help_panel=VALUES)
+]
+Seed = Annotated[int, typer.Option(help="Seed of the random matrices.", rich_help_panel=VALUES)]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="bfloat16, float16 or float32. Default: as in the source.", rich_help_panel=OUTPUT),
+]
+MaxShard = Annotated[str, typer.Option(help="Largest file of an hf folder: 5GB, 500MB, 4GiB.", rich_help_panel=OUTPUT)]
+CopyCode = Annotated[
+    bool, typer.Option("--copy-code", help="Copy .py files of the source too.", rich_help_panel=OUTPUT)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT once the new one is complete.", rich_help_panel=OUTPUT)
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.", rich_help_panel=OUTPUT)]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Skip the check of what was written.", rich_help_panel=OUTPUT)
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Threads. Default: 2, or 1 on one core.", rich_help_panel=OUTPUT)
+]
+Digest = Annotated[str, typer.Option(help="Per tensor: crc32, sha256 or none.", rich_help_panel=OUTPUT)]
+Part = Annotated[
+    str | None,
+    typer.Option(
+        help="i/n: write this part of the shards; from torchrun or a Slurm array by itself.", rich_help_panel=OUTPUT
+    ),
+]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Go on although a source holds NaN or Inf.", rich_help_panel=OUTPUT)
+]
+PushTo = Annotated[
+    str | None, typer.Option(help="ORG/NAME: upload the finished folder, private.", rich_help_panel=OUTPUT)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=TALK)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=TALK)]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; goes anywhere.")] = False,
+) -> None:
+    """Turn Llama-style transformers into RWKV-7/GQA hybrids (hxa079), convert them, and prove it."""
+    if version:
+        from hxaconv.output import version as installed
+
+        print(installed())
+        raise typer.Exit
+
+
+@app.command("init-from-teacher", no_args_is_help=True)
+def init_from_teacher(
+    teacher: TeacherArgument,
+    out: OutAny,
+    layer_map: LayerMapChoice = None,
+    gqa_layers: Annotated[
+        str | None, typer.Option(help="Layers that stay GQA: 8,15-17,-1, none, all.", rich_help_panel=LAYERS)
+    ] = None,
+    allow_gqa_layer_0: AllowLayer0 = False,
+    revision: Revision = None,
+    rope_theta: RopeTheta = None,
+    rms_norm_eps: Eps = None,
+    allow_output_bias: Annotated[
+        bool, typer.Option("--allow-output-bias", help="Keep o_proj and MLP biases.", rich_help_panel=TEACHER)
+    ] = False,
+    drop_rope_scaling: Annotated[
+        bool, typer.Option("--drop-rope-scaling", help="Go on without rope_scaling.", rich_help_panel=TEACHER)
+    ] = False,
+    preset: Preset = "openmose-stage1",
+    scale: Scale = None,
+    seed: Seed = 0,
+    dtype: Annotated[str, typer.Option(help="Dtype of the output.", rich_help_panel=OUTPUT)] = "bfloat16",
+    format: Annotated[str, typer.Option(help="hf, pth or training.", rich_help_panel=OUTPUT)] = "hf",
+    max_shard_size: MaxShard = "5GB",
+    copy_code: CopyCode = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    no_verify: NoVerify = False,
+    workers: Workers = None,
+    digest: Digest = "crc32",
+    part: Part = None,
+    allow_nonfinite: AllowNonfinite = False,
+    push_to: PushTo = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make an hxa079 student of a teacher: RWKV layers initialised from its attention, the rest copied.
+
+    [bold]Examples[/bold]
+
+    hxaconv init-from-teacher RekaAI/reka-flash-3 student/ --dry-run
+
+    hxaconv init-from-teacher ./teacher student.pth --format pth --gqa-layers 8,15,22,29,36,43
+    """
+    from hxaconv.commands import init
+
+    talk = _talk(quiet, json)
+    write = _write_options(locals(), talk)
+    outcome = init.run(
+        teacher,
+        out,
+        revision=revision,
+        layer_map=layer_map,
+        gqa_layers=gqa_layers,
+        preset=preset,
+        scale=scale,
+        seed=seed,
+        dtype=dtype,
+        format=format,
+        max_shard_size=max_shard_size,
+        rope_theta=rope_theta,
+        rms_norm_eps=rms_norm_eps,
+        allow_gqa_layer_0=allow_gqa_layer_0,
+        allow_output_bias=allow_output_bias,
+        drop_rope_scaling=drop_rope_scaling,
+        copy_code=copy_code,
+        write=write,
+    )
+    _show_outcome(outcome, talk)
+
+
+def _convert(command: str, values: dict[str, Any], *, all_tensors: bool = True) -> None:
+    from hxaconv.commands import convert
+
+    talk = _talk(values["quiet"], values["json"])
+    outcome = convert.run(
+        command,
+        values["source"],
+        values["out"],
+        revision=values["revision"],
+        teacher=values["teacher"],
+        layer_map=values["layer_map"],
+        rope_theta=values["rope_theta"],
+        rms_norm_eps=values["rms_norm_eps"],
+        tie_word_embeddings=values["tie_word_embeddings"],
+        dtype=values["dtype"],
+        pad_ffn_to=values.get("pad_ffn"),
+        max_shard_size=values.get("max_shard_size", "5GB"),
+        all_tensors=all_tensors,
+        copy_code=values.get("copy_code", False),
+        write=_write_options(values, talk),
+    )
+    _show_outcome(outcome, talk)
+
+
+PadFfn = Annotated[
+    int | None, typer.Option(help="256 or 512: widen MLPs with zeros to a multiple.", rich_help_panel=OUTPUT)
+]
+
+
+@app.command("to-hf", no_args_is_help=True)
+def to_hf(
+    source: SourceArgument,
+    out: OutFolder,
+    teacher: TeacherOption = None,
+    layer_map: LayerMapSettings = None,
+    rope_theta: RopeTheta = None,
+    rms_norm_eps: Eps = None,
+    tie_word_embeddings: Tied = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    pad_ffn: PadFfn = None,
+    max_shard_size: MaxShard = "5GB",
+    copy_code: CopyCode = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    no_verify: NoVerify = False,
+    workers: Workers = None,
+    digest: Digest = "crc32",
+    part: Part = None,
+    allow_nonfinite: AllowNonfinite = False,
+    push_to: PushTo = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a student as a Hugging Face folder that transformers and RWKV-Infer load.
+
+    [bold]Examples[/bold]
+
+    hxaconv to-hf student.pth student-hf/ --layer-map reka-flash-3
+
+    hxaconv to-hf trainable_only_weights.pth student-hf/ --teacher RekaAI/reka-flash-3
+    """
+    _convert("to-hf", locals())
+
+
+@app.command("to-pth", no_args_is_help=True)
+def to_pth(
+    source: SourceArgument,
+    out: OutPth,
+    teacher: TeacherOption = None,
+    layer_map: LayerMapSettings = None,
+    rope_theta: RopeTheta = None,
+    rms_norm_eps: Eps = None,
+    tie_word_embeddings: Tied = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    pad_ffn: PadFfn = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    no_verify: NoVerify = False,
+    workers: Workers = None,
+    digest: Digest = "crc32",
+    allow_nonfinite: AllowNonfinite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a student as a .pth for RWKV-Infer, with a sidecar of the settings it cannot carry.
+
+    [bold]Examples[/bold]
+
+    hxaconv to-pth student-hf/ student.pth
+
+    hxaconv to-pth pytorch_model.bin student.pth --teacher RekaAI/reka-flash-3 --dtype bfloat16
+    """
+    _convert("to-pth", locals())
+
+
+@app.command("to-training", no_args_is_help=True)
+def to_training(
+    source: SourceArgument,
+    out: OutPth,
+    all_tensors: Annotated[
+        bool, typer.Option("--all", help="Write every tensor, not only the attention.", rich_help_panel=OUTPUT)
+    ] = False,
+    teacher: TeacherOption = None,
+    layer_map: LayerMapSettings = None,
+    rope_theta: RopeTheta = None,
+    rms_norm_eps: Eps = None,
+    tie_word_embeddings: Tied = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    no_verify: NoVerify = False,
+    workers: Workers = None,
+    digest: Digest = "crc32",
+    allow_nonfinite: AllowNonfinite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a student under the names that published trainers load, to train it further.
+
+    [bold]Example[/bold]
+
+    hxaconv to-training student-hf/ student-attention.pth
+    """
+    _convert("to-training", locals(), all_tensors=all_tensors)
+
+
+@app.command("inspect", no_args_is_help=True)
+def inspect(
+    path: SourceArgument,
+    stats: Annotated[bool, typer.Option("--stats", help="Read every weight: ranges, NaN and Inf.")] = False,
+    revision: Revision = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a checkpoint is, from its headers alone.
+
+    [bold]Examples[/bold]
+
+    hxaconv inspect RekaAI/reka-flash-3
+
+    hxaconv inspect student.pth --stats --json
+    """
+    from hxaconv.checkpoint import open_checkpoint
+    from hxaconv.inspection import inspect as inspect_checkpoint
+    from hxaconv.tables import inspection_tables
+
+    talk = _talk(quiet, json)
+    report = inspect_checkpoint(open_checkpoint(path, revision=revision), stats=stats)
+    talk.result(report, *inspection_tables(report))
+
+
+def _talk(quiet: bool, json: bool) -> Talk:
+    from hxaconv.console import Talk
+
+    return Talk(quiet=quiet, json_output=json)
+
+
+def _write_options(values: dict[str, Any], talk: Talk) -> WriteOptions:
+    from hxaconv.commands.common import WriteOptions, resolve_part
+
+    return WriteOptions(
+        dry_run=values["dry_run"],
+        overwrite=values["overwrite"],
+        resume=values["resume"],
+        workers=values["workers"],
+        digest=values["digest"],
+        part=resolve_part(values.get("part")),
+        allow_nonfinite=values["allow_nonfinite"],
+        verify=not values["no_verify"],
+        push_to=values.get("push_to"),
+        progress=talk.progress(),
+    )
+
+
+def _show_outcome(outcome: Outcome, talk: Talk) -> None:
+    from hxaconv.tables import outcome_json, outcome_tables
+
+    for warning in outcome.warnings:
+        talk.warn(warning)
+    for note in outcome.notes:
+        talk.say(note)
+    dry = outcome.written is None
+    talk.result(outcome_json(outcome, tensors=dry), *outcome_tables(outcome))
+    if dry:
+        talk.say("Dry run: nothing was written.")
+
+
+def main() -> NoReturn:
+    """Run the command line; exits 0 done, 1 a check failed, 2 wrong use or bad input, 130 interrupted."""
+    sys.exit(guarded(app))
+
+
+def guarded(run: Callable[[], Any]) -> int:
+    """Run the app and turn what it raises into an exit code; a traceback only with --debug or for our faults."""
+    debug = "--debug" in sys.argv[1:]
+    if debug:
+        sys.argv.remove("--debug")
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        run()
+    except HxaconvError as error:
+        if debug:
+            raise
+        from hxaconv.console import render_error
+
+        render_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    return 0
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

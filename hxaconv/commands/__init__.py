@@ -1,0 +1,1 @@
+"""One module per command: the function is the product, `cli.py` is its parser."""

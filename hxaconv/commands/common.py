@@ -1,0 +1,177 @@
+"""What the writing commands share: options of the writer, sizes, parts, and the run itself."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hxaconv.errors import CheckFailed, HxaconvError
+from hxaconv.model import Model
+from hxaconv.output import Job, build_output
+
+if TYPE_CHECKING:
+    from hxaconv.console import Progress
+    from hxaconv.writer import Output, WriteResult
+
+Verify = Callable[[Model], Mapping[str, Any]]
+"""Checks the student that was written; returns the verdict (with `passed`) for hxaconv.json."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteOptions:
+    """How to write, whatever is written; none of this changes a byte of the result."""
+
+    dry_run: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    workers: int | None = None
+    digest: str = "crc32"
+    part: tuple[int, int] | None = None
+    allow_nonfinite: bool = False
+    verify: bool = True
+    finish_only: bool = False
+    push_to: str | None = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a writing command did, or with `dry_run` would do."""
+
+    job: Job
+    output: Output
+    written: WriteResult | None
+    verification: Mapping[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pushed_to: str | None = None
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """`5GB` (decimal, as the Hub counts), `4GiB`, `500MB` -> bytes.
+
+    Raises:
+        HxaconvError: for anything else.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise HxaconvError(f"{text!r} is not a size", hint="Examples: 5GB, 500MB, 4GiB.")
+    unit = match[2].lower().removesuffix("b")
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** " kmgt".index(unit.removesuffix("i") or " "))
+
+
+def resolve_part(text: str | None, environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
+    """`--part 2/8` counts from 1; else torchrun's RANK/WORLD_SIZE or a Slurm array's task; else None.
+
+    Raises:
+        HxaconvError: for a part that does not exist.
+    """
+    if text is not None:
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        part = (int(match[1]), int(match[2])) if match else (0, 0)
+        source = f"--part {text}"
+    elif "WORLD_SIZE" in environment and "RANK" in environment:
+        part = (_whole(environment["RANK"]) + 1, _whole(environment["WORLD_SIZE"]))
+        source = "RANK/WORLD_SIZE"
+    elif "SLURM_ARRAY_TASK_COUNT" in environment and "SLURM_ARRAY_TASK_ID" in environment:
+        first = _whole(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
+        part = (_whole(environment["SLURM_ARRAY_TASK_ID"]) - first + 1, _whole(environment["SLURM_ARRAY_TASK_COUNT"]))
+        source = "SLURM_ARRAY_TASK_ID/COUNT"
+    else:
+        return None
+    if not 1 <= part[0] <= part[1]:
+        raise HxaconvError(f"{source} names part {part[0]} of {part[1]}", hint="Parts are 1/n to n/n.")
+    return part if part[1] > 1 else None
+
+
+def _whole(text: str) -> int:
+    return int(text) if re.fullmatch(r"\d+", text) else -1
+
+
+def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list[str], notes: list[str]) -> Outcome:
+    """Write a job's output, verify it before it gets its name, and upload it where asked.
+
+    Raises:
+        HxaconvError: when the plan or the target is refused.
+        CheckFailed: when the output did not pass; it is left beside the target for inspection.
+    """
+    from hxaconv.writer import WriteSettings
+    from hxaconv.writer import write as write_output
+
+    output = build_output(job)
+    if write.dry_run:
+        return Outcome(job=job, output=output, written=None, warnings=warnings, notes=notes)
+    settings = WriteSettings(
+        overwrite=write.overwrite,
+        resume=write.resume,
+        workers=write.workers,
+        digest=write.digest,
+        part=write.part,
+        allow_nonfinite=write.allow_nonfinite,
+        finish_only=write.finish_only,
+    )
+    check = _staged_check(job, verify) if verify is not None and write.verify else None
+    written = write_output(output, settings, verify=check, progress=write.progress)
+    pushed = None
+    if write.push_to and written.published:
+        from hxaconv.hub import push_folder
+
+        pushed = push_folder(written.path, write.push_to)
+    return Outcome(
+        job=job,
+        output=output,
+        written=written,
+        verification=written.verification,
+        warnings=warnings,
+        notes=notes,
+        pushed_to=pushed,
+    )
+
+
+def _staged_check(job: Job, verify: Verify) -> Callable[[Path], Mapping[str, Any]]:
+    def check(staged: Path) -> Mapping[str, Any]:
+        from hxaconv.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(staged)
+        student = Model(job.student.config, dict(checkpoint.plan), str(job.target), job.student.raw)
+        verdict = verify(student)
+        if not verdict["passed"]:
+            raise CheckFailed(
+                f"{job.target}: the output does not pass its verification: {verdict.get('reason', 'see the report')}",
+                hint=f"It is left as {staged} for `hxaconv verify`; nothing was published.",
+            )
+        return verdict
+
+    return check
+
+
+def open_teacher_source(
+    teacher: str,
+    *,
+    revision: str | None = None,
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
+    allow_output_bias: bool = False,
+    drop_rope_scaling: bool = False,
+) -> tuple[Any, Model]:
+    """(checkpoint, teacher) of a folder or Hub id."""
+    from hxaconv.checkpoint import open_checkpoint
+    from hxaconv.teacher import open_teacher
+
+    checkpoint = open_checkpoint(teacher, revision=revision)
+    model = open_teacher(
+        checkpoint,
+        rope_theta=rope_theta,
+        rms_norm_eps=rms_norm_eps,
+        allow_output_bias=allow_output_bias,
+        drop_rope_scaling=drop_rope_scaling,
+    )
+    return checkpoint, model

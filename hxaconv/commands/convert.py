@@ -1,0 +1,199 @@
+"""`to-hf`, `to-pth` and `to-training`: the same student in another container and dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hxaconv import layer_maps
+from hxaconv.architecture import expected_tensors
+from hxaconv.card import CONVERTED
+from hxaconv.commands.common import Outcome, WriteOptions, open_teacher_source, parse_size, perform
+from hxaconv.commands.init import base_model_name, layer_0_warning
+from hxaconv.config import TeacherConfig
+from hxaconv.dtypes import FLOATS, parse_dtype
+from hxaconv.errors import HxaconvError, bullet_list
+from hxaconv.model import Model
+from hxaconv.names import is_attention
+from hxaconv.output import Job
+from hxaconv.plan import Plan, check
+from hxaconv.student import Facts, student_model, with_intermediate_size
+from hxaconv.surgery import graft, pad_ffn
+
+if TYPE_CHECKING:
+    from hxaconv.checkpoint import Checkpoint
+
+COMMANDS = {"to-hf": "hf", "to-pth": "pth", "to-training": "training"}
+
+
+def run(
+    command: str,
+    source: str,
+    out: str,
+    *,
+    revision: str | None = None,
+    teacher: str | None = None,
+    layer_map: str | None = None,
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
+    tie_word_embeddings: bool | None = None,
+    dtype: str | None = None,
+    pad_ffn_to: int | None = None,
+    max_shard_size: str = "5GB",
+    all_tensors: bool = True,
+    copy_code: bool = False,
+    write: WriteOptions | None = None,
+) -> Outcome:
+    """Write the student in `source` to `out`; bits are copied unless `dtype` or `pad_ffn_to` changes them.
+
+    Raises:
+        HxaconvError: when a setting is known from no source, a tensor is missing or would be unused.
+        CheckFailed: when the output does not pass its verification.
+    """
+    options = {key: value for key, value in locals().items() if key not in ("write", "command")}
+    flags = {"rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps, "tie_word_embeddings": tie_word_embeddings}
+    opened = open_student(source, revision=revision, teacher=teacher, layer_map=layer_map, flags=flags)
+    need_all = command != "to-training" or all_tensors
+    student, notes, warnings = complete(opened, need_all=need_all)
+    changed, name = reshape(student, dtype, pad_ffn_to)
+    warnings += dtype_warnings(changed.plan, command) + layer_0_warning(changed.student)
+    job = Job(
+        command=command,
+        options=options,
+        student=changed,
+        target=Path(out),
+        format=COMMANDS[command],
+        dtype=name,
+        max_shard_bytes=parse_size(max_shard_size),
+        sources=opened.sources,
+        base_model=base_model_name(opened.sources.get("teacher", opened.sources["source"])),
+        purpose=CONVERTED,
+        everything=all_tensors,
+        copy_code=copy_code,
+    )
+
+    def verify(output: Model) -> Mapping[str, Any]:
+        from hxaconv.verify import check_converted
+
+        before = student if need_all else Model(student.config, _attention(student.plan), student.label)
+        return check_converted(before, output).to_json()
+
+    return perform(job, write or WriteOptions(), verify, warnings, notes)
+
+
+class Opened:
+    """A student checkpoint with the teacher that completes it, if one was given."""
+
+    def __init__(self, student: Model, sources: dict[str, Checkpoint], teacher: Model | None) -> None:
+        self.student = student
+        self.sources = sources
+        self.teacher = teacher
+
+
+def open_student(
+    source: str,
+    *,
+    revision: str | None = None,
+    teacher: str | None = None,
+    layer_map: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Opened:
+    """Open a student (any container and dialect) with what may tell its settings.
+
+    Raises:
+        HxaconvError: when a setting is known from no source, or sources contradict each other.
+    """
+    from hxaconv.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(source, revision=revision)
+    sources = {"source": checkpoint}
+    teacher_model = None
+    if teacher is not None:
+        sources["teacher"], teacher_model = open_teacher_source(teacher, allow_output_bias=True)
+    config = teacher_model.config if teacher_model else None
+    assert config is None or isinstance(config, TeacherConfig)
+    facts = map_facts(layer_map) if layer_map is not None else None
+    student = student_model(checkpoint, flags=flags, teacher=config, layer_map=facts)
+    if not student.raw and teacher_model is not None:
+        student = Model(student.config, student.plan, student.label, teacher_model.raw)
+    return Opened(student, sources, teacher_model)
+
+
+def map_facts(layer_map: str) -> Facts:
+    """What a layer map says of its model, as a named source of settings; its choice of layers is not one."""
+    chosen = layer_maps.load(layer_map)
+    values = {key: value for key, value in chosen.model.items() if key != "model_type"}
+    return Facts(f"layer map {chosen.name}", values)
+
+
+def complete(opened: Opened, *, need_all: bool) -> tuple[Model, list[str], list[str]]:
+    """(the whole student, notes, warnings): attention-only checkpoints are grafted onto their teacher.
+
+    Raises:
+        HxaconvError: when tensors are missing and no teacher has them, or would end up unused.
+    """
+    student, config = opened.student, opened.student.student
+    expected = expected_tensors(config)
+    if not need_all:
+        expected = {name: shape for name, shape in expected.items() if is_attention(name)}
+        check(_attention(student.plan), expected, student.label)
+        return student, [], []
+    missing = [name for name in expected if name not in student.plan]
+    if missing and opened.teacher is None:
+        raise HxaconvError(
+            f"{student.label} lacks {len(missing)} of {len(expected)} tensors:\n{bullet_list(missing)}",
+            hint="Pass --teacher FOLDER_OR_HUB_ID: a training checkpoint holds attention only, the rest is its.",
+        )
+    if not missing:
+        check(student.plan, expected, student.label)
+        return student, [], []
+    assert opened.teacher is not None
+    grafted = graft(student.plan, opened.teacher.plan, config)
+    notes = [f"{len(grafted.from_teacher)} tensors come from the teacher"]
+    if grafted.both:
+        notes.append(f"{len(grafted.both)} tensors are in both, the trained ones are taken:")
+        notes.append(bullet_list(grafted.both))
+    return Model(config, grafted.plan, student.label, student.raw), notes, []
+
+
+def reshape(student: Model, dtype: str | None, pad_ffn_to: int | None) -> tuple[Model, str]:
+    """(the student padded and cast as asked for, the dtype its config names)."""
+    plan, config = student.plan, student.student
+    if pad_ffn_to is not None:
+        if pad_ffn_to not in (256, 512):
+            raise HxaconvError(f"--pad-ffn {pad_ffn_to} is not possible", hint="Use 256 or 512.")
+        plan, size = pad_ffn(plan, config, pad_ffn_to)
+        config = with_intermediate_size(config, size)
+    if dtype is not None:
+        name = parse_dtype(dtype)
+        if any(recipe.dtype in FLOATS and recipe.dtype != name for recipe in plan.values()):
+            from hxaconv.arithmetic import cast
+
+            plan = {key: cast(recipe, name) for key, recipe in plan.items()}
+    else:
+        name = main_dtype(plan)
+    return Model(config, plan, student.label, student.raw), name
+
+
+def main_dtype(plan: Plan) -> str:
+    """The float dtype that most bytes have."""
+    sums: dict[str, int] = {}
+    for recipe in plan.values():
+        if recipe.dtype in FLOATS:
+            sums[recipe.dtype] = sums.get(recipe.dtype, 0) + recipe.nbytes
+    return max(sums, key=lambda name: sums[name])
+
+
+def dtype_warnings(plan: Plan, command: str) -> list[str]:
+    """Mixed dtypes, and a `.pth` that RWKV-Infer would not expect."""
+    dtypes = sorted({recipe.dtype for recipe in plan.values() if recipe.dtype in FLOATS})
+    if len(dtypes) > 1:
+        return [f"the output mixes {' and '.join(dtypes)}; --dtype bfloat16 makes it uniform"]
+    if command == "to-pth" and dtypes != ["BF16"]:
+        return [f"RWKV-Infer expects bf16 in a .pth, this one holds {dtypes[0]}; --dtype bfloat16 casts"]
+    return []
+
+
+def _attention(plan: Plan) -> Plan:
+    return {name: recipe for name, recipe in plan.items() if is_attention(name)}

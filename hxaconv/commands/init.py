@@ -1,0 +1,116 @@
+"""`init-from-teacher`: a teacher becomes an hxa079 student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hxaconv import layer_maps
+from hxaconv.card import UNTRAINED
+from hxaconv.commands.common import Outcome, WriteOptions, open_teacher_source, parse_size, perform
+from hxaconv.config import StudentConfig, TeacherConfig, student_of
+from hxaconv.dtypes import parse_dtype
+from hxaconv.errors import HxaconvError
+from hxaconv.model import Model
+from hxaconv.output import FORMATS, Job
+from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale
+
+COMMAND = "init-from-teacher"
+
+
+def run(
+    teacher: str,
+    out: str,
+    *,
+    revision: str | None = None,
+    layer_map: str | None = None,
+    gqa_layers: str | None = None,
+    preset: str = "openmose-stage1",
+    scale: str | None = None,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    format: str = "hf",
+    max_shard_size: str = "5GB",
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
+    allow_gqa_layer_0: bool = False,
+    allow_output_bias: bool = False,
+    drop_rope_scaling: bool = False,
+    copy_code: bool = False,
+    write: WriteOptions | None = None,
+) -> Outcome:
+    """Make an hxa079 student of `teacher` (folder or Hub id) in `out`.
+
+    Raises:
+        HxaconvError: for a teacher that hxa079 cannot carry, or options that do not fit it.
+        CheckFailed: when the output does not pass its verification.
+    """
+    options = {key: value for key, value in locals().items() if key != "write"}
+    if format not in FORMATS:
+        raise HxaconvError(f"unknown format {format!r}", hint=f"Formats: {', '.join(FORMATS)}.")
+    factors = parse_scale(scale, preset)
+    settings = InitSettings(factors, seed, parse_dtype(dtype))
+    checkpoint, model = open_teacher_source(
+        teacher,
+        revision=revision,
+        rope_theta=rope_theta,
+        rms_norm_eps=rms_norm_eps,
+        allow_output_bias=allow_output_bias,
+        drop_rope_scaling=drop_rope_scaling,
+    )
+    layers, reason = choose_layers(model.teacher, teacher, layer_map, gqa_layers, allow_gqa_layer_0)
+    config = student_of(model.config, layers)
+    warnings = [*model.teacher.warnings, *layer_0_warning(config)]
+    job = Job(
+        command=COMMAND,
+        options=options,
+        student=Model(config, init_from_teacher(model.plan, config, settings), out, model.raw),
+        target=Path(out),
+        format=format,
+        dtype=settings.dtype,
+        max_shard_bytes=parse_size(max_shard_size),
+        sources={"teacher": checkpoint},
+        base_model=base_model_name(checkpoint),
+        purpose=UNTRAINED,
+        everything=False,
+        copy_code=copy_code,
+        extra={"init": {"preset": preset, "factors": factors, "seed": seed}, "layer_choice": reason},
+    )
+
+    def verify(student: Model) -> Mapping[str, Any]:
+        from hxaconv.verify import check_initialised
+
+        return check_initialised(model, student, factors=factors).to_json()
+
+    return perform(job, write or WriteOptions(), verify, warnings, [f"GQA layers: {reason}"])
+
+
+def base_model_name(checkpoint: Any) -> str:
+    """A Hub id, or the bare name of a folder."""
+    return str(checkpoint.repo or Path(checkpoint.label).resolve().name)
+
+
+def choose_layers(
+    config: TeacherConfig, teacher: str, layer_map: str | None, gqa_layers: str | None, allow_layer_0: bool
+) -> tuple[tuple[int, ...], str]:
+    """The GQA layers and why: as asked for, else the teacher's shipped map, else evenly spaced.
+
+    Raises:
+        HxaconvError: for both options at once, and for layers that the model does not have.
+    """
+    count = config.num_hidden_layers
+    if layer_map is not None and gqa_layers is not None:
+        raise HxaconvError("--layer-map and --gqa-layers both choose the layers", hint="Give one of them.")
+    if gqa_layers is not None:
+        return layer_maps.parse_layers(gqa_layers, count, allow_layer_0=allow_layer_0), "as asked for"
+    chosen = layer_maps.load(layer_map) if layer_map is not None else layer_maps.match(config, [teacher])
+    if chosen is not None:
+        layers = layer_maps.from_map(chosen, count, allow_layer_0=allow_layer_0)
+        return layers, f"layer map {chosen.name}"
+    return layer_maps.uniform(count), f"evenly spaced, {layer_maps.default_count(count)} of {count}"
+
+
+def layer_0_warning(config: StudentConfig) -> list[str]:
+    """The sentence about layer 0 as GQA, where it is and RWKV layers follow."""
+    return [layer_maps.LAYER_0_REASON] if 0 in config.gqa_layers and config.rwkv_layers else []

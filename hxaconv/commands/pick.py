@@ -1,0 +1,112 @@
+"""`pick-gqa-layers`, the operation: another choice of GQA layers on an existing student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hxaconv import layer_maps
+from hxaconv.card import UNTRAINED
+from hxaconv.commands.common import Outcome, WriteOptions, parse_size, perform
+from hxaconv.commands.convert import complete, dtype_warnings, main_dtype, open_student
+from hxaconv.commands.init import base_model_name, layer_0_warning
+from hxaconv.config import student_of
+from hxaconv.errors import HxaconvError
+from hxaconv.model import Model
+from hxaconv.output import Job
+from hxaconv.surgery import InitSettings, parse_scale, repick
+
+COMMAND = "pick-gqa-layers"
+
+
+def run(
+    source: str,
+    out: str,
+    *,
+    layers: str,
+    teacher: str | None = None,
+    other: str | None = None,
+    revision: str | None = None,
+    layer_map: str | None = None,
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
+    tie_word_embeddings: bool | None = None,
+    preset: str = "openmose-stage1",
+    scale: str | None = None,
+    seed: int = 0,
+    allow_gqa_layer_0: bool = False,
+    max_shard_size: str = "5GB",
+    format: str | None = None,
+    write: WriteOptions | None = None,
+) -> Outcome:
+    """Write `source` with `layers` as its GQA layers to `out`; layers that keep their kind keep their bits.
+
+    A layer that changes kind comes from `other` (`--from`) where that has it in the new kind, else from
+    the teacher: its attention as it is, or a time-mix initialised as `init-from-teacher` does.
+
+    Raises:
+        HxaconvError: for layers that do not exist, or when no source has what a changed layer needs.
+        CheckFailed: when the output does not pass its verification.
+    """
+    options = {key: value for key, value in locals().items() if key != "write"}
+    flags = {"rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps, "tie_word_embeddings": tie_word_embeddings}
+    opened = open_student(source, revision=revision, teacher=teacher, layer_map=layer_map, flags=flags)
+    student, notes, warnings = complete(opened, need_all=True)
+    chosen = layer_maps.parse_layers(layers, student.config.num_hidden_layers, allow_layer_0=allow_gqa_layer_0)
+    old = student.student
+    new = student_of(old, chosen, old.ranks)
+    changed = [i for i in range(old.num_hidden_layers) if old.layer_kind(i) != new.layer_kind(i)]
+    donor = open_student(other, teacher=teacher, layer_map=layer_map, flags=flags) if other else None
+    _check_donors(changed, new, opened.teacher, donor.student if donor else None)
+    settings = InitSettings(parse_scale(scale, preset), seed, main_dtype(student.plan))
+    plan = repick(
+        student.plan,
+        opened.teacher.plan if opened.teacher else {},
+        old,
+        new,
+        settings,
+        donor.student.plan if donor else None,
+        donor.student.student if donor else None,
+    )
+    result = Model(new, plan, out, student.raw)
+    notes.append(f"{len(changed)} layers change kind: {', '.join(map(str, changed)) or 'none'}")
+    sources = opened.sources | ({"from": donor.sources["source"]} if donor else {})
+    job = Job(
+        command=COMMAND,
+        options=options,
+        student=result,
+        target=Path(out),
+        format=format or ("pth" if Path(out).suffix == ".pth" else "hf"),
+        dtype=settings.dtype,
+        max_shard_bytes=parse_size(max_shard_size),
+        sources=sources,
+        base_model=base_model_name(sources.get("teacher", sources["source"])),
+        purpose=UNTRAINED if changed else "",
+        extra={"init": {"preset": preset, "factors": settings.factors, "seed": seed}, "changed_layers": changed},
+    )
+
+    def verify(output: Model) -> Mapping[str, Any]:
+        from hxaconv.verify import check_repicked
+
+        donated = donor.student if donor else None
+        return check_repicked(student, opened.teacher, output, other=donated, factors=settings.factors).to_json()
+
+    return perform(
+        job,
+        write or WriteOptions(),
+        verify,
+        [*warnings, *dtype_warnings(plan, ""), *layer_0_warning(new)],
+        notes,
+    )
+
+
+def _check_donors(changed: list[int], new: Any, teacher: Model | None, donor: Model | None) -> None:
+    if teacher is not None:
+        return
+    lacking = [i for i in changed if donor is None or donor.student.layer_kind(i) != new.layer_kind(i)]
+    if lacking:
+        raise HxaconvError(
+            f"layers {', '.join(map(str, lacking))} change kind, and nothing says what they become",
+            hint="Pass --teacher TEACHER, or --from a trained checkpoint that has them in the new kind.",
+        )

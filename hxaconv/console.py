@@ -1,0 +1,160 @@
+"""Everything that people see: talk and progress on stderr, tables and JSON on stdout, errors in one place."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hxaconv.errors import HxaconvError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.progress import TaskID
+
+WIDTH = 100
+"""Columns that every table fits into."""
+
+
+class Progress(Protocol):
+    """What long work tells about itself; `total` and `n` are bytes unless the title says otherwise."""
+
+    def start(self, title: str, total: int) -> None:
+        """A new stretch of work begins."""
+
+    def advance(self, n: int, what: str = "") -> None:
+        """`n` more of the total is done; `what` is at work now."""
+
+    def stop(self) -> None:
+        """The stretch has ended."""
+
+
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else WIDTH
+    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
+
+
+class Talk:
+    """One per command: `quiet` silences all but errors, `json_output` turns results into JSON."""
+
+    def __init__(self, *, quiet: bool = False, json_output: bool = False) -> None:
+        self.quiet = quiet
+        self.json_output = json_output
+
+    def say(self, text: str) -> None:
+        """One line of talk, on stderr."""
+        if not self.quiet:
+            _console(stderr=True).print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A warning, on stderr, quiet or not."""
+        _console(stderr=True).print(f"Warning: {text}", style="yellow", markup=False)
+
+    def result(self, data: Mapping[str, Any], *renderables: RenderableType) -> None:
+        """The command's result: JSON on stdout where asked for, else what people read."""
+        if self.json_output:
+            json.dump(data, sys.stdout, indent=2, ensure_ascii=False, default=str)
+            sys.stdout.write("\n")
+        elif not self.quiet:
+            console = _console(stderr=False)
+            for renderable in renderables:
+                if isinstance(renderable, str):
+                    console.print(renderable, markup=False)
+                else:
+                    console.print(renderable)
+
+    def progress(self) -> Progress | None:
+        """A byte bar on stderr; None when quiet or when stderr is no terminal."""
+        return None if self.quiet or not sys.stderr.isatty() else Bars()
+
+
+class Bars:
+    """Rich's progress bars behind the Progress protocol; bars appear after a second of work."""
+
+    def __init__(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
+        self._bars = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[what]}"),
+            console=_console(stderr=True),
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def start(self, title: str, total: int) -> None:
+        """Show a bar."""
+        self._task = self._bars.add_task(title, total=total, what="")
+        self._bars.start()
+
+    def advance(self, n: int, what: str = "") -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._bars.update(self._task, advance=n, **({"what": what} if what else {}))
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+        self._bars.stop()
+
+
+def render_error(error: HxaconvError) -> None:
+    """The one place that prints what went wrong: the problem, then what to do."""
+    console = _console(stderr=True)
+    word = "Check failed" if error.exit_code == 1 else "Error"
+    console.print(f"{word}: {error.message}", style="bold red" if console.is_terminal else "", markup=False)
+    if error.hint:
+        console.print(f"What to do: {error.hint}", markup=False)
+
+
+def human_bytes(count: float) -> str:
+    """`41.8 GB`: decimal units, as the Hub shows sizes."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def human_count(count: float) -> str:
+    """`20.9B` parameters."""
+    for unit in ("", "K", "M", "B"):
+        if abs(count) < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.2f}T"
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: int = 1) -> RenderableType:
+    """A plain table of at most WIDTH columns; columns from number `right` on are aligned to the right."""
+    from rich import box
+    from rich.table import Table
+
+    result = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, column in enumerate(columns):
+        result.add_column(column, justify="right" if position >= right else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*(str(cell) for cell in row))
+    return result
+
+
+def strip_lines(letters: str, width: int = 60) -> list[str]:
+    """The layer strip in lines of `width`, each with the number of its first layer."""
+    return [f"{start:>4}  {letters[start : start + width]}" for start in range(0, len(letters), width)]

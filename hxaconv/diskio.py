@@ -1,0 +1,162 @@
+"""What the system offers beyond reading and writing, each call with a fallback where it does not.
+
+Linux has all of it; macOS and Windows go without write-behind and cache control, which costs speed only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_SYNC_WAIT_BEFORE, _SYNC_WRITE, _SYNC_WAIT_AFTER = 1, 2, 4
+_NOT_OFFERED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
+
+
+@functools.cache
+def _libc(name: str) -> Callable[..., int] | None:
+    """A call of the C library that Python does not wrap; None where there is none."""
+    if not sys.platform.startswith("linux"):
+        return None
+    import ctypes
+
+    try:
+        call = getattr(ctypes.CDLL(None, use_errno=True), name)
+    except (OSError, AttributeError):
+        return None
+    offset = ctypes.c_int64
+    call.argtypes = {
+        "fallocate": [ctypes.c_int, ctypes.c_int, offset, offset],
+        "sync_file_range": [ctypes.c_int, offset, offset, ctypes.c_uint],
+    }[name]
+    call.restype = ctypes.c_int
+    return call  # type: ignore[no-any-return]
+
+
+def _last_errno() -> int:
+    import ctypes
+
+    return ctypes.get_errno()
+
+
+def reserve(fd: int, size: int) -> None:
+    """Give the file its final size, and its blocks where the file system can.
+
+    The C library's own posix_fallocate is avoided: where the file system cannot reserve, it writes a byte into
+    every block instead.
+
+    Raises:
+        OSError: ENOSPC, EDQUOT or EFBIG when the size does not fit.
+    """
+    fallocate = _libc("fallocate")
+    if size and fallocate is not None:
+        while fallocate(fd, 0, 0, size) != 0:
+            number = _last_errno()
+            if number in _NOT_OFFERED:
+                break
+            if number != errno.EINTR:
+                raise OSError(number, os.strerror(number))
+    os.ftruncate(fd, size)
+
+
+def start_writing_back(fd: int, offset: int, count: int) -> None:
+    """Ask for these dirty pages to go to disk, without waiting."""
+    call = _libc("sync_file_range")
+    if call is not None:
+        call(fd, offset, count, _SYNC_WRITE)
+
+
+def wait_written_back(fd: int, offset: int, count: int) -> None:
+    """Wait until these pages are on disk. Errors are left for the fsync that follows in any case."""
+    call = _libc("sync_file_range")
+    if call is not None:
+        call(fd, offset, count, _SYNC_WAIT_BEFORE | _SYNC_WRITE | _SYNC_WAIT_AFTER)
+
+
+def drop_cached(fd: int, offset: int = 0, count: int = 0) -> None:
+    """Tell the system that the cached pages (all of the file by default) will not be needed again."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)
+
+
+def sync_data(fd: int) -> None:
+    """Wait until the file's bytes would survive a power loss.
+
+    Raises:
+        OSError: when the device reports an error.
+    """
+    getattr(os, "fdatasync", os.fsync)(fd)
+
+
+def sync_file(fd: int) -> None:
+    """`sync_data`, with the file's size and times."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        with contextlib.suppress(OSError):  # F_FULLFSYNC: macOS's fsync stops at the drive's cache
+            fcntl.fcntl(fd, 51)
+            return
+    os.fsync(fd)
+
+
+def sync_folder(path: Path) -> None:
+    """Make creations and renames in a folder survive a power loss."""
+    if sys.platform == "win32":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A small file, complete and synced under its name, or not there at all."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+    fd = os.open(temporary, flags, 0o666)
+    try:
+        view = memoryview(data)
+        while len(view):
+            view = view[os.write(fd, view) :]
+        sync_file(fd)
+    finally:
+        os.close(fd)
+    os.replace(temporary, path)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that an ordinary user may still write here."""
+    if hasattr(os, "statvfs"):
+        stat = os.statvfs(folder)
+        return stat.f_bavail * stat.f_frsize
+    import shutil
+
+    return shutil.disk_usage(folder).free
+
+
+def memory_bytes() -> int | None:
+    """The machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def memory_limit() -> int | None:
+    """Memory that this process may use, its cached file pages included: the machine's, or its cgroup's."""
+    limits = [memory_bytes()]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path(path).read_text()))
+    known: list[Any] = [limit for limit in limits if limit]
+    return min(known, default=None)

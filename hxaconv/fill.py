@@ -1,0 +1,445 @@
+"""Fills laid-out files with bytes: the one place where tensors are written.
+
+Workers take tensors in plan order, make or copy their bytes in pieces, and on the way compute checksums and
+count values that are not finite. The calling thread syncs what is finished and hands it to the journal,
+so that a tensor is recorded as done only once its bytes would survive a power loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import queue
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from hxaconv import diskio
+from hxaconv.containers.layout import FileLayout, Fill, Segment
+from hxaconv.errors import HxaconvError
+from hxaconv.files import SourceFile, read_into, write_from
+from hxaconv.finite import count_nonfinite
+from hxaconv.plan import Scratch
+
+if TYPE_CHECKING:
+    from hxaconv.console import Progress
+
+WINDOW_BYTES = 32 * 1024 * 1024
+"""Bytes that a worker writes before it asks for them to go to disk."""
+BATCH_BYTES = 512 * 1024 * 1024
+"""Bytes that are finished before they are synced and recorded together."""
+PROGRESS_BYTES = 8 * 1024 * 1024
+DIGESTS = ("crc32", "sha256", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A tensor whose bytes are written: its checksums, and how many of its values are NaN or infinite."""
+
+    name: str
+    crc32: int | None
+    sha256: str | None
+    nonfinite: int
+
+    def digest(self, kind: str) -> str | None:
+        """`crc32:0a1b2c3d` or `sha256:...`; None for `none`."""
+        if kind == "crc32":
+            assert self.crc32 is not None
+            return f"crc32:{self.crc32:08x}"
+        return f"sha256:{self.sha256}" if kind == "sha256" else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillSettings:
+    """How to fill: `crc32` and `sha256` are computed where asked for."""
+
+    workers: int
+    crc32: bool
+    sha256: bool
+    keep_cache: bool
+    """False: what was read and written is dropped from the page cache, so that it does not push out the rest."""
+
+
+class Recorder(Protocol):
+    """Where finished work is made known."""
+
+    def tensors_done(self, layout: FileLayout, finished: Sequence[Finished]) -> None:
+        """These tensors are on disk."""
+
+    def file_done(self, layout: FileLayout) -> None:
+        """The file is complete and synced."""
+
+
+def fill_files(
+    files: Sequence[tuple[FileLayout, Path]],
+    recorded: Mapping[str, Finished],
+    settings: FillSettings,
+    recorder: Recorder,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+    progress: Progress | None = None,
+) -> bool:
+    """Write these files; tensors in `recorded` are re-read, and written again only if their checksum differs.
+
+    Returns False if `stop_requested` became true first; what is finished then is recorded.
+
+    Raises:
+        HxaconvError: when reading or writing fails; what is finished then is recorded.
+    """
+    return _Filling(files, recorded, settings, recorder, progress).run(stop_requested)
+
+
+class _Filling:
+    """One run of `fill_files`: shared by its workers and the calling thread."""
+
+    def __init__(
+        self,
+        files: Sequence[tuple[FileLayout, Path]],
+        recorded: Mapping[str, Finished],
+        settings: FillSettings,
+        recorder: Recorder,
+        progress: Progress | None,
+    ) -> None:
+        self.settings = settings
+        self.recorded = recorded
+        self.stop = threading.Event()
+        self.total = sum(layout.size for layout, _ in files)
+        self._recorder = recorder
+        self._progress = progress
+        self._files = [_File(layout, path, self.total) for layout, path in files]
+        self._jobs = iter([(file, fill) for file in self._files for fill in file.layout.fills])
+        self._lock = threading.Lock()
+        self._results: queue.SimpleQueue[tuple[_File, Finished] | BaseException | None] = queue.SimpleQueue()
+
+    def run(self, stop_requested: Callable[[], bool]) -> bool:
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.settings.workers)]
+        try:
+            for file in self._files:
+                if not file.layout.fills:
+                    self._complete(file)
+            for thread in threads:
+                thread.start()
+            self._collect(len(threads), stop_requested)
+        except BaseException:
+            self.stop.set()
+            self._join(threads)
+            with contextlib.suppress(OSError, HxaconvError):
+                self._drain()
+                self._record(file for file in self._files if file.unsynced)
+            raise
+        finally:
+            self._join(threads)
+            for file in self._files:
+                file.close()
+        return not any(file.waiting for file in self._files)
+
+    def _join(self, threads: Sequence[threading.Thread]) -> None:
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def _collect(self, workers: int, stop_requested: Callable[[], bool]) -> None:
+        """Record what workers finish, until all of them have ended."""
+        unsynced_bytes = 0
+        while workers:
+            if stop_requested():
+                self.stop.set()
+            try:
+                result = self._results.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if isinstance(result, BaseException):
+                raise result
+            if result is None:
+                workers -= 1
+                continue
+            file, finished = result
+            unsynced_bytes += file.finished(finished)
+            if not file.waiting:
+                self._complete(file)
+            elif unsynced_bytes >= BATCH_BYTES:
+                self._record(file for file in self._files if file.unsynced)
+                unsynced_bytes = 0
+        self._record(file for file in self._files if file.unsynced)
+
+    def _drain(self) -> None:
+        while not self._results.empty():
+            result = self._results.get()
+            if isinstance(result, tuple):
+                result[0].finished(result[1])
+
+    def _record(self, files: Iterable[_File]) -> None:
+        for file in files:
+            file.sync()
+            self._recorder.tensors_done(file.layout, file.unsynced)
+            file.unsynced = []
+
+    def _complete(self, file: _File) -> None:
+        file.seal()
+        self._record([file])
+        self._recorder.file_done(file.layout)
+        if not self.settings.keep_cache:
+            diskio.drop_cached(file.open())
+        file.close()
+
+    def _work(self) -> None:
+        try:
+            worker = _Worker(self)
+            try:
+                while (job := self._next_job()) is not None:
+                    finished = worker.tensor(*job)
+                    if finished is None:
+                        break
+                    self._results.put((job[0], finished))
+            finally:
+                worker.leave()
+        except BaseException as error:
+            self.stop.set()
+            self._results.put(error)
+        finally:
+            self._results.put(None)
+
+    def _next_job(self) -> tuple[_File, Fill] | None:
+        with self._lock:
+            return None if self.stop.is_set() else next(self._jobs, None)
+
+    def advance(self, count: int, what: str) -> None:
+        """Tell of progress; from any worker."""
+        if self._progress is not None:
+            with self._lock:
+                self._progress.advance(count, what)
+
+
+class _File:
+    """One output file while it is being filled."""
+
+    def __init__(self, layout: FileLayout, path: Path, total: int) -> None:
+        self.layout = layout
+        self.path = path
+        self.waiting = {fill.name for fill in layout.fills}
+        self.unsynced: list[Finished] = []
+        self._bytes = {fill.name: fill.recipe.nbytes for fill in layout.fills}
+        self._crcs: dict[str, int] = {}
+        self._total = total
+        self._lock = threading.Lock()
+        self._fd: int | None = None
+
+    def open(self) -> int:
+        """The descriptor through which the file is created, sealed and synced."""
+        with self._lock:
+            if self._fd is None:
+                self._fd = self._create()
+            return self._fd
+
+    def _create(self) -> int:
+        existed = self.path.exists()
+        with self.errors(f"reserving {self.layout.size} bytes"):
+            fd = open_output(self.path)
+            try:
+                diskio.reserve(fd, self.layout.size)
+            except OSError:
+                os.close(fd)
+                if not existed:
+                    # A failed reservation keeps all the free space it found.
+                    self.path.unlink()
+                raise
+        self.write_segments(fd, self.layout.segments)
+        return fd
+
+    def write_segments(self, fd: int, segments: Iterable[Segment]) -> None:
+        for offset, data in segments:
+            with self.errors(f"writing {len(data)} bytes at {offset}"):
+                write_from(fd, memoryview(data), offset)
+
+    def finished(self, finished: Finished) -> int:
+        """Take note of a tensor; returns its bytes."""
+        self.waiting.discard(finished.name)
+        self.unsynced.append(finished)
+        if finished.crc32 is not None:
+            self._crcs[finished.name] = finished.crc32
+        return self._bytes[finished.name]
+
+    def seal(self) -> None:
+        """Write what depends on the tensors' checksums."""
+        if self.layout.seal is not None:
+            self.write_segments(self.open(), self.layout.seal(self._crcs))
+
+    def sync(self) -> None:
+        """Wait until everything written so far is on disk."""
+        fd = self.open()
+        with self.errors("syncing"):
+            diskio.sync_file(fd)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._fd is not None:
+                os.close(self._fd)
+                self._fd = None
+
+    @contextlib.contextmanager
+    def errors(self, doing: str) -> Iterator[None]:
+        """Turn the system's errors into ours."""
+        try:
+            yield
+        except OSError as error:
+            raise output_error(error, self.path, doing, self._total) from error
+
+
+def open_output(path: Path) -> int:
+    """A descriptor that writes into `path`, keeping what is in it."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+
+
+def output_error(error: OSError, path: Path, doing: str, total: int) -> HxaconvError:
+    """What went wrong while writing `path`, and what to do."""
+    hint = "Check the disk or the network file system."
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        try:
+            free = f"{diskio.free_bytes(path.parent)} are free now"
+        except OSError:
+            free = "how much is free is not known"
+        hint = f"The output needs {total} bytes in all; {free}. Make room, or choose another disk."
+    return HxaconvError(f"{path}: {doing} failed: {error.strerror or error}", hint=hint)
+
+
+class _Worker:
+    """One thread's buffers, and its view of the file it writes into."""
+
+    def __init__(self, filling: _Filling) -> None:
+        self._filling = filling
+        self._scratch = Scratch()
+        self._file: _File | None = None
+        self._fd = -1
+        self._behind = _WriteBehind(keep_cache=filling.settings.keep_cache)
+
+    def tensor(self, file: _File, fill: Fill) -> Finished | None:
+        """Make one tensor, or find it there already; None if it was stopped on the way."""
+        self._enter(file)
+        earlier = self._filling.recorded.get(fill.name)
+        if earlier is not None and self._is_there(fill, earlier):
+            self._filling.advance(fill.recipe.nbytes, fill.name)
+            return earlier
+        return self._write(file, fill)
+
+    def _enter(self, file: _File) -> None:
+        # A descriptor of its own: the calling thread closes its own one as soon as the file is complete.
+        if file is not self._file:
+            self.leave()
+            file.open()
+            with file.errors("opening"):
+                self._fd = open_output(file.path)
+            self._file = file
+
+    def leave(self) -> None:
+        """Finish with the current file."""
+        if self._file is not None:
+            self._behind.flush(self._fd)
+            os.close(self._fd)
+            self._file = None
+
+    def _write(self, file: _File, fill: Fill) -> Finished | None:
+        checks = _Checks(fill.recipe.dtype, self._filling.settings)
+        position, told = fill.offset, fill.offset
+        self._behind.sources = list(fill.recipe.make.sources())
+        for piece in fill.recipe.pieces(self._scratch):
+            if self._filling.stop.is_set():
+                return None
+            try:
+                write_from(self._fd, piece, position)
+            except OSError as error:
+                doing = f"writing {len(piece)} bytes at {position} ({fill.name})"
+                raise output_error(error, file.path, doing, self._filling.total) from error
+            checks.update(piece)
+            self._behind.wrote(self._fd, position, len(piece))
+            position += len(piece)
+            if position - told >= PROGRESS_BYTES:
+                self._filling.advance(position - told, fill.name)
+                told = position
+        self._filling.advance(position - told, fill.name)
+        return checks.finished(fill.name)
+
+    def _is_there(self, fill: Fill, earlier: Finished) -> bool:
+        checks = _Checks(fill.recipe.dtype, self._filling.settings, finite=False)
+        position, end = fill.offset, fill.offset + fill.recipe.nbytes
+        while position < end:
+            piece = self._scratch.read[: min(len(self._scratch.read), end - position)]
+            try:
+                got = read_into(self._fd, piece, position)
+            except OSError:
+                return False
+            if got == 0:
+                return False
+            checks.update(piece[:got])
+            position += got
+        return checks.agrees(earlier)
+
+
+class _Checks:
+    """Checksums and the count of values that are not finite, over the pieces of one tensor."""
+
+    def __init__(self, dtype: str, settings: FillSettings, *, finite: bool = True) -> None:
+        self._dtype = dtype if finite else None
+        self._crc = 0 if settings.crc32 else None
+        self._sha = hashlib.sha256() if settings.sha256 else None
+        self._nonfinite = 0
+
+    def update(self, piece: memoryview) -> None:
+        if self._crc is not None:
+            self._crc = zlib.crc32(piece, self._crc)
+        if self._sha is not None:
+            self._sha.update(piece)
+        if self._dtype is not None:
+            self._nonfinite += count_nonfinite(piece, self._dtype)
+
+    def finished(self, name: str) -> Finished:
+        sha = None if self._sha is None else self._sha.hexdigest()
+        return Finished(name, self._crc, sha, self._nonfinite)
+
+    def agrees(self, earlier: Finished) -> bool:
+        """Whether these bytes have the checksums that were recorded; without any there is no telling."""
+        now = self.finished(earlier.name)
+        if now.sha256 is None and now.crc32 is None:
+            return False
+        return (now.crc32, now.sha256) == (earlier.crc32, earlier.sha256)
+
+
+class _WriteBehind:
+    """Sends written ranges to disk a window at a time, and keeps big totals out of the page cache."""
+
+    def __init__(self, *, keep_cache: bool) -> None:
+        self._keep_cache = keep_cache
+        self._window: list[tuple[int, int]] = []
+        self._before: list[tuple[int, int]] = []
+        self._window_bytes = 0
+        self.sources: Sequence[SourceFile] = ()
+
+    def wrote(self, fd: int, offset: int, count: int) -> None:
+        if self._window and sum(self._window[-1]) == offset:
+            self._window[-1] = (self._window[-1][0], self._window[-1][1] + count)
+        else:
+            self._window.append((offset, count))
+        self._window_bytes += count
+        if self._window_bytes >= WINDOW_BYTES:
+            self.turn(fd)
+
+    def turn(self, fd: int) -> None:
+        """Start writing this window, wait for the one before and drop its pages."""
+        for offset, count in self._window:
+            diskio.start_writing_back(fd, offset, count)
+        if not self._keep_cache:
+            for offset, count in self._before:
+                diskio.wait_written_back(fd, offset, count)
+                diskio.drop_cached(fd, offset, count)
+            for source in self.sources:
+                diskio.drop_cached(source.open())
+        self._before, self._window, self._window_bytes = self._window, [], 0
+
+    def flush(self, fd: int) -> None:
+        """Let go of everything."""
+        self.turn(fd)
+        self.turn(fd)

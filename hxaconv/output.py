@@ -1,0 +1,173 @@
+"""From a student model to everything its output will hold: names, documents, provenance."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hxaconv.card import model_card
+from hxaconv.config import StudentConfig
+from hxaconv.errors import HxaconvError
+from hxaconv.model import Model
+from hxaconv.names import is_attention, stored_name
+from hxaconv.plan import Plan, with_origin
+from hxaconv.student_json import as_bytes, loadmodel_body, student_json
+from hxaconv.teacher import EMBEDDING, HEAD
+
+if TYPE_CHECKING:
+    from hxaconv.checkpoint import Checkpoint
+    from hxaconv.files import SourceFile
+    from hxaconv.writer import Output
+
+FORMATS = {"hf": "hf", "pth": "rwkv", "training": "training"}
+"""Output format -> dialect of its names."""
+
+CODE_FILES = ("configuration_hxa079.py", "modeling_hxa079.py")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a command wants written: the student, where, how, and the story of it."""
+
+    command: str
+    options: Mapping[str, Any]
+    """The command's own arguments, as JSON: recorded for --resume, published with bare names for paths."""
+    student: Model
+    target: Path
+    format: str
+    dtype: str
+    max_shard_bytes: int
+    sources: Mapping[str, Checkpoint]
+    """Role (teacher, source, ...) -> the checkpoint opened for it."""
+    base_model: str | None
+    purpose: str
+    everything: bool = True
+    """Whether a `training` output holds all tensors, or attention only."""
+    copy_code: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def version() -> str:
+    """The installed version of the package."""
+    try:
+        return metadata.version("hxaconv")
+    except metadata.PackageNotFoundError:  # used from a source tree that was never installed
+        return "0+unknown"
+
+
+def build_output(job: Job) -> Output:
+    """The output of a job, complete but for the bytes.
+
+    Raises:
+        HxaconvError: for a target that does not fit the format.
+    """
+    from hxaconv.writer import Output
+
+    folder = job.format == "hf"
+    if not folder and job.target.suffix not in (".pth", ".pt", ".bin"):
+        raise HxaconvError(f"{job.target}: a {job.format} output is one file", hint="Name it OUT.pth.")
+    if folder and job.target.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+        raise HxaconvError(f"{job.target}: an hf output is a folder", hint="Leave the suffix off, or use --format pth.")
+    config = job.student.student
+    document = student_json(config, job.student.raw, job.dtype)
+    return Output(
+        target=job.target,
+        container="safetensors" if folder else "pth",
+        tensors=stored_plan(job.student.plan, job.format, everything=job.everything),
+        max_shard_bytes=job.max_shard_bytes,
+        documents=_folder_documents(job, document) if folder else _sidecar(job, config, document),
+        copied_files=_companions(job) if folder else {},
+        provenance=_provenance(job),
+        command=job.command,
+        options=job.options,
+    )
+
+
+def stored_plan(plan: Plan, format: str, *, everything: bool = True) -> Plan:
+    """The plan under the names of its output format; a `.pth` always gets an explicit head."""
+    dialect = FORMATS[format]
+    if format == "training" and not everything:
+        plan = {name: recipe for name, recipe in plan.items() if is_attention(name)}
+    if format == "pth" and HEAD not in plan:
+        plan = plan | {HEAD: with_origin(plan[EMBEDDING], f"{plan[EMBEDDING].origin} (tied head written out)")}
+    return {stored_name(name, dialect): recipe for name, recipe in plan.items()}
+
+
+def _folder_documents(job: Job, document: Mapping[str, Any]) -> dict[str, bytes]:
+    code = resources.files("hxaconv") / "hf"
+    documents = {name: (code / name).read_bytes() for name in CODE_FILES}
+    documents["README.md"] = model_card(
+        job.student.student,
+        base_model=job.base_model,
+        purpose=job.purpose,
+        how=f"`{command_line(job)}` with hxaconv {version()}.",
+        raw=job.student.raw,
+    )
+    return documents | {"config.json": as_bytes(document)}
+
+
+def _sidecar(job: Job, config: StudentConfig, document: Mapping[str, Any]) -> dict[str, bytes]:
+    facts = {key: value for key, value in document.items() if key not in ("auto_map", "architectures")}
+    if job.format == "pth":
+        facts |= {"rwkv_infer_loadmodel": loadmodel_body(config, job.target.name)}
+    return {f"{job.target.stem}.json": as_bytes(facts)}
+
+
+def _companions(job: Job) -> dict[str, SourceFile]:
+    """Tokenizer and generation files of the sources, the first that has one wins; code only on request."""
+    found: dict[str, SourceFile] = {}
+    for checkpoint in job.sources.values():
+        for name, file in checkpoint.companions.items():
+            found.setdefault(name, file)
+        if job.copy_code:
+            for name, file in checkpoint.code_files.items():
+                if name not in CODE_FILES:
+                    found.setdefault(name, file)
+    return found
+
+
+def bare(value: Any) -> Any:
+    """An option as it may be published: local paths as bare names, Hub ids and numbers as they are."""
+    if isinstance(value, str) and (value.startswith((".", "/", "~")) or "\\" in value or value.count("/") > 1):
+        return Path(value).name
+    if isinstance(value, str) and "/" in value and Path(value.partition("@")[0]).exists():
+        return Path(value).name
+    return value
+
+
+def command_line(job: Job) -> str:
+    """The command as one could type it again, without local folders and with OUT for the target."""
+    words = ["hxaconv", job.command]
+    for key, value in job.options.items():
+        if key == "out":
+            words.append("OUT")
+        elif key in ("source", "teacher") and words[-1] == job.command:
+            words.append(str(bare(value)))
+        elif value is True:
+            words.append(f"--{key.replace('_', '-')}")
+        elif value not in (None, False):
+            words += [f"--{key.replace('_', '-')}", str(bare(value))]
+    return shlex.join(words)
+
+
+def _provenance(job: Job) -> dict[str, Any]:
+    config = job.student.student
+    return {
+        "hxaconv": version(),
+        "command_line": command_line(job),
+        "sources": {role: _source(checkpoint) for role, checkpoint in job.sources.items()},
+        "format": job.format,
+        "variant": "hxa079",
+        "gqa_layers": list(config.gqa_layers),
+        **job.extra,
+    }
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+    files = [{"name": f.name, "bytes": f.size, "header_sha256": f.header_digest} for f in checkpoint.files]
+    name = checkpoint.repo or Path(checkpoint.label).name
+    return {"name": name, "revision": checkpoint.revision, "files": files}

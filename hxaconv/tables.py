@@ -1,0 +1,133 @@
+"""Plans, outcomes and inspections as tables, and as the plain data that --json prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hxaconv.commands.common import Outcome
+from hxaconv.config import RANK_KEYS
+from hxaconv.console import human_bytes, human_count, strip_lines, table
+from hxaconv.inspection import part_of, parts
+from hxaconv.names import layer_kinds
+from hxaconv.plan import Plan, total_bytes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:
+    """An outcome as plain data; with `tensors`, every tensor's shape, dtype and origin."""
+    from hxaconv.writer import describe
+
+    job, student = outcome.job, outcome.job.student
+    data: dict[str, Any] = {
+        "command": job.command,
+        "target": str(job.target),
+        "format": job.format,
+        "dtype": job.dtype,
+        "layers": student.student.strip,
+        "gqa_layers": list(student.student.gqa_layers),
+        "ranks": {key: getattr(student.student.ranks, short) for short, key in RANK_KEYS.items()},
+        "tensors": len(outcome.output.tensors),
+        "bytes": total_bytes(outcome.output.tensors),
+        "files": [{"name": item.name, "bytes": item.size} for item in describe(outcome.output)],
+        "written": outcome.written is not None,
+        "published": outcome.written is not None and outcome.written.published,
+        "notes": outcome.notes,
+        "warnings": outcome.warnings,
+        "verification": outcome.verification,
+        "pushed_to": outcome.pushed_to,
+    }
+    if tensors:
+        data["plan"] = {
+            name: {"shape": list(r.shape), "dtype": r.dtype, "how": r.make.kind, "origin": r.origin}
+            for name, r in outcome.output.tensors.items()
+        }
+    return data
+
+
+def outcome_tables(outcome: Outcome) -> list[RenderableType]:
+    """The plan of an outcome for people: layers, parts, files."""
+    from hxaconv.writer import describe
+
+    config = outcome.job.student.student
+    files = describe(outcome.output)
+    ranks, weights = config.ranks, total_bytes(outcome.output.tensors)
+    sizes = f"decay {ranks.decay}, iclr {ranks.iclr}, value {ranks.value}, key {ranks.key}, gate {ranks.gate}"
+    return [
+        f"{outcome.job.command}: {outcome.job.target} ({outcome.job.format}, {outcome.job.dtype})",
+        *_strip_block(config.strip),
+        f"Low-rank sizes: {sizes}",
+        _parts_table(outcome.job.student.plan),
+        table("", ("file", "tensors", "bytes"), [(f.name, f.num_tensors, f"{f.size:,}") for f in files]),
+        f"{len(outcome.output.tensors)} tensors, {weights:,} bytes of weights ({human_bytes(weights)})",
+    ]
+
+
+def _strip_block(letters: str) -> list[str]:
+    return ["", "Layers (R = RWKV, G = GQA):", *strip_lines(letters), ""]
+
+
+def _parts_table(plan: Plan) -> RenderableType:
+    """Parts of the model by how their tensors come about."""
+    kinds = layer_kinds(plan)
+    how: dict[str, dict[str, int]] = {}
+    for name, recipe in plan.items():
+        counts = how.setdefault(part_of(name, kinds), {})
+        counts[recipe.make.kind] = counts.get(recipe.make.kind, 0) + 1
+    rows = [
+        (
+            part,
+            entry["tensors"],
+            human_count(entry["parameters"]),
+            human_bytes(entry["bytes"]),
+            ", ".join(f"{count} {kind}" for kind, count in sorted(how[part].items())),
+        )
+        for part, entry in parts(plan).items()
+    ]
+    return table("", ("part", "tensors", "parameters", "size", "made by"), rows)
+
+
+def inspection_tables(report: Mapping[str, Any]) -> list[RenderableType]:
+    """What `inspect` shows."""
+    rows = [
+        (part, entry["tensors"], human_count(entry["parameters"]), human_bytes(entry["bytes"]))
+        for part, entry in report["parts"].items()
+    ]
+    known = report["dimensions"]
+    settings = [(key, "not known" if value is None else value) for key, value in known.items()]
+    lines: list[RenderableType] = [
+        f"{report['path']}: {report['format']}, {report['dialect']} names, {report['variant']}",
+        f"{report['tensors']} tensors, {human_count(report['parameters'])} parameters,"
+        f" {report['bytes']:,} bytes ({human_bytes(report['bytes'])}), "
+        + ", ".join(f"{count} x {dtype}" for dtype, count in report["dtypes"].items()),
+        *_strip_block(report["layers"]),
+        table("", ("part", "tensors", "parameters", "size"), rows),
+        table("", ("setting", "value"), settings),
+    ]
+    memory = report["memory"]
+    if memory:
+        lines.append(
+            f"KV cache {memory['kv_cache_bytes_per_token']:,} bytes per token in bf16"
+            f" (teacher: {memory['teacher_kv_cache_bytes_per_token']:,}),"
+            f" recurrent state {human_bytes(memory['state_bytes_per_sequence'])} per sequence in float32"
+        )
+    if report["left_behind"]:
+        lines.append(f"Known and left behind: {len(report['left_behind'])} rotary buffers")
+    if report["problem"]:
+        lines += ["", f"Not known from the files: {report['problem']}"]
+    if "statistics" in report:
+        lines.append(_statistics_table(report["statistics"]))
+    return lines
+
+
+def _statistics_table(statistics: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4g}"
+
+    rows = [
+        (name, s["dtype"], number(s["min"]), number(s["mean"]), number(s["max"]), s["nan"], s["inf"])
+        for name, s in statistics.items()
+    ]
+    return table("", ("tensor", "dtype", "min", "mean", "max", "NaN", "Inf"), rows, right=2)
