@@ -58,8 +58,13 @@ class Repository:
 
     def open(self, name: str) -> SourceFile:
         """A file of the repository, in the cache already or downloaded when first read."""
-        cached = self.cached(name)
-        file = SourceFile(name, f"{self.label}/{name}", self.files[name].size, cached)
+        cached, size = self.cached(name), self.files[name].size
+        if cached is not None and cached.stat().st_size != size:
+            raise HxaconvError(
+                f"{cached} in the Hub's cache has {cached.stat().st_size} bytes, the Hub announces {size}",
+                hint="Delete that file and start again.",
+            )
+        file = SourceFile(name, f"{self.label}/{name}", size, cached)
         file.fetch = lambda: self._fetch_planned(file)
         return file
 
@@ -86,18 +91,18 @@ class Repository:
 
     def _range(self, file: SourceFile, start: int, count: int) -> bytes:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+        utils = _hub_utils()
         url = hf_hub_url(self.name, file.name, revision=self.commit)
-        headers = build_hf_headers() | {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
-        session: Any = get_session()
+        wanted = {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
+        headers, session = utils.build_hf_headers() | wanted, utils.get_session()
         with self._explained():
             if callable(getattr(session, "stream", None)):  # httpx, since huggingface_hub 1.0
                 request = session.stream("GET", url, headers=headers, timeout=TIMEOUT_SECONDS)
             else:
                 request = session.get(url, headers=headers, timeout=TIMEOUT_SECONDS, stream=True)
             with request as response:
-                hf_raise_for_status(response)
+                utils.hf_raise_for_status(response)
                 if response.status_code == 206:
                     data: bytes = response.read() if hasattr(response, "read") else response.content
                     if len(data) == count:
@@ -151,7 +156,6 @@ class Repository:
         """Bring the content of a large file into the cache, going on where an earlier attempt ended."""
         from huggingface_hub.constants import HF_HUB_CACHE
         from huggingface_hub.file_download import repo_folder_name
-        from huggingface_hub.utils import WeakFileLock
 
         expected = self.files[name]
         # The Hub serves files of more than 50 GB only in its own chunked way, which hf_hub_download knows.
@@ -160,7 +164,7 @@ class Repository:
         blobs = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type="model") / "blobs"
         blobs.mkdir(parents=True, exist_ok=True)
         blob, partial = blobs / expected.sha256, blobs / f"{expected.sha256}.incomplete"
-        with WeakFileLock(blobs / f"{expected.sha256}.lock"):
+        with _hub_utils().WeakFileLock(blobs / f"{expected.sha256}.lock"):
             if not blob.exists():
                 self._complete(partial, name, expected.size)
                 self._check_digest(partial, name, expected.sha256)
@@ -169,7 +173,6 @@ class Repository:
     def _complete(self, partial: Path, name: str, size: int) -> None:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
-        from huggingface_hub.utils import build_hf_headers
 
         with partial.open("ab") as raw:
             if raw.tell() > size:
@@ -183,7 +186,7 @@ class Repository:
                 )
             self._report(done, name)
             counted: Any = _Counted(raw, lambda n: self._report(n, name))
-            headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+            headers = _hub_utils().build_hf_headers() | {"Accept-Encoding": "identity"}
             url = hf_hub_url(self.name, name, revision=self.commit)
             http_get(url, counted, resume_size=done, headers=headers, expected_size=size)
 
@@ -311,16 +314,22 @@ def _download(files: list[SourceFile], repository: Repository, progress: Progres
 @contextlib.contextmanager
 def _bars_off() -> Iterator[None]:
     """No bars of huggingface_hub's own: ours is on the screen, or none is wanted."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if are_progress_bars_disabled():
+    utils = _hub_utils()
+    if utils.are_progress_bars_disabled():
         yield
         return
-    disable_progress_bars()
+    utils.disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        utils.enable_progress_bars()
+
+
+def _hub_utils() -> Any:
+    """huggingface_hub.utils, which exports its functions without saying so to type checkers."""
+    from huggingface_hub import utils
+
+    return utils
 
 
 def _network_errors() -> tuple[type[Exception], ...]:
@@ -364,8 +373,8 @@ def explain(error: Exception, repo: str, revision: str | None) -> HxaconvError:
             f"{repo} is not in the Hub's cache, and the Hub is not used (HF_HUB_OFFLINE)",
             hint=f"Unset HF_HUB_OFFLINE, or download it where there is network: hf download {repo}",
         )
-    if isinstance(error, OSError) and error.errno is not None and error.filename:
-        return HxaconvError(f"{error.filename}: {error.strerror}")
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        return HxaconvError(f"{error.filename or repo}: {error.strerror}")
     return HxaconvError(
         f"{repo}: no such path here, and the Hub cannot be reached ({type(error).__name__})",
         hint="Check the network (HTTPS_PROXY, HF_ENDPOINT); finished parts of a download are kept.",
