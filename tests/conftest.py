@@ -1,0 +1,35 @@
+"""Shared fixtures: golden cases, the small trained teacher, and the command line in-process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY_TEACHER = Path(__file__).parents[1] / "hxaconv" / "demo" / "teacher"
+
+
+@pytest.fixture
+def golden() -> Path:
+    """The folder of golden cases."""
+    return GOLDEN
+
+
+@pytest.fixture
+def tiny_teacher() -> Path:
+    """A six-layer byte-level teacher, really trained."""
+    return TINY_TEACHER
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run the command line in this process; returns its exit code."""
+    from hxaconv.cli import app, guarded
+
+    def call(*arguments: object) -> int:
+        monkeypatch.setattr("sys.argv", ["hxaconv", *map(str, arguments)])
+        return guarded(app)
+
+    return call

@@ -1,0 +1,89 @@
+"""The name table, read in every direction."""
+
+from __future__ import annotations
+
+import pytest
+
+from hxaconv.architecture import expected_tensors
+from hxaconv.config import Ranks, StudentConfig
+from hxaconv.errors import HxaconvError
+from hxaconv.names import TABLE, detect_dialect, layer_kinds, stored_name, template_of, to_canonical
+
+CONFIG = StudentConfig(
+    num_hidden_layers=4,
+    hidden_size=40,
+    intermediate_size=72,
+    vocab_size=97,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    tie_word_embeddings=False,
+    qk_norm=True,
+    attention_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    gqa_layers=(1, 3),
+    ranks=Ranks(decay=256, iclr=32, value=32, key=32, gate=256),
+)
+
+
+@pytest.mark.parametrize("dialect", ["hf", "rwkv", "training"])
+def test_every_tensor_goes_there_and_back(dialect: str) -> None:
+    canonical = list(expected_tensors(CONFIG))
+    stored = [stored_name(name, dialect) for name in canonical]
+    assert len(set(stored)) == len(stored)
+    assert detect_dialect(stored) == dialect
+    assert list(to_canonical(stored, dialect, "x").values()) == canonical
+
+
+def test_ln_r_depends_on_the_layer_kind() -> None:
+    names = [stored_name(name, "rwkv") for name in expected_tensors(CONFIG)]
+    back = to_canonical(names, "rwkv", "x")
+    assert back["blocks.0.att.ln_r.weight"] == "model.layers.0.self_attn.r_norm.weight"
+    assert back["blocks.1.att.ln_r.weight"] == "model.layers.1.self_attn.q_norm.weight"
+    assert layer_kinds(names) == {0: "rwkv", 1: "gqa", 2: "rwkv", 3: "gqa"}
+
+
+def test_older_training_names_are_read() -> None:
+    new = "model.model.layers.0.self_attn.student_attn.w0"
+    old = new.replace("student_attn", "time_mixer")
+    assert to_canonical([old], "training", "x") == {old: "model.layers.0.self_attn.w0"}
+
+
+def test_unknown_names_are_reported_together_with_the_nearest() -> None:
+    # The chain of replacements that users had turned the first of these into a name of its own.
+    names = ["model.layers.0.pre_feedforward_layernorm.weight", "model.layers.3.mlp.gate_projj.weight"]
+    with pytest.raises(HxaconvError) as caught:
+        to_canonical(names, "hf", "folder")
+    assert "2 tensor names are not known" in caught.value.message
+    assert all(name in caught.value.message for name in names)
+    assert "nearest: model.layers.3.mlp.gate_proj.weight" in caught.value.message
+
+
+def test_adapters_are_refused_by_name() -> None:
+    name = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    with pytest.raises(HxaconvError, match="adapter") as caught:
+        to_canonical([name], "hf", "folder")
+    assert name in caught.value.message
+    assert "Merge" in caught.value.hint
+
+
+def test_rotary_buffers_are_known_and_dropped() -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    assert to_canonical([name], "hf", "x") == {name: None}
+
+
+def test_two_names_for_one_tensor_are_refused() -> None:
+    names = ["model.model.layers.0.self_attn.student_attn.w0", "model.model.layers.0.self_attn.time_mixer.w0"]
+    with pytest.raises(HxaconvError, match="twice"):
+        to_canonical(names, "training", "x")
+
+
+def test_layer_numbers_with_leading_zeros_are_not_layers() -> None:
+    assert template_of("model.layers.07.mlp.up_proj.weight")[1] is None
+
+
+def test_the_table_has_no_row_twice() -> None:
+    assert len({row.hf for row in TABLE}) == len(TABLE)

@@ -1,0 +1,95 @@
+"""A student's config from tensors, config.json, sidecar, teacher, layer map and options: named, never guessed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hxaconv.checkpoint import open_checkpoint
+from hxaconv.dtypes import num_elements
+from hxaconv.errors import HxaconvError
+from hxaconv.plan import Recipe
+from hxaconv.student import Facts, other_variant, student_model
+from hxaconv.student_json import as_bytes, student_json
+from hxaconv.teacher import open_teacher
+
+FLAGS = {"rope_theta": 8e6, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+
+
+def test_a_pth_says_its_dimensions_and_asks_for_the_rest(golden: Path) -> None:
+    checkpoint = open_checkpoint(golden / "reka_tiny" / "student.pth")
+    with pytest.raises(HxaconvError) as caught:
+        student_model(checkpoint)
+    for flag in ("--rope-theta", "--rms-norm-eps", "--tie-word-embeddings"):
+        assert flag in str(caught.value)
+    config = student_model(checkpoint, flags=FLAGS).student
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 12)
+    assert config.gqa_layers == (2, 4)
+    assert config.intermediate_size == 80
+
+
+def test_a_teacher_or_a_layer_map_says_it(golden: Path) -> None:
+    checkpoint = open_checkpoint(golden / "qwen3_tiny" / "student.pth")
+    teacher = open_teacher(open_checkpoint(golden / "qwen3_tiny" / "teacher")).teacher
+    model = student_model(checkpoint, teacher=teacher)
+    assert model.config.rope_theta == 1e6
+    assert model.config.tie_word_embeddings
+    assert "lm_head.weight" not in model.plan
+    named = Facts("layer map x", {"rope_theta": 5e5, "rms_norm_eps": 1e-6, "tie_word_embeddings": True})
+    assert student_model(checkpoint, layer_map=named).config.rope_theta == 5e5
+
+
+def test_sources_that_contradict_are_an_error_unless_an_option_decides(golden: Path) -> None:
+    checkpoint = open_checkpoint(golden / "reka_tiny" / "student.pth")
+    teacher = open_teacher(open_checkpoint(golden / "reka_tiny" / "teacher")).teacher
+    wrong = Facts("layer map x", {"rope_theta": 1e6})
+    with pytest.raises(HxaconvError, match=r"8000000\.0 by the teacher, 1000000\.0 by layer map x"):
+        student_model(checkpoint, teacher=teacher, layer_map=wrong)
+    decided = student_model(checkpoint, flags={"rope_theta": 1e6}, teacher=teacher, layer_map=wrong)
+    assert decided.config.rope_theta == 1e6
+
+
+def test_a_head_that_is_not_the_embedding_cannot_be_tied(golden: Path) -> None:
+    checkpoint = open_checkpoint(golden / "reka_tiny" / "student.pth")
+    with pytest.raises(HxaconvError, match="differs"):
+        student_model(checkpoint, flags={**FLAGS, "tie_word_embeddings": True})
+
+
+def test_attention_alone_needs_a_teacher(golden: Path) -> None:
+    checkpoint = open_checkpoint(golden / "reka_tiny" / "trained_attention.pth")
+    with pytest.raises(HxaconvError, match="attention only"):
+        student_model(checkpoint, flags=FLAGS)
+
+
+def test_config_json_is_read_back(golden: Path, tmp_path: Path) -> None:
+    config = student_model(open_checkpoint(golden / "reka_tiny" / "student.pth"), flags=FLAGS).student
+    shutil.copy(golden / "reka_tiny" / "student_hf" / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_bytes(as_bytes(student_json(config, {}, "BF16")))
+    assert student_model(open_checkpoint(tmp_path)).config == config
+
+
+def test_a_config_that_lies_about_its_layers_is_caught(golden: Path, tmp_path: Path) -> None:
+    config = student_model(open_checkpoint(golden / "reka_tiny" / "student.pth"), flags=FLAGS).student
+    shutil.copy(golden / "reka_tiny" / "student_hf" / "model.safetensors", tmp_path)
+    raw = student_json(config, {}, "BF16") | {"transformer_layers": [1, 4]}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(HxaconvError, match="gqa_layers"):
+        student_model(open_checkpoint(tmp_path))
+
+
+def reshaped(recipe: Recipe, shape: tuple[int, ...]) -> Recipe:
+    assert num_elements(shape)
+    return Recipe(recipe.dtype, shape, recipe.make, recipe.origin)
+
+
+def test_other_variants_are_told_apart(golden: Path) -> None:
+    plan = open_checkpoint(golden / "reka_tiny" / "student.pth").plan
+    assert other_variant(plan) is None
+    without = {name: recipe for name, recipe in plan.items() if not name.endswith(".k0")}
+    assert "k0" in (other_variant(without) or "")
+    name = "model.layers.0.self_attn.v2"
+    wide = plan | {name: reshaped(plan[name], (32, 48))}
+    assert "v2 has width 48" in (other_variant(wide) or "")
