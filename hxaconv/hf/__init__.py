@@ -1,0 +1,1 @@
+"""Modelling code that travels with every Hugging Face folder: two files, torch and transformers only."""

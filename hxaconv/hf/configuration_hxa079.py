@@ -1,0 +1,162 @@
+"""Configuration of hxa079: RWKV-7 layers with RoPE, a few grouped-query attention (GQA) layers without.
+
+config.json serves several readers, so `to_dict` keeps `REQUIRED` at top level in every version of
+transformers (version 5 would move rope_theta into `rope_parameters`) and names the dtype both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+# What RWKV-Infer's loader of Hugging Face folders reads.
+REQUIRED = (
+    *("rwkv_architecture", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "rms_norm_eps", "rope_theta", "tie_word_embeddings"),
+)
+AUTO_MAP = {
+    "AutoConfig": "configuration_hxa079.Hxa079Config",
+    "AutoModel": "modeling_hxa079.Hxa079Model",
+    "AutoModelForCausalLM": "modeling_hxa079.Hxa079ForCausalLM",
+}
+
+
+class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
+    """Sizes, layer map and switches of an hxa079 model; names as in config.json.
+
+    Args:
+        transformer_layers: the layers that are GQA, the others are RWKV.
+        lora_rank_*: inner widths of the low-rank pairs in RWKV layers (nothing to do with LoRA adapters).
+        enable_qk_norm: RMSNorm over head_dim on r and k (RWKV) or q and k (GQA).
+        attention_bias: biases on q, k, v, in RWKV layers on receptance, key, value.
+        attention_out_bias: biases on o_proj, in RWKV layers on output.
+        has_layer_records: RWKV layers carry the 0-dim tensors layer_architecture and head_size_record.
+        use_fla_kernels: run long inputs on flash-linear-attention's kernel where it is installed, on a GPU,
+            in bfloat16 or float16.
+
+    Raises:
+        ValueError: for settings that the modelling code does not implement.
+    """
+
+    model_type = "hxa079"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own declaration)
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        hidden_size: int = 64,
+        intermediate_size: int = 128,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        transformer_layers: Sequence[int] = (),
+        rwkv_layers: Sequence[int] | None = None,
+        lora_rank_decay: int = 256,
+        lora_rank_iclr: int = 32,
+        lora_rank_value_residual_mix: int = 32,
+        lora_rank_key_residual_mix: int = 32,
+        lora_rank_gate: int = 256,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float | None = None,
+        rope_parameters: dict[str, Any] | None = None,
+        rope_scaling: dict[str, Any] | None = None,
+        enable_qk_norm: bool = False,
+        attention_bias: bool = False,
+        attention_out_bias: bool = False,
+        mlp_bias: bool = False,
+        has_layer_records: bool = True,
+        nope_in_transformer: bool = True,
+        nope_in_rwkv: bool = False,
+        hidden_act: str = "silu",
+        rwkv_architecture: str = "hxa079",
+        use_fla_kernels: bool = True,
+        initializer_range: float = 0.02,
+        max_position_embeddings: int = 32768,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.transformer_layers = sorted(transformer_layers)
+        self.rwkv_layers = [i for i in range(num_hidden_layers) if i not in self.transformer_layers]
+        self.lora_rank_decay = lora_rank_decay
+        self.lora_rank_iclr = lora_rank_iclr
+        self.lora_rank_value_residual_mix = lora_rank_value_residual_mix
+        self.lora_rank_key_residual_mix = lora_rank_key_residual_mix
+        self.lora_rank_gate = lora_rank_gate
+        self.rms_norm_eps = rms_norm_eps
+        rope = rope_parameters or rope_scaling or {}
+        self.rope_theta = rope_theta if rope_theta is not None else rope.get("rope_theta", 1e6)
+        self.enable_qk_norm = enable_qk_norm
+        self.attention_bias = attention_bias
+        self.attention_out_bias = attention_out_bias
+        self.mlp_bias = mlp_bias
+        self.has_layer_records = has_layer_records
+        self.nope_in_transformer = nope_in_transformer
+        self.nope_in_rwkv = nope_in_rwkv
+        self.hidden_act = hidden_act
+        self.rwkv_architecture = rwkv_architecture
+        self.use_fla_kernels = use_fla_kernels
+        self.initializer_range = initializer_range
+        self.max_position_embeddings = max_position_embeddings
+        self.use_cache = use_cache
+        self._refuse(rope, rwkv_layers)
+        # `torch_dtype` is understood by every version; two spellings at once only by some.
+        dtype = kwargs.pop("dtype", None)
+        kwargs["torch_dtype"] = kwargs.pop("torch_dtype", None) if dtype is None else dtype
+        # pipeline() of transformers 4.51 loads a tokenizer only if this names a class; tokenizer_config.json wins.
+        kwargs["tokenizer_class"] = kwargs.get("tokenizer_class") or "PreTrainedTokenizerFast"
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def _refuse(self, rope: dict[str, Any], rwkv_layers: Sequence[int] | None) -> None:
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        layers = range(self.num_hidden_layers)
+        fixed = {"rwkv_architecture": "hxa079", "hidden_act": "silu"}
+        fixed |= {"nope_in_transformer": True, "nope_in_rwkv": False}
+        for key, value in fixed.items():
+            if getattr(self, key) != value:
+                raise ValueError(f"config.json: {key} is {getattr(self, key)!r}, this code implements {value!r} only")
+        if kind != "default" or rope.get("rope_theta", self.rope_theta) != self.rope_theta:
+            raise ValueError(f"config.json: RoPE settings {rope} are not the default frequencies of {self.rope_theta=}")
+        if any(layer not in layers for layer in self.transformer_layers):
+            raise ValueError(f"config.json: transformer_layers {self.transformer_layers} outside 0..{len(layers) - 1}")
+        if rwkv_layers is not None and sorted(rwkv_layers) != self.rwkv_layers:
+            raise ValueError(f"config.json: rwkv_layers {rwkv_layers} and transformer_layers do not add up")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise ValueError(
+                f"config.json: {self.num_attention_heads=} must be a multiple of"
+                f" {self.num_key_value_heads=}, and {self.head_dim=} even"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in the spelling that all readers of config.json understand."""
+        content: dict[str, Any] = super().to_dict()
+        return self._for_every_reader(content)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes: never without the keys of `REQUIRED`."""
+        content: dict[str, Any] = super().to_diff_dict()
+        content |= {key: getattr(self, key) for key in REQUIRED}
+        return self._for_every_reader(content)
+
+    def _for_every_reader(self, content: dict[str, Any]) -> dict[str, Any]:
+        content["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
+        dtype = content.get("dtype", content.get("torch_dtype"))
+        if dtype is not None:
+            content["dtype"] = content["torch_dtype"] = str(dtype).removeprefix("torch.")
+        # After loading from the Hub the entries read "org/name--module.Class": they would not work offline.
+        auto_map = AUTO_MAP | (content.get("auto_map") or {})
+        content["auto_map"] = {key: value.rsplit("--", 1)[-1] for key, value in auto_map.items()}
+        return content
+
+
+Hxa079Config.register_for_auto_class()

@@ -1,0 +1,640 @@
+"""hxa079: RWKV-7 time mixing with RoPE in most layers, grouped-query attention without RoPE in a few.
+
+B batch, T tokens of this call, P tokens seen before (the cache), C hidden_size, H num_attention_heads,
+G num_key_value_heads, N head_dim, A = H*N, V vocab_size.
+
+    r, k, v         receptance, key, value of an RWKV layer: (B, T, H, N); k and v are (B, T, G, N) at first
+    v_first k_first v and k of the first RWKV layer (k after norm and RoPE): (B, T, G, N), mixed into later ones
+    log_decay       log of the decay per key channel, always in [-0.61, 0]: (B, T, H, N)
+    iclr            in-context learning rate, 0..1: (B, T, H, N)
+    S, state        (B, H, N_v, N_k), float32 or better, also when the model runs in bfloat16
+    token_mask      (B, P+T) bool, False where there is padding; None means no padding anywhere
+
+One RWKV head, from S = 0:   S = S * decay + (S @ a) b^T + v k^T,   y = S @ r,   with a = -kk, b = kk * iclr.
+A padded position leaves S as it is and does not count: RoPE positions start at the first real token of a row
+(with decays per channel RoPE is not relative, so positions matter). Keys of padding are masked in GQA layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
+
+from .configuration_hxa079 import Hxa079Config
+
+logger = logging.get_logger(__name__)
+CHUNK = 32
+SEGMENT = 2048  # tokens whose intermediate results are in memory at once; long prompts need several times more
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# --- the recurrence, three times: r, log_decay, k, v, a, b (B, T, H, N), state -> y (B, T, H, N_v), state ---
+
+
+def wkv_loop(
+    r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Token by token: decoding, and what the other forms are tested against."""
+    out, decay = [], log_decay.exp()
+    for t in range(r.shape[1]):
+        removed = (state @ a[:, t, :, :, None]) * b[:, t, :, None, :]
+        state = state * decay[:, t, :, None, :] + removed + v[:, t, :, :, None] * k[:, t, :, None, :]
+        out.append((state @ r[:, t, :, :, None]).squeeze(-1))
+    return torch.stack(out, dim=1), state
+
+
+def wkv_chunked(
+    r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """In chunks of L tokens: matrix products inside, one state per chunk. Never N x N per token.
+
+    With u_t = S_{t-1} a_t, every S_t is S_0 decayed plus sums of u_s b_s^T and v_s k_s^T decayed from s to t, so
+    that U (L, N_v) solves the unit lower triangular system (I - ab) U = a' S_0^T + ak V.
+    """
+    tokens = r.shape[1]
+    # Zeros after the end are harmless: log_decay 0 keeps the state, k = a = b = 0 adds nothing.
+    r, log_decay, k, v, a, b = (
+        F.pad(x, (0, 0, 0, 0, 0, -tokens % chunk)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
+        for x in (r, log_decay, k, v, a, b)
+    )  # (B, H, chunks, L, N)
+    log_since_start = log_decay.cumsum(-2)
+    log_before = log_since_start - log_decay
+    log_total = log_since_start[..., -1:, :]
+    # Decay from s to t is exp(g_t - c) * exp(c - g_s). log_decay > -0.61 and c in the middle bound both
+    # exponents by 0.31 * L: no overflow and little rounding up to L = 128.
+    middle = log_total / 2
+    r_, a_ = r * (log_since_start - middle).exp(), a * (log_before - middle).exp()
+    k_, b_ = k * (middle - log_since_start).exp(), b * (middle - log_since_start).exp()
+    ab, ak = (a_ @ b_.mT).tril(-1), (a_ @ k_.mT).tril(-1)
+    rb, rk = (r_ @ b_.mT).tril(), (r_ @ k_.mT).tril()
+    # u = u_state S_0^T + u_chunk and y = y_state S_0^T + y_chunk: all but S_0 is known for all chunks at once.
+    a_state = a * log_before.exp()
+    solved = torch.linalg.solve_triangular(-ab, torch.cat([a_state, ak @ v], dim=-1), upper=False, unitriangular=True)
+    u_state, u_chunk = solved.split(r.shape[-1], dim=-1)
+    y_state, y_chunk = r * log_since_start.exp() + rb @ u_state, rb @ u_chunk + rk @ v
+    to_end, decay = (log_total - log_since_start).exp(), log_total.exp()
+    k_end, b_end = k * to_end, b * to_end
+    out = []
+    for c in range(r.shape[2]):
+        out.append(y_state[:, :, c] @ state.mT + y_chunk[:, :, c])
+        u = u_state[:, :, c] @ state.mT + u_chunk[:, :, c]
+        state = state * decay[:, :, c] + u.mT @ b_end[:, :, c] + v[:, :, c].mT @ k_end[:, :, c]
+    return torch.cat(out, dim=2).transpose(1, 2)[:, :tokens], state
+
+
+@functools.cache
+def fla_kernel() -> Callable[..., Any] | None:
+    """`chunk_rwkv7` of flash-linear-attention, or None where it is absent, broken, or of the old calling convention."""
+    if importlib.util.find_spec("fla") is None:
+        return None
+    try:
+        kernel: Callable[..., Any] = importlib.import_module("fla.ops.rwkv7").chunk_rwkv7
+    except (ImportError, AttributeError, RuntimeError) as error:
+        logger.warning_once(f"flash-linear-attention is installed but unusable, using plain torch: {error}")
+        return None
+    known = list(inspect.signature(kernel).parameters)[:6] == ["r", "w", "k", "v", "a", "b"]
+    return kernel if known else None
+
+
+def wkv_fla(
+    r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """By the kernel: its `w` is the log of the decay (negative), its state is [k, v], its tensors are `dtype`."""
+    kernel = fla_kernel()
+    assert kernel is not None
+    r, k, v, a, b = (x.to(dtype).contiguous() for x in (r, k, v, a, b))
+    initial = state.mT.contiguous()
+    y, final = kernel(r=r, w=log_decay, k=k, v=v, a=a, b=b, scale=1.0, initial_state=initial, output_final_state=True)
+    return y.to(state.dtype), final.to(state.dtype).mT
+
+
+def wkv(*tensors: Tensor, dtype: torch.dtype, use_fla: bool) -> tuple[Tensor, Tensor]:
+    """The recurrence in the form that suits the length and the machine; `dtype` is what the layer computes in."""
+    # Autocast would run the products in bfloat16; the state does not bear that.
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        if tensors[0].shape[1] == 1:
+            return wkv_loop(*tensors)
+        half = dtype in (torch.bfloat16, torch.float16)
+        if use_fla and half and tensors[0].is_cuda and fla_kernel() is not None:
+            return wkv_fla(*tensors, dtype=dtype)
+        out, state = [], tensors[6]
+        for piece in zip(*(x.split(SEGMENT, dim=1) for x in tensors[:6]), strict=True):
+            y, state = wkv_chunked(*piece, state)
+            out.append(y)
+        return torch.cat(out, dim=1), state
+
+
+# --- cache ---
+
+
+class Hxa079Cache(Cache):  # type: ignore[misc]
+    """What a sequence leaves behind: a state per RWKV layer, keys and values per GQA layer, where padding was.
+
+    A subclass because `generate` asks for one; nothing of the base class is used, its layout changes by version.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self) -> None:
+        self.layers: list[Any] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the empty sequence."""
+        self.states: dict[int, Tensor] = {}
+        self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
+        self.token_mask: Tensor | None = None
+        self.length = 0
+
+    def __len__(self) -> int:
+        return len(self.states) + len(self.keys_values)
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """P: tokens seen, padding included."""
+        return self.length
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """There is no maximum."""
+        return -1
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append key and value (B, G, T, N) of a GQA layer; all of them so far, (B, G, P+T, N)."""
+        if layer in self.keys_values:
+            old_key, old_value = self.keys_values[layer]
+            key, value = torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
+        self.keys_values[layer] = (key, value)
+        return key, value
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.states = {layer: change(state) for layer, state in self.states.items()}
+        self.keys_values = {layer: (change(key), change(value)) for layer, (key, value) in self.keys_values.items()}
+        self.token_mask = None if self.token_mask is None else change(self.token_mask)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch, in this order."""
+        self._map_rows(lambda x: x.index_select(0, indices.to(x.device)))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i continues what was row beam_idx[i]."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, to continue one prompt in several ways."""
+        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def crop(self, *args: Any) -> None:
+        """A recurrent state cannot be cut back to fewer tokens: copy.deepcopy the cache before going on."""
+        raise NotImplementedError(str(Hxa079Cache.crop.__doc__))
+
+
+# --- layers ---
+
+
+class Hxa079RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in float32 as Llama does."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = wide(x)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_angles(positions: Tensor, config: Hxa079Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, (B, T, 1, N): default frequencies, both halves alike. Computed on the fly, so nothing to store."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype) / config.head_dim
+    angles = positions[..., None].to(dtype) * (1.0 / config.rope_theta**exponents)
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE in the rotate-half layout, x (B, T, heads, N)."""
+    low, high = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-high, low], dim=-1) * sin).to(x.dtype)
+
+
+class Hxa079TimeMix(nn.Module):
+    """The mixer of an RWKV layer. No token shift, no group norm."""
+
+    def __init__(self, config: Hxa079Config, layer: int) -> None:
+        super().__init__()
+        size, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.layer, self.heads, self.groups, self.head_dim = layer, heads, groups, config.head_dim
+        self.use_fla = config.use_fla_kernels
+        width, narrow = heads * self.head_dim, groups * self.head_dim
+        if config.has_layer_records:
+            # Written by the published trainer, read by nobody; kept so that no tensor is lost.
+            self.register_buffer("layer_architecture", torch.tensor(78.0))
+            self.register_buffer("head_size_record", torch.tensor(float(self.head_dim)))
+        ranks = {
+            "w": (config.lora_rank_decay, width),
+            "a": (config.lora_rank_iclr, width),
+            "v": (config.lora_rank_value_residual_mix, narrow),
+            "k": (config.lora_rank_key_residual_mix, narrow),
+        }
+        for letter, (rank, out) in ranks.items():
+            setattr(self, f"{letter}1", nn.Parameter(torch.zeros(size, rank)))
+            setattr(self, f"{letter}2", nn.Parameter(torch.zeros(rank, out)))
+            setattr(self, f"{letter}0", nn.Parameter(torch.zeros(1, 1, out)))
+        self.r_k = nn.Parameter(torch.zeros(heads, self.head_dim))
+        self.g1 = nn.Parameter(torch.zeros(size, config.lora_rank_gate))
+        self.g2 = nn.Parameter(torch.zeros(config.lora_rank_gate, width))
+        self.receptance = nn.Linear(size, width, bias=config.attention_bias)
+        self.key = nn.Linear(size, narrow, bias=config.attention_bias)
+        self.value = nn.Linear(size, narrow, bias=config.attention_bias)
+        self.output = nn.Linear(width, size, bias=config.attention_out_bias)
+        norm = Hxa079RMSNorm if config.enable_qk_norm else lambda *_: nn.Identity()
+        self.r_norm, self.k_norm = (norm(self.head_dim, config.rms_norm_eps) for _ in "rk")
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        v_first: Tensor | None,
+        k_first: Tensor | None,
+        new_mask: Tensor | None,
+        cache: Hxa079Cache | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed x (B, T, C) -> (B, T, C), v_first, k_first; `new_mask` is token_mask of this call, (B, T)."""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        r = rotate(self.r_norm(self.receptance(x).view(shape)), cos, sin)
+        k = rotate(self.k_norm(self.key(x).view(shape)), cos, sin)
+        v = self.value(x).view(shape)
+        if v_first is None or k_first is None:
+            v_first, k_first = v, k  # the first RWKV layer has v0..v2 and k0..k2 as well, and no use for them
+        else:
+            v = v + (v_first - v) * torch.sigmoid(self.v0 + (x @ self.v1) @ self.v2).view(shape)
+            k = k + (k_first - k) * torch.sigmoid(self.k0 + (x @ self.k1) @ self.k2).view(shape)
+        dtype = r.dtype
+        r, k, v = (wide(y) for y in (r, k, v))
+        k, v = (y.repeat_interleave(self.heads // self.groups, dim=2) for y in (k, v))
+        # Sums and what follows in float32: bfloat16 would round a w0 of -6 to steps of 0.03.
+        log_neg_log_decay = wide(self.w0) + wide(torch.tanh(x @ self.w1) @ self.w2)
+        log_neg_log_decay = -F.softplus(-log_neg_log_decay.view(shape)) - 0.5
+        iclr = torch.sigmoid(wide(self.a0) + wide((x @ self.a1) @ self.a2)).view(shape)
+        gate = torch.sigmoid(x @ self.g1) @ self.g2
+        kk = F.normalize(k, dim=-1, eps=1e-12)
+        k = k * (1 - log_neg_log_decay + iclr)  # the log-log value, not the decay
+        log_decay = -log_neg_log_decay.exp()
+        if new_mask is not None:
+            keep = new_mask[:, :, None, None]
+            k, kk, log_decay = k * keep, kk * keep, log_decay * keep
+        state = None if cache is None else cache.states.get(self.layer)
+        if state is None:
+            state = r.new_zeros(x.shape[0], self.heads, self.head_dim, self.head_dim)
+        y, state = wkv(r, log_decay, k, v, -kk, kk * iclr, state, dtype=dtype, use_fla=self.use_fla)
+        if cache is not None:
+            cache.states[self.layer] = state
+        # N**-0.5 before the bonus of the current token, not after; k is the scaled one.
+        y = y * self.head_dim**-0.5 + (r * k * self.r_k).sum(-1, keepdim=True) * v
+        return self.output(y.flatten(2).to(gate.dtype) * gate), v_first, k_first
+
+
+class Hxa079Attention(nn.Module):
+    """The mixer of a GQA layer: causal softmax attention without position embeddings."""
+
+    def __init__(self, config: Hxa079Config, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.repeats = config.num_attention_heads // config.num_key_value_heads
+        width, narrow = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_out_bias)
+        norm = Hxa079RMSNorm if config.enable_qk_norm else lambda *_: nn.Identity()
+        self.q_norm, self.k_norm = (norm(self.head_dim, config.rms_norm_eps) for _ in "qk")
+
+    def forward(self, x: Tensor, visible: Tensor | None, cache: Hxa079Cache | None) -> Tensor:
+        """Normed x (B, T, C) -> (B, T, C). `visible` (B or 1, 1, T, P+T) bool; None: causal, or all for one token."""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        v = self.v_proj(x).view(shape).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        if x.shape[1] == 1:
+            # The queries of a group stand in for tokens: no copies of a long cache.
+            y = F.scaled_dot_product_attention(q.unflatten(1, (-1, self.repeats)).squeeze(3), k, v, attn_mask=visible)
+            return self.o_proj(y.reshape(*x.shape[:2], -1))
+        k, v = (y.repeat_interleave(self.repeats, dim=1) for y in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class Hxa079MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: Hxa079Config) -> None:
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(size, inner, bias=bias)
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Hxa079DecoderLayer(nn.Module):
+    """Pre-norm block: mixer, then MLP."""
+
+    def __init__(self, config: Hxa079Config, layer: int) -> None:
+        super().__init__()
+        mixer = Hxa079Attention if layer in config.transformer_layers else Hxa079TimeMix
+        self.self_attn = mixer(config, layer)
+        self.mlp = Hxa079MLP(config)
+        self.input_layernorm = Hxa079RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Hxa079RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    # Flat tensors in and out: checkpointing (use_reentrant=True) loses the gradients of nested ones.
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        v_first: Tensor | None,
+        k_first: Tensor | None,
+        new_mask: Tensor | None,
+        visible: Tensor | None,
+        past_key_values: Hxa079Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        normed = self.input_layernorm(x)
+        if isinstance(self.self_attn, Hxa079Attention):
+            mixed = self.self_attn(normed, visible, past_key_values)
+        else:
+            mixed, v_first, k_first = self.self_attn(normed, cos, sin, v_first, k_first, new_mask, past_key_values)
+        x = x + mixed
+        return x + self.mlp(self.post_attention_layernorm(x)), v_first, k_first
+
+
+# --- models ---
+
+
+class Hxa079PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """What transformers has to know about hxa079."""
+
+    config_class = Hxa079Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Hxa079DecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_cache_class = True
+    _supports_sdpa = True
+    _is_stateful = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Plain random values, for tests; a useful model starts from a teacher."""
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        constants = {"w0": -3.0, "v0": 0.73, "k0": 0.73, "r_k": -0.04, "layer_architecture": 78.0}
+        for name, tensor in own:
+            if getattr(tensor, "_is_hf_initialized", False):
+                continue
+            if name == "head_size_record":
+                nn.init.constant_(tensor, float(self.config.head_dim))
+            elif name in constants:
+                nn.init.constant_(tensor, constants[name])
+            elif isinstance(module, Hxa079RMSNorm):
+                nn.init.ones_(tensor)
+            elif name in ("a0", "bias"):
+                nn.init.zeros_(tensor)
+            else:
+                nn.init.normal_(tensor, std=self.config.initializer_range)
+
+
+class Hxa079Model(Hxa079PreTrainedModel):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: Hxa079Config) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Hxa079DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = Hxa079RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Hxa079Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """`attention_mask` (B, P+T), or (B, T) for the new tokens alone; without it the cache's padding holds.
+
+        Hidden states are the embedding, then what leaves each layer, the last one after the final norm.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if output_attentions:
+            raise ValueError("output_attentions: RWKV layers have no attention maps")
+        if past_key_values is not None and not isinstance(past_key_values, Hxa079Cache):
+            raise TypeError(f"past_key_values is a {type(past_key_values).__name__}, expected this model's Hxa079Cache")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        checkpointing = self.gradient_checkpointing and self.training
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        cache = past_key_values
+        if cache is None and use_cache and not checkpointing:
+            cache = Hxa079Cache()
+        seen = 0 if cache is None else cache.length
+        mask = self._token_mask(attention_mask, cache, x)
+        if position_ids is None:
+            position_ids = self._positions(mask, seen, x)
+        cos, sin = rope_angles(position_ids, self.config, wide(x[:, :0]).dtype)
+        visible = self._visible(mask, seen, x)
+        new_mask = None if mask is None else mask[:, seen:]
+
+        want_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden, v_first, k_first = [x], None, None
+        for layer in self.layers:
+            inputs = (x, cos, sin, v_first, k_first, new_mask, visible)
+            if checkpointing and cache is None:
+                x, v_first, k_first = self._gradient_checkpointing_func(layer.__call__, *inputs)
+            else:
+                x, v_first, k_first = layer(*inputs, past_key_values=cache)
+            if want_hidden:
+                hidden.append(x)
+        x = hidden[-1] = self.norm(x)
+        if cache is not None:
+            cache.length, cache.token_mask = seen + x.shape[1], mask
+        result = BaseModelOutputWithPast(
+            last_hidden_state=x, past_key_values=cache, hidden_states=tuple(hidden) if want_hidden else None
+        )
+        return result if _as_dict(return_dict, self.config) else result.to_tuple()
+
+    @staticmethod
+    def _token_mask(attention_mask: Tensor | None, cache: Hxa079Cache | None, x: Tensor) -> Tensor | None:
+        rows, tokens = x.shape[:2]
+        seen, past = (0, None) if cache is None else (cache.length, cache.token_mask)
+        if attention_mask is None:
+            if past is None:
+                return None
+            attention_mask = past.new_ones(rows, tokens)
+        if attention_mask.dim() != 2 or attention_mask.shape[1] not in (tokens, seen + tokens):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, expected"
+                f" ({rows}, {seen + tokens}): {seen} tokens in the cache and {tokens} new ones"
+            )
+        mask = attention_mask.to(x.device) != 0
+        if mask.shape[1] < seen + tokens:
+            past = mask.new_ones(rows, seen) if past is None else past.to(x.device)
+            mask = torch.cat([past, mask], dim=1)
+        return None if mask.all() else mask
+
+    @staticmethod
+    def _positions(mask: Tensor | None, seen: int, x: Tensor) -> Tensor:
+        if mask is None:
+            return torch.arange(seen, seen + x.shape[1], device=x.device)[None]
+        return (mask.cumsum(-1) - 1).clamp(min=0)[:, seen:]
+
+    @staticmethod
+    def _visible(mask: Tensor | None, seen: int, x: Tensor) -> Tensor | None:
+        if mask is None and (seen == 0 or x.shape[1] == 1):
+            return None
+        ones = torch.ones(x.shape[1], seen + x.shape[1], dtype=torch.bool, device=x.device)
+        causal = ones.tril(seen)
+        if mask is None:
+            return causal[None, None]
+        # Padding sees itself: a row that sees nothing would be NaN.
+        itself = causal ^ ones.tril(seen - 1)
+        return (causal & mask[:, None, None, :]) | itself
+
+
+class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """The model with its language head."""
+
+    # A mapping for transformers 5; version 4 goes through its keys.
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: Hxa079Config) -> None:
+        super().__init__(config)
+        self.model = Hxa079Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Hxa079Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        token_type_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits (B, T, V), or of the last `logits_to_keep` tokens; the loss where there are `labels`, shifted here.
+
+        `token_type_ids` is ignored: many tokenizers return it, and `generate` refuses what is not named.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=kwargs.get("output_attentions"),
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            counted = {key: kwargs[key] for key in ("num_items_in_batch",) if key in kwargs}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **counted)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return result if _as_dict(return_dict, self.config) else result.to_tuple()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = Hxa079Cache()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Hxa079Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What the cache has not seen; `attention_mask` spans everything, past and new, in all versions."""
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        prompt = 0 if inputs_embeds is None else inputs_embeds.shape[1]
+        total = max(input_ids.shape[1], prompt) if attention_mask is None else attention_mask.shape[1]
+        if total <= seen:
+            raise ValueError(
+                f"past_key_values holds {seen} tokens, the input has {total}: nothing is left to compute."
+                " Pass the whole sequence, cached tokens first, and its attention_mask"
+            )
+        if inputs_embeds is None or seen >= prompt:
+            inputs = {"input_ids": input_ids[:, seen - total :]}
+        else:
+            new = self.get_input_embeddings()(input_ids[:, prompt - total :] if total > prompt else input_ids[:, :0])
+            inputs = {"inputs_embeds": torch.cat([inputs_embeds[:, seen:], new.to(inputs_embeds.dtype)], dim=1)}
+        # position_ids follow from the mask in forward; what `generate` puts there overlooks padding in some versions.
+        unused = ("cache_position", "next_sequence_length", "is_first_iteration", "labels", "token_type_ids")
+        passed_on = {key: value for key, value in kwargs.items() if key not in unused}
+        return inputs | {"past_key_values": past_key_values, "attention_mask": attention_mask} | passed_on
+
+
+def _as_dict(return_dict: bool | None, config: Hxa079Config) -> bool:
+    return bool(config.return_dict if return_dict is None else return_dict)
+
+
+Hxa079Model.register_for_auto_class("AutoModel")
+Hxa079ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
