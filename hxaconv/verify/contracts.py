@@ -1,0 +1,234 @@
+"""What each transformation promises, checked on what it wrote, without asking the code that wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hxaconv.arithmetic import tensor, torch_dtype
+from hxaconv.errors import MAX_LISTED
+from hxaconv.model import Model
+from hxaconv.names import is_attention, layer_index
+from hxaconv.plan import Plan, Recipe
+from hxaconv.verify.compare import compare_models
+from hxaconv.verify.expectations import Thresholds
+from hxaconv.verify.probe import probe_tokens
+from hxaconv.verify.report import Report, TensorResult
+from hxaconv.verify.runner import HEAD
+from hxaconv.verify.single import finite_on_disk
+from hxaconv.verify.tensors import element_pairs, with_head
+
+if TYPE_CHECKING:
+    from hxaconv.console import Progress
+
+SCALED = {"receptance": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+COPIED = {"r_norm": "q_norm", "k_norm": "k_norm"}
+CONSTANT = {"v0": 0.73, "k0": 0.73, "r_k": -0.04} | dict.fromkeys(("w1", "a1", "v1", "k1", "g1"), 0.0)
+
+SAME_ATTENTION = 1e-5
+"""Relative error of two float32 attentions with the same weights that sum in another order."""
+CAST_ATTENTION = 3e-2
+"""The same where the weights were rounded to another dtype, bf16 at worst."""
+PADDED = Thresholds(layer=1e-5, kl=1e-9)
+"""Zeros that are added change the order of summation, nothing else."""
+
+
+def check_initialised(
+    teacher: Model,
+    student: Model,
+    *,
+    factors: Mapping[str, float],
+    ids: Tensor | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Report:
+    """Check a freshly initialised student, whole or attention only, against its teacher.
+
+    Copied tensors have equal bits (or are the teacher's, rounded once), projections of RWKV layers are factor times
+    the teacher's, each GQA layer fed the teacher's hidden states equals its attention with all positions 0, the
+    logits are finite, and KL divergences are reported. `factors`: receptance, key, value, output.
+    """
+    whole = completed(student, teacher)
+    if ids is None:
+        ids = probe_tokens(min(teacher.config.vocab_size, student.config.vocab_size))
+    report = compare_models(whole, teacher, ids=ids, dtype=dtype, device=device, progress=progress)
+    _check_copies(report, whole, teacher)
+    _check_rwkv_layers(report, student, teacher.plan, factors)
+    _check_gqa_layers(report)
+    return report
+
+
+def completed(model: Model, base: Model) -> Model:
+    """A model of which only the attention is stored, with all else taken from `base`; others as they are."""
+    if any(not is_attention(name) for name in model.plan):
+        return model
+    rest: Plan = {name: recipe for name, recipe in with_head(base).items() if not is_attention(name)}
+    if model.config.tie_word_embeddings:
+        rest.pop(HEAD, None)
+    return replace(model, plan=rest | model.plan)
+
+
+def _check_copies(report: Report, student: Model, teacher: Model) -> None:
+    """Every tensor that both have: the same bits, or a cast of them."""
+    plans = with_head(student), with_head(teacher)
+    shared = [
+        result
+        for result in report.tensors
+        if not result.status.startswith("only in") and not _rwkv(student, result.name)
+    ]
+    wrong = [result.name for result in shared if not _is_copy(result, *plans)]
+    text = f"{len(shared)} tensors are the teacher's" + (
+        "" if _same_dtypes(shared) else ", rounded to the output's dtype"
+    )
+    report.check("copied tensors", not wrong, _found(wrong, "differ from the teacher's") or text)
+    lacking = [name for name in plans[1] if name not in plans[0] and not _rwkv(student, name)]
+    report.check(
+        "nothing lost", not lacking, _found(lacking, "are missing") or "every tensor outside RWKV layers is there"
+    )
+
+
+def _rwkv(student: Model, name: str) -> bool:
+    layer = layer_index(name)
+    return layer is not None and is_attention(name) and student.student.layer_kind(layer) == "rwkv"
+
+
+def _same_dtypes(results: list[TensorResult]) -> bool:
+    return all(result.status == "equal" for result in results)
+
+
+def _is_copy(result: TensorResult, made: Plan, origin: Plan) -> bool:
+    if result.status == "equal":
+        return True
+    a, b = made[result.name], origin[result.name]
+    return a.dtype != b.dtype and a.shape == b.shape and is_scaled(a, b, 1.0)
+
+
+def is_scaled(made: Recipe, origin: Recipe, factor: float) -> bool:
+    """Whether `made` is, bit for bit, factor * origin: multiplied in float32, rounded once to its dtype."""
+    if made.shape != origin.shape:
+        return False
+    wide = torch.float64 if origin.dtype == "F64" else torch.float32
+    for found, source in element_pairs(made, origin):
+        expected = source if factor == 1.0 else source.to(wide) * factor
+        if not torch.equal(found.view(torch.uint8), expected.to(torch_dtype(made.dtype)).view(torch.uint8)):
+            return False
+    return True
+
+
+def _check_rwkv_layers(report: Report, student: Model, teacher: Plan, factors: Mapping[str, float]) -> None:
+    """Projections, norms and initial values of every RWKV layer."""
+    wrong: dict[str, list[str]] = {"scaled projections": [], "initial values": []}
+    counts = dict.fromkeys(wrong, 0)
+    for name, recipe in student.plan.items():
+        if not _rwkv(student, name):
+            continue
+        kind, kept = _keeps_promise(name, recipe, teacher, factors)
+        counts[kind] += 1
+        if not kept:
+            wrong[kind].append(name)
+    shown = ", ".join(f"{name} x {factor:g}" for name, factor in factors.items())
+    good = {"scaled projections": f"the teacher's, {shown}", "initial values": "constants as published, all finite"}
+    for kind, names in wrong.items():
+        text = f"{counts[kind]} tensors: {good[kind]}"
+        report.check(kind, not names, _found(names, "are not what they should be") or text)
+
+
+def _keeps_promise(name: str, recipe: Recipe, teacher: Plan, factors: Mapping[str, float]) -> tuple[str, bool]:
+    """(kind of promise, whether the tensor of an RWKV layer keeps it)."""
+    prefix, _, rest = name.partition(".self_attn.")
+    part = rest.partition(".")[0]
+    if part in SCALED | COPIED:
+        origin = teacher.get(f"{prefix}.self_attn.{rest.replace(part, (SCALED | COPIED)[part], 1)}")
+        return "scaled projections", origin is not None and is_scaled(recipe, origin, factors.get(part, 1.0))
+    if part in CONSTANT:
+        return "initial values", _is_constant(recipe, CONSTANT[part])
+    return "initial values", finite_on_disk(recipe)
+
+
+def _is_constant(recipe: Recipe, value: float) -> bool:
+    found = tensor(recipe)
+    return bool((found == torch.tensor(value, dtype=found.dtype)).all())
+
+
+def _check_gqa_layers(report: Report) -> None:
+    layers = [result for result in report.layers if result.nope_error is not None]
+    if not layers:
+        return
+    cast = any(
+        result.status != "equal"
+        for result in report.tensors
+        if ".q_proj." in result.name and "only" not in result.status
+    )
+    limit = CAST_ATTENTION if cast else SAME_ATTENTION
+    wrong = [f"layer {r.layer} ({r.nope_error:.3g})" for r in layers if not (r.nope_error or 0.0) <= limit]
+    worst = max(result.nope_error or 0.0 for result in layers)
+    text = f"{len(layers)} layers equal the teacher's attention with every position 0, relative error {worst:.2g}"
+    report.check("GQA layers", not wrong, _found(wrong, "are not the teacher's attention without RoPE") or text)
+
+
+def _found(names: list[str], what: str) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return f"{len(names)} {what}: {', '.join(names[:MAX_LISTED])}{more}" if names else ""
+
+
+def check_converted(
+    source: Model,
+    output: Model,
+    *,
+    ids: Tensor | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Report:
+    """Check that a conversion kept the model: identical tensors and logits.
+
+    Where the dtype was changed each tensor has to be the source's, rounded once, and the logits close; where the MLP
+    was padded the new rows and columns have to be zero, and the logits the same but for rounding.
+    """
+    whole = completed(output, source)
+    if ids is None and any(not is_attention(name) for name in source.plan):
+        ids = probe_tokens(min(source.config.vocab_size, output.config.vocab_size))
+    cast = any(recipe.dtype != output.plan[name].dtype for name, recipe in source.plan.items() if name in output.plan)
+    padded = output.config.intermediate_size > source.config.intermediate_size
+    expect = "close" if cast or padded else "identical"
+    report = compare_models(
+        whole,
+        source,
+        ids=ids,
+        expect=expect,
+        thresholds=PADDED if padded and not cast else Thresholds(),
+        dtype=dtype,
+        device=device,
+        progress=progress,
+    )
+    if expect == "close":
+        _check_rounded(report, whole, source)
+    return report
+
+
+def _check_rounded(report: Report, output: Model, source: Model) -> None:
+    """Replace the checks on tensors and config by those that fit a cast or a padded MLP."""
+    plans = with_head(output), with_head(source)
+    wrong = [r.name for r in report.tensors if not (_is_copy(r, *plans) or _is_padded(r, *plans))]
+    report.checks = [check for check in report.checks if check.name not in ("tensors", "config")]
+    text = f"{len(report.tensors)} tensors are the source's, rounded or padded with zeros"
+    report.check("tensors", not wrong, _found(wrong, "are not the source's") or text)
+    other = [text for text in report.config_differences if not text.startswith("intermediate_size")]
+    report.check("config", not other, "; ".join(other) or "the same settings")
+
+
+def _is_padded(result: TensorResult, made: Plan, origin: Plan) -> bool:
+    """Whether an MLP tensor is the origin's with zeros below and to the right."""
+    if result.status != "misshapen" or ".mlp." not in result.name:
+        return False
+    found, source = tensor(made[result.name]), tensor(origin[result.name])
+    inside = tuple(slice(size) for size in source.shape)
+    if any(a < b for a, b in zip(found.shape, source.shape, strict=True)):
+        return False
+    same = torch.equal(found[inside], source.to(found.dtype))
+    return same and int(found.count_nonzero()) == int(found[inside].count_nonzero())

@@ -1,0 +1,117 @@
+"""What a comparison is expected to find, and whether it did."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from hxaconv.config import ModelConfig, StudentConfig
+from hxaconv.errors import MAX_LISTED
+from hxaconv.verify.report import Report
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """What an expectation lets pass. `logits` belongs to identical, the others to close."""
+
+    logits: float = 0.0
+    """Largest difference of a logit: the same bits take the same path through the same code."""
+    layer: float = 1e-2
+    """Relative error of a layer on equal input; rounding all its weights to bf16 costs up to 4e-3."""
+    kl: float = 1e-3
+    """KL divergence in nats per token."""
+
+
+def config_differences(source: ModelConfig, other: ModelConfig) -> list[str]:
+    """Settings that both have and that differ, as sentences."""
+    both_students = isinstance(source, StudentConfig) and isinstance(other, StudentConfig)
+    # Whether the head is tied shows in the tensors, where an explicit copy counts as the same.
+    names = [f.name for f in fields(StudentConfig if both_students else ModelConfig)]
+    pairs = [(name, getattr(source, name), getattr(other, name)) for name in names if name != "tie_word_embeddings"]
+    return [f"{name} is {a!r}, the other's is {b!r}" for name, a, b in pairs if a != b]
+
+
+def judge(report: Report, thresholds: Thresholds) -> None:
+    """Add the checks that the report's expectation asks for; those of a forward only where one was run."""
+    ran = report.logits is not None
+    if ran:
+        _finite(report)
+    if report.expect == "report":
+        _explain(report)
+        return
+    _same_tensors(report, exactly=report.expect == "identical")
+    _same_config(report)
+    if not ran:
+        report.notes.append("Only tensors were compared: no forward was run.")
+    elif report.expect == "identical":
+        _identical_logits(report, thresholds.logits)
+    else:
+        _close(report, thresholds)
+
+
+def _finite(report: Report) -> None:
+    logits = report.logits
+    assert logits is not None
+    values = (logits.max_difference, logits.kl_other_source, logits.kl_source_other)
+    finite = all(math.isfinite(value) for value in values)
+    where = next((f", first in layer {r.layer}" for r in report.layers if not math.isfinite(r.output_error)), "")
+    report.check("finite", finite, "all logits are finite" if finite else f"NaN or infinite values{where}")
+
+
+def _same_tensors(report: Report, *, exactly: bool) -> None:
+    fine = {"equal"} if exactly else {"equal", "equal values", "different"}
+    wrong = [result for result in report.tensors if result.status not in fine]
+    if not wrong:
+        text = f"{len(report.tensors)} tensors " + ("equal bits" if exactly else "on both sides, of the same shapes")
+        report.check("tensors", True, text)
+        return
+    shown = [f"{r.name} {r.status}{_amount(r.max_difference)} {r.detail}".rstrip() for r in wrong[:MAX_LISTED]]
+    more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
+    report.check("tensors", False, f"{len(wrong)} of {len(report.tensors)}: " + "; ".join(shown + more))
+
+
+def _amount(difference: float | None) -> str:
+    return f" by {difference:.3g}" if difference else ""
+
+
+def _same_config(report: Report) -> None:
+    found = report.config_differences
+    report.check("config", not found, "; ".join(found) if found else "the same settings")
+
+
+def _identical_logits(report: Report, limit: float) -> None:
+    assert report.logits is not None
+    found = report.logits.max_difference
+    text = f"max |d| {found:.3g}, allowed {limit:.3g}{_first(report)}"
+    report.check("logits", found <= limit, text)
+
+
+def _close(report: Report, thresholds: Thresholds) -> None:
+    assert report.logits is not None
+    worst = max(report.layers, key=lambda result: _nan_is_worst(result.output_error))
+    text = f"relative error at most {worst.output_error:.3g} (layer {worst.layer}), allowed {thresholds.layer:.3g}"
+    report.check("layers", worst.output_error <= thresholds.layer, text + _first(report))
+    kl = max(report.logits.kl_other_source, report.logits.kl_source_other, key=_nan_is_worst)
+    report.check("logits", kl <= thresholds.kl, f"KL {kl:.3g} nats per token, allowed {thresholds.kl:.3g}")
+
+
+def _nan_is_worst(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _first(report: Report) -> str:
+    layer = report.first_difference
+    return "" if layer is None else f"; the first layer that differs on equal input is {layer}"
+
+
+def _explain(report: Report) -> None:
+    """The yardstick in words, so that an untrained student does not look like a failure."""
+    logits = report.logits
+    if logits is None or logits.kl_attention_zeroed is None:
+        return
+    report.notes.append(
+        f"KL(teacher || student) is {logits.kl_other_source:.3g} nats per token;"
+        f" the teacher with every attention output zeroed has {logits.kl_attention_zeroed:.3g}."
+        " A plain initialisation lies near that yardstick: its RWKV layers have learned nothing yet."
+        " Training brings the first number down; it says nothing against the conversion."
+    )

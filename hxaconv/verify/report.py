@@ -1,0 +1,153 @@
+"""What a verification found, as plain data: for JSON, for hxaconv.json, and for whoever draws it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hxaconv.errors import CheckFailed, bullet_list
+
+EXPECTATIONS = ("identical", "close", "report")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One statement that was put to the test; `detail` says what was found, and where."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorResult:
+    """How a tensor of the source compares with the other's."""
+
+    name: str
+    status: str
+    """`equal` (bits), `equal values` (another dtype), `different`, `misshapen`, `only in source`, `only in other`."""
+    max_difference: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerResult:
+    """One layer of both models fed the other's residual stream; errors relative to the other's norm."""
+
+    layer: int
+    kind: str
+    other_kind: str
+    mixer_error: float
+    output_error: float
+    handed_on_error: float | None
+    """Of v_first and k_first, where both models have them."""
+    nope_error: float | None
+    """Of a GQA layer's mixer against the teacher's attention with every position 0."""
+    cosine: float
+    """Mean over tokens, between the residual streams after this layer when each model runs on its own."""
+    differs: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitResult:
+    """End to end, over all tokens; KL divergences in nats per token."""
+
+    tokens: int
+    vocabulary: int
+    max_difference: float
+    mean_difference: float
+    kl_other_source: float
+    kl_source_other: float
+    top1_agreement: float
+    kl_attention_zeroed: float | None = None
+    """KL(other || other with every attention output 0): the yardstick for an untrained student."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """The outcome of a verification; it has passed when every check has."""
+
+    source: str
+    other: str | None = None
+    expect: str = "report"
+    settings: dict[str, Any] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    config_differences: list[str] = field(default_factory=list)
+    tensors: list[TensorResult] = field(default_factory=list)
+    layers: list[LayerResult] = field(default_factory=list)
+    logits: LogitResult | None = None
+    notes: list[str] = field(default_factory=list)
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    """Of the loader lint, one per finding."""
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def reason(self) -> str:
+        """What failed, in one line; empty where nothing did."""
+        return "; ".join(self._failed())
+
+    @property
+    def first_difference(self) -> int | None:
+        """The first layer that differs on equal input."""
+        return next((result.layer for result in self.layers if result.differs), None)
+
+    def check(self, name: str, passed: bool, detail: str) -> None:
+        """Record the outcome of a check."""
+        self.checks.append(Check(name, passed, detail))
+
+    def tensor_counts(self) -> dict[str, int]:
+        """Status -> number of tensors."""
+        counts: dict[str, int] = {}
+        for result in self.tensors:
+            counts[result.status] = counts.get(result.status, 0) + 1
+        return counts
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything; numbers that are not finite become strings, which JSON can carry."""
+        content = {"passed": self.passed, "reason": self.reason, "first_difference": self.first_difference}
+        content |= asdict(self)
+        plain: dict[str, Any] = _plain(content)
+        return plain
+
+    def verdict(self) -> dict[str, Any]:
+        """What hxaconv.json records of it: checks and settings, without a line per tensor and layer."""
+        content: dict[str, Any] = {
+            "passed": self.passed,
+            "reason": self.reason,
+            "expect": self.expect,
+            "settings": self.settings,
+            "checks": [asdict(check) for check in self.checks],
+        }
+        if self.logits is not None:
+            content["logits"] = asdict(self.logits)
+        plain: dict[str, Any] = _plain(content)
+        return plain
+
+    def raise_if_failed(self) -> None:
+        """Turn failed checks into the error that ends a command with exit code 1.
+
+        Raises:
+            CheckFailed: naming every failed check.
+        """
+        if not self.passed:
+            against = f" against {self.other}" if self.other else ""
+            raise CheckFailed(f"{self.source} was verified{against} and failed:\n{bullet_list(self._failed())}")
+
+    def _failed(self) -> list[str]:
+        return [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,158 @@
+"""One model by itself: its tensors are those of its config, its values finite, its logits finite."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hxaconv.architecture import expected_tensors
+from hxaconv.arithmetic import torch_dtype
+from hxaconv.config import ModelConfig, StudentConfig
+from hxaconv.dtypes import FLOATS, parse_dtype
+from hxaconv.errors import MAX_LISTED
+from hxaconv.finite import count_nonfinite
+from hxaconv.model import Model
+from hxaconv.names import layer_index
+from hxaconv.plan import Recipe, Scratch, total_bytes
+from hxaconv.verify.compare import layer_bytes
+from hxaconv.verify.dump import Dump
+from hxaconv.verify.report import Report
+from hxaconv.verify.runner import EMBEDDING, HEAD, Runner
+from hxaconv.verify.tensors import compare_tensor
+from hxaconv.verify.weights import Weights
+
+if TYPE_CHECKING:
+    from hxaconv.console import Progress
+
+
+def verify_model(
+    model: Model,
+    *,
+    ids: Tensor,
+    dtype: str = "float32",
+    device: str = "cpu",
+    logits_out: Path | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Check a complete model against its own config, and run it on token ids (B, T).
+
+    The forward is left out where names or shapes are wrong already.
+    """
+    began = time.monotonic()
+    report = Report(source=model.label)
+    report.settings = {"tokens": ids.shape[1], "batch": ids.shape[0], "dtype": dtype, "device": device}
+    _check_tensors(report, model)
+    _check_config(report, model.config)
+    if report.passed:
+        compute = torch_dtype(parse_dtype(dtype))
+        runner = Runner(model, dtype=compute, device=device)
+        dump = Dump(logits_out, model.config, ids, compute) if logits_out else None
+        try:
+            _run(report, runner, ids.to(device), dump, progress)
+        finally:
+            if dump:
+                dump.close()
+    report.seconds = time.monotonic() - began
+    return report
+
+
+def _check_tensors(report: Report, model: Model) -> None:
+    """Names, shapes and dtypes, against what the architecture says independently of any recipe."""
+    expected, plan = expected_tensors(model.config), model.plan
+    if HEAD in plan and HEAD not in expected:
+        result = compare_tensor(HEAD, plan[HEAD], plan.get(EMBEDDING))
+        report.check("tied head", result.status == "equal", f"the stored head and the embedding: {result.status}")
+        plan = {name: recipe for name, recipe in plan.items() if name != HEAD}
+    problems = [f"{name} is missing, expected {shape}" for name, shape in expected.items() if name not in plan]
+    problems += [f"{name} is not part of the architecture" for name in plan if name not in expected]
+    problems += [
+        f"{name} has shape {plan[name].shape}, the config implies {shape}"
+        for name, shape in expected.items()
+        if name in plan and plan[name].shape != shape
+    ]
+    report.check("names and shapes", not problems, _listed(problems) or f"{len(expected)} tensors, all as expected")
+    odd = [f"{name} is {recipe.dtype}" for name, recipe in plan.items() if recipe.dtype not in FLOATS]
+    counts = Counter(recipe.dtype for recipe in plan.values())
+    found = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
+    report.check("dtypes", not odd, _listed(odd) or found)
+
+
+def _listed(problems: list[str]) -> str:
+    more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    return "; ".join(problems[:MAX_LISTED] + more)
+
+
+def _check_config(report: Report, config: ModelConfig) -> None:
+    problems = []
+    if config.num_attention_heads % config.num_key_value_heads:
+        problems.append(f"{config.num_key_value_heads} kv heads do not divide {config.num_attention_heads} heads")
+    if config.head_dim % 2:
+        problems.append(f"head_dim {config.head_dim} is odd: RoPE rotates pairs")
+    if not 0 < config.rms_norm_eps < 1e-2:
+        problems.append(f"rms_norm_eps {config.rms_norm_eps} is no small positive number")
+    if not config.rope_theta > 1:
+        problems.append(f"rope_theta {config.rope_theta} is not above 1")
+    if isinstance(config, StudentConfig):
+        outside = [layer for layer in config.gqa_layers if not 0 <= layer < config.num_hidden_layers]
+        problems += [f"GQA layer {layer} is outside 0..{config.num_hidden_layers - 1}" for layer in outside]
+        if 0 in config.gqa_layers:
+            report.notes.append(
+                "Layer 0 is GQA: the published trainer mixes a zero v_first into the first RWKV layer, the inference"
+                " engine takes that layer's own v and k. The forward here follows the engine."
+            )
+    report.check("config", not problems, _listed(problems) or "consistent")
+
+
+def _run(report: Report, runner: Runner, ids: Tensor, dump: Dump | None, progress: Progress | None) -> None:
+    plan = runner.model.plan
+    if progress:
+        progress.start("verify", total_bytes(plan))
+    broken = [name for name in plan if layer_index(name) is None and not finite_on_disk(plan[name])]
+    stream, lost = runner.start(ids), None
+    for index in range(runner.config.num_hidden_layers):
+        runner.weights.release()
+        runner.layer(stream, index)
+        broken += _not_finite(runner.weights, index)
+        if lost is None and not stream.x.isfinite().all():
+            lost = index
+        if dump:
+            dump.append(f"hidden.{index}", stream.x)
+        if progress:
+            progress.advance(layer_bytes(plan, index), f"layer {index}")
+    report.check("finite weights", not broken, _listed(broken) or f"{len(plan)} tensors without NaN or infinity")
+    runner.weights.release()
+    worst = 0.0
+    for (logits,) in runner.logits([stream.x], runner.tokens_per_step):
+        if dump:
+            dump.append("logits", logits)
+        worst = max(worst, logits.abs().max().item()) if logits.isfinite().all() else math.nan
+        if math.isnan(worst):
+            break
+    where = "" if lost is None else f"; the residual stream is lost in layer {lost}"
+    text = f"NaN or infinite{where}" if math.isnan(worst) else f"{ids.numel()} tokens, largest |logit| {worst:.3g}"
+    report.check("finite logits", not math.isnan(worst), text)
+    if progress:
+        progress.stop()
+
+
+def _not_finite(weights: Weights, layer: int) -> list[str]:
+    """The tensors of a layer with NaN or infinite values; those that its forward has used are in memory."""
+    held, names = weights.held(), [name for name in weights.plan if layer_index(name) == layer]
+    return [name for name in names if not (finite(held[name]) if name in held else finite_on_disk(weights.plan[name]))]
+
+
+def finite(values: Tensor) -> bool:
+    """Whether every value is finite; without a temporary of its size."""
+    low, high = torch.aminmax(values)
+    return bool(low.isfinite() and high.isfinite())
+
+
+def finite_on_disk(recipe: Recipe) -> bool:
+    """Whether every value of a tensor is finite, a piece at a time."""
+    return not any(count_nonfinite(piece, recipe.dtype) for piece in recipe.pieces(Scratch()))

@@ -1,0 +1,70 @@
+"""Tensor level: two plans compared name by name, bits first, a piece at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hxaconv.arithmetic import torch_dtype
+from hxaconv.model import Model
+from hxaconv.plan import Plan, Recipe, Scratch
+from hxaconv.verify.report import TensorResult
+from hxaconv.verify.runner import EMBEDDING, HEAD
+
+
+def with_head(model: Model) -> Plan:
+    """The plan with the head spelled out: of a tied model that is the embedding."""
+    if model.config.tie_word_embeddings and HEAD not in model.plan and EMBEDDING in model.plan:
+        return model.plan | {HEAD: model.plan[EMBEDDING]}
+    return model.plan
+
+
+def compare_tensor(name: str, source: Recipe | None, other: Recipe | None) -> TensorResult:
+    """One tensor of both sides; None where a side does not have it."""
+    if source is None or other is None:
+        found = source or other
+        assert found is not None
+        status = "only in source" if other is None else "only in other"
+        return TensorResult(name, status, None, f"{found.dtype} {found.shape}")
+    if source.shape != other.shape:
+        return TensorResult(name, "misshapen", None, f"{source.shape} against {other.shape}")
+    dtypes = "" if source.dtype == other.dtype else f"{source.dtype} against {other.dtype}"
+    if not dtypes and source.make == other.make:
+        return TensorResult(name, "equal", 0.0)
+    same_bits, largest = True, 0.0
+    for a, b in element_pairs(source, other):
+        if not dtypes and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            continue
+        same_bits = False
+        difference = (a.to(torch.float64) - b.to(torch.float64)).abs().max().item()
+        largest = difference if difference != difference else max(largest, difference)
+        if largest != largest:  # NaN on one side only, or on both with other bits
+            break
+    if same_bits:
+        return TensorResult(name, "equal", 0.0)
+    status = "equal values" if dtypes and largest == 0.0 else "different"
+    return TensorResult(name, status, largest, dtypes)
+
+
+def element_pairs(a: Recipe, b: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    """The elements of both, in stretches of equal length."""
+    left, right = _flat(a), _flat(b)
+    x = y = torch.empty(0)
+    for _ in range(2 * (a.numel + 1)):
+        if not len(x):
+            x = next(left, x)
+        if not len(y):
+            y = next(right, y)
+        count = min(len(x), len(y))
+        if not count:
+            return
+        yield x[:count], y[:count]
+        x, y = x[count:], y[count:]
+
+
+def _flat(recipe: Recipe) -> Iterator[Tensor]:
+    dtype = torch_dtype(recipe.dtype)
+    for piece in recipe.pieces(Scratch()):
+        yield torch.frombuffer(bytearray(piece) if piece.readonly else piece, dtype=dtype)
