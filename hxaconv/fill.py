@@ -9,49 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import queue
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from hxaconv import diskio
+from hxaconv.behind import WriteBehind
+from hxaconv.checksums import Checks, Finished
 from hxaconv.containers.layout import FileLayout, Fill, Segment
 from hxaconv.errors import HxaconvError
-from hxaconv.files import SourceFile, read_into, write_from
-from hxaconv.finite import count_nonfinite
+from hxaconv.files import read_into, write_from
 from hxaconv.plan import Scratch
 
 if TYPE_CHECKING:
     from hxaconv.console import Progress
 
-WINDOW_BYTES = 32 * 1024 * 1024
-"""Bytes that a worker writes before it asks for them to go to disk."""
 BATCH_BYTES = 512 * 1024 * 1024
 """Bytes that are finished before they are synced and recorded together."""
 PROGRESS_BYTES = 8 * 1024 * 1024
-DIGESTS = ("crc32", "sha256", "none")
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A tensor whose bytes are written: its checksums, and how many of its values are NaN or infinite."""
-
-    name: str
-    crc32: int | None
-    sha256: str | None
-    nonfinite: int
-
-    def digest(self, kind: str) -> str | None:
-        """`crc32:0a1b2c3d` or `sha256:...`; None for `none`."""
-        if kind == "crc32":
-            assert self.crc32 is not None
-            return f"crc32:{self.crc32:08x}"
-        return f"sha256:{self.sha256}" if kind == "sha256" else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,7 +294,7 @@ class _Worker:
         self._scratch = Scratch()
         self._file: _File | None = None
         self._fd = -1
-        self._behind = _WriteBehind(keep_cache=filling.settings.keep_cache)
+        self._behind = WriteBehind(keep_cache=filling.settings.keep_cache)
 
     def tensor(self, file: _File, fill: Fill) -> Finished | None:
         """Make one tensor, or find it there already; None if it was stopped on the way."""
@@ -343,7 +322,8 @@ class _Worker:
             self._file = None
 
     def _write(self, file: _File, fill: Fill) -> Finished | None:
-        checks = _Checks(fill.recipe.dtype, self._filling.settings)
+        settings = self._filling.settings
+        checks = Checks(fill.recipe.dtype, crc32=settings.crc32, sha256=settings.sha256)
         position, told = fill.offset, fill.offset
         self._behind.sources = list(fill.recipe.make.sources())
         for piece in fill.recipe.pieces(self._scratch):
@@ -364,7 +344,8 @@ class _Worker:
         return checks.finished(fill.name)
 
     def _is_there(self, fill: Fill, earlier: Finished) -> bool:
-        checks = _Checks(fill.recipe.dtype, self._filling.settings, finite=False)
+        settings = self._filling.settings
+        checks = Checks(fill.recipe.dtype, crc32=settings.crc32, sha256=settings.sha256, finite=False)
         position, end = fill.offset, fill.offset + fill.recipe.nbytes
         while position < end:
             piece = self._scratch.read[: min(len(self._scratch.read), end - position)]
@@ -377,69 +358,3 @@ class _Worker:
             checks.update(piece[:got])
             position += got
         return checks.agrees(earlier)
-
-
-class _Checks:
-    """Checksums and the count of values that are not finite, over the pieces of one tensor."""
-
-    def __init__(self, dtype: str, settings: FillSettings, *, finite: bool = True) -> None:
-        self._dtype = dtype if finite else None
-        self._crc = 0 if settings.crc32 else None
-        self._sha = hashlib.sha256() if settings.sha256 else None
-        self._nonfinite = 0
-
-    def update(self, piece: memoryview) -> None:
-        if self._crc is not None:
-            self._crc = zlib.crc32(piece, self._crc)
-        if self._sha is not None:
-            self._sha.update(piece)
-        if self._dtype is not None:
-            self._nonfinite += count_nonfinite(piece, self._dtype)
-
-    def finished(self, name: str) -> Finished:
-        sha = None if self._sha is None else self._sha.hexdigest()
-        return Finished(name, self._crc, sha, self._nonfinite)
-
-    def agrees(self, earlier: Finished) -> bool:
-        """Whether these bytes have the checksums that were recorded; without any there is no telling."""
-        now = self.finished(earlier.name)
-        if now.sha256 is None and now.crc32 is None:
-            return False
-        return (now.crc32, now.sha256) == (earlier.crc32, earlier.sha256)
-
-
-class _WriteBehind:
-    """Sends written ranges to disk a window at a time, and keeps big totals out of the page cache."""
-
-    def __init__(self, *, keep_cache: bool) -> None:
-        self._keep_cache = keep_cache
-        self._window: list[tuple[int, int]] = []
-        self._before: list[tuple[int, int]] = []
-        self._window_bytes = 0
-        self.sources: Sequence[SourceFile] = ()
-
-    def wrote(self, fd: int, offset: int, count: int) -> None:
-        if self._window and sum(self._window[-1]) == offset:
-            self._window[-1] = (self._window[-1][0], self._window[-1][1] + count)
-        else:
-            self._window.append((offset, count))
-        self._window_bytes += count
-        if self._window_bytes >= WINDOW_BYTES:
-            self.turn(fd)
-
-    def turn(self, fd: int) -> None:
-        """Start writing this window, wait for the one before and drop its pages."""
-        for offset, count in self._window:
-            diskio.start_writing_back(fd, offset, count)
-        if not self._keep_cache:
-            for offset, count in self._before:
-                diskio.wait_written_back(fd, offset, count)
-                diskio.drop_cached(fd, offset, count)
-            for source in self.sources:
-                diskio.drop_cached(source.open())
-        self._before, self._window, self._window_bytes = self._window, [], 0
-
-    def flush(self, fd: int) -> None:
-        """Let go of everything."""
-        self.turn(fd)
-        self.turn(fd)

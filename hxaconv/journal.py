@@ -1,0 +1,78 @@
+"""The journal of a run: which tensors and files are on disk, one line each, appended once they are synced."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hxaconv import diskio
+from hxaconv.checksums import Finished
+from hxaconv.containers.layout import FileLayout
+
+_PREFIX = "journal"
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What journals say: tensors by name, and the files that are complete."""
+
+    tensors: Mapping[str, Finished]
+    files: frozenset[str]
+
+
+class Journal:
+    """Appends to one file; every process writes its own."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+        self.tensors: dict[str, Finished] = {}
+        # A line that a crash cut short ends here.
+        os.write(self._fd, b"\n")
+
+    def tensors_done(self, layout: FileLayout, finished: Sequence[Finished]) -> None:
+        """These tensors are synced."""
+        self.tensors |= {tensor.name: tensor for tensor in finished}
+        self._append(
+            {"tensor": t.name, "crc32": t.crc32, "sha256": t.sha256, "nonfinite": t.nonfinite} for t in finished
+        )
+
+    def file_done(self, layout: FileLayout) -> None:
+        """The file is complete and synced."""
+        self._append([{"file": layout.name}])
+
+    def close(self) -> None:
+        """No more lines."""
+        os.close(self._fd)
+
+    def _append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        data = memoryview("".join(json.dumps(line) + "\n" for line in lines).encode())
+        while len(data):
+            data = data[os.write(self._fd, data) :]
+        diskio.sync_file(self._fd)
+
+
+def journal_path(folder: Path, part: tuple[int, int] | None) -> Path:
+    """Where a run, or one part of it, writes its journal."""
+    return folder / (_PREFIX if part is None else f"{_PREFIX}-{part[0]}-of-{part[1]}")
+
+
+def read_journals(folder: Path) -> Done:
+    """What all journals in a staging folder say; lines cut short by a crash say nothing."""
+    tensors: dict[str, Finished] = {}
+    files: set[str] = set()
+    for path in sorted(folder.glob(f"{_PREFIX}*")):
+        for line in path.read_bytes().splitlines():
+            try:
+                entry = json.loads(line)
+                if "file" in entry:
+                    files.add(entry["file"])
+                else:
+                    name = entry["tensor"]
+                    tensors[name] = Finished(name, entry["crc32"], entry["sha256"], entry["nonfinite"])
+            except (ValueError, KeyError, TypeError):
+                continue
+    return Done(tensors, frozenset(files))

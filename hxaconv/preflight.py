@@ -1,0 +1,177 @@
+"""Everything that can be known to go wrong before the first byte is written, found all at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hxaconv import diskio
+from hxaconv.containers.layout import FileLayout
+from hxaconv.errors import raise_all
+from hxaconv.staging import Staging
+from hxaconv.target import Output
+
+SLACK_BYTES = 4 * 1024 * 1024
+"""For journal, index, provenance and the file system's own blocks."""
+_LARGEST_FILE = {"vfat": 0xFFFFFFFF, "msdos": 0xFFFFFFFF, "fat": 0xFFFFFFFF}
+
+
+def bytes_needed(output: Output, files: Sequence[FileLayout]) -> int:
+    """Disk space that writing an output takes."""
+    documents = sum(len(data) for data in output.documents.values())
+    copied = sum(file.size for file in output.copied_files.values())
+    return sum(layout.size for layout in files) + documents + copied + SLACK_BYTES
+
+
+def check_place(output: Output, files: Sequence[FileLayout], staging: Staging, *, overwrite: bool) -> None:
+    """Refuse a place that nothing may be written to, not even a lock.
+
+    Raises:
+        HxaconvError: listing every problem, those that `check` would find as well.
+    """
+    problems = _place_problems(output)
+    if problems and output.target.parent.is_dir():
+        problems += _content_problems(output, files, staging, overwrite)
+    _refuse(output, problems)
+
+
+def check(output: Output, files: Sequence[FileLayout], staging: Staging, *, overwrite: bool) -> None:
+    """Refuse what is in the way, and what does not fit.
+
+    Raises:
+        HxaconvError: listing every problem.
+    """
+    _refuse(output, _content_problems(output, files, staging, overwrite))
+
+
+def _refuse(output: Output, problems: Sequence[str]) -> None:
+    raise_all(f"{output.target} cannot be written:", problems, hint="Nothing was written.")
+
+
+def _content_problems(output: Output, files: Sequence[FileLayout], staging: Staging, overwrite: bool) -> list[str]:
+    return [
+        *_existing_problems(output, staging, overwrite),
+        *_name_problems(output, files, staging),
+        *_space_problems(output, files, staging),
+    ]
+
+
+def _place_problems(output: Output) -> list[str]:
+    parent = output.target.parent
+    if not parent.is_dir():
+        return [f"{parent} is not a folder; create it first (mkdir -p)"]
+    problems = []
+    if not os.access(parent, os.W_OK | os.X_OK):
+        problems.append(f"{parent} is not writable for this user")
+    return problems + _overlap_problems(output)
+
+
+def _overlap_problems(output: Output) -> list[str]:
+    target = output.target.resolve()
+    problems = []
+    for path in _source_paths(output):
+        if path == target:
+            problems.append(f"it is the source {path} itself")
+        elif target in path.parents:
+            problems.append(f"the source {path} lies inside it")
+        elif path in target.parents:
+            problems.append(f"it lies inside the source {path}")
+    return problems
+
+
+def _source_paths(output: Output) -> list[Path]:
+    paths = [path.resolve() for path in output.source_roots]
+    for file in output.sources():
+        if file.path is not None:
+            path = file.path.resolve()
+            if not any(root == path or root in path.parents for root in paths):
+                paths.append(path)
+    return list(dict.fromkeys(paths))
+
+
+def _existing_problems(output: Output, staging: Staging, overwrite: bool) -> list[str]:
+    problems = []
+    for _, final in staging.moves():
+        if not os.path.lexists(final):
+            continue
+        if not overwrite:
+            problems.append(f"{final} exists; choose another name, or add --overwrite")
+        elif final.is_symlink():
+            problems.append(f"{final} is a symbolic link; name the place it points to, or remove it")
+        elif final == output.target and output.container == "safetensors":
+            problems += _folder_problems(final)
+        elif not final.is_file():
+            problems.append(f"{final} is not a file")
+    return problems
+
+
+def _folder_problems(folder: Path) -> list[str]:
+    """Only what is a checkpoint may be deleted by --overwrite."""
+    if not folder.is_dir():
+        return [f"{folder} is not a folder"]
+    names = os.listdir(folder)
+    known = any(name in ("hxaconv.json", "config.json") or name.endswith(".safetensors") for name in names)
+    if names and not known:
+        return [f"{folder} does not look like a checkpoint, and --overwrite would delete it; remove it by hand"]
+    return []
+
+
+def _name_problems(output: Output, files: Sequence[FileLayout], staging: Staging) -> list[str]:
+    parent = output.target.parent
+    problems = []
+    longest = _pathconf(parent, "PC_NAME_MAX")
+    if longest is not None and len(os.fsencode(f"{staging.path.name}")) > longest:
+        problems.append(f"its name with the suffix of the work folder is longer than {longest} bytes")
+    limit, why = _largest_file(parent)
+    problems += [
+        f"{layout.name} has {layout.size} bytes, {why} holds at most {limit} per file; use a smaller --max-shard-size"
+        for layout in files
+        if limit is not None and layout.size > limit
+    ]
+    return problems
+
+
+def _pathconf(folder: Path, name: str) -> int | None:
+    try:
+        return os.pathconf(folder, name)
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _largest_file(folder: Path) -> tuple[int | None, str]:
+    """Bytes that one file may have here, and who says so."""
+    kind = _file_system(folder)
+    if kind in _LARGEST_FILE:
+        return _LARGEST_FILE[kind], f"a {kind} file system"
+    try:
+        import resource
+    except ImportError:
+        return None, ""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return (None, "") if limit == resource.RLIM_INFINITY else (limit, "this process (ulimit -f)")
+
+
+def _file_system(folder: Path) -> str | None:
+    """The kind of file system a folder is on, where /proc says it."""
+    try:
+        lines = Path("/proc/mounts").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    best, kind = "", None
+    for mount_point, name in (line.split()[1:3] for line in lines if len(line.split()) >= 3):
+        inside = folder.is_relative_to(mount_point.replace("\\040", " "))
+        if inside and len(mount_point) >= len(best):
+            best, kind = mount_point, name
+    return kind
+
+
+def _space_problems(output: Output, files: Sequence[FileLayout], staging: Staging) -> list[str]:
+    parent = output.target.parent
+    needed = bytes_needed(output, files)
+    there = min(staging.allocated_bytes(), needed)
+    free = diskio.free_bytes(parent)
+    if free >= needed - there:
+        return []
+    already = f", {there} of them taken by the interrupted run" if there else ""
+    return [f"{needed} bytes are needed{already}; {free} are free on the file system of {parent}"]

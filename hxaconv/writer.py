@@ -1,0 +1,303 @@
+"""Writes an output so that its target is either absent or complete and right, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hxaconv import diskio, locks, preflight
+from hxaconv.checksums import DIGESTS, Finished
+from hxaconv.containers.layout import FileLayout
+from hxaconv.containers.safetensors_layout import INDEX_NAME, index_json
+from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.fill import FillSettings, fill_files, output_error
+from hxaconv.interruption import Interrupted, Signals
+from hxaconv.journal import Journal, journal_path, read_journals
+from hxaconv.plan import Scratch
+from hxaconv.staging import Staging, plan_record, publish, recover, refuse_other_plans, staging_of, stagings_at
+from hxaconv.target import (
+    PROVENANCE_NAME,
+    FileDescription,
+    Output,
+    WriteResult,
+    WriteSettings,
+    describe,
+    files_of_part,
+    layouts,
+)
+
+if TYPE_CHECKING:
+    from hxaconv.console import Progress
+
+__all__ = ["FileDescription", "Output", "WriteResult", "WriteSettings", "describe", "write"]
+
+Verify = Callable[[Path], Mapping[str, Any]]
+"""Takes the staged checkpoint; returns a verdict for the provenance, or raises CheckFailed."""
+
+
+def write(
+    output: Output, settings: WriteSettings, *, verify: Verify | None = None, progress: Progress | None = None
+) -> WriteResult:
+    """Write an output beside its target, verify it there, and rename it into place.
+
+    Raises:
+        HxaconvError: for anything that stands in the way; the target is as before.
+        CheckFailed: when `verify` finds the result wrong; it is kept beside the target and named.
+        Interrupted: on Ctrl-C or SIGTERM; what is done is kept for --resume.
+    """
+    assert settings.digest in DIGESTS
+    output = replace(output, target=output.target.absolute())
+    files = layouts(output)
+    record = plan_record(output, files, settings.digest)
+    staging = staging_of(output, record)
+    preflight.check_place(output, files, staging, overwrite=settings.overwrite)
+    if settings.part is not None and not files_of_part(files, settings.part):
+        return _unpublished(staging, {})
+    with Signals() as signals, _target_locked(output.target, settings.part):
+        for other in stagings_at(output.target):
+            recover(other)
+        preflight.check(output, files, staging, overwrite=settings.overwrite)
+        _begin(settings, staging, files, record)
+        with _held(staging.path / f"{journal_path(staging.path, settings.part).name}.lock", settings.part):
+            return _Run(output, settings, files, staging, signals, progress).write(verify)
+
+
+def _unpublished(staging: Staging, done: Mapping[str, Finished]) -> WriteResult:
+    return WriteResult(path=staging.path, published=False, nbytes=0, digests={}, nonfinite={}, verification=None)
+
+
+@contextmanager
+def _target_locked(target: Path, part: tuple[int, int] | None) -> Iterator[None]:
+    """One run at a time on a target; parts of one share it."""
+    with _held(target.with_name(f".{target.name}.hxaconv-lock"), part, shared=part is not None):
+        yield
+
+
+@contextmanager
+def _held(path: Path, part: tuple[int, int] | None, *, shared: bool = False) -> Iterator[None]:
+    doing = "a whole run" if part is None else f"part {part[0]} of {part[1]}"
+    try:
+        lock = locks.acquire(path, doing, shared=shared)
+    except OSError as error:
+        raise HxaconvError(f"{path}: locking failed: {error.strerror or error}") from error
+    if not isinstance(lock, locks.Lock):
+        raise HxaconvError(
+            f"{path.parent}: {locks.describe_holder(lock)} is writing the same target",
+            hint="Wait until it has finished, or stop it first; --resume takes over what it has done.",
+        )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _begin(settings: WriteSettings, staging: Staging, files: Sequence[FileLayout], record: dict[str, Any]) -> None:
+    """Make the staging folder, or decide what its being there already means."""
+    done = read_journals(staging.path)
+    if settings.finish_only:
+        missing = [layout.name for layout in files if layout.name not in done.files]
+        if not staging.path.is_dir():
+            refuse_other_plans(staging, record)
+            raise HxaconvError(f"{staging.target}: there are no parts to finish", hint="Run the parts first.")
+        raise_all(
+            f"{staging.path}: {len(missing)} of {len(files)} files are not complete:",
+            missing,
+            hint="Run the parts that write them again; each continues where it stopped.",
+        )
+    elif settings.part is None and done.tensors and not settings.resume:
+        raise HxaconvError(
+            f"{staging.path} holds {len(done.tensors)} finished tensors of an interrupted run of the same command",
+            hint="Add --resume to continue it, or delete that folder to start over.",
+        )
+    elif settings.resume and settings.part is None and not staging.path.is_dir():
+        refuse_other_plans(staging, record)
+    if settings.part is None and not done.tensors:
+        staging.remove()
+    try:
+        staging.create(record)
+    except OSError as error:
+        raise HxaconvError(f"{staging.path}: {error.strerror or error}") from error
+
+
+class _Run:
+    """One call of `write`, from the first byte on."""
+
+    def __init__(
+        self,
+        output: Output,
+        settings: WriteSettings,
+        files: Sequence[FileLayout],
+        staging: Staging,
+        signals: Signals,
+        progress: Progress | None,
+    ) -> None:
+        self.output = output
+        self.settings = settings
+        self.files = files
+        self.staging = staging
+        self.signals = signals
+        self.progress = progress
+
+    def write(self, verify: Verify | None) -> WriteResult:
+        try:
+            if not self.settings.finish_only:
+                self._fill()
+            return self._finish(verify)
+        except KeyboardInterrupt as interruption:
+            number = getattr(interruption, "number", signal.SIGINT)
+            raise Interrupted(number, f"Interrupted. {self._what_is_kept()}") from None
+        except HxaconvError as error:
+            error.hint = f"{error.hint} {self._what_is_kept()}".strip()
+            raise
+
+    def _what_is_kept(self) -> str:
+        """Drop the staging folder if nothing in it is worth keeping; say how to go on."""
+        path = self.staging.path
+        count = len(read_journals(path).tensors)
+        if self.settings.part is not None:
+            return f"{count} finished tensors are in {path}; the same command continues."
+        if count == 0:
+            self.staging.remove()
+            return f"Nothing had been finished; {self.staging.target} is as before."
+        return f"{count} finished tensors are kept in {path}; the same command with --resume continues."
+
+    def _fill(self) -> None:
+        mine = files_of_part(self.files, self.settings.part)
+        digest, total = self.settings.digest, sum(layout.size for layout in mine)
+        limit = diskio.memory_limit()
+        settings = FillSettings(
+            workers=self.settings.workers or min(2, os.cpu_count() or 1),
+            crc32=digest == "crc32" or self.output.container == "pth",
+            sha256=digest == "sha256",
+            keep_cache=limit is None or total <= limit // 2,
+        )
+        recorded = read_journals(self.staging.path).tensors
+        journal = Journal(journal_path(self.staging.path, self.settings.part))
+        places = [(layout, self.staging.content / layout.name) for layout in mine]
+        if self.progress is not None:
+            self.progress.start("Writing", sum(fill.recipe.nbytes for layout in mine for fill in layout.fills))
+        try:
+            with self.signals.deferred():
+                stop = self.signals.requested
+                fill_files(places, recorded, settings, journal, stop_requested=stop, progress=self.progress)
+        finally:
+            journal.close()
+            if self.progress is not None:
+                self.progress.stop()
+        if self.signals.pending is not None:
+            raise Interrupted(self.signals.pending)
+
+    def _finish(self, verify: Verify | None) -> WriteResult:
+        done = read_journals(self.staging.path)
+        if any(layout.name not in done.files for layout in self.files):
+            return _unpublished(self.staging, done.tensors)
+        with self._finishing() as mine:
+            if not mine:
+                return _unpublished(self.staging, done.tensors)
+            self._refuse_nonfinite(done.tensors)
+            self._check_sources()
+            self._write_documents()
+            verification = None if verify is None else dict(verify(self.staging.checkpoint))
+            self._write_provenance(done.tensors, verification)
+            self._check_sources()
+            with self.signals.deferred():
+                publish(self.staging)
+        return self._result(done.tensors, verification)
+
+    @contextmanager
+    def _finishing(self) -> Iterator[bool]:
+        """Whether this process is the one that publishes: of several parts that end together, one."""
+        try:
+            lock = locks.acquire(self.staging.path / "finish.lock", "publishing")
+        except FileNotFoundError:  # published, and the folder gone
+            yield False
+            return
+        if not isinstance(lock, locks.Lock):
+            yield False
+            return
+        try:
+            yield self.staging.checkpoint.exists()
+        finally:
+            lock.release()
+
+    def _refuse_nonfinite(self, tensors: Mapping[str, Finished]) -> None:
+        """All tensors with NaN or infinite values, in one error."""
+        if self.settings.allow_nonfinite:
+            return
+        raise_all(
+            "these tensors hold NaN or infinite values:",
+            [
+                f"{name}: {tensors[name].nonfinite} of {recipe.numel} ({recipe.origin})"
+                for name, recipe in self.output.tensors.items()
+                if tensors[name].nonfinite
+            ],
+            hint="The source is damaged or its training diverged. To convert it all the same, add --allow-nonfinite.",
+        )
+
+    def _check_sources(self) -> None:
+        for file in self.output.sources():
+            try:
+                file.check_unchanged()
+            except OSError as error:
+                raise HxaconvError(f"{file.label} has vanished: {error.strerror or error}") from error
+
+    def _write_documents(self) -> None:
+        """Documents, files taken over, and last of all the index."""
+        for name, data in self.output.documents.items():
+            self._write_small(name, data)
+        scratch = Scratch()
+        for name, file in self.output.copied_files.items():
+            data = b"".join(bytes(piece) for piece in file.pieces(0, file.size, scratch.read))
+            self._write_small(name, data)
+        if self.output.container == "safetensors" and len(self.files) > 1:
+            self._write_small(INDEX_NAME, index_json(self.output.tensors, self.files))
+
+    def _write_small(self, name: str, data: bytes) -> None:
+        path = self.staging.content / name
+        try:
+            diskio.write_file(path, data)
+        except OSError as error:
+            doing = f"writing {len(data)} bytes"
+            raise output_error(error, path, doing, preflight.bytes_needed(self.output, self.files)) from error
+
+    def _write_provenance(self, tensors: Mapping[str, Finished], verification: Mapping[str, Any] | None) -> None:
+        """hxaconv.json, or the sidecar's key `hxaconv`: what was done, and what every tensor is."""
+        entries: dict[str, dict[str, str]] = {}
+        for name, recipe in self.output.tensors.items():
+            digest = tensors[name].digest(self.settings.digest)
+            entries[name] = {"origin": recipe.origin} | ({"digest": digest} if digest else {})
+        provenance = {**self.output.provenance, "verification": verification, "tensors": entries}
+        nonfinite = _nonfinite(tensors)
+        if nonfinite:
+            provenance["nonfinite"] = nonfinite
+        if self.output.container == "safetensors":
+            self._write_small(PROVENANCE_NAME, _json(provenance))
+            return
+        sidecar = json.loads(self.output.documents.get(self.output.sidecar_name, b"{}"))
+        self._write_small(self.output.sidecar_name, _json({**sidecar, "hxaconv": provenance}))
+
+    def _result(self, tensors: Mapping[str, Finished], verification: Mapping[str, Any] | None) -> WriteResult:
+        digests = {name: tensors[name].digest(self.settings.digest) for name in self.output.tensors}
+        return WriteResult(
+            path=self.output.target,
+            published=True,
+            nbytes=sum(layout.size for layout in self.files),
+            digests={name: digest for name, digest in digests.items() if digest is not None},
+            nonfinite=_nonfinite(tensors),
+            verification=verification,
+            leftovers=tuple(staging.path for staging in stagings_at(self.output.target)),
+        )
+
+
+def _nonfinite(tensors: Mapping[str, Finished]) -> dict[str, int]:
+    return {name: tensor.nonfinite for name, tensor in tensors.items() if tensor.nonfinite}
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
