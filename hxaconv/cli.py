@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -14,6 +13,7 @@ from hxaconv.errors import HxaconvError
 if TYPE_CHECKING:
     from hxaconv.commands.common import Outcome, WriteOptions
     from hxaconv.console import Talk
+    from hxaconv.layer_maps import LayerMap
 
 app = typer.Typer(
     name="hxaconv",
@@ -349,6 +349,48 @@ def inspect(
     talk.result(report, *inspection_tables(report))
 
 
+@app.command("maps")
+def maps(
+    name: Annotated[str | None, typer.Argument(help="A map to show: its name or a TOML file.")] = None,
+    names: Annotated[bool, typer.Option("--names", help="Print the table of tensor names instead.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the shipped layer maps, or show one.
+
+    [bold]Examples[/bold]
+
+    hxaconv maps
+
+    hxaconv maps reka-flash-3
+    """
+    from dataclasses import asdict
+
+    from hxaconv import layer_maps, tables
+    from hxaconv.names import TABLE
+
+    talk = _talk(quiet, json)
+    if names:
+        talk.result({"names": [asdict(row) for row in TABLE]}, *tables.names_table())
+    elif name is not None:
+        found = layer_maps.load(name)
+        talk.result(_map_json(found), *tables.map_lines(found))
+    else:
+        shipped = layer_maps.shipped()
+        talk.result({key: _map_json(found) for key, found in shipped.items()}, tables.maps_table(shipped))
+
+
+def _map_json(found: LayerMap) -> dict[str, Any]:
+    return {
+        "name": found.name,
+        "title": found.title,
+        "model_ids": list(found.model_ids),
+        "gqa_layers": list(found.gqa_layers),
+        "source": found.source,
+        "model": dict(found.model),
+    }
+
+
 def _talk(quiet: bool, json: bool) -> Talk:
     from hxaconv.console import Talk
 
@@ -395,7 +437,6 @@ def guarded(run: Callable[[], Any]) -> int:
     debug = "--debug" in sys.argv[1:]
     if debug:
         sys.argv.remove("--debug")
-    signal.signal(signal.SIGTERM, _terminated)
     try:
         run()
     except HxaconvError as error:
@@ -405,17 +446,16 @@ def guarded(run: Callable[[], Any]) -> int:
 
         render_error(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        from hxaconv.console import Talk
+
+        Talk().say(getattr(stop, "message", "Interrupted; nothing was published."))
+        return getattr(stop, "exit_code", 130)
     except BrokenPipeError:
         return 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     return 0
-
-
-def _terminated(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

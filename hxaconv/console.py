@@ -105,7 +105,9 @@ class Bars:
     def advance(self, n: int, what: str = "") -> None:
         """Move the bar."""
         if self._task is not None:
-            self._bars.update(self._task, advance=n, **({"what": what} if what else {}))
+            self._bars.advance(self._task, n)
+            if what:
+                self._bars.update(self._task, what=what)
 
     def stop(self) -> None:
         """Remove the bar."""

@@ -143,8 +143,8 @@ def _dimensions(checkpoint: Checkpoint, config: ModelConfig | None) -> dict[str,
 
 def _memory(dimensions: Mapping[str, Any], plan: Plan) -> dict[str, int] | None:
     kinds = layer_kinds(plan)
-    heads, groups, width = (dimensions.get(key) for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    if not kinds or None in (heads, groups, width):
+    heads, groups, width = (dimensions[key] or 0 for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    if not kinds or not heads * groups * width:
         return None
     per_layer = 2 * groups * width * 2  # k and v in bf16
     attention = sum(kind == "gqa" for kind in kinds.values())

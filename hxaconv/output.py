@@ -84,6 +84,8 @@ def build_output(job: Job) -> Output:
         provenance=_provenance(job),
         command=job.command,
         options=job.options,
+        ordered_dict=job.format != "training",
+        source_roots=[source.root for source in job.sources.values() if source.root is not None],
     )
 
 

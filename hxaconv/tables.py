@@ -9,11 +9,13 @@ from hxaconv.commands.common import Outcome
 from hxaconv.config import RANK_KEYS
 from hxaconv.console import human_bytes, human_count, strip_lines, table
 from hxaconv.inspection import part_of, parts
-from hxaconv.names import layer_kinds
+from hxaconv.names import TABLE, layer_kinds
 from hxaconv.plan import Plan, total_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from hxaconv.layer_maps import LayerMap
 
 
 def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:
@@ -31,12 +33,12 @@ def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:
         "ranks": {key: getattr(student.student.ranks, short) for short, key in RANK_KEYS.items()},
         "tensors": len(outcome.output.tensors),
         "bytes": total_bytes(outcome.output.tensors),
-        "files": [{"name": item.name, "bytes": item.size} for item in describe(outcome.output)],
+        "files": [{"name": item.name, "bytes": item.nbytes} for item in describe(outcome.output)],
         "written": outcome.written is not None,
         "published": outcome.written is not None and outcome.written.published,
         "notes": outcome.notes,
         "warnings": outcome.warnings,
-        "verification": outcome.verification,
+        "verification": outcome.report.verdict() if outcome.report else None,
         "pushed_to": outcome.pushed_to,
     }
     if tensors:
@@ -60,7 +62,7 @@ def outcome_tables(outcome: Outcome) -> list[RenderableType]:
         *_strip_block(config.strip),
         f"Low-rank sizes: {sizes}",
         _parts_table(outcome.job.student.plan),
-        table("", ("file", "tensors", "bytes"), [(f.name, f.num_tensors, f"{f.size:,}") for f in files]),
+        table("", ("file", "tensors", "bytes"), [(f.name, f.tensors, f"{f.nbytes:,}") for f in files]),
         f"{len(outcome.output.tensors)} tensors, {weights:,} bytes of weights ({human_bytes(weights)})",
     ]
 
@@ -131,3 +133,34 @@ def _statistics_table(statistics: Mapping[str, Mapping[str, Any]]) -> Renderable
         for name, s in statistics.items()
     ]
     return table("", ("tensor", "dtype", "min", "mean", "max", "NaN", "Inf"), rows, right=2)
+
+
+def maps_table(maps: Mapping[str, LayerMap]) -> RenderableType:
+    """The shipped layer maps."""
+    rows = [
+        (name, found.model.get("num_hidden_layers", "?"), len(found.gqa_layers), ",".join(map(str, found.gqa_layers)))
+        for name, found in maps.items()
+    ]
+    return table("", ("layer map", "of", "GQA", "GQA layers"), rows, right=3)
+
+
+def map_lines(found: LayerMap) -> list[RenderableType]:
+    """One layer map, whole."""
+    count = found.model.get("num_hidden_layers", max(found.gqa_layers, default=0) + 1)
+    letters = "".join("G" if i in found.gqa_layers else "R" for i in range(count))
+    return [
+        f"{found.name}: {found.title}",
+        f"For {', '.join(found.model_ids) or 'no named model'}. Source: {found.source or 'not given'}",
+        *_strip_block(letters),
+        f"GQA layers: {', '.join(map(str, found.gqa_layers))}",
+        table("", ("setting", "value"), list(found.model.items())),
+    ]
+
+
+def names_table() -> list[RenderableType]:
+    """The name table, as `names.py` has it; the longest of the three columns as the rule that it follows."""
+    rows = [(row.hf, row.rwkv or "split on opening") for row in TABLE]
+    return [
+        table("", ("HF safetensors", "RWKV .pth"), rows, right=2),
+        "Training checkpoints: model. before the HF name, and student_attn. (older: time_mixer.) after self_attn.",
+    ]

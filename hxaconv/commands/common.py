@@ -9,16 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.errors import CheckFailed, HxaconvError
+from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.output import Job, build_output
 
 if TYPE_CHECKING:
     from hxaconv.console import Progress
+    from hxaconv.verify import Report
     from hxaconv.writer import Output, WriteResult
 
-Verify = Callable[[Model], Mapping[str, Any]]
-"""Checks the student that was written; returns the verdict (with `passed`) for hxaconv.json."""
+Verify = Callable[[Model], "Report"]
+"""Checks the student that was written."""
+
+VERDICT_DIGITS = 3
+"""Significant digits of what a verification measured in hxaconv.json: beyond them, sums depend on the machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +49,8 @@ class Outcome:
     job: Job
     output: Output
     written: WriteResult | None
-    verification: Mapping[str, Any] | None = None
+    report: Report | None = None
+    """What the verification of the output found."""
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pushed_to: str | None = None
@@ -69,7 +74,7 @@ def parse_size(text: str) -> int:
 
 
 def resolve_part(text: str | None, environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
-    """`--part 2/8` counts from 1; else torchrun's RANK/WORLD_SIZE or a Slurm array's task; else None.
+    """(index from 0, count) of `--part 2/8`, torchrun's RANK/WORLD_SIZE or a Slurm array's task; else None.
 
     Raises:
         HxaconvError: for a part that does not exist.
@@ -89,7 +94,7 @@ def resolve_part(text: str | None, environment: Mapping[str, str] = os.environ) 
         return None
     if not 1 <= part[0] <= part[1]:
         raise HxaconvError(f"{source} names part {part[0]} of {part[1]}", hint="Parts are 1/n to n/n.")
-    return part if part[1] > 1 else None
+    return (part[0] - 1, part[1]) if part[1] > 1 else None
 
 
 def _whole(text: str) -> int:
@@ -118,7 +123,8 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
         allow_nonfinite=write.allow_nonfinite,
         finish_only=write.finish_only,
     )
-    check = _staged_check(job, verify) if verify is not None and write.verify else None
+    reports: list[Report] = []
+    check = _staged_check(job, verify, reports) if verify is not None and write.verify else None
     written = write_output(output, settings, verify=check, progress=write.progress)
     pushed = None
     if write.push_to and written.published:
@@ -129,28 +135,35 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
         job=job,
         output=output,
         written=written,
-        verification=written.verification,
+        report=reports[-1] if reports else None,
         warnings=warnings,
         notes=notes,
         pushed_to=pushed,
     )
 
 
-def _staged_check(job: Job, verify: Verify) -> Callable[[Path], Mapping[str, Any]]:
+def _staged_check(job: Job, verify: Verify, reports: list[Report]) -> Callable[[Path], Mapping[str, Any]]:
     def check(staged: Path) -> Mapping[str, Any]:
         from hxaconv.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(staged)
         student = Model(job.student.config, dict(checkpoint.plan), str(job.target), job.student.raw)
-        verdict = verify(student)
-        if not verdict["passed"]:
-            raise CheckFailed(
-                f"{job.target}: the output does not pass its verification: {verdict.get('reason', 'see the report')}",
-                hint=f"It is left as {staged} for `hxaconv verify`; nothing was published.",
-            )
+        report = verify(student)
+        report.raise_if_failed()
+        reports.append(report)
+        verdict: Mapping[str, Any] = rounded(report.verdict())
         return verdict
 
     return check
+
+
+def rounded(value: Any) -> Any:
+    """Floats anywhere in plain data to VERDICT_DIGITS significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{VERDICT_DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def open_teacher_source(

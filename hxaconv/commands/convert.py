@@ -23,6 +23,7 @@ from hxaconv.surgery import graft, pad_ffn
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
+    from hxaconv.verify import Report
 
 COMMANDS = {"to-hf": "hf", "to-pth": "pth", "to-training": "training"}
 
@@ -73,11 +74,11 @@ def run(
         copy_code=copy_code,
     )
 
-    def verify(output: Model) -> Mapping[str, Any]:
+    def verify(output: Model) -> Report:
         from hxaconv.verify import check_converted
 
         before = student if need_all else Model(student.config, _attention(student.plan), student.label)
-        return check_converted(before, output).to_json()
+        return check_converted(before, output)
 
     return perform(job, write or WriteOptions(), verify, warnings, notes)
 

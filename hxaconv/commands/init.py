@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_maps
 from hxaconv.card import UNTRAINED
@@ -15,6 +14,9 @@ from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.output import FORMATS, Job
 from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale
+
+if TYPE_CHECKING:
+    from hxaconv.verify import Report
 
 COMMAND = "init-from-teacher"
 
@@ -78,10 +80,10 @@ def run(
         extra={"init": {"preset": preset, "factors": factors, "seed": seed}, "layer_choice": reason},
     )
 
-    def verify(student: Model) -> Mapping[str, Any]:
+    def verify(student: Model) -> Report:
         from hxaconv.verify import check_initialised
 
-        return check_initialised(model, student, factors=factors).to_json()
+        return check_initialised(model, student, factors=factors)
 
     return perform(job, write or WriteOptions(), verify, warnings, [f"GQA layers: {reason}"])
 

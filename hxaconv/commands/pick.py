@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_maps
 from hxaconv.card import UNTRAINED
@@ -16,6 +15,9 @@ from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.output import Job
 from hxaconv.surgery import InitSettings, parse_scale, repick
+
+if TYPE_CHECKING:
+    from hxaconv.verify import Report
 
 COMMAND = "pick-gqa-layers"
 
@@ -86,11 +88,11 @@ def run(
         extra={"init": {"preset": preset, "factors": settings.factors, "seed": seed}, "changed_layers": changed},
     )
 
-    def verify(output: Model) -> Mapping[str, Any]:
+    def verify(output: Model) -> Report:
         from hxaconv.verify import check_repicked
 
         donated = donor.student if donor else None
-        return check_repicked(student, opened.teacher, output, other=donated, factors=settings.factors).to_json()
+        return check_repicked(student, opened.teacher, output, other=donated, factors=settings.factors)
 
     return perform(
         job,
