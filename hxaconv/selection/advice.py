@@ -1,0 +1,207 @@
+"""Advice on GQA layers: the numbers of every strategy that can be had, and the choice by one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hxaconv.errors import HxaconvError
+from hxaconv.layer_maps import default_count
+from hxaconv.selection.schedule import Rules
+from hxaconv.selection.scores import SPACED, STRATEGIES, Column, Pick, check_finite, pick
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hxaconv.console import Progress
+    from hxaconv.model import Model
+
+TEACHER_ONLY = ("influence", "entropy", "distance", "retrieval")
+BY_THE_WAY = ("mse", "influence", "entropy", "distance")
+"""Columns that come almost free with another one of the same pass."""
+
+CONVERT_MEANING = "how far the teacher's distribution moves when this layer alone becomes RWKV"
+RANDOM_TOKENS = "scores were taken on random tokens, which no model was trained on: real text ranks layers better"
+UNCALIBRATED = {
+    "kl": (
+        "{count} of {total} RWKV layers of the student still hold their initial values, and KL scores of such a student"
+        " MISLEAD: in a small study the rank correlation of restore-one KL with the outcome after training was"
+        " negative, against +0.94 on a calibrated student. Calibrate first: `hxaconv calibrate`"
+    ),
+    "mse": (
+        "{count} of {total} RWKV layers of the student still hold their initial values: mse shows what the initial"
+        " values lose, not what training would leave. Calibrate first: `hxaconv calibrate`"
+    ),
+}
+HARMFUL = (
+    "putting attention back makes the student worse in {count} of {total} layers: its RWKV layers compensate for"
+    " each other, so that restore-one KL says little. Calibrate first (`hxaconv calibrate`)"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to choose, and by what. `student` in `advise` must have every layer RWKV."""
+
+    strategy: str = "uniform"
+    count: int | None = None
+    rules: Rules | None = None
+    """None: the strategy's own."""
+    kl_mode: str = "restore"
+    allow_layer_0: bool = False
+    tokens_are_text: bool = True
+    dtype: str = "float32"
+    device: str = "cpu"
+    seed: int = 0
+    cache: Path | None = None
+    """Where an interrupted sweep leaves its state; removed at the end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """The choice, every column of numbers (the deciding one first), and what to be wary of."""
+
+    num_layers: int
+    pick: Pick
+    columns: tuple[Column, ...] = ()
+    facts: Mapping[str, float] | None = None
+    """Single numbers: `kl total`, the KL of the student without attention."""
+    warnings: tuple[str, ...] = ()
+    heads: tuple[tuple[float, ...], ...] = ()
+    """Retrieval: share of copied positions per layer and head."""
+
+    @property
+    def decider(self) -> Column | None:
+        """The column that the choice is made by."""
+        return next((column for column in self.columns if column.strategy == self.pick.strategy), None)
+
+
+def needs(strategy: str) -> frozenset[str]:
+    """What a strategy asks for: `teacher`, `student` (all RWKV), `tokens`, `log`.
+
+    Raises:
+        HxaconvError: when there is no such strategy.
+    """
+    if strategy not in STRATEGIES:
+        raise HxaconvError(f"unknown strategy {strategy!r}", hint=f"Strategies: {', '.join(STRATEGIES)}.")
+    if strategy in SPACED:
+        return frozenset()
+    if strategy == "log":
+        return frozenset({"log"})
+    return frozenset({"teacher", "tokens"} | (set() if strategy in TEACHER_ONLY else {"student"}))
+
+
+def advise(
+    num_layers: int,
+    request: Request,
+    *,
+    teacher: Model | None = None,
+    student: Model | None = None,
+    ids: np.ndarray | None = None,
+    log: Path | None = None,
+    progress: Progress | None = None,
+) -> Advice:
+    """Score all layers and choose. `ids` (sequences, tokens) are calibration tokens.
+
+    With a teacher and tokens at hand, the other scores of the same pass are taken along for the table.
+
+    Raises:
+        HxaconvError: when something that the strategy needs is missing, or does not fit the model.
+    """
+    have = {"teacher": teacher, "student": student, "tokens": ids, "log": log}
+    missing = sorted(name for name in needs(request.strategy) if have[name] is None)
+    if missing:
+        raise HxaconvError(f"--strategy {request.strategy} needs: {', '.join(missing)}")
+    count = default_count(num_layers) if request.count is None else request.count
+    columns: list[Column] = []
+    facts: dict[str, float] = {}
+    heads: tuple[tuple[float, ...], ...] = ()
+    warnings: list[str] = []
+    if request.strategy == "log" and log is not None:
+        columns.append(_log_column(log, num_layers))
+    elif request.strategy not in SPACED:
+        assert teacher is not None and ids is not None
+        if not request.tokens_are_text:
+            warnings.append(RANDOM_TOKENS)
+        if request.strategy == "retrieval":
+            found, heads = _retrieval_column(teacher, ids, request, progress)
+            columns.append(found)
+        else:
+            columns, facts, heard = _swept(teacher, student, ids, request, progress)
+            warnings += heard
+    warnings += [warning for column in columns for warning in column.warnings]
+    decider = next((check_finite(column) for column in columns if column.strategy == request.strategy), None)
+    result = pick(request.strategy, num_layers, count, decider, request.rules, allow_layer_0=request.allow_layer_0)
+    converts = request.strategy == "kl" and request.kl_mode == "convert"
+    return Advice(
+        num_layers=num_layers,
+        pick=replace(result, meaning=CONVERT_MEANING) if converts else result,
+        columns=tuple(columns),
+        facts=facts,
+        warnings=tuple(warnings),
+        heads=heads,
+    )
+
+
+def _log_column(path: Path, num_layers: int) -> Column:
+    from hxaconv.selection.log import read_log, score_log
+
+    found = score_log(read_log(path), num_layers)
+    return Column("log", found.values, found.parts, found.warnings)
+
+
+def _retrieval_column(
+    teacher: Model, ids: np.ndarray, request: Request, progress: Progress | None
+) -> tuple[Column, tuple[tuple[float, ...], ...]]:
+    import torch
+
+    from hxaconv.selection.retrieval import retrieval
+    from hxaconv.selection.weights import Compute
+
+    compute = Compute(getattr(torch, request.dtype), request.device)
+    text = ids if request.tokens_are_text else None
+    found = retrieval(teacher, text, seed=request.seed, compute=compute, progress=progress)
+    return Column("retrieval", found.scores, warnings=found.warnings), found.heads
+
+
+def _swept(
+    teacher: Model, student: Model | None, ids: np.ndarray, request: Request, progress: Progress | None
+) -> tuple[list[Column], dict[str, float], list[str]]:
+    import torch
+
+    from hxaconv.selection.cache import Cache, fingerprint
+    from hxaconv.selection.streaming import NEEDS_STUDENT, Sweep
+    from hxaconv.selection.weights import Compute
+
+    along = {name for name in BY_THE_WAY if student is not None or name not in NEEDS_STUDENT}
+    names = sorted(along | {request.strategy}, key=lambda name: (name != request.strategy, name))
+    sweep = Sweep(
+        teacher=teacher,
+        student=student,
+        strategies=frozenset(names),
+        kl_mode=request.kl_mode,
+        compute=Compute(getattr(torch, request.dtype), request.device),
+    )
+    models = {"teacher": teacher} | ({"student": student} if student is not None else {})
+    settings = {"strategies": names, "kl_mode": request.kl_mode, "dtype": request.dtype}
+    cache = Cache(request.cache, fingerprint(models, ids, settings) if request.cache else "")
+    warnings = _uncalibrated(student, request)
+    scores = sweep.run(torch.as_tensor(ids, dtype=torch.int64), cache, progress)
+    columns = [Column(name, tuple(scores[name])) for name in names]
+    facts = {"kl total": scores["kl total"][0]} if "kl total" in scores else {}
+    if facts:
+        harmful = sum(value < 0 for value in scores["kl"])
+        if harmful * 2 > len(scores["kl"]):
+            warnings.append(HARMFUL.format(count=harmful, total=len(scores["kl"])))
+    return columns, facts, warnings
+
+
+def _uncalibrated(student: Model | None, request: Request) -> list[str]:
+    from hxaconv.selection.streaming import untouched_layers
+
+    if student is None or request.strategy not in UNCALIBRATED:
+        return []
+    untouched, total = untouched_layers(student), student.config.num_hidden_layers
+    return [UNCALIBRATED[request.strategy].format(count=len(untouched), total=total)] if untouched else []

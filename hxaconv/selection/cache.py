@@ -1,0 +1,92 @@
+"""Interrupted scoring goes on where it stopped: the state of a sweep in a file beside the output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hxaconv.errors import HxaconvError
+from hxaconv.model import Model
+from hxaconv.plan import Recipe, source_files
+
+SECONDS_BETWEEN_SAVES = 30.0
+_FORMAT = 1
+
+
+def fingerprint(models: Mapping[str, Model], ids: np.ndarray, settings: Mapping[str, Any]) -> str:
+    """A digest of everything a score depends on: tensors and their files, tokens, settings."""
+    parts: dict[str, Any] = {"format": _FORMAT, "settings": dict(settings)}
+    for role, model in models.items():
+        parts[role] = {
+            "config": repr(model.config),
+            "tensors": {name: _recipe(recipe) for name, recipe in model.plan.items()},
+            "files": [(file.name, file.size, file.mtime_ns, file.header_digest) for file in source_files(model.plan)],
+        }
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    digest.update(str(ids.shape).encode() + np.ascontiguousarray(ids, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _recipe(recipe: Recipe) -> list[Any]:
+    extents = getattr(recipe.make, "extents", ())
+    where = [(extent.file.name if extent.file else None, extent.offset, extent.nbytes) for extent in extents]
+    return [recipe.dtype, recipe.shape, recipe.make.kind, recipe.origin, where]
+
+
+class Cache:
+    """One file that holds the state of one sweep; `path` None keeps nothing."""
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self.path, self.key = path, key
+        self._saved = time.monotonic()
+
+    def load(self) -> dict[str, np.ndarray] | None:
+        """The state of an interrupted sweep with the same key, else None."""
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            with np.load(self.path, allow_pickle=False) as data:
+                if str(data["key"]) != self.key:
+                    return None
+                return {name: data[name] for name in data.files if name != "key"}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None  # half a file of another program or of a full disk: start over
+
+    def due(self) -> bool:
+        """Whether it is time to save again."""
+        return self.path is not None and time.monotonic() - self._saved >= SECONDS_BETWEEN_SAVES
+
+    def save(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace the file.
+
+        Raises:
+            HxaconvError: when it cannot be written.
+        """
+        if self.path is None:
+            return
+        beside = self.path.with_name(f"{self.path.name}.part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, "wb") as file:
+                np.savez(file, **{**arrays, "key": np.array(self.key)})  # type: ignore[arg-type]
+            os.replace(beside, self.path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise HxaconvError(
+                f"{self.path}: the scoring cache cannot be written: {error.strerror}",
+                hint="Free some space or write the result elsewhere.",
+            ) from None
+        self._saved = time.monotonic()
+
+    def clear(self) -> None:
+        """The sweep is done: remove the file."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

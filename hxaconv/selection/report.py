@@ -1,0 +1,158 @@
+"""Advice to look at: a table of all layers, the strip with bars, a layer map, JSON, a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hxaconv.errors import HxaconvError
+from hxaconv.layer_maps import LayerMap, dump, of_config
+from hxaconv.selection.scores import STRATEGIES, reasons
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from hxaconv.config import ModelConfig
+    from hxaconv.selection.advice import Advice
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def table(advice: Advice) -> RenderableType:
+    """Every layer with every score: taken or not, what uniform takes, the price of overruling."""
+    from hxaconv.console import table as plain_table
+
+    pick, decider = advice.pick, advice.decider
+    columns = ["layer", "", "even", *(column.strategy for column in advice.columns)]
+    parts = decider.parts if decider else {}
+    columns += [*parts, *(["0..1", "margin"] if pick.choice else [])]
+    rows = []
+    for layer in range(advice.num_layers):
+        row = [str(layer), "G" if layer in pick.layers else "R", "•" if layer in pick.uniform else ""]
+        row += [_figure(column.values[layer]) for column in advice.columns]
+        row += [_figure(values[layer]) for values in parts.values()]
+        if pick.choice:
+            row += [_figure(pick.scores[layer]), _figure(pick.choice.margins[layer])]
+        rows.append(row)
+    return plain_table("", columns, rows, right=3)
+
+
+def _figure(value: float | None) -> str:
+    if value is None or value == float("inf"):
+        return "-"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
+
+
+def strip(advice: Advice, width: int = 60) -> list[str]:
+    """Bars of the deciding scores over the layers' letters, `width` layers to a block.
+
+    24  ▂▁▃▅▁▂▁▁▄
+        RRRRRGRRR
+    """
+    scores = advice.pick.scores or tuple(1.0 if i in advice.pick.layers else 0.0 for i in range(advice.num_layers))
+    known = [score for score in scores if score is not None]
+    low, high = min(known), max(known)
+    bars = "".join(" " if score is None else _bar((score - low) / (high - low or 1.0)) for score in scores)
+    letters = "".join("G" if i in advice.pick.layers else "R" for i in range(advice.num_layers))
+    lines = []
+    for start in range(0, advice.num_layers, width):
+        lines += [f"{start:>4}  {bars[start : start + width]}", f"      {letters[start : start + width]}"]
+    return lines
+
+
+def _bar(share: float) -> str:
+    return BARS[1 + round(share * (len(BARS) - 2))]
+
+
+def summary(advice: Advice) -> list[str]:
+    """The pick, its overlap with uniform, and why."""
+    pick = advice.pick
+    lines = [
+        f"GQA layers ({len(pick.layers)} of {advice.num_layers}): {', '.join(map(str, pick.layers))}",
+        f"uniform would take {', '.join(map(str, pick.uniform))}: {pick.overlap} of {len(pick.layers)} in common",
+    ]
+    if advice.facts:
+        lines += [f"{name}: {value:.4f} nats per token" for name, value in advice.facts.items()]
+    return lines + [f"why: {line}" if i == 0 else f"     {line}" for i, line in enumerate(reasons(pick))]
+
+
+def to_json(advice: Advice) -> dict[str, Any]:
+    """Everything, plain."""
+    pick = advice.pick
+    result: dict[str, Any] = {
+        "num_layers": advice.num_layers,
+        "strategy": pick.strategy,
+        "gqa_layers": list(pick.layers),
+        "uniform": list(pick.uniform),
+        "overlap_with_uniform": pick.overlap,
+        "scores": {column.strategy: list(column.values) for column in advice.columns},
+        "parts": {column.strategy: {k: list(v) for k, v in column.parts.items()} for column in advice.columns},
+        "meanings": {column.strategy: STRATEGIES[column.strategy].meaning for column in advice.columns},
+        "facts": dict(advice.facts or {}),
+        "why": reasons(pick),
+        "warnings": list(advice.warnings),
+    }
+    if pick.choice:
+        result["decided_by"] = list(pick.scores)
+        result["value"] = pick.choice.value
+        result["margins"] = [None if margin == float("inf") else margin for margin in pick.choice.margins]
+    if advice.heads:
+        result["heads"] = [list(row) for row in advice.heads]
+    return result
+
+
+def layer_map(advice: Advice, config: ModelConfig, *, name: str, model_ids: Sequence[str] = ()) -> LayerMap:
+    """The choice as a layer map for models like `config`."""
+    return of_config(
+        name, config, advice.pick.layers, model_ids=tuple(model_ids), source=f"hxaconv, strategy {advice.pick.strategy}"
+    )
+
+
+def layer_map_text(advice: Advice, chosen: LayerMap, *, date: str, settings: Sequence[str] = ()) -> str:
+    """The TOML of `--save`: strategy, figures and `date` (as the caller writes it) in comments."""
+    comments = [
+        f"{len(advice.pick.layers)} of {advice.num_layers} layers stay attention, chosen on {date}",
+        *settings,
+        *reasons(advice.pick),
+        *(f"warning: {warning}" for warning in advice.warnings),
+        "",
+        " ".join(["layer", *(column.strategy for column in advice.columns)]) if advice.columns else "",
+        *(
+            " ".join([str(layer), *(_figure(column.values[layer]) for column in advice.columns)])
+            + (" G" if layer in advice.pick.layers else "")
+            for layer in range(advice.num_layers if advice.columns else 0)
+        ),
+    ]
+    return dump(chosen, _trimmed(comments))
+
+
+def _trimmed(lines: list[str]) -> list[str]:
+    while lines and not lines[-1]:
+        lines = lines[:-1]
+    return lines
+
+
+def plot(advice: Advice, path: Path) -> None:
+    """Bars of the deciding scores, GQA layers in colour, as an image.
+
+    Raises:
+        HxaconvError: when matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise HxaconvError("--plot needs matplotlib", hint="pip install 'hxaconv[plot]'") from None
+    pick, decider = advice.pick, advice.decider
+    values = decider.values if decider else tuple(float(i in pick.layers) for i in range(advice.num_layers))
+    figure = Figure(figsize=(max(6.0, advice.num_layers * 0.2), 3.0), layout="constrained")
+    axes = figure.subplots()
+    colours = ["#c2410c" if i in pick.layers else "#94a3b8" for i in range(advice.num_layers)]
+    axes.bar(range(advice.num_layers), [0.0 if value is None else value for value in values], color=colours)
+    axes.set_xlabel("layer (stays attention: orange)")
+    axes.set_ylabel(pick.strategy)
+    axes.set_xlim(-0.7, advice.num_layers - 0.3)
+    try:
+        figure.savefig(path, dpi=150, metadata={"Software": None} if path.suffix == ".png" else None)
+    except (OSError, ValueError) as error:
+        raise HxaconvError(f"{path}: the plot cannot be written: {error}") from None

@@ -1,0 +1,126 @@
+"""Which heads of a teacher copy: on [u, separator, u], who looks right behind a token's first occurrence?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hxaconv.console import Progress
+from hxaconv.errors import HxaconvError
+from hxaconv.model import Model
+from hxaconv.reference import llama
+from hxaconv.selection.attention import copying
+from hxaconv.selection.weights import Compute, bytes_of_layer, embed, layer_names, load
+
+LENGTH = 128
+"""Tokens of u."""
+SEQUENCES = 8
+FAINT = 0.1
+"""A head that copies less often than this is not a copying head."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """Shares of copied positions per layer and head, (L, H), and the layers' scores from them."""
+
+    heads: tuple[tuple[float, ...], ...]
+    scores: tuple[float, ...]
+    warnings: tuple[str, ...]
+
+
+def sequences(
+    vocab_size: int,
+    text: np.ndarray | None,
+    *,
+    separator: int,
+    seed: int = 0,
+    length: int = LENGTH,
+    count: int = SEQUENCES,
+) -> tuple[Tensor, Tensor]:
+    """(ids, expected), both (count, 2*length+1): half of random vocabulary, half of real text where there is any.
+
+    `expected` is the position right behind the token's first occurrence, -1 outside the second copy and for
+    tokens that u holds more than once: their first occurrence says nothing about where the copy goes on.
+    """
+    rng = np.random.default_rng(seed)
+    pool = np.setdiff1d(np.arange(vocab_size), [separator])
+    real = _windows(text, length, count // 2 if text is not None else 0)
+    drawn = [rng.choice(pool, length, replace=len(pool) < length) for _ in range(count - len(real))]
+    rows, expected = [], []
+    for u in [*drawn, *real]:
+        rows.append(np.concatenate([u, [separator], u]))
+        values, counts = np.unique(u, return_counts=True)
+        once = np.isin(u, values[counts == 1])
+        wanted = np.where(once, np.arange(length) + 1, -1)
+        expected.append(np.concatenate([np.full(length + 1, -1), wanted]))
+    return torch.from_numpy(np.stack(rows).astype(np.int64)), torch.from_numpy(np.stack(expected))
+
+
+def _windows(text: np.ndarray | None, length: int, count: int) -> list[np.ndarray]:
+    if text is None or count == 0:
+        return []
+    flat = np.asarray(text).reshape(-1)
+    if len(flat) < length:
+        raise HxaconvError(f"the calibration text has {len(flat)} tokens, retrieval needs at least {length}")
+    starts = np.linspace(0, len(flat) - length, count).astype(int)
+    return [flat[start : start + length] for start in starts]
+
+
+def separator_of(model: Model) -> int:
+    """The token between the copies: the one that begins or ends texts, where the config names one, else 0."""
+    for key in ("bos_token_id", "eos_token_id"):
+        value = model.raw.get(key)
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, int) and 0 <= value < model.config.vocab_size:
+            return value
+    return 0
+
+
+def retrieval(
+    teacher: Model,
+    text: np.ndarray | None,
+    *,
+    seed: int = 0,
+    length: int = LENGTH,
+    count: int = SEQUENCES,
+    compute: Compute | None = None,
+    progress: Progress | None = None,
+) -> Retrieval:
+    """A layer scores the sum of its best max(1, H // 16) heads; one layer's weights at a time."""
+    compute, config = compute or Compute(), teacher.config
+    ids, expected = sequences(
+        config.vocab_size, text, separator=separator_of(teacher), seed=seed, length=length, count=count
+    )
+    expected, shares = expected.to(compute.device), []
+    if progress is not None:
+        progress.start(
+            "looking for copying heads", sum(bytes_of_layer(teacher, i) for i in range(config.num_hidden_layers))
+        )
+    try:
+        with torch.inference_mode():
+            x = embed(teacher, ids, compute)
+            for layer in range(config.num_hidden_layers):
+                get = load(teacher, layer_names(teacher, layer), compute).__getitem__
+                normed = llama.input_norm(x, get, config, layer)
+                shares.append(copying(normed, get, config, layer, expected))
+                x = torch.cat([llama.layer(s[None], get, config, layer) for s in x])
+                if progress is not None:
+                    progress.advance(bytes_of_layer(teacher, layer), f"layer {layer}")
+    finally:
+        if progress is not None:
+            progress.stop()
+    return _summary(torch.stack(shares), config.num_attention_heads)
+
+
+def _summary(shares: Tensor, num_heads: int) -> Retrieval:
+    best = shares.topk(max(1, num_heads // 16), dim=-1).values.sum(dim=-1)
+    warnings = []
+    if float(shares.max()) <= FAINT:
+        warnings.append(
+            f"no head copies more than {FAINT:.0%} of the positions (the best: {float(shares.max()):.1%}):"
+            " this teacher has no clear copying heads, the retrieval scores are noise"
+        )
+    return Retrieval(tuple(tuple(map(float, row)) for row in shares), tuple(map(float, best)), tuple(warnings))

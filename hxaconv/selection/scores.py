@@ -1,0 +1,166 @@
+"""The strategies: what each one's numbers mean, and how numbers become a choice."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+from hxaconv.errors import HxaconvError
+from hxaconv.layer_maps import LAYER_0_REASON, uniform
+from hxaconv.selection.schedule import LOG_RULES, SOFT_RULES, Choice, Rules, choose, describe, ideal_gap, objective
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """A way to rank layers. `high` says whether layers with high numbers are the ones to keep as attention."""
+
+    name: str
+    meaning: str
+    high: bool = True
+    rules: Rules = SOFT_RULES
+
+
+STRATEGIES = {
+    strategy.name: strategy
+    for strategy in (
+        Strategy("uniform", "evenly spaced, anchored at the last layer"),
+        Strategy("last", "the last layers"),
+        Strategy("log", "how hard the layer was to align in stage 1, from the training log", rules=LOG_RULES),
+        Strategy("mse", "error of the RWKV mixer on the teacher's inputs, as a share of the attention's energy"),
+        Strategy("influence", "1 - mean cosine of the block's input and output"),
+        # Sharp heads look something up, which a state of fixed size is worst at.
+        Strategy("entropy", "spread of the attention, 0 one position, 1 all alike; sharp layers stay", high=False),
+        Strategy("distance", "how far back the attention looks, 0 itself, 1 the first token"),
+        Strategy("kl", "how much nearer to the teacher's distribution attention in this layer brings the student"),
+        Strategy("retrieval", "share of copied tokens that the best heads find again"),
+    )
+}
+SPACED = ("uniform", "last")
+"""Strategies that look at no numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A strategy's numbers: as measured, and 0..1 with the layers to keep high. None: cannot be picked."""
+
+    strategy: str
+    values: tuple[float | None, ...]
+    parts: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def scores(self, barred: Collection[int] = ()) -> tuple[float | None, ...]:
+        """What the choice is made by: 0..1 over the layers that can be picked, the layers to keep high.
+
+        The log's score is a weighted sum of parts in 0..1 already, and taken as it is.
+        """
+        values = [None if layer in barred else value for layer, value in enumerate(self.values)]
+        known = [value for value in values if value is not None]
+        if self.strategy == "log" or not known:
+            return tuple(values)
+        best, worst = max(known), min(known)
+        if not STRATEGIES[self.strategy].high:
+            best, worst = worst, best
+        return tuple(None if x is None else (x - worst) / (best - worst) if best != worst else 0.0 for x in values)
+
+
+def check_finite(column: Column) -> Column:
+    """The column, if all its numbers are numbers.
+
+    Raises:
+        HxaconvError: naming the layers whose score is NaN or infinite.
+    """
+    bad = [i for i, value in enumerate(column.values) if value is not None and not abs(value) < float("inf")]
+    if bad:
+        raise HxaconvError(
+            f"the {column.strategy} score of layers {', '.join(map(str, bad))} is not a finite number",
+            hint="Do the weights hold NaN or Inf? `hxaconv lint` finds them.",
+        )
+    return column
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """A choice of layers and how it came about."""
+
+    strategy: str
+    layers: tuple[int, ...]
+    rules: Rules
+    choice: Choice | None = None
+    """The dynamic programme's answer; None for strategies that look at no numbers."""
+    uniform: tuple[int, ...] = ()
+    uniform_value: float | None = None
+    """What `uniform` would be worth under the same scores and rules; -inf where it breaks one."""
+    scores: tuple[float | None, ...] = ()
+    """What the choice was made by; None for layers that could not be picked."""
+    meaning: str = ""
+    """What the scores say, where the strategy's own words need to be more exact."""
+
+    @property
+    def overlap(self) -> int:
+        """How many layers `uniform` would have picked too."""
+        return len(set(self.layers) & set(self.uniform))
+
+
+def pick(
+    strategy: str,
+    num_layers: int,
+    count: int,
+    column: Column | None = None,
+    rules: Rules | None = None,
+    *,
+    allow_layer_0: bool = False,
+) -> Pick:
+    """The `count` layers that stay attention; `rules` None takes the strategy's own.
+
+    Raises:
+        HxaconvError: for an unknown strategy, an impossible count, or rules that no choice keeps to.
+    """
+    if strategy not in STRATEGIES:
+        raise HxaconvError(f"unknown strategy {strategy!r}", hint=f"Strategies: {', '.join(STRATEGIES)}.")
+    available = num_layers if allow_layer_0 else num_layers - 1
+    if not 1 <= count <= available:
+        reason = "" if count != num_layers or allow_layer_0 else f" ({LAYER_0_REASON})"
+        raise HxaconvError(f"--count {count}: between 1 and {available} of {num_layers} layers can stay{reason}")
+    even = uniform(num_layers, count)
+    if strategy in SPACED:
+        if rules is not None and rules != SOFT_RULES:
+            raise HxaconvError(
+                f"--strategy {strategy} has no scores, so --min-gap, --max-gap, --max-consecutive and --exclude"
+                " have nothing to decide by",
+                hint="Choose a strategy with scores, or name the layers: --layers.",
+            )
+        layers = even if strategy == "uniform" else tuple(range(num_layers - count, num_layers))
+        return Pick(strategy, layers, SOFT_RULES, uniform=even)
+    assert column is not None and column.strategy == strategy
+    rules = rules or STRATEGIES[strategy].rules
+    unknown = {layer for layer, value in enumerate(column.values) if value is None}
+    rules = replace(rules, exclude=rules.exclude | unknown | (set() if allow_layer_0 else {0}))
+    found = column.scores(rules.exclude)
+    scores = [0.0 if value is None else value for value in found]
+    choice = choose(scores, count, rules)
+    return Pick(strategy, choice.layers, rules, choice, even, objective(even, scores, rules), found)
+
+
+def reasons(result: Pick) -> list[str]:
+    """Why these layers, in sentences: the rule, then every layer where scores and choice part."""
+    lines = [f"{result.strategy}: {result.meaning or STRATEGIES[result.strategy].meaning}"]
+    if result.choice is None:
+        return lines
+    num_layers, count = len(result.scores), len(result.layers)
+    lines.append(
+        f"best total of 0..1 scores; rules: {describe(result.rules)}; ideal gap {ideal_gap(num_layers, count)}"
+    )
+    candidates = [layer for layer, score in enumerate(result.scores) if score is not None]
+    order = sorted(candidates, key=lambda layer: -(result.scores[layer] or 0.0))
+    for rank, layer in enumerate(order, 1):
+        margin = result.choice.margins[layer]
+        if rank <= count and layer not in result.layers:
+            cost = "break a rule" if margin == float("inf") else f"cost {margin:.3f} in gaps and better neighbours"
+            lines.append(f"layer {layer} ranks {rank}, but taking it would {cost}")
+        elif rank > count and layer in result.layers:
+            lines.append(f"layer {layer} ranks {rank}: without it the choice is worth {margin:.3f} less")
+    if result.uniform_value is not None:
+        broken = result.uniform_value == float("-inf")
+        other = "would break a rule" if broken else f"would be worth {result.uniform_value:.3f}"
+        lines.append(f"the choice is worth {result.choice.value:.3f}; uniform {other}")
+    return lines

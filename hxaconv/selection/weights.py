@@ -1,0 +1,110 @@
+"""Weights of a model as tensors, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hxaconv.arithmetic import tensor, tensor_rows
+from hxaconv.model import Model
+from hxaconv.plan import Ranges, Recipe, rows
+
+Get = Callable[[str], Tensor]
+VOCABULARY_BLOCK = 8192
+"""Rows of the head that are in memory at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Where and in which dtype a forward runs."""
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def make(self, recipe: Recipe) -> Tensor:
+        """A recipe's tensor, ready to compute with."""
+        return tensor(recipe, dtype=self.dtype).to(self.device)
+
+
+def layer_names(model: Model, layer: int, *, mixer: bool | None = None) -> list[str]:
+    """Names of one layer's tensors: all, the mixer's only, or all but the mixer's."""
+    prefix = f"model.layers.{layer}."
+    names = [name for name in model.plan if name.startswith(prefix)]
+    return [name for name in names if mixer is None or name.startswith(f"{prefix}self_attn.") == mixer]
+
+
+def load(
+    model: Model, names: Iterable[str], compute: Compute, have: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Name -> tensor; those in `have` are not made again."""
+    have = have or {}
+    return {name: have[name] if name in have else compute.make(model.plan[name]) for name in names}
+
+
+def same_bytes(one: Recipe, other: Recipe | None) -> bool:
+    """Whether both are copies of the same ranges of the same opened files."""
+    return other is not None and isinstance(one.make, Ranges) and one.make == other.make and one.dtype == other.dtype
+
+
+def bytes_of_layer(model: Model, layer: int) -> int:
+    """Bytes of one layer as stored."""
+    return sum(model.plan[name].nbytes for name in layer_names(model, layer))
+
+
+def embed(model: Model, ids: Tensor, compute: Compute) -> Tensor:
+    """Token ids (B, T) -> (B, T, C); only the rows that are asked for are read."""
+    recipe = model.plan["model.embed_tokens.weight"]
+    if _sliceable(recipe):
+        picked = tensor_rows(recipe, ids.reshape(-1).cpu(), dtype=compute.dtype)
+    else:
+        picked = tensor(recipe, dtype=compute.dtype)[ids.reshape(-1).cpu()]
+    return picked.view(*ids.shape, -1).to(compute.device)
+
+
+def _sliceable(recipe: Recipe) -> bool:
+    return isinstance(recipe.make, Ranges) and len(recipe.make.extents) == 1
+
+
+class Head:
+    """The output matrix of a model, (V, C), in blocks of rows."""
+
+    def __init__(self, model: Model, compute: Compute) -> None:
+        name = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
+        self.recipe, self.compute = model.plan[name], compute
+        self.size = self.recipe.shape[0]
+        self._whole = None if _sliceable(self.recipe) else tensor(self.recipe)
+
+    def block(self, start: int) -> Tensor:
+        """Rows [start, start + VOCABULARY_BLOCK)."""
+        stop = min(self.size, start + VOCABULARY_BLOCK)
+        if self._whole is not None:
+            return self._whole[start:stop].to(self.compute.device, self.compute.dtype)
+        return self.compute.make(rows(self.recipe, start, stop, self.recipe.origin))
+
+
+def divergences(teacher: Tensor, teacher_head: Head, students: Iterable[Tensor], student_head: Head) -> list[float]:
+    """KL(teacher || student) per token in nats for every student, from normed hidden states (tokens, C).
+
+    Over blocks of the vocabulary, in one pass and float64: no logits of a whole vocabulary are ever held.
+    """
+    others = list(students)
+    shared = same_bytes(teacher_head.recipe, student_head.recipe)
+    tokens = teacher.shape[0]
+    log_p = torch.full((tokens,), -torch.inf, dtype=torch.float64, device=teacher.device)
+    log_q = [log_p.clone() for _ in others]
+    moved = [torch.zeros_like(log_p) for _ in others]
+    for start in range(0, teacher_head.size, VOCABULARY_BLOCK):
+        block = teacher_head.block(start)
+        other_block = block if shared else student_head.block(start)
+        z = (teacher @ block.T).double()
+        before, log_p = log_p, torch.logaddexp(log_p, z.logsumexp(dim=-1))
+        shrink, p = (before - log_p).exp(), (z - log_p[:, None]).exp()
+        for i, hidden in enumerate(others):
+            y = (hidden @ other_block.T).double()
+            log_q[i] = torch.logaddexp(log_q[i], y.logsumexp(dim=-1))
+            # sum_v p_v (z_v - y_v) under the normaliser known so far
+            moved[i] = moved[i] * shrink + (p * (z - y)).sum(dim=-1)
+    return [float((m - log_p + q).mean()) for m, q in zip(moved, log_q, strict=True)]
