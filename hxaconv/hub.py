@@ -25,6 +25,8 @@ from hxaconv.errors import HxaconvError
 from hxaconv.files import SourceFile
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
     from hxaconv.console import Progress
 
 FIRST_REQUEST_BYTES = 128 * 1024
@@ -260,7 +262,20 @@ def open_hub(repo: str, revision: str | None, *, label: str, progress: Progress 
         return repository.read(file)
 
     listing = Listing(label=label, sizes=sizes, open=repository.open, read=read)
-    return assemble(listing, repo=repo, revision=info.sha, handle=repository)
+    checkpoint = assemble(listing, repo=repo, revision=info.sha, handle=repository)
+    _remember(repo, revision or "main", info.sha)
+    return checkpoint
+
+
+def _remember(repo: str, revision: str, commit: str) -> None:
+    """Note in the cache what the revision stood for, as hf_hub_download does, for times without network."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    note = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "refs" / revision
+    if revision != commit:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(commit, encoding="utf-8")
 
 
 def _open_cached(repo: str, revision: str | None, label: str, error: HxaconvError) -> Checkpoint:
@@ -382,9 +397,17 @@ def explain(error: Exception, repo: str, revision: str | None) -> HxaconvError:
 
 
 def push_folder(
-    folder: Path, repo_id: str, *, private: bool = True, revision: str | None = None, message: str | None = None
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    message: str | None = None,
+    quiet: bool = False,
 ) -> str:
     """Upload a finished folder to the Hub, creating the repository where there is none; returns its address.
+
+    An interrupted upload is continued by the same call: what has arrived is not sent again.
 
     Raises:
         HxaconvError: when the folder is not finished, or the Hub refuses.
@@ -397,18 +420,23 @@ def push_folder(
         raise HxaconvError(f"{folder} is unfinished", hint="Complete it first: hxaconv finish.")
     api = HfApi()
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=message or f"Upload {folder.name}",
-            ignore_patterns=[".*", "*.partial-*", "__pycache__/*"],
-        )
+        with _bars_off() if quiet else contextlib.nullcontext():
+            _upload(api, folder, repo_id, private, revision, message or f"Upload {folder.name}")
     except _network_errors() as error:
         raise explain(error, repo_id, revision) from None
     except ValueError as error:
         raise HxaconvError(f"{repo_id!r} cannot be uploaded to: {str(error).splitlines()[0]}") from None
     return f"{api.endpoint}/{repo_id}"
+
+
+def _upload(api: HfApi, folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> None:
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message=message,
+        ignore_patterns=[".*", "*.partial-*", "__pycache__/*"],
+    )

@@ -30,10 +30,10 @@ def read_contents(file: SourceFile) -> Contents:
     start = file.read(0, min(file.size, 512))
     if start[:4] == b"PK\x03\x04":
         return read_torchzip(file)
+    if start[8:9] == b"{":  # before pickles: the length in front may begin with any byte
+        return read_safetensors(file)
     if start[:1] == b"\x80" or start.startswith(b"L%dL\n" % MAGIC):  # protocols 2 and up, and 1
         return read_legacy(file)
-    if start[8:9] == b"{":
-        return read_safetensors(file)
     for magic, what, hint in _NOT_A_CHECKPOINT:
         if start.startswith(magic):
             raise HxaconvError(f"{file.label} {what}", hint=hint)
