@@ -25,8 +25,11 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
 
+from hxaconv.architecture import expected_tensors  # noqa: E402
+from hxaconv.config import StudentConfig, published_ranks  # noqa: E402
 from hxaconv.hf import modeling_hxa079 as code  # noqa: E402
 from hxaconv.hf.configuration_hxa079 import AUTO_MAP, REQUIRED, Hxa079Config  # noqa: E402
+from hxaconv.student_json import student_json  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("reka_tiny", "reka_tiny_init", "qwen3_tiny")
@@ -131,9 +134,6 @@ def distance(one: Any, other: Any) -> float:
     return float((one.detach().double() - other.detach().double()).abs().max())
 
 
-# --- numbers ---
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_hidden_states_are_golden(case: str, folder_of: Callable[[str], Path]) -> None:
     golden = load_file(GOLDEN / case / "expected.safetensors")
@@ -231,9 +231,6 @@ def test_long_inputs_go_through_in_segments(monkeypatch: pytest.MonkeyPatch) -> 
     assert distance(last, state) < 1e-10
 
 
-# --- flash-linear-attention ---
-
-
 def fake_fla_kernel(
     r: Any, w: Any, k: Any, v: Any, a: Any, b: Any, scale: float, initial_state: Any, output_final_state: bool
 ) -> tuple[Any, Any]:
@@ -297,9 +294,6 @@ def test_fla_is_used_only_where_it_can_work(monkeypatch: pytest.MonkeyPatch) -> 
     install_fla(monkeypatch, None)
     del sys.modules["fla.ops.rwkv7"].chunk_rwkv7
     assert code.fla_kernel() is None
-
-
-# --- cache and padding ---
 
 
 def test_pieces_with_the_cache_equal_one_run(model: Any) -> None:
@@ -375,9 +369,6 @@ def test_the_cache_remembers_padding(model: Any) -> None:
     cache.token_mask = None
     forgotten = model(tokens[:, 15:], past_key_values=model(tokens[:, :15], use_cache=True).past_key_values).logits
     assert distance(forgotten[1], full[1, 15:]) > 1e-2
-
-
-# --- generate ---
 
 
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -504,9 +495,6 @@ def test_forward_options(reka: Any) -> None:
         cache.crop(3)
 
 
-# --- training ---
-
-
 def gradients(model: Any, tokens: Any) -> dict[str, Any]:
     model.zero_grad()
     model(tokens, labels=tokens).loss.backward()
@@ -523,6 +511,21 @@ def test_gradients_reach_everything_that_takes_part(model: Any) -> None:
     silent = {name for name, grad in found.items() if grad is None or not grad.abs().max() > 0}
     assert silent == idle
     assert all(torch.isfinite(grad).all() for grad in found.values() if grad is not None)
+
+
+@pytest.mark.parametrize("gqa", [[], [0], [0, 1, 2]])
+def test_unusual_layer_maps(gqa: list[int]) -> None:
+    torch.manual_seed(0)
+    model = code.Hxa079ForCausalLM(tiny_config(transformer_layers=gqa, initializer_range=0.3)).eval()
+    tokens, mask = left_padded((12, 7))
+    settings = GREEDY | {"attention_mask": mask, "max_new_tokens": 8}
+    assert model.generate(tokens, **settings).tolist() == model.generate(tokens, use_cache=False, **settings).tolist()
+    before = model(tokens).logits
+    for layer in {0, 1, 2} - set(gqa):
+        with torch.no_grad():
+            model.model.layers[layer].self_attn.k0.fill_(5.0)
+        # The first RWKV layer takes its own v and k, whether or not it is layer 0.
+        assert torch.equal(model(tokens).logits, before) == (layer == min({0, 1, 2} - set(gqa)))
 
 
 def test_loss_is_shifted_cross_entropy(reka: Any) -> None:
@@ -597,9 +600,6 @@ def test_trainer_runs(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-# --- dtypes, devices ---
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", ["reka_tiny", "qwen3_tiny"])
 def test_half_precision(case: str, dtype: Any, folder_of: Callable[[str], Path]) -> None:
@@ -640,9 +640,6 @@ def test_device_map(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
         model = load(folder_of("qwen3_tiny"), device_map=device_map, offload_folder=str(tmp_path / "offload"))
         out = model.generate(tokens, attention_mask=mask, max_new_tokens=6, **GREEDY)
         assert out.tolist() == expected.tolist()
-
-
-# --- saving ---
 
 
 @pytest.mark.parametrize("case", ["reka_tiny", "qwen3_tiny"])
@@ -698,17 +695,54 @@ def test_layer_records_are_optional(folder_of: Callable[[str], Path], tmp_path: 
         load(wrong)
 
 
-def test_biases_have_places(tmp_path: Path) -> None:
-    config = Hxa079Config(
-        **{key: value for key, value in config_of("qwen3_tiny").items() if key not in ("model_type", "auto_map")}
-        | {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}
-    )
-    names = {name for name, _ in code.Hxa079ForCausalLM(config).named_parameters() if name.endswith(".bias")}
-    rwkv = [f"self_attn.{name}.bias" for name in ("receptance", "key", "value", "output")]
-    gqa = [f"self_attn.{name}_proj.bias" for name in "qkvo"]
-    mlp = [f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")]
-    expected = {f"model.layers.{i}.{name}" for i in range(4) for name in (gqa if i in (1, 3) else rwkv) + mlp}
-    assert names == expected
+REKA = {
+    "num_hidden_layers": 44,
+    "hidden_size": 6144,
+    "intermediate_size": 19648,
+    "vocab_size": 100352,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 96,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 8e6,
+    "tie_word_embeddings": False,
+}
+
+
+def student(**changes: Any) -> StudentConfig:
+    facts = REKA | {"gqa_layers": (8, 15, 22, 29, 36, 43), "ranks": published_ranks(6144)} | changes
+    return StudentConfig(**facts)
+
+
+def on_meta(config: StudentConfig) -> Any:
+    document = student_json(config, {"eos_token_id": 100257}, "BF16")
+    with torch.device("meta"):
+        return code.Hxa079ForCausalLM(Hxa079Config.from_dict(document))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "layer_records": False, "num_hidden_layers": 3, "gqa_layers": (0,)},
+        {"attention_bias": True, "qk_norm": True, "num_hidden_layers": 3, "gqa_layers": ()},
+        {"output_bias": True, "mlp_bias": True, "num_attention_heads": 80, "num_hidden_layers": 3, "gqa_layers": (1,)},
+    ],
+)
+def test_names_and_shapes_are_the_architecture(changes: dict[str, Any]) -> None:
+    config = student(**changes)
+    found = {name: tuple(tensor.shape) for name, tensor in on_meta(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del found["lm_head.weight"]
+    assert found == expected_tensors(config)
+
+
+def test_what_a_sequence_costs_at_the_size_of_reka_flash() -> None:
+    model = on_meta(student()).bfloat16()
+    cache = model(torch.zeros(1, 100, dtype=torch.long, device="meta"), use_cache=True).past_key_values
+    per_token = sum(2 * key[0, :, 0].numel() * key.element_size() for key, _ in cache.keys_values.values())
+    assert per_token == 6 * 2 * 8 * 96 * 2  # bytes in bfloat16; the teacher's 44 layers need 7.3 times as much
+    assert sum(state.nbytes for state in cache.states.values()) == student().state_bytes == 38 * 64 * 96 * 96 * 4
 
 
 def test_base_model_loads_from_the_same_folder(folder_of: Callable[[str], Path]) -> None:
@@ -776,9 +810,6 @@ def test_random_initialisation_is_usable(with_tokenizer: Path) -> None:
     assert mixer.k0.mean().item() == pytest.approx(0.73)
     tokens = ids(2, 50)
     assert torch.isfinite(model(tokens, labels=tokens).loss)
-
-
-# --- with a tokenizer ---
 
 
 def save_byte_tokenizer(folder: Path) -> None:

@@ -22,6 +22,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# --- the recurrence, three times: r, log_decay, k, v, a, b (B, T, H, N), state -> y (B, T, H, N_v), state ---
+# The recurrence in three forms: r, log_decay, k, v, a, b, all (B, T, H, N), and state -> y (B, T, H, N_v), state.
 
 
 def wkv_loop(
@@ -126,8 +127,9 @@ def wkv_fla(
 
 def wkv(*tensors: Tensor, dtype: torch.dtype, use_fla: bool) -> tuple[Tensor, Tensor]:
     """The recurrence in the form that suits the length and the machine; `dtype` is what the layer computes in."""
-    # Autocast would run the products in bfloat16; the state does not bear that.
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    # Autocast would run the products in bfloat16; the state does not bear that. Meta tensors know no autocast.
+    device = tensors[0].device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         if tensors[0].shape[1] == 1:
             return wkv_loop(*tensors)
         half = dtype in (torch.bfloat16, torch.float16)
@@ -138,9 +140,6 @@ def wkv(*tensors: Tensor, dtype: torch.dtype, use_fla: bool) -> tuple[Tensor, Te
             y, state = wkv_chunked(*piece, state)
             out.append(y)
         return torch.cat(out, dim=1), state
-
-
-# --- cache ---
 
 
 class Hxa079Cache(Cache):  # type: ignore[misc]
@@ -204,9 +203,6 @@ class Hxa079Cache(Cache):  # type: ignore[misc]
         raise NotImplementedError(str(Hxa079Cache.crop.__doc__))
 
 
-# --- layers ---
-
-
 class Hxa079RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, in float32 as Llama does."""
 
@@ -248,12 +244,8 @@ class Hxa079TimeMix(nn.Module):
             # Written by the published trainer, read by nobody; kept so that no tensor is lost.
             self.register_buffer("layer_architecture", torch.tensor(78.0))
             self.register_buffer("head_size_record", torch.tensor(float(self.head_dim)))
-        ranks = {
-            "w": (config.lora_rank_decay, width),
-            "a": (config.lora_rank_iclr, width),
-            "v": (config.lora_rank_value_residual_mix, narrow),
-            "k": (config.lora_rank_key_residual_mix, narrow),
-        }
+        ranks = {"w": (config.lora_rank_decay, width), "a": (config.lora_rank_iclr, width)}
+        ranks |= {"v": (config.lora_rank_value_residual_mix, narrow), "k": (config.lora_rank_key_residual_mix, narrow)}
         for letter, (rank, out) in ranks.items():
             setattr(self, f"{letter}1", nn.Parameter(torch.zeros(size, rank)))
             setattr(self, f"{letter}2", nn.Parameter(torch.zeros(rank, out)))
@@ -391,9 +383,6 @@ class Hxa079DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), v_first, k_first
 
 
-# --- models ---
-
-
 class Hxa079PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     """What transformers has to know about hxa079."""
 
@@ -468,14 +457,12 @@ class Hxa079Model(Hxa079PreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         checkpointing = self.gradient_checkpointing and self.training
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        cache = past_key_values
-        if cache is None and use_cache and not checkpointing:
-            cache = Hxa079Cache()
+        cache = Hxa079Cache() if past_key_values is None and use_cache and not checkpointing else past_key_values
         seen = 0 if cache is None else cache.length
         mask = self._token_mask(attention_mask, cache, x)
         if position_ids is None:
             position_ids = self._positions(mask, seen, x)
-        cos, sin = rope_angles(position_ids, self.config, wide(x[:, :0]).dtype)
+        cos, sin = rope_angles(position_ids, self.config, torch.promote_types(x.dtype, torch.float32))
         visible = self._visible(mask, seen, x)
         new_mask = None if mask is None else mask[:, seen:]
 
@@ -492,9 +479,8 @@ class Hxa079Model(Hxa079PreTrainedModel):
         x = hidden[-1] = self.norm(x)
         if cache is not None:
             cache.length, cache.token_mask = seen + x.shape[1], mask
-        result = BaseModelOutputWithPast(
-            last_hidden_state=x, past_key_values=cache, hidden_states=tuple(hidden) if want_hidden else None
-        )
+        kept = tuple(hidden) if want_hidden else None
+        result = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache, hidden_states=kept)
         return result if _as_dict(return_dict, self.config) else result.to_tuple()
 
     @staticmethod
@@ -587,14 +573,9 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            counted = {key: kwargs[key] for key in ("num_items_in_batch",) if key in kwargs}
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **counted)
-        result = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        cache, hidden = outputs.past_key_values, outputs.hidden_states
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=hidden)
         return result if _as_dict(return_dict, self.config) else result.to_tuple()
 
     def _prepare_cache_for_generation(
