@@ -150,7 +150,7 @@ def _layer(left: Runner, right: Runner, streams: _Streams, index: int) -> LayerR
     both = isinstance(left.config, StudentConfig) and isinstance(right.config, StudentConfig)
     both = both and left.config.key_value_size == right.config.key_value_size
     # v_first and k_first are part of the input: a fault there is the fault of the layer that handed them on.
-    before = streams.other.carry if both else streams.fed
+    before = streams.other.carry if both and streams.other.carry.v_first is not None else streams.fed
     fed = Stream(streams.other.x, Carry(before.v_first, before.k_first))
     nope = _nope_error(left, right, streams.other.x, index)
     left.layer(fed, index)

@@ -58,7 +58,7 @@ def check_initialised(
         ids = probe_tokens(min(teacher.config.vocab_size, student.config.vocab_size))
     report = compare_models(whole, teacher, ids=ids, dtype=dtype, device=device, progress=progress)
     _check_copies(report, whole, teacher)
-    _check_rwkv_layers(report, student, teacher.plan, factors)
+    check_rwkv_layers(report, student, teacher.plan, factors)
     _check_gqa_layers(report)
     return report
 
@@ -85,10 +85,10 @@ def _check_copies(report: Report, student: Model, teacher: Model) -> None:
     text = f"{len(shared)} tensors are the teacher's" + (
         "" if _same_dtypes(shared) else ", rounded to the output's dtype"
     )
-    report.check("copied tensors", not wrong, _found(wrong, "differ from the teacher's") or text)
+    report.check("copied tensors", not wrong, listing(wrong, "differ from the teacher's") or text)
     lacking = [name for name in plans[1] if name not in plans[0] and not _rwkv(student, name)]
     report.check(
-        "nothing lost", not lacking, _found(lacking, "are missing") or "every tensor outside RWKV layers is there"
+        "nothing lost", not lacking, listing(lacking, "are missing") or "every tensor outside RWKV layers is there"
     )
 
 
@@ -120,7 +120,7 @@ def is_scaled(made: Recipe, origin: Recipe, factor: float) -> bool:
     return True
 
 
-def _check_rwkv_layers(report: Report, student: Model, teacher: Plan, factors: Mapping[str, float]) -> None:
+def check_rwkv_layers(report: Report, student: Model, teacher: Plan, factors: Mapping[str, float]) -> None:
     """Projections, norms and initial values of every RWKV layer."""
     wrong: dict[str, list[str]] = {"scaled projections": [], "initial values": []}
     counts = dict.fromkeys(wrong, 0)
@@ -135,7 +135,7 @@ def _check_rwkv_layers(report: Report, student: Model, teacher: Plan, factors: M
     good = {"scaled projections": f"the teacher's, {shown}", "initial values": "constants as published, all finite"}
     for kind, names in wrong.items():
         text = f"{counts[kind]} tensors: {good[kind]}"
-        report.check(kind, not names, _found(names, "are not what they should be") or text)
+        report.check(kind, not names, listing(names, "are not what they should be") or text)
 
 
 def _keeps_promise(name: str, recipe: Recipe, teacher: Plan, factors: Mapping[str, float]) -> tuple[str, bool]:
@@ -168,10 +168,11 @@ def _check_gqa_layers(report: Report) -> None:
     wrong = [f"layer {r.layer} ({r.nope_error:.3g})" for r in layers if not (r.nope_error or 0.0) <= limit]
     worst = max(result.nope_error or 0.0 for result in layers)
     text = f"{len(layers)} layers equal the teacher's attention with every position 0, relative error {worst:.2g}"
-    report.check("GQA layers", not wrong, _found(wrong, "are not the teacher's attention without RoPE") or text)
+    report.check("GQA layers", not wrong, listing(wrong, "are not the teacher's attention without RoPE") or text)
 
 
-def _found(names: list[str], what: str) -> str:
+def listing(names: list[str], what: str) -> str:
+    """`3 differ: a, b, c`, or nothing where no name is given."""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return f"{len(names)} {what}: {', '.join(names[:MAX_LISTED])}{more}" if names else ""
 
@@ -217,7 +218,7 @@ def _check_rounded(report: Report, output: Model, source: Model) -> None:
     wrong = [r.name for r in report.tensors if not (_is_copy(r, *plans) or _is_padded(r, *plans))]
     report.checks = [check for check in report.checks if check.name not in ("tensors", "config")]
     text = f"{len(report.tensors)} tensors are the source's, rounded or padded with zeros"
-    report.check("tensors", not wrong, _found(wrong, "are not the source's") or text)
+    report.check("tensors", not wrong, listing(wrong, "are not the source's") or text)
     other = [text for text in report.config_differences if not text.startswith("intermediate_size")]
     report.check("config", not other, "; ".join(other) or "the same settings")
 

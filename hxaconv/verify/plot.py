@@ -17,7 +17,7 @@ FLOOR = 1e-9
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def save_plot(report: Report, path: Path) -> None:
+def plot(report: Report, path: Path) -> None:
     """Draw a comparison into a .png, .svg or .pdf file; GQA layers are hatched, shapes tell lines apart.
 
     Raises:

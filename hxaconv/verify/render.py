@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from hxaconv.console import WIDTH, strip_lines, table
 from hxaconv.errors import MAX_LISTED
@@ -27,7 +28,21 @@ def render(report: Report) -> list[RenderableType]:
         parts += [_strip(report), _layers(report)]
     if report.logits is not None:
         parts.append(_logits(report.logits))
+    parts += render_loaders(report.findings)
     parts += [_wrapped(f"Note: {note}") for note in report.notes]
+    return parts
+
+
+def render_loaders(verdicts: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """For each verdict of the lint: whether the loader takes the checkpoint, with what settings, and why not."""
+    parts: list[RenderableType] = []
+    for verdict in verdicts:
+        settings = f", with {', '.join(verdict['settings'])}" if verdict["settings"] else ""
+        takes = "takes it" if verdict["takes"] else "does not take it"
+        parts.append(_wrapped(f"{verdict['loader']}: {takes}{settings}"))
+        rows = [("no" if f["blocks"] else "note", f["what"], f["where"], f["do"]) for f in verdict["findings"]]
+        if rows:
+            parts.append(table("", ("", "what", "where", "what to do"), rows, right=4))
     return parts
 
 

@@ -79,7 +79,7 @@ class Report:
     logits: LogitResult | None = None
     notes: list[str] = field(default_factory=list)
     findings: list[dict[str, Any]] = field(default_factory=list)
-    """Of the loader lint, one per finding."""
+    """Verdicts of the loader lint, as plain data."""
     seconds: float = 0.0
 
     @property

@@ -1,0 +1,54 @@
+"""What another choice of GQA layers promises: layers that keep their kind keep their bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from hxaconv.model import Model
+from hxaconv.names import is_attention, layer_index
+from hxaconv.plan import Plan
+from hxaconv.teacher import same_bytes
+from hxaconv.verify.contracts import check_rwkv_layers, is_scaled, listing
+from hxaconv.verify.probe import probe_tokens
+from hxaconv.verify.report import Report
+from hxaconv.verify.single import verify_model
+
+
+def check_repicked(
+    source: Model, teacher: Model | None, output: Model, *, other: Model | None, factors: Mapping[str, float]
+) -> Report:
+    """Check `output` against the student it was made of, and its new layers against where they come from."""
+    report = verify_model(output, ids=probe_tokens(output.config.vocab_size))
+    layers = range(output.config.num_hidden_layers)
+    changed = {i for i in layers if source.student.layer_kind(i) != output.student.layer_kind(i)}
+    kept = [name for name in output.plan if not (is_attention(name) and layer_index(name) in changed)]
+    wrong = [n for n in kept if n not in source.plan or not same_bytes(output.plan[n], source.plan[n])]
+    text = f"{len(kept)} tensors have the bits of {source.label}"
+    report.check("kept tensors", not wrong, listing(wrong, "differ from the source") or text)
+    donated = {i for i in changed if other and other.student.layer_kind(i) == output.student.layer_kind(i)}
+    if other is not None and donated:
+        mixers = _mixers(output, donated)
+        wrong = [n for n in mixers if n not in other.plan or not same_bytes(mixers[n], other.plan[n])]
+        text = f"{len(donated)} layers have the bits of {other.label}"
+        report.check("layers taken over", not wrong, listing(wrong, "differ from the other checkpoint") or text)
+    if teacher is not None:
+        _check_from_teacher(report, teacher.plan, output, changed - donated, factors)
+    return report
+
+
+def _check_from_teacher(
+    report: Report, teacher: Plan, output: Model, layers: set[int], factors: Mapping[str, float]
+) -> None:
+    attention = _mixers(output, {i for i in layers if output.student.layer_kind(i) == "gqa"})
+    if attention:
+        wrong = [n for n, recipe in attention.items() if n not in teacher or not is_scaled(recipe, teacher[n], 1.0)]
+        text = f"{len(attention)} tensors are the teacher's attention"
+        report.check("new GQA layers", not wrong, listing(wrong, "differ from the teacher's") or text)
+    time_mix = _mixers(output, {i for i in layers if output.student.layer_kind(i) == "rwkv"})
+    if time_mix:
+        check_rwkv_layers(report, replace(output, plan=time_mix), teacher, factors)
+
+
+def _mixers(model: Model, layers: set[int]) -> Plan:
+    return {name: recipe for name, recipe in model.plan.items() if is_attention(name) and layer_index(name) in layers}
