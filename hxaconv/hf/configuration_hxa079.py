@@ -138,24 +138,21 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in the spelling that all readers of config.json understand."""
+        """Everything, with RoPE in both spellings and an auto_map that works offline."""
         content: dict[str, Any] = super().to_dict()
-        return self._for_every_reader(content)
+        content["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
+        # After loading from the Hub the entries read "org/name--module.Class".
+        auto_map = AUTO_MAP | (content.get("auto_map") or {})
+        content["auto_map"] = {key: value.rsplit("--", 1)[-1] for key, value in auto_map.items()}
+        return content
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: never without the keys of `REQUIRED`."""
+        """What `save_pretrained` writes: never without the keys of `REQUIRED`, the dtype in both spellings."""
         content: dict[str, Any] = super().to_diff_dict()
         content |= {key: getattr(self, key) for key in REQUIRED}
-        return self._for_every_reader(content)
-
-    def _for_every_reader(self, content: dict[str, Any]) -> dict[str, Any]:
-        content["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
         dtype = content.get("dtype", content.get("torch_dtype"))
         if dtype is not None:
             content["dtype"] = content["torch_dtype"] = str(dtype).removeprefix("torch.")
-        # After loading from the Hub the entries read "org/name--module.Class": they would not work offline.
-        auto_map = AUTO_MAP | (content.get("auto_map") or {})
-        content["auto_map"] = {key: value.rsplit("--", 1)[-1] for key, value in auto_map.items()}
         return content
 
 
