@@ -33,6 +33,8 @@ FIRST_REQUEST_BYTES = 128 * 1024
 """Enough for most headers: a second request is rarely needed."""
 TIMEOUT_SECONDS = 30
 DOWNLOAD_WORKERS = 4
+ATTEMPTS = 3
+"""Of a small request whose connection breaks."""
 _LOGIN = "Log in with `hf auth login` (or set HF_TOKEN)"
 
 
@@ -92,23 +94,32 @@ class Repository:
         return Path(found) if isinstance(found, str) else None
 
     def _range(self, file: SourceFile, start: int, count: int) -> bytes:
+        with self._explained():
+            for _ in range(ATTEMPTS - 1):
+                try:
+                    return self._range_once(file, start, count)
+                except _network_errors() as error:
+                    if _status(error) is not None:
+                        raise
+            return self._range_once(file, start, count)
+
+    def _range_once(self, file: SourceFile, start: int, count: int) -> bytes:
         from huggingface_hub import hf_hub_url
 
         utils = _hub_utils()
         url = hf_hub_url(self.name, file.name, revision=self.commit)
         wanted = {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
         headers, session = utils.build_hf_headers() | wanted, utils.get_session()
-        with self._explained():
-            if callable(getattr(session, "stream", None)):  # httpx, since huggingface_hub 1.0
-                request = session.stream("GET", url, headers=headers, timeout=TIMEOUT_SECONDS)
-            else:
-                request = session.get(url, headers=headers, timeout=TIMEOUT_SECONDS, stream=True)
-            with request as response:
-                utils.hf_raise_for_status(response)
-                if response.status_code == 206:
-                    data: bytes = response.read() if hasattr(response, "read") else response.content
-                    if len(data) == count:
-                        return data
+        if callable(getattr(session, "stream", None)):  # httpx, since huggingface_hub 1.0
+            request = session.stream("GET", url, headers=headers, timeout=TIMEOUT_SECONDS)
+        else:
+            request = session.get(url, headers=headers, timeout=TIMEOUT_SECONDS, stream=True)
+        with request as response:
+            utils.hf_raise_for_status(response)
+            if response.status_code == 206:
+                data: bytes = response.read() if hasattr(response, "read") else response.content
+                if len(data) == count:
+                    return data
         raise HxaconvError(
             f"{file.label}: the server did not send the {count} bytes at {start} that were asked for",
             hint="A proxy may be in between. Download the model first: hf download " + self.name,
@@ -354,12 +365,17 @@ def _network_errors() -> tuple[type[Exception], ...]:
     return (OSError, HfHubHTTPError.__bases__[0])
 
 
+def _status(error: Exception) -> int | None:
+    """The status that the Hub answered with, None where it did not answer."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
 def explain(error: Exception, repo: str, revision: str | None) -> HxaconvError:
     """One sentence and the next step; the texts of HTTP errors are left out, as they may quote headers."""
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{repo}"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = _status(error)
     if isinstance(error, errors.GatedRepoError):
         return HxaconvError(
             f"{repo} is gated: its authors let in who accepts their conditions",

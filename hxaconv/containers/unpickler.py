@@ -18,7 +18,7 @@ from hxaconv.dtypes import BY_STORAGE_CLASS
 from hxaconv.errors import HxaconvError
 
 MAX_PICKLE_BYTES = 64 * 1024 * 1024
-MAX_OPCODES = 2_000_000
+MAX_OPCODES = 1_000_000
 """A tensor takes about 25 opcodes and an opcode at most about 100 bytes of memory."""
 MAX_DIMS = 16
 _MAX_TEXT_BYTES = 16 * 1024 * 1024
@@ -124,7 +124,9 @@ class _Machine:
     def run(self) -> Any:
         data, operations = self.data, _OPERATIONS
         while True:
-            self.charge(1)
+            self.budget -= 1
+            if self.budget < 0:
+                self.charge(0)
             if self.position >= len(data):
                 raise self.truncated()
             opcode = data[self.position]
