@@ -1,0 +1,106 @@
+"""Negative controls: the mistakes this architecture invites, each made on purpose in one of two students."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from hxaconv.arithmetic import computed, tensor
+from hxaconv.model import Model
+from hxaconv.reference import hxa079
+
+ROTATION = "    r, k = rotate(r, positions, config.rope_theta), rotate(k, positions, config.rope_theta)\n"
+QK_NORM = "    if config.qk_norm:\n        r = "
+KEEP_FIRST = "carry.v_first, carry.k_first = v, k  # k after norm and RoPE"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake: in the text of the forward, in the config, or in a weight; `layer` is the first that differs."""
+
+    name: str
+    case: str
+    layer: int
+    edits: tuple[tuple[str, str], ...] = ()
+    settings: tuple[tuple[str, float], ...] = ()
+    swapped: str = ""
+    """A kv projection whose first two heads change places."""
+
+    def module(self) -> ModuleType:
+        """The reference forward with the mistake in it."""
+        text = Path(str(hxa079.__file__)).read_text()
+        for old, new in self.edits:
+            assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in the forward"
+            text = text.replace(old, new)
+        module = types.ModuleType("faulty")
+        sys.modules["faulty"] = module  # dataclasses look their module up
+        exec(compile(text, "faulty", "exec"), vars(module))
+        return module
+
+    def model(self, model: Model) -> Model:
+        """The model with the mistake in its config or weights."""
+        config = dataclasses.replace(model.student, **dict(self.settings))
+        plan = dict(model.plan)
+        if self.swapped:
+            recipe, size = plan[self.swapped], config.head_dim
+            order = [*range(size, 2 * size), *range(size), *range(2 * size, recipe.shape[0])]
+            make: Callable[[], object] = lambda: tensor(recipe)[order]  # noqa: E731
+            plan[self.swapped] = computed(make, recipe.dtype, recipe.shape, "two kv heads swapped")  # type: ignore[arg-type]
+        return Model(config, plan, f"{model.label}, {self.name}")
+
+
+REKA, QWEN = "reka_tiny", "qwen3_tiny"
+"""RWKV layers 0, 1, 3 of 5; RWKV layers 0, 2 of 4, with q/k norm."""
+
+ROPE_IN_GQA = (
+    "    if index in carry.caches:\n",
+    """\
+    seats = torch.arange(q.shape[1])
+    q, k = rotate(q, seats, config.rope_theta), rotate(k, seats, config.rope_theta)
+    if index in carry.caches:
+""",
+)
+HXA07C = ("k = k * (1 - w + a)  # w, not the decay", "k = k * (1 - torch.exp(-torch.exp(w)) + a)")
+WRONG_FIRST = ("if index == config.rwkv_layers[0]:", "if index in config.rwkv_layers[:2]:")
+TILED = (
+    "    k, v = k.repeat_interleave(num_groups, dim=2), v.repeat_interleave(num_groups, dim=2)\n    w = ",
+    "    k, v = k.repeat(1, 1, num_groups, 1), v.repeat(1, 1, num_groups, 1)\n    w = ",
+)
+
+FAULTS = (
+    Fault("RoPE left on in GQA layers", REKA, 2, (ROPE_IN_GQA,)),
+    Fault("RoPE left on in GQA layers", QWEN, 1, (ROPE_IN_GQA,)),
+    Fault("RoPE off in RWKV layers", REKA, 0, ((ROTATION, ""),)),
+    Fault("RoPE off in RWKV layers", QWEN, 0, ((ROTATION, ""),)),
+    Fault(
+        "k_first taken before norm",
+        QWEN,
+        0,
+        (
+            (QK_NORM, "    raw = k\n" + QK_NORM),
+            (KEEP_FIRST, "carry.v_first, carry.k_first = v, rotate(raw, positions, config.rope_theta)"),
+        ),
+    ),
+    Fault(
+        "k_first taken before RoPE",
+        REKA,
+        0,
+        ((ROTATION, "    raw = k\n" + ROTATION), (KEEP_FIRST, "carry.v_first, carry.k_first = v, raw")),
+    ),
+    Fault("v_first and k_first from the second RWKV layer", REKA, 1, (WRONG_FIRST,)),
+    Fault("v_first and k_first from the second RWKV layer", QWEN, 2, (WRONG_FIRST,)),
+    Fault("k scaled with the decay (hxa07c)", REKA, 0, (HXA07C,)),
+    Fault("k scaled with the decay (hxa07c)", QWEN, 0, (HXA07C,)),
+    Fault("kv heads tiled, not interleaved", REKA, 0, (TILED,)),
+    Fault("bonus scaled by head_dim**-0.5", REKA, 0, (("+ bonus  #", "+ bonus * config.head_dim**-0.5  #"),)),
+    Fault("two kv heads swapped in key of layer 3", REKA, 3, swapped="model.layers.3.self_attn.key.weight"),
+    Fault("two kv heads swapped in v_proj of layer 2", REKA, 2, swapped="model.layers.2.self_attn.v_proj.weight"),
+    Fault("rms_norm_eps 1e-6 for 1e-5", REKA, 0, settings=(("rms_norm_eps", 1e-6),)),
+    Fault("rms_norm_eps 1e-5 for 1e-6", QWEN, 0, settings=(("rms_norm_eps", 1e-5),)),
+    Fault("rope_theta 1e6 for 8e6", REKA, 0, settings=(("rope_theta", 1e6),)),
+)

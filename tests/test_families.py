@@ -1,0 +1,107 @@
+"""Tiny models that transformers itself builds and saves: its logits are those of the reference forward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hxaconv.checkpoint import open_checkpoint
+from hxaconv.reference import llama
+from hxaconv.teacher import open_teacher
+from hxaconv.verify.weights import Weights
+
+transformers = pytest.importorskip("transformers")
+
+AGREEMENT = 5e-6
+"""transformers drops to float32 in RMSNorm, RoPE angles and softmax, even in a float64 model."""
+
+SIZES = {
+    "hidden_size": 42,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 89,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    # Large weights, so that attention is far from uniform.
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+FAMILIES = {
+    "llama": ("LlamaConfig", {"head_dim": 12, "rope_theta": 8e6}),
+    "llama with all biases": ("LlamaConfig", {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("MistralConfig", {"head_dim": 8, "sliding_window": None}),
+    "qwen2": ("Qwen2Config", {"hidden_size": 48, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3 with biases": ("Qwen3Config", {"head_dim": 10, "attention_bias": True}),
+    "phi3": ("Phi3Config", {"hidden_size": 48}),
+}
+
+
+def build(folder: Path, name: str) -> tuple[Tensor, Tensor]:
+    """Save a random float64 model in `folder`; (ids, its own logits)."""
+    config_class, special = FAMILIES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**(SIZES | special))
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.float64).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            # Fresh norms are 1 and fresh biases 0: neither would be missed.
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * (0.3 if "norm" in parameter_name else 0.5))
+    model.save_pretrained(folder)
+    ids = torch.randint(config.vocab_size, (2, 23))
+    with torch.no_grad():
+        return ids, model(ids).logits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_agrees(name: str, tmp_path: Path) -> None:
+    ids, expected = build(tmp_path, name)
+    model = open_teacher(open_checkpoint(tmp_path), allow_output_bias=True)
+    get = Weights(model.plan, dtype=torch.float64)
+    logits, _ = llama.forward(ids, get, model.config)
+    assert logits.dtype == expected.dtype == torch.float64
+    assert (logits - expected).abs().max() < AGREEMENT
+    unrotated, _ = llama.forward(ids, get, model.config, rope=False)
+    assert (unrotated - expected).abs().max() > 1e-2
+
+
+def test_what_remains_is_the_float32_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With RMSNorm, angles and softmax in float32 here too, the two agree to rounding in float64."""
+
+    def float32_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        narrow = x.float()
+        return weight * (narrow * torch.rsqrt(narrow.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    def float32_rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+        size = x.shape[-1]
+        inverse = 1.0 / (theta ** (torch.arange(0, size, 2).float() / size))
+        angles = (positions.float()[:, None] * inverse).repeat(1, 2)
+        turned = torch.cat([-x[..., size // 2 :], x[..., : size // 2]], dim=-1)
+        return x * angles.cos().to(x.dtype) + turned * angles.sin().to(x.dtype)
+
+    def float32_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+        future = torch.ones(q.shape[2], q.shape[2]).triu(1).bool()
+        return scores.masked_fill(future, -torch.inf).softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+    ids, expected = build(tmp_path, "llama")
+    model = open_teacher(open_checkpoint(tmp_path))
+    get = Weights(model.plan, dtype=torch.float64)
+    before = (llama.forward(ids, get, model.config)[0] - expected).abs().max()
+    monkeypatch.setattr(llama, "rmsnorm", float32_norm)
+    monkeypatch.setattr(llama, "rotate", float32_rotate)
+    monkeypatch.setattr(llama, "attend", float32_attend)
+    after = (llama.forward(ids, get, model.config)[0] - expected).abs().max()
+    assert before > 1e-8
+    assert after < 1e-12
