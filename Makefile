@@ -20,7 +20,7 @@ $(VENV)/.test: $(VENV)/.demo
 	touch $@
 
 demo: $(VENV)/.demo
-	$(BIN)/hxaconv demo demo-output --overwrite
+	$(BIN)/hxaconv demo demo-output
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -322,6 +322,277 @@ def to_training(
     hxaconv to-training student-hf/ student-attention.pth
     """
     _convert("to-training", locals(), all_tensors=all_tensors)
+
+
+InputIds = Annotated[str | None, typer.Option(help="Token ids: .npy, .safetensors or .json.", rich_help_panel=PROBE)]
+Text = Annotated[str | None, typer.Option(help="Text file, cut by the tokenizer in the folder.", rich_help_panel=PROBE)]
+Device = Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=PROBE)]
+
+
+@app.command("pick-gqa-layers", no_args_is_help=True)
+def pick_gqa_layers(
+    source: SourceArgument,
+    out: Annotated[str | None, typer.Argument(help="Folder or NAME.pth to create. Without it: advice only.")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="The layers that become GQA: 8,15-17,-1, a layer map or file.", rich_help_panel=LAYERS),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="How many to choose. Default: L//7.", rich_help_panel=LAYERS)
+    ] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="uniform, last, log, mse, influence, entropy, distance, kl or retrieval.", rich_help_panel=LAYERS
+        ),
+    ] = "uniform",
+    min_gap: Annotated[int | None, typer.Option(help="Least distance of two.", rich_help_panel=LAYERS)] = None,
+    max_gap: Annotated[int | None, typer.Option(help="Greatest distance of two.", rich_help_panel=LAYERS)] = None,
+    max_consecutive: Annotated[
+        int | None, typer.Option(help="Longest run of adjacent ones.", rich_help_panel=LAYERS)
+    ] = None,
+    exclude: Annotated[str | None, typer.Option(help="Layers never chosen: 0,5-7.", rich_help_panel=LAYERS)] = None,
+    kl_mode: Annotated[
+        str,
+        typer.Option(
+            help="restore (one layer of the student) or convert (one of the teacher).", rich_help_panel=LAYERS
+        ),
+    ] = "restore",
+    log: Annotated[
+        str | None, typer.Option(help="Stage-1 training log (CSV), for --strategy log.", rich_help_panel=LAYERS)
+    ] = None,
+    save: Annotated[str | None, typer.Option(help="Write the choice as a layer map.", rich_help_panel=LAYERS)] = None,
+    plot: Annotated[str | None, typer.Option(help="Draw the scores: NAME.png or .svg.", rich_help_panel=TALK)] = None,
+    allow_gqa_layer_0: AllowLayer0 = False,
+    teacher: TeacherOption = None,
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", help="Trained checkpoint to take changed layers from.", rich_help_panel=TEACHER),
+    ] = None,
+    layer_map: LayerMapSettings = None,
+    rope_theta: RopeTheta = None,
+    rms_norm_eps: Eps = None,
+    tie_word_embeddings: Tied = None,
+    revision: Revision = None,
+    input_ids: InputIds = None,
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.", rich_help_panel=PROBE)] = 1024,
+    device: Device = "cpu",
+    preset: Preset = "openmose-stage1",
+    scale: Scale = None,
+    seed: Seed = 0,
+    max_shard_size: MaxShard = "5GB",
+    format: Annotated[
+        str | None, typer.Option(help="hf, pth or training. Default: by OUT's suffix.", rich_help_panel=OUTPUT)
+    ] = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    no_verify: NoVerify = False,
+    workers: Workers = None,
+    digest: Digest = "crc32",
+    part: Part = None,
+    allow_nonfinite: AllowNonfinite = False,
+    push_to: PushTo = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Choose the layers that stay attention: change the choice, or get advice on it.
+
+    [bold]Examples[/bold]
+
+    hxaconv pick-gqa-layers student/ student-2/ --layers 8,15,22,29,36,43 --teacher RekaAI/reka-flash-3
+
+    hxaconv pick-gqa-layers RekaAI/reka-flash-3 --count 6 --strategy influence --text sample.txt --save map.toml
+    """
+    talk = _talk(quiet, json)
+    values = dict(locals())
+    if layers is None:
+        advised = _advise(values, talk)
+        if out is None:
+            return
+        layers = ",".join(map(str, advised))
+    elif out is None:
+        raise HxaconvError("--layers names the choice, but there is no OUT to write it to", hint="Add OUT.")
+    from hxaconv.commands import pick
+
+    outcome = pick.run(
+        source,
+        out,
+        layers=layers,
+        teacher=teacher,
+        other=from_,
+        revision=revision,
+        layer_map=layer_map,
+        rope_theta=rope_theta,
+        rms_norm_eps=rms_norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
+        preset=preset,
+        scale=scale,
+        seed=seed,
+        allow_gqa_layer_0=allow_gqa_layer_0,
+        max_shard_size=max_shard_size,
+        format=format,
+        write=_write_options(values, talk),
+    )
+    _show_outcome(outcome, talk)
+
+
+def _advise(values: dict[str, Any], talk: Talk) -> tuple[int, ...]:
+    from hxaconv.commands import advise
+    from hxaconv.commands.tokens import TokenOptions
+    from hxaconv.selection.advice import Request
+    from hxaconv.tables import show_advice
+
+    tokens = TokenOptions(
+        input_ids=values["input_ids"], text=values["text"], tokens=values["tokens"], seed=values["seed"]
+    )
+    request = Request(
+        strategy=values["strategy"],
+        count=values["count"],
+        rules=advise.rules(values["strategy"], values),
+        kl_mode=values["kl_mode"],
+        allow_layer_0=values["allow_gqa_layer_0"],
+        tokens_are_text=tokens.given,
+        device=values["device"],
+        seed=values["seed"],
+        cache=advise.cache_path(values["save"] or values["out"]),
+    )
+    keys = ("rope_theta", "rms_norm_eps", "tie_word_embeddings")
+    advised = advise.run(
+        values["source"],
+        request,
+        tokens,
+        teacher=values["teacher"],
+        log=values["log"],
+        revision=values["revision"],
+        layer_map=values["layer_map"],
+        flags={key: values[key] for key in keys},
+        preset=values["preset"],
+        scale=values["scale"],
+        seed=values["seed"],
+        progress=talk.progress(),
+    )
+    advise.save(advised, values["save"], values["plot"])
+    show_advice(advised.advice, talk, json=values["json"] and values["out"] is None)
+    return advised.advice.pick.layers
+
+
+@app.command("verify", no_args_is_help=True)
+def verify(
+    source: SourceArgument,
+    against: Annotated[
+        str | None, typer.Option(help="Checkpoint to compare with: any container, student or teacher.")
+    ] = None,
+    digests: Annotated[
+        bool, typer.Option("--digests", help="Only re-check the digests in hxaconv.json, without a forward.")
+    ] = False,
+    expect: Annotated[
+        str | None,
+        typer.Option(help="identical, close or report. Default: identical for the same architecture, else report."),
+    ] = None,
+    max_logit: Annotated[float | None, typer.Option(help="identical: largest difference of a logit.")] = None,
+    max_layer: Annotated[float | None, typer.Option(help="close: largest relative error of a layer.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="close: largest KL in nats per token.")] = None,
+    teacher: TeacherOption = None,
+    layer_map: LayerMapSettings = None,
+    rope_theta: RopeTheta = None,
+    rms_norm_eps: Eps = None,
+    tie_word_embeddings: Tied = None,
+    revision: Revision = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per sequence.", rich_help_panel=PROBE)] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.", rich_help_panel=PROBE)] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of random tokens.", rich_help_panel=PROBE)] = 0,
+    input_ids: InputIds = None,
+    text: Text = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float64.", rich_help_panel=PROBE)] = "float32",
+    device: Device = "cpu",
+    logits_out: Annotated[
+        str | None, typer.Option(help="Write input_ids, logits and hidden.{i} as safetensors.", rich_help_panel=PROBE)
+    ] = None,
+    plot: Annotated[
+        str | None, typer.Option(help="Draw errors and cosine by depth: NAME.png or .svg.", rich_help_panel=TALK)
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a checkpoint with an independent reference forward, alone or against another.
+
+    [bold]Examples[/bold]
+
+    hxaconv verify student/
+
+    hxaconv verify student.pth --against student-hf/ --expect identical
+
+    hxaconv verify student/ --against RekaAI/reka-flash-3 --text sample.txt --plot depth.png
+    """
+    from hxaconv.commands import verify as command
+    from hxaconv.commands.tokens import TokenOptions
+    from hxaconv.tables import show_report
+
+    talk = _talk(quiet, json)
+    if digests:
+        checked = command.digests(source, revision=revision, progress=talk.progress())
+        talk.result(checked.to_json(), f"{checked.checked} tensors, {checked.nbytes:,} bytes: digests agree")
+        return
+    limits = {"logits": max_logit, "layer": max_layer, "kl": max_kl}
+    report = command.run(
+        source,
+        against=against,
+        teacher=teacher,
+        layer_map=layer_map,
+        revision=revision,
+        flags={"rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps, "tie_word_embeddings": tie_word_embeddings},
+        options=command.VerifyOptions(
+            tokens=TokenOptions(input_ids=input_ids, text=text, tokens=tokens, batch=batch, seed=seed),
+            dtype=dtype,
+            device=device,
+            expect=expect,
+            thresholds={key: value for key, value in limits.items() if value is not None},
+            logits_out=logits_out,
+            progress=talk.progress(),
+        ),
+    )
+    show_report(report, talk, plot)
+
+
+@app.command("finish", no_args_is_help=True)
+def finish(
+    out: Annotated[str, typer.Argument(help="The OUT that the parts were given.")],
+    no_verify: NoVerify = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Publish what `--part 1/n` ... `--part n/n` have written, where none of them did.
+
+    [bold]Example[/bold]
+
+    hxaconv finish student/
+    """
+    from hxaconv.commands import finish as command
+    from hxaconv.commands.common import WriteOptions
+
+    talk = _talk(quiet, json)
+    write = WriteOptions(finish_only=True, verify=not no_verify, progress=talk.progress())
+    _show_outcome(command.run(out, write), talk)
+
+
+@app.command("demo")
+def demo(
+    out: Annotated[str, typer.Argument(help="Folder for what the demo writes.")] = "hxaconv-demo",
+) -> None:
+    """Run the whole main job on a small embedded teacher, every step an ordinary command; no network needed."""
+    from pathlib import Path
+
+    from hxaconv.commands import demo as command
+
+    def call(words: Sequence[str]) -> int:
+        sys.argv = ["hxaconv", *words]
+        return guarded(app)
+
+    code = command.run(Path(out), call, lambda line: print(line, flush=True))
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command("inspect", no_args_is_help=True)

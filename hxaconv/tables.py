@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.commands.common import Outcome
 from hxaconv.config import RANK_KEYS
 from hxaconv.console import human_bytes, human_count, strip_lines, table
 from hxaconv.inspection import part_of, parts
-from hxaconv.names import TABLE, layer_kinds
+from hxaconv.names import TABLE, is_attention, layer_kinds
 from hxaconv.plan import Plan, total_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from hxaconv.console import Talk
     from hxaconv.layer_maps import LayerMap
+    from hxaconv.selection.advice import Advice
+    from hxaconv.verify import Report
 
 
 def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:
@@ -57,14 +61,24 @@ def outcome_tables(outcome: Outcome) -> list[RenderableType]:
     files = describe(outcome.output)
     ranks, weights = config.ranks, total_bytes(outcome.output.tensors)
     sizes = f"decay {ranks.decay}, iclr {ranks.iclr}, value {ranks.value}, key {ranks.key}, gate {ranks.gate}"
+    written = {name for name in outcome.job.student.plan if outcome.job.everything or is_attention(name)}
+    plan = {name: recipe for name, recipe in outcome.job.student.plan.items() if name in written}
     return [
         f"{outcome.job.command}: {outcome.job.target} ({outcome.job.format}, {outcome.job.dtype})",
         *_strip_block(config.strip),
         f"Low-rank sizes: {sizes}",
-        _parts_table(outcome.job.student.plan),
+        _parts_table(plan),
         table("", ("file", "tensors", "bytes"), [(f.name, f.tensors, f"{f.nbytes:,}") for f in files]),
         f"{len(outcome.output.tensors)} tensors, {weights:,} bytes of weights ({human_bytes(weights)})",
+        *_verified(outcome),
     ]
+
+
+def _verified(outcome: Outcome) -> list[RenderableType]:
+    if outcome.written is None or outcome.report is None:
+        return []
+    rows = [("ok" if check.passed else "FAILED", check.name, check.detail) for check in outcome.report.checks]
+    return [table("", ("", "verified", "found"), rows, right=3), *outcome.report.notes]
 
 
 def _strip_block(letters: str) -> list[str]:
@@ -164,3 +178,29 @@ def names_table() -> list[RenderableType]:
         table("", ("HF safetensors", "RWKV .pth"), rows, right=2),
         "Training checkpoints: model. before the HF name, and student_attn. (older: time_mixer.) after self_attn.",
     ]
+
+
+def show_advice(advice: Advice, talk: Talk, *, json: bool) -> None:
+    """Advice on stdout: strip, table and reasons; as JSON only where it is the whole result."""
+    from hxaconv.selection import report
+
+    for warning in advice.warnings:
+        talk.warn(warning)
+    if json or not talk.json_output:
+        talk.result(report.to_json(advice), *report.strip(advice), report.table(advice), *report.summary(advice))
+
+
+def show_report(report: Report, talk: Talk, plot: str | None) -> None:
+    """A verification on stdout, and as a picture where asked for.
+
+    Raises:
+        CheckFailed: when it did not pass.
+    """
+    from hxaconv.verify.render import render
+
+    if plot is not None:
+        from hxaconv.verify.plot import plot as draw
+
+        draw(report, Path(plot))
+    talk.result(report.to_json(), *render(report))
+    report.raise_if_failed()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,34 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pushed_to: str | None = None
+
+
+def one_of(option: str, value: str, choices: Sequence[str]) -> str:
+    """`value`, if it is one of the choices.
+
+    Raises:
+        HxaconvError: naming the option and what it takes.
+    """
+    if value not in choices:
+        raise HxaconvError(f"{option} {value!r} is not known", hint=f"It takes {', '.join(choices)}.")
+    return value
+
+
+def checked_device(text: str) -> str:
+    """`cpu`, `cuda` or `cuda:1`, if this machine has it.
+
+    Raises:
+        HxaconvError: for other names, and for a GPU that is not there.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise HxaconvError(f"--device {text!r} is not known", hint="It takes cpu, cuda or cuda:1.")
+    if text != "cpu":
+        import torch
+
+        count = torch.cuda.device_count()
+        if int(text.partition(":")[2] or 0) >= count:
+            raise HxaconvError(f"--device {text}: torch sees {count} GPUs here", hint="Use --device cpu.")
+    return text
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
@@ -108,9 +136,11 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
         HxaconvError: when the plan or the target is refused.
         CheckFailed: when the output did not pass; it is left beside the target for inspection.
     """
+    from hxaconv.checksums import DIGESTS
     from hxaconv.writer import WriteSettings
     from hxaconv.writer import write as write_output
 
+    one_of("--digest", write.digest, DIGESTS)
     output = build_output(job)
     if write.dry_run:
         return Outcome(job=job, output=output, written=None, warnings=warnings, notes=notes)

@@ -75,7 +75,7 @@ def run(
         sources={"teacher": checkpoint},
         base_model=base_model_name(checkpoint),
         purpose=UNTRAINED,
-        everything=False,
+        everything=format != "training",
         copy_code=copy_code,
         extra={"init": {"preset": preset, "factors": factors, "seed": seed}, "layer_choice": reason},
     )

@@ -1,0 +1,38 @@
+"""`finish`: publish what the parts of a conversion have written, when none of them did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from hxaconv.commands import convert, init, pick
+from hxaconv.commands.common import Outcome, WriteOptions
+from hxaconv.errors import HxaconvError
+
+RUNNERS: dict[str, Callable[..., Outcome]] = {
+    init.COMMAND: init.run,
+    pick.COMMAND: pick.run,
+}
+
+
+def run(out: str, write: WriteOptions) -> Outcome:
+    """Compute the recorded plan of `out` again and publish its finished files; nothing is converted.
+
+    Raises:
+        HxaconvError: when there is no conversion to finish, or more than one, or files are missing.
+    """
+    from hxaconv.staging import read_record, stagings_at
+
+    found = stagings_at(Path(out).absolute())
+    if len(found) != 1:
+        folders = ", ".join(str(staging.path) for staging in found)
+        raise HxaconvError(
+            f"{out}: {f'several conversions are unfinished: {folders}' if found else 'no conversion is unfinished'}",
+            hint="Delete those that are not wanted." if found else "Run the parts first: --part 1/n ... --part n/n.",
+        )
+    record = read_record(found[0].path)
+    assert record is not None
+    command, options = record["command"], dict(record["options"])
+    if command in convert.COMMANDS:
+        return convert.run(command, **options, write=write)
+    return RUNNERS[command](**options, write=write)

@@ -1,0 +1,53 @@
+"""Calibration tokens for commands that look at activations: from a file, a text, or, on request, random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hxaconv.errors import HxaconvError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hxaconv.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenOptions:
+    """Where tokens come from; `tokens` is how many are used at most, `batch` only shapes random ones."""
+
+    input_ids: str | None = None
+    text: str | None = None
+    tokens: int = 1024
+    batch: int = 1
+    seed: int = 0
+
+    @property
+    def given(self) -> bool:
+        """Whether the tokens are somebody's text, not random."""
+        return self.input_ids is not None or self.text is not None
+
+
+def calibration_tokens(options: TokenOptions, vocab_size: int, checkpoint: Checkpoint) -> Tensor:
+    """Token ids (sequences, length), at most `options.tokens` of them; the text's tokenizer is the checkpoint's.
+
+    Raises:
+        HxaconvError: for files that hold no token ids, and ids outside the vocabulary.
+    """
+    from hxaconv.verify import probe_tokens
+
+    ids = probe_tokens(
+        vocab_size,
+        tokens=options.tokens,
+        batch=options.batch,
+        seed=options.seed,
+        input_ids=Path(options.input_ids) if options.input_ids else None,
+        text=Path(options.text) if options.text else None,
+        tokenizer=checkpoint.companions.get("tokenizer.json"),
+    )
+    if options.tokens < 2:
+        raise HxaconvError(f"--tokens {options.tokens} is too few", hint="A few hundred are a beginning.")
+    length = min(ids.shape[1], options.tokens)
+    return ids[: max(1, options.tokens // length), :length]

@@ -1,0 +1,157 @@
+"""`verify`: one checkpoint against its own config, two against each other, or one against its digests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hxaconv.commands.common import checked_device, one_of, open_teacher_source
+from hxaconv.commands.convert import complete, open_student
+from hxaconv.commands.tokens import TokenOptions
+from hxaconv.config import ModelConfig
+from hxaconv.errors import HxaconvError
+from hxaconv.model import Model
+from hxaconv.student import looks_like_student
+from hxaconv.target import PROVENANCE_NAME
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hxaconv.checkpoint import Checkpoint
+    from hxaconv.console import Progress
+    from hxaconv.digests import DigestReport
+    from hxaconv.verify import Report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyOptions:
+    """How to run the forward, and what to expect of it."""
+
+    tokens: TokenOptions = field(default_factory=lambda: TokenOptions(tokens=64))
+    dtype: str = "float32"
+    device: str = "cpu"
+    expect: str | None = None
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    logits_out: str | None = None
+    progress: Progress | None = None
+
+
+def run(
+    source: str,
+    *,
+    against: str | None = None,
+    teacher: str | None = None,
+    layer_map: str | None = None,
+    revision: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+    options: VerifyOptions | None = None,
+) -> Report:
+    """Verify `source` alone, or compare it with `against`, whatever their containers and names.
+
+    Raises:
+        HxaconvError: when a setting is known from no source, or the two cannot be fed the same input.
+    """
+    from hxaconv.lint import lint
+    from hxaconv.verify import EXPECTATIONS, Thresholds, compare_models, verify_model
+
+    options = options or VerifyOptions()
+    one_of("--dtype", options.dtype, ("float32", "float64"))
+    checked_device(options.device)
+    if options.expect is not None:
+        one_of("--expect", options.expect, EXPECTATIONS)
+        if against is None:
+            raise HxaconvError("--expect is about a comparison", hint="Add --against OTHER.")
+    checkpoint, model = open_any(source, teacher, layer_map, revision, flags)
+    other = open_any(against, teacher, layer_map, None, flags, model.config)[1] if against else None
+    ids = _probe(options.tokens, checkpoint, model, other)
+    logits_out = Path(options.logits_out) if options.logits_out else None
+    if other is None:
+        report = verify_model(
+            model,
+            ids=ids,
+            dtype=options.dtype,
+            device=options.device,
+            logits_out=logits_out,
+            progress=options.progress,
+        )
+        report.findings = [finding.to_json() for finding in lint(checkpoint, model.config)]
+        return report
+    return compare_models(
+        model,
+        other,
+        ids=ids,
+        expect=options.expect,
+        thresholds=Thresholds(**options.thresholds),
+        dtype=options.dtype,
+        device=options.device,
+        logits_out=logits_out,
+        progress=options.progress,
+    )
+
+
+def digests(source: str, *, revision: str | None = None, progress: Progress | None = None) -> DigestReport:
+    """Re-check the digests recorded for `source`, without a forward and without torch.
+
+    Raises:
+        HxaconvError: when none were recorded.
+        CheckFailed: when a tensor is not what was written.
+    """
+    import json
+
+    from hxaconv.checkpoint import open_checkpoint
+    from hxaconv.digests import check_digests
+
+    checkpoint = open_checkpoint(source, revision=revision)
+    provenance: Mapping[str, Any] = (checkpoint.sidecar or {}).get("hxaconv", {})
+    beside = checkpoint.root / PROVENANCE_NAME if checkpoint.root is not None else None
+    if beside is not None and beside.is_file():
+        try:
+            provenance = json.loads(beside.read_bytes())
+        except ValueError as error:
+            raise HxaconvError(f"{beside} is not JSON: {error}") from None
+    report = check_digests(checkpoint, provenance, progress)
+    report.raise_if_failed(checkpoint.label)
+    return report
+
+
+def open_any(
+    source: str,
+    teacher: str | None,
+    layer_map: str | None,
+    revision: str | None,
+    flags: Mapping[str, Any] | None,
+    beside: ModelConfig | None = None,
+) -> tuple[Checkpoint, Model]:
+    """(checkpoint, whole model) of a teacher or student; `beside` fills in what a `.pth` cannot carry.
+
+    Raises:
+        HxaconvError: when it is neither, or a setting is known from no source.
+    """
+    from hxaconv.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(source, revision=revision)
+    if looks_like_student(checkpoint.plan) or checkpoint.config is None:
+        given = dict(flags or {})
+        if beside is not None and checkpoint.config is None and checkpoint.sidecar is None and teacher is None:
+            for key in ("rope_theta", "rms_norm_eps", "tie_word_embeddings"):
+                given[key] = given.get(key) if given.get(key) is not None else getattr(beside, key)
+        opened = open_student(source, revision=revision, teacher=teacher, layer_map=layer_map, flags=given)
+        return checkpoint, complete(opened, need_all=True)[0]
+    return open_teacher_source(source, revision=revision, allow_output_bias=True)
+
+
+def _probe(options: TokenOptions, checkpoint: Checkpoint, model: Model, other: Model | None) -> Tensor:
+    from hxaconv.verify import probe_tokens
+
+    vocabulary = min(m.config.vocab_size for m in (model, other) if m is not None)
+    return probe_tokens(
+        vocabulary,
+        tokens=options.tokens,
+        batch=options.batch,
+        seed=options.seed,
+        input_ids=Path(options.input_ids) if options.input_ids else None,
+        text=Path(options.text) if options.text else None,
+        tokenizer=checkpoint.companions.get("tokenizer.json"),
+    )

@@ -1,0 +1,310 @@
+"""The command line: the main job end to end, exit codes, messages, and what is imported when."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+Cli = Callable[..., int]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def test_the_main_job(cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "student"
+    assert cli("init-from-teacher", tiny_teacher, out, "--gqa-layers", "2,5") == 0
+    shown = capsys.readouterr().out
+    assert "RRGRRG" in shown
+    assert "scaled projections" in shown
+    config = json.loads((out / "config.json").read_text())
+    assert config["transformer_layers"] == [2, 5]
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    story = json.loads((out / "hxaconv.json").read_text())
+    assert story["verification"]["passed"]
+    assert story["tensors"]["model.layers.0.self_attn.value.weight"]["origin"].endswith("v_proj.weight x 0.3")
+    assert str(tmp_path) not in (out / "hxaconv.json").read_text()
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "- linear-attention" in card
+    assert {p.name for p in out.iterdir()} >= {"modeling_hxa079.py", "configuration_hxa079.py"}
+
+
+def test_shards_are_in_layer_order_with_an_index(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student"
+    assert cli("init-from-teacher", tiny_teacher, out, "--max-shard-size", "2MB", "--quiet", "--no-verify") == 0
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 2
+    order = [name for shard in shards for name in safe_open(shard, "pt").offset_keys()]
+    assert order == list(index["weight_map"])
+    layers = [int(name.split(".")[2]) for name in order if ".layers." in name]
+    assert layers == sorted(layers)
+    assert max(shard.stat().st_size for shard in shards) < 2_000_000
+    assert safe_open(shards[0], "pt").metadata() == {"format": "pt"}
+
+
+def test_a_dry_run_writes_nothing(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "out", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["written"] is False
+    assert plan["plan"]["model.layers.0.self_attn.key.weight"]["how"] == "scale"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_target_is_refused_and_replaced_only_on_request(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "student"
+    assert cli("init-from-teacher", tiny_teacher, out, "--quiet", "--no-verify") == 0
+    assert cli("init-from-teacher", tiny_teacher, out, "--quiet", "--no-verify", "--seed", "1") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    before = weights(out)["model.layers.0.self_attn.w2"]
+    assert cli("init-from-teacher", tiny_teacher, out, "--quiet", "--no-verify", "--seed", "1", "--overwrite") == 0
+    assert not torch.equal(weights(out)["model.layers.0.self_attn.w2"], before)
+
+
+def test_same_command_same_bytes_on_any_number_of_threads(tiny_teacher: Path, tmp_path: Path) -> None:
+    outputs = []
+    for threads, workers in ((1, 1), (2, 2), (2, 3)):
+        out = tmp_path / f"{threads}-{workers}"
+        command = [sys.executable, "-m", "hxaconv.cli", "init-from-teacher", str(tiny_teacher), str(out)]
+        options = ["--workers", str(workers), "--quiet", "--max-shard-size", "3MB"]
+        subprocess.run([*command, *options], check=True, env=environment(OMP_NUM_THREADS=str(threads)))
+        outputs.append(out)
+    names = sorted(path.name for path in outputs[0].iterdir())
+    for other in outputs[1:]:
+        assert sorted(path.name for path in other.iterdir()) == names
+        assert filecmp.cmpfiles(outputs[0], other, names, shallow=False) == (names, [], [])
+
+
+def environment(**more: str) -> dict[str, str]:
+    import os
+
+    return {**os.environ, **more}
+
+
+def test_conversions_go_round_without_losing_a_bit(cli: Cli, golden: Path, tmp_path: Path) -> None:
+    settings = ["--rope-theta", "8e6", "--rms-norm-eps", "1e-5", "--no-tie-word-embeddings", "--quiet"]
+    assert cli("to-hf", golden / "reka_tiny" / "student.pth", tmp_path / "hf", *settings) == 0
+    assert cli("to-pth", tmp_path / "hf", tmp_path / "back.pth", "--quiet") == 0
+    assert cli("to-hf", tmp_path / "back.pth", tmp_path / "hf2", "--quiet") == 0
+    expected = load_file(golden / "reka_tiny" / "student_hf" / "model.safetensors")
+    made = weights(tmp_path / "hf")
+    assert set(made) == set(expected)
+    assert all(torch.equal(made[name], expected[name]) for name in expected)
+    original = torch.load(golden / "reka_tiny" / "student.pth", weights_only=True)
+    for mmap in (False, True):
+        back = torch.load(tmp_path / "back.pth", weights_only=True, mmap=mmap)
+        assert list(back) == list(original)
+        assert all(torch.equal(back[name], original[name]) for name in original)
+    assert zipfile.ZipFile(tmp_path / "back.pth").testzip() is None
+    assert filecmp.cmp(tmp_path / "hf" / "model.safetensors", tmp_path / "hf2" / "model.safetensors", shallow=False)
+
+
+def test_a_tied_head_is_written_out_in_a_pth_and_tied_again(cli: Cli, golden: Path, tmp_path: Path) -> None:
+    case = golden / "qwen3_tiny"
+    trained = case / "trained_attention.pth"
+    assert cli("to-hf", trained, tmp_path / "hf", "--teacher", case / "teacher", "--quiet") == 0
+    assert cli("to-pth", trained, tmp_path / "s.pth", "--teacher", case / "teacher", "--quiet") == 0
+    assert "lm_head.weight" not in weights(tmp_path / "hf")
+    pth = torch.load(tmp_path / "s.pth", weights_only=True)
+    expected = torch.load(case / "student.pth", weights_only=True)
+    assert set(pth) == set(expected)
+    assert all(torch.equal(pth[name], expected[name]) for name in expected)
+    assert cli("to-hf", tmp_path / "s.pth", tmp_path / "hf2", "--quiet") == 0
+    assert "lm_head.weight" not in weights(tmp_path / "hf2")
+
+
+def test_back_to_training(cli: Cli, golden: Path, tmp_path: Path) -> None:
+    case = golden / "reka_tiny"
+    assert cli("to-hf", case / "student.pth", tmp_path / "hf", "--teacher", case / "teacher", "--quiet") == 0
+    assert cli("to-training", tmp_path / "hf", tmp_path / "t.pth", "--quiet") == 0
+    made = torch.load(tmp_path / "t.pth", weights_only=True)
+    expected = torch.load(case / "trained_attention.pth", weights_only=True)
+    assert set(made) == set(expected)
+    assert all(torch.equal(made[name], expected[name]) for name in expected)
+    assert cli("to-training", tmp_path / "hf", tmp_path / "all.pth", "--all", "--quiet") == 0
+    assert "model.model.norm.weight" in torch.load(tmp_path / "all.pth", weights_only=True)
+
+
+def test_padding_and_casting_are_verified(cli: Cli, golden: Path, tmp_path: Path) -> None:
+    case = golden / "reka_tiny"
+    source = [case / "student.pth", tmp_path / "padded", "--teacher", case / "teacher", "--quiet"]
+    assert cli("to-hf", *source, "--pad-ffn", "256") == 0
+    assert json.loads((tmp_path / "padded" / "config.json").read_text())["intermediate_size"] == 256
+    assert cli("to-hf", tmp_path / "padded", tmp_path / "wide", "--dtype", "float32", "--quiet") == 0
+    assert {value.dtype for value in weights(tmp_path / "wide").values()} == {torch.float32}
+    assert json.loads((tmp_path / "wide" / "hxaconv.json").read_text())["verification"]["passed"]
+
+
+def test_what_no_source_says_is_asked_for(
+    cli: Cli, golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("to-hf", golden / "reka_tiny" / "student.pth", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "--rope-theta" in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_picking_other_layers(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    first, second, direct = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    assert cli("init-from-teacher", tiny_teacher, first, "--gqa-layers", "1,5", "--quiet") == 0
+    assert cli("pick-gqa-layers", first, second, "--layers", "2-3", "--teacher", tiny_teacher, "--quiet") == 0
+    assert cli("init-from-teacher", tiny_teacher, direct, "--gqa-layers", "2,3", "--quiet") == 0
+    ours, theirs = weights(second), weights(direct)
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    pth = tmp_path / "d.pth"
+    assert cli("to-pth", first, tmp_path / "a.pth", "--quiet") == 0
+    assert cli("pick-gqa-layers", tmp_path / "a.pth", pth, "--layers", "2,3", "--teacher", tiny_teacher, "-q") == 0
+    assert len(torch.load(pth, weights_only=True)) == len(theirs)
+
+
+def test_picking_says_everything_that_is_wrong(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = tmp_path / "a"
+    assert cli("init-from-teacher", tiny_teacher, student, "--gqa-layers", "1,5", "--quiet", "--no-verify") == 0
+    capsys.readouterr()
+    assert cli("pick-gqa-layers", student, tmp_path / "b", "--layers", "0,3,3,9", "--teacher", tiny_teacher) == 2
+    error = capsys.readouterr().err
+    assert "out of range" in error
+    assert "more than once" in error
+    assert "layer 0" in error
+
+
+def test_verify_finds_what_was_changed(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    assert cli("init-from-teacher", tiny_teacher, first, "--quiet") == 0
+    assert cli("init-from-teacher", tiny_teacher, second, "--quiet", "--scale", "value=0.4") == 0
+    assert cli("verify", first) == 0
+    assert cli("verify", first, "--digests") == 0
+    assert cli("verify", first, "--against", first, "--quiet") == 0
+    capsys.readouterr()
+    assert cli("verify", first, "--against", second, "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["first_difference"] == 0
+    assert cli("verify", first, "--against", second, "--expect", "report", "--quiet") == 0
+    data = bytearray((first / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (first / "model.safetensors").write_bytes(data)
+    assert cli("verify", first, "--digests", "--quiet") == 1
+    assert "lm_head.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "no-such-folder/x"),
+        ("inspect", "./nothing.pth"),
+        ("init-from-teacher", "{teacher}", "{tmp}/o", "--format", "gguf"),
+        ("init-from-teacher", "{teacher}", "{tmp}/o", "--preset", "mine"),
+        ("init-from-teacher", "{teacher}", "{tmp}/o", "--layer-map", "reka-flash-3"),
+        ("init-from-teacher", "{teacher}", "{tmp}/o", "--gqa-layers", "1", "--layer-map", "reka-flash-3"),
+        ("init-from-teacher", "{teacher}", "{tmp}/o.pth"),
+        ("init-from-teacher", "{teacher}", "{tmp}/o", "--format", "pth"),
+        ("init-from-teacher", "{teacher}", "{tmp}/o", "--dtype", "int8"),
+        ("init-from-teacher", "{teacher}", "{tmp}/o", "--max-shard-size", "big"),
+        ("init-from-teacher", "{teacher}", "{tmp}/o", "--digest", "md5"),
+        ("init-from-teacher", "{teacher}", "{tmp}/o", "--part", "3/2"),
+        ("init-from-teacher", "{teacher}", "{teacher}"),
+        ("init-from-teacher", "{teacher}", "{teacher}/inside"),
+        ("to-pth", "{teacher}", "{tmp}/o.pth"),
+        ("pick-gqa-layers", "{teacher}", "--strategy", "magic"),
+        ("pick-gqa-layers", "{teacher}", "--count", "99"),
+        ("pick-gqa-layers", "{teacher}", "--layers", "2"),
+        ("verify", "{teacher}", "--input-ids", "nothing.npy"),
+        ("verify", "{teacher}", "--digests"),
+        ("verify", "{teacher}", "--dtype", "int8"),
+        ("verify", "{teacher}", "--expect", "sure"),
+        ("verify", "{teacher}", "--device", "warp"),
+        ("maps", "rekka-flash"),
+        ("finish", "{tmp}/nothing"),
+        ("no-such-command",),
+        ("init-from-teacher",),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_exit_code_2(
+    cli: Cli, arguments: tuple[str, ...], tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(teacher=tiny_teacher, tmp=tmp_path) for word in arguments]
+    assert cli(*words) == 2
+    seen = capsys.readouterr()
+    assert "Traceback" not in seen.err
+    assert seen.err.strip() or seen.out.strip()
+    assert list(tmp_path.iterdir()) == []
+
+
+COMMANDS = (
+    *("init-from-teacher", "pick-gqa-layers", "to-hf", "to-pth", "to-training"),
+    *("verify", "inspect", "maps", "finish", "demo"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(cli: Cli, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "Usage" in shown
+
+
+def imported(arguments: list[str], names: list[str]) -> list[str]:
+    """Which of `names` are loaded after the command has run, in a process of its own."""
+    script = (
+        "import sys, json\n"
+        f"sys.argv = ['hxaconv', *{arguments!r}]\n"
+        "from hxaconv.cli import app, guarded\n"
+        "code = guarded(app)\n"
+        f"print(json.dumps([code, [n for n in {names!r} if n in sys.modules]]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    code, loaded = json.loads(done.stdout.splitlines()[-1])
+    assert code == 0, done.stderr
+    return list(loaded)
+
+
+HEAVY = ["torch", "numpy", "transformers", "huggingface_hub", "safetensors", "matplotlib"]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    assert imported(["--help"], HEAVY) == []
+    assert imported(["init-from-teacher", "--help"], HEAVY) == []
+
+
+def test_inspect_and_pure_conversions_never_import_torch(cli: Cli, golden: Path, tmp_path: Path) -> None:
+    case = golden / "reka_tiny"
+    assert imported(["inspect", str(case / "student.pth")], ["torch"]) == []
+    to_hf = ["to-hf", str(case / "student.pth"), str(tmp_path / "hf"), "--teacher", str(case / "teacher")]
+    assert imported([*to_hf, "--no-verify", "--quiet"], ["torch"]) == []
+    to_pth = ["to-pth", str(tmp_path / "hf"), str(tmp_path / "s.pth")]
+    assert imported([*to_pth, "--no-verify", "--quiet"], ["torch"]) == []
+    # The verification that follows by default computes, so it does.
+    assert imported([*to_pth, "--overwrite", "--quiet"], ["torch"]) == ["torch"]
+    assert imported(["verify", str(tmp_path / "hf"), "--digests"], ["torch"]) == []
+
+
+def test_debug_shows_the_traceback(golden: Path) -> None:
+    command = [sys.executable, "-m", "hxaconv.cli", "to-hf", str(golden / "reka_tiny" / "student.pth"), "x", "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "Traceback" in done.stderr
