@@ -1,0 +1,136 @@
+"""Finished layers in a folder: a safetensors file each, and the pass's state, so that a run can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hxaconv.calibration.report import LayerReport, Settings
+from hxaconv.errors import HxaconvError
+from hxaconv.model import Model
+from hxaconv.selection import cache as selection_cache
+from hxaconv.selection.streaming import First
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished layer; `report` is None where there was nothing to fit."""
+
+    layer: int
+    tensors: dict[str, Tensor]
+    """Canonical name -> replaced tensor; empty where they are in a file."""
+    report: LayerReport | None
+
+
+@dataclass(slots=True)
+class State:
+    """The pass between two layers."""
+
+    layer: int
+    """The next one."""
+    x: Tensor
+    """The teacher's residual stream, (B, T, C)."""
+    first: First = None
+    """v_first and k_first of the student, once its first RWKV layer is fitted."""
+    done: list[Done] = field(default_factory=list)
+
+
+def fingerprint(teacher: Model, student: Model, ids: Tensor, settings: Settings) -> str:
+    """A digest of everything that a calibration depends on."""
+    models = {"teacher": teacher, "student": student}
+    used = {"format": FORMAT, **settings.of_result()}
+    return selection_cache.fingerprint(models, ids.cpu().numpy(), used)
+
+
+class Cache:
+    """One folder that belongs to one calibration; files of another are replaced."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+
+    def path(self, layer: int) -> Path:
+        """The file of a layer."""
+        return self.folder / f"layer-{layer:03d}.safetensors"
+
+    @property
+    def _stream(self) -> Path:
+        return self.folder / "stream.safetensors"
+
+    def load(self, device: str) -> State | None:
+        """Where an interrupted run stopped, or None to start over."""
+        try:
+            with safe_open(self._stream, "pt") as file:
+                facts = file.metadata() or {}
+                if facts.get("key") != self.key:
+                    return None
+                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+            layer = int(facts["layer"])
+            done = [self._load_layer(i) for i in range(layer)]
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            return None  # nothing there yet, or half a file of a full disk
+        if any(found is None for found in done):
+            return None
+        first = (tensors["v_first"], tensors["k_first"]) if "v_first" in tensors else None
+        return State(layer, tensors["x"], first, [found for found in done if found is not None])
+
+    def _load_layer(self, layer: int) -> Done | None:
+        with safe_open(self.path(layer), "pt") as file:
+            facts = file.metadata() or {}
+            if facts.get("key") != self.key:
+                return None
+            values = json.loads(facts["report"])
+        if values is None:
+            return Done(layer, {}, None)
+        values |= {name: tuple(values[name]) for name in ("decay", "iclr", "warnings")}
+        return Done(layer, {}, LayerReport(**values))
+
+    def save(self, state: State) -> None:
+        """Keep the layer that was finished last, then the state of the pass after it.
+
+        Raises:
+            HxaconvError: when the folder cannot be written.
+        """
+        done, first = state.done[-1], state.first
+        report = json.dumps(None if done.report is None else asdict(done.report))
+        self._write(self.path(done.layer), done.tensors, {"report": report})
+        tensors = {"x": state.x}
+        if first is not None:
+            tensors |= {"v_first": first[0], "k_first": first[1]}
+        self._write(self._stream, tensors, {"layer": str(state.layer)})
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        beside = path.with_name(f"{path.name}.part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # A file without tensors is not read back by every version of safetensors.
+            held = {name: values.contiguous().cpu() for name, values in tensors.items()} or {"": torch.zeros(1)}
+            save_file(held, beside, metadata={"key": self.key, **facts})
+            os.replace(beside, path)
+        except (OSError, SafetensorError) as error:
+            beside.unlink(missing_ok=True)
+            raise HxaconvError(
+                f"{path}: a calibrated layer cannot be kept: {error}",
+                hint="Free some space, or give another folder.",
+            ) from None
+
+    def names(self, layer: int) -> list[str]:
+        """Canonical names of the tensors that a finished layer replaces."""
+        with safe_open(self.path(layer), "pt") as file:
+            return [name for name in file.keys() if name]  # noqa: SIM118
+
+    def read(self, layer: int, name: str) -> Tensor:
+        """One of them."""
+        with safe_open(self.path(layer), "pt") as file:
+            tensor = file.get_tensor(name)
+        assert isinstance(tensor, Tensor)
+        return tensor

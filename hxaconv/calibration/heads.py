@@ -1,0 +1,251 @@
+"""The heads that share one key and value, and how their few parameters are fitted.
+
+B batch      R = H/G heads of the group      N head_dim      T tokens
+
+q      (B, T, R, N)   receptance(x) before norm and RoPE
+k, v   (B, T, N)      key(x), value(x); v with the first layer's already mixed in
+A      (B, T, R, N)   the teacher's attention of these heads, before its output matrix
+Y      (B, T, R, N)   the student's answer before the gate
+gain   (R, N)         what multiplies Y so that it becomes A: the gate
+turn   (2, .., N/2)   x and y of a rotation with scale, one for each pair of channels that RoPE rotates.
+                      It commutes with RoPE, so that the weights of receptance and key can absorb it.
+
+Everything is fitted to A in the metric of the output matrix, head by head: |(A - gain * Y) W_h'|^2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, softplus
+
+from hxaconv.reference.chunked import chunked
+from hxaconv.reference.hxa079 import rmsnorm, rotate
+
+DECAYS = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.996)
+LONG_DECAYS = (0.998, 0.9995)
+"""Tried beside the others when sequences are at least 1024 tokens long."""
+ICLRS = (0.02, 0.1, 0.3, 0.6, 0.9)
+FIRST_ICLR = 0.1
+BONUS_LIMIT = 4.0
+MIN_GAIN = 1e-4
+DAMPING = 1e-4
+"""Of the mean diagonal, in every least-squares system: dead channels give 0, not infinity."""
+STEP_SIZE = 0.1
+LAST_STEP_SIZE = 0.05
+"""Of STEP_SIZE, where the cosine schedule ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What the fit of one group of heads starts from."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    target: Tensor
+    """A, in units of the student's output matrix."""
+    metric: Tensor
+    """W_h' W_h, (R, N, N)."""
+    fitted: Tensor
+    """1.0 for tokens to fit, 0.0 for those to judge by, (B, T)."""
+    theta: float
+    eps: float
+    norms: tuple[Tensor, Tensor] | None = None
+    """Weights of r_norm and k_norm, (N) each."""
+    k_first: Tensor | None = None
+    """k of the first RWKV layer, (B, T, N); None in that layer."""
+    k_mix: Tensor | None = None
+    """Its share, (N)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """What is fitted for one group of heads."""
+
+    decay_bias: Tensor
+    """w0, (R, N)."""
+    iclr_bias: Tensor
+    """a0, (R, N)."""
+    bonus: Tensor
+    """r_k, (R, N)."""
+    gain: Tensor
+    turn_q: Tensor
+    """(2, R, N/2)."""
+    turn_k: Tensor
+    """(2, 1, N/2)."""
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in order."""
+        return [self.decay_bias, self.iclr_bias, self.bonus, self.gain, self.turn_q, self.turn_k]
+
+
+def start(group: Group) -> Parameters:
+    """No rotation, no bonus, gain 1 and one decay and iclr for everybody."""
+    heads, size = group.q.shape[2:]
+    plain = torch.zeros(heads, size, device=group.q.device)
+    still = torch.tensor([1.0, 0.0], device=group.q.device).view(2, 1, 1)
+    return Parameters(
+        plain + decay_bias_of(0.9),
+        plain + math.log(FIRST_ICLR / (1 - FIRST_ICLR)),
+        plain,
+        plain + 1.0,
+        still.repeat(1, heads, size // 2),
+        still.repeat(1, 1, size // 2),
+    )
+
+
+def decay_bias_of(decay: float) -> float:
+    """The w0 whose decay, with nothing added, is this one, 0.5453 < decay < 1."""
+    log_neg_log_decay = math.log(-math.log(decay))
+    return -math.log(math.exp(-log_neg_log_decay - 0.5) - 1)
+
+
+def decay_of(decay_bias: Tensor) -> Tensor:
+    """The inverse of `decay_bias_of`, elementwise."""
+    return torch.exp(-torch.exp(-softplus(-decay_bias) - 0.5))
+
+
+def turned(x: Tensor, turn: Tensor) -> Tensor:
+    """Pairs of channels (n, n + N/2) rotated and scaled; x (..., heads, N), turn (2, heads, N/2)."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * turn[0] - second * turn[1], second * turn[0] + first * turn[1]], dim=-1)
+
+
+def _placed(x: Tensor, turn: Tensor, norm: Tensor | None, group: Group) -> Tensor:
+    x = turned(x, turn)
+    if norm is not None:
+        x = rmsnorm(x, norm, group.eps)
+    return rotate(x, torch.arange(x.shape[1], device=x.device), group.theta)
+
+
+def answer(group: Group, p: Parameters) -> tuple[Tensor, Tensor, Tensor]:
+    """Y without the bonus, the bonus' r*k, (B, T, R, N) each, and k as later layers see it, (B, T, N)."""
+    norm_q, norm_k = group.norms or (None, None)
+    r = _placed(group.q, p.turn_q, norm_q, group)
+    k = own = _placed(group.k[:, :, None], p.turn_k, norm_k, group)
+    if group.k_first is not None and group.k_mix is not None:
+        k = k + (group.k_first[:, :, None] - k) * group.k_mix
+    k = k.expand_as(r)
+    w = -softplus(-p.decay_bias) - 0.5
+    iclr = p.iclr_bias.sigmoid()
+    kk = normalize(k, dim=-1, eps=1e-12)
+    k = k * (1 - w + iclr)
+    v = group.v[:, :, None].expand_as(r)
+    state = r.new_zeros(r.shape[0], r.shape[2], r.shape[3], r.shape[3])
+    y, _ = chunked(r, w.expand_as(r), k, v, kk, iclr.expand_as(r), state)
+    return y * r.shape[3] ** -0.5, r * k, own[:, :, 0]
+
+
+def with_bonus(group: Group, p: Parameters) -> Tensor:
+    """Y, (B, T, R, N)."""
+    y, rk, _ = answer(group, p)
+    return y + (rk * p.bonus).sum(dim=-1, keepdim=True) * group.v[:, :, None]
+
+
+def error(group: Group, gained: Tensor, tokens: Tensor) -> Tensor:
+    """|A - gained|^2 in the metric, over the tokens (B, T) that count, for each head (R)."""
+    missing = (group.target - gained) * tokens[:, :, None, None]
+    return torch.einsum("btrn,rnm,btrm->r", missing, group.metric, missing)
+
+
+def solve(gram: Tensor, right: Tensor) -> Tensor:
+    """Damped least squares in float64: (..., n, n), (..., n) -> (..., n); zeros where there is nothing to fit."""
+    gram, right = gram.double(), right.double()
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    damped = gram + torch.diag_embed((mean * DAMPING + 1e-30)[..., None].expand_as(right))
+    found: Tensor = torch.linalg.solve(damped, right)
+    return found.float()
+
+
+def fit_gain(group: Group, y: Tensor) -> Tensor:
+    """The gain (R, N) that brings Y nearest to A in the metric."""
+    kept = y * group.fitted[:, :, None, None]
+    gram = group.metric * torch.einsum("btrn,btrm->rnm", kept, kept)
+    right = torch.einsum("btrn,rnm,btrm->rn", kept, group.metric, group.target)
+    return solve(gram, right)
+
+
+def fit_grid(group: Group) -> Parameters:
+    """The best decay for each head at one iclr, then the best iclr; all heads share each recurrence."""
+    p, long = start(group), group.q.shape[1] >= 1024
+
+    def choose(candidates: tuple[float, ...], bias: Callable[[float], float], field: str) -> Tensor:
+        errors = []
+        for candidate in candidates:
+            y, _, _ = answer(group, replace(p, **{field: torch.full_like(p.bonus, bias(candidate))}))
+            errors.append(error(group, fit_gain(group, y) * y, group.fitted))
+        # A head whose errors are not numbers takes the first candidate; its layer is judged later.
+        best = torch.stack(errors).nan_to_num(nan=torch.inf).argmin(dim=0)
+        biases = torch.tensor([bias(c) for c in candidates], device=best.device)
+        return biases[best][:, None].expand_as(p.bonus).clone()
+
+    p = replace(p, decay_bias=choose(DECAYS + LONG_DECAYS * long, decay_bias_of, "decay_bias"))
+    return replace(p, iclr_bias=choose(ICLRS, lambda a: math.log(a / (1 - a)), "iclr_bias"))
+
+
+def fit_bonus(group: Group, p: Parameters) -> Parameters:
+    """A ~ gamma*Y + (rk.rho) v for each head, then the gain that goes with the bonus r_k = rho/gamma."""
+    y, rk, _ = answer(group, p)
+    tokens = group.fitted[:, :, None]
+    v = group.v[:, :, None].expand_as(y)
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return torch.einsum("btrn,rnm,btrm->btr", a, group.metric, b) * tokens
+
+    vv, yv = dot(v, v), dot(y, v)
+    heads, size = p.bonus.shape
+    gram = y.new_zeros(heads, size + 1, size + 1)
+    gram[:, 0, 0] = dot(y, y).sum(dim=(0, 1))
+    gram[:, 0, 1:] = gram[:, 1:, 0] = torch.einsum("btr,btrn->rn", yv, rk)
+    gram[:, 1:, 1:] = torch.einsum("btr,btrn,btrm->rnm", vv, rk, rk)
+    right = y.new_zeros(heads, size + 1)
+    right[:, 0] = dot(y, group.target).sum(dim=(0, 1))
+    right[:, 1:] = torch.einsum("btr,btrn->rn", dot(v, group.target), rk)
+    # The two parts have unlike units: to diagonal 1, so that damping means the same for both.
+    scale = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-30).rsqrt()
+    found = solve(gram * scale[:, :, None] * scale[:, None, :], right * scale) * scale
+    gamma = found[:, :1]
+    gamma = torch.where(gamma < 0, -1.0, 1.0) * gamma.abs().clamp_min(MIN_GAIN)
+    p = replace(p, bonus=(found[:, 1:] / gamma).clamp(-BONUS_LIMIT, BONUS_LIMIT))
+    return replace(p, gain=fit_gain(group, with_bonus(group, p)))
+
+
+def refine(group: Group, begin: Parameters, steps: int) -> Parameters:
+    """Adam on all parameters of the group, on its own error alone; the start where that came out no better."""
+    scale = error(group, torch.zeros_like(group.target), group.fitted).sum()
+    if not bool(scale > 0) or steps == 0:
+        return begin
+    # Steps are relative for the gain, whose size depends on the factors of the projections.
+    size = begin.gain.abs().mean().clamp_min(MIN_GAIN)
+    moved = [torch.zeros_like(x).requires_grad_() for x in begin.tensors()]
+
+    def current() -> Parameters:
+        units = (1.0, 1.0, 1.0, float(size), 1.0, 1.0)
+        return Parameters(*(x + m * u for x, m, u in zip(begin.tensors(), moved, units, strict=True)))
+
+    optimizer = torch.optim.Adam(moved, lr=STEP_SIZE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, STEP_SIZE * LAST_STEP_SIZE)
+    with torch.enable_grad():
+        for _ in range(steps):
+            p = current()
+            loss = error(group, p.gain * with_bonus(group, p), group.fitted).sum() / scale
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+    p = Parameters(*(x.detach() for x in current().tensors()))
+    p = replace(p, bonus=p.bonus.clamp(-BONUS_LIMIT, BONUS_LIMIT))
+    return _better(group, p, begin)
+
+
+def _better(group: Group, one: Parameters, other: Parameters) -> Parameters:
+    judged = 1 - group.fitted
+    errors = [float(error(group, p.gain * with_bonus(group, p), judged).sum()) for p in (one, other)]
+    # Not <: a comparison with NaN is false.
+    return one if errors[0] <= errors[1] else other

@@ -1,0 +1,197 @@
+"""Calibration in one pass over the layers of a teacher, one layer's weights at a time.
+
+Every layer is fitted on the teacher's own hidden states, so that layers are independent but for v_first and
+k_first of the first RWKV layer. In memory: the residual stream, its normed copy and the attention's output,
+(tokens, C) each, beside the weights of one attention or one MLP.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hxaconv.arithmetic import Computed, torch_dtype
+from hxaconv.calibration import teacher as teacher_pass
+from hxaconv.calibration.cache import Cache, Done, State, fingerprint
+from hxaconv.calibration.folding import fold_rope
+from hxaconv.calibration.pool import ROWS, Pool
+from hxaconv.calibration.report import CalibrationReport, Settings
+from hxaconv.calibration.time_mix import Attention, Fit, fit_layer
+from hxaconv.console import Progress
+from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.model import Model
+from hxaconv.plan import Plan, Recipe
+from hxaconv.reference import llama
+from hxaconv.selection.streaming import untouched_layers
+from hxaconv.selection.weights import Compute, bytes_of_layer, embed, layer_names, load
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The tensors that replace those of the plain initialisation, and how that went."""
+
+    replaced: Plan
+    """Canonical name -> recipe; a subset of the student's plan with the same shapes and dtypes."""
+    report: CalibrationReport
+
+
+def calibrate(
+    teacher: Model,
+    student: Model,
+    ids: Tensor,
+    settings: Settings | None = None,
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Fit the RWKV layers of an untrained student to its teacher on token ids (B, T).
+
+    The last quarter of the tokens decides, layer by layer, between the fit and what the student holds.
+    With a `folder`, finished layers are kept there, an interrupted run goes on after them, and the
+    replaced tensors are read from there when they are written; it has to outlive the result.
+
+    Raises:
+        HxaconvError: when the two do not fit, the student has been trained, or ids are not its tokens.
+    """
+    settings = settings or Settings()
+    _check(teacher, student, ids)
+    ids, warnings = cut(ids, settings.chunk)
+    cache = Cache(folder, fingerprint(teacher, student, ids, settings)) if folder is not None else None
+    compute = Compute(device=settings.device)
+    state = (cache and cache.load(settings.device)) or State(0, embed(teacher, ids, compute))
+    fitted = fitted_tokens(ids).to(settings.device)
+    total = sum(bytes_of_layer(teacher, i) for i in range(teacher.config.num_hidden_layers))
+    if progress is not None:
+        progress.start("calibrating", total)
+        progress.advance(sum(bytes_of_layer(teacher, i) for i in range(state.layer)), "resumed")
+    try:
+        with torch.no_grad(), Pool(settings.workers, settings.device) as pool:
+            while state.layer < teacher.config.num_hidden_layers:
+                fit = _layer(teacher, student, state, fitted, settings, compute, pool)
+                prefix = f"model.layers.{state.layer}.self_attn."
+                tensors = {prefix + name: values.cpu() for name, values in fit.tensors.items()} if fit else {}
+                state.done.append(Done(state.layer, tensors, fit.report if fit else None))
+                state.layer += 1
+                if cache is not None:
+                    cache.save(state)
+                    # From now on they are read from their file.
+                    state.done[-1] = replace(state.done[-1], tensors={})
+                if progress is not None:
+                    progress.advance(bytes_of_layer(teacher, state.layer - 1), f"layer {state.layer - 1}")
+    finally:
+        if progress is not None:
+            progress.stop()
+    report = CalibrationReport(
+        tokens=ids.numel(),
+        fitted_tokens=int(fitted.sum()),
+        settings=settings.of_result(),
+        layers=tuple(done.report for done in state.done if done.report is not None),
+        warnings=warnings,
+    )
+    return Calibration(_plan(student, state, cache), report)
+
+
+def cut(ids: Tensor, chunk: int) -> tuple[Tensor, tuple[str, ...]]:
+    """Rows longer than the chunk in equal pieces; (ids, warnings)."""
+    pieces = -(-ids.shape[1] // chunk)
+    length = ids.shape[1] // pieces
+    lost = ids.shape[1] - pieces * length
+    ids = ids[:, : pieces * length].reshape(-1, length)
+    return ids, (f"{lost} tokens at the end of each row are left out: {pieces} equal pieces",) if lost else ()
+
+
+def fitted_tokens(ids: Tensor) -> Tensor:
+    """1.0 for the first three quarters of all tokens, row after row, 0.0 for the rest, (B, T)."""
+    count = ids.numel()
+    return (torch.arange(count) < count * 3 // 4).float().view(ids.shape)
+
+
+def _check(teacher: Model, student: Model, ids: Tensor) -> None:
+    problems = []
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    for name in names:
+        wanted, found = getattr(teacher.config, name), getattr(student.config, name)
+        if wanted != found:
+            problems.append(f"{name} is {found} in {student.label}, {wanted} in {teacher.label}")
+    raise_all("student and teacher do not belong together:", problems)
+    trained = sorted(set(student.student.rwkv_layers) - set(untouched_layers(student)))
+    if trained:
+        raise HxaconvError(
+            f"{student.label}: layers {', '.join(map(str, trained))} no longer hold their initial values",
+            hint="Calibration would undo training; it takes what init-from-teacher writes.",
+        )
+    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
+        raise HxaconvError(f"token ids of shape {tuple(ids.shape)} and {ids.dtype}: rows of whole numbers are needed")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= teacher.config.vocab_size:
+        raise HxaconvError(
+            f"token ids from {low} to {high}, but {teacher.label} knows {teacher.config.vocab_size} tokens",
+            hint="Were they made by another tokenizer?",
+        )
+
+
+def _layer(
+    teacher: Model,
+    student: Model,
+    state: State,
+    fitted: Tensor,
+    settings: Settings,
+    compute: Compute,
+    pool: Pool,
+) -> Fit | None:
+    """Fit one layer and let the teacher's residual stream pass it."""
+    config, layer = student.student, state.layer
+    rwkv = config.layer_kind(layer) == "rwkv"
+    prefix = f"model.layers.{layer}."
+    weights = _short(load(teacher, _attention_names(teacher, layer), compute), f"{prefix}self_attn.")
+    norm = compute.make(teacher.plan[f"{prefix}input_layernorm.weight"])
+    x = llama.rmsnorm(state.x, norm, teacher.config.rms_norm_eps)
+    heads = teacher_pass.attend(teacher_pass.project(x, weights, teacher.config, pool), teacher.config, pool)
+    said = pool.linear(heads, weights["o_proj.weight"])
+    bias = weights.get("o_proj.bias")
+    fit = None
+    if rwkv or settings.fold_rope:
+        seen = Attention(x, heads, said, weights["o_proj.weight"], bias, fitted)
+        del weights
+        names = _attention_names(student, layer)
+        mixer = _short(load(student, names, compute), f"{prefix}self_attn.")
+        dtypes = {n.removeprefix(f"{prefix}self_attn."): torch_dtype(student.plan[n].dtype) for n in names}
+        if rwkv:
+            fit = fit_layer(seen, mixer, dtypes, state.first, config, layer, settings, pool)
+            state.first = fit.first
+        else:
+            fit = fold_rope(seen, mixer, dtypes, config, layer, pool)
+        del seen, mixer
+    else:
+        del weights
+    del x, heads
+    after = state.x + (said if bias is None else said + bias)
+    mlp = load(teacher, [n for n in layer_names(teacher, layer) if ".self_attn." not in n], compute)
+    pieces = torch.split(after.flatten(0, 1)[None], ROWS, dim=1)
+    moved = pool.map(lambda s: llama.feed_forward(s, mlp.__getitem__, teacher.config, layer), pieces)
+    state.x = torch.cat(moved, dim=1).view_as(after)
+    return fit
+
+
+def _attention_names(model: Model, layer: int) -> list[str]:
+    return [name for name in layer_names(model, layer) if ".self_attn." in name]
+
+
+def _short(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): values for name, values in tensors.items()}
+
+
+def _plan(student: Model, state: State, cache: Cache | None) -> Plan:
+    plan: Plan = {}
+    for done in state.done:
+        for name in done.tensors or (cache.names(done.layer) if cache else ()):
+            function = functools.partial(cache.read, done.layer, name) if cache else done.tensors[name].clone
+            recipe = student.plan[name]
+            make = Computed(function, recipe.dtype, "calibrated")
+            plan[name] = Recipe(recipe.dtype, recipe.shape, make, f"calibrated from {recipe.origin}")
+    return plan

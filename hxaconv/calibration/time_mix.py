@@ -1,0 +1,235 @@
+"""One RWKV layer fitted to the teacher's attention on the teacher's own hidden states.
+
+1. v0 = k0 = -2: the published 0.73 mixes two thirds of the first layer's k and v into every layer.
+2. Each group of heads: decay and iclr by grid, the bonus by least squares, then a few gradient steps on
+   these, on the gain and on rotations of r and k that commute with RoPE.
+3. The gate in the output's metric; with enough tokens the output matrix; the teacher's energy restored.
+4. The held-out tokens decide between the result, as stored, and the plain initialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hxaconv.calibration import heads, output
+from hxaconv.calibration.pool import Pool
+from hxaconv.calibration.report import LayerReport, Settings
+from hxaconv.config import StudentConfig
+from hxaconv.selection.streaming import First, time_mix
+
+FIRST_LAYER_SHARE = -2.0
+FEW_TOKENS_PER_CHANNEL = 4
+"""Below that many fitted tokens per channel of a head, a warning is due."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The teacher's attention in one layer: what it saw and what it said."""
+
+    x: Tensor
+    """Normed input, (B, T, C)."""
+    heads: Tensor
+    """Before the output matrix, (B, T, A)."""
+    output: Tensor
+    """After it, without a bias, (B, T, C)."""
+    output_weight: Tensor
+    output_bias: Tensor | None
+    fitted: Tensor
+    """1.0 for tokens to fit, 0.0 for those to judge by, (B, T)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What became of a layer: tensors to replace by short name, and v_first, k_first to hand on."""
+
+    tensors: dict[str, Tensor]
+    report: LayerReport
+    first: First = None
+
+
+def fit_layer(
+    seen: Attention,
+    weights: dict[str, Tensor],
+    dtypes: dict[str, torch.dtype],
+    first: First,
+    config: StudentConfig,
+    layer: int,
+    settings: Settings,
+    pool: Pool,
+) -> Fit:
+    """Fit one RWKV layer. `weights` is its plain mixer by short name (`w0`, `key.weight`), in float32."""
+    fitting = _Fitting(seen, weights, dtypes, first, config, layer, settings, pool)
+    warnings = _warnings(seen, config)
+    tensors: dict[str, Tensor] = {}
+    if torch.isfinite(seen.output).all() and torch.isfinite(seen.x).all():
+        tensors = fitting.fit()
+    else:
+        warnings.append("the teacher's attention is not finite here: not calibrated")
+    stored = {name: values.float() for name, values in tensors.items()}
+    versions = [weights, {**weights, **stored}]
+    (before, plain_first), (after, fitted_first) = pool.map(fitting.judge, versions)
+    # Not >=: a comparison with NaN is false.
+    kept_plain = not after < before
+    if kept_plain:
+        tensors, after, fitted_first = {}, before, plain_first
+        if len(warnings) == 0:
+            warnings.append("the fit is no better than the plain initialisation on held-out tokens: left as it is")
+    report = LayerReport(
+        layer=layer,
+        kind="rwkv",
+        error_before=before,
+        error_after=after,
+        kept_plain=kept_plain,
+        output_refitted="output.weight" in tensors,
+        warnings=tuple(warnings),
+        **_described({**weights, **tensors}, config),
+    )
+    return Fit(tensors, report, first or fitted_first)
+
+
+def _warnings(seen: Attention, config: StudentConfig) -> list[str]:
+    found, tokens = [], int(seen.fitted.sum())
+    if tokens < FEW_TOKENS_PER_CHANNEL * config.head_dim:
+        found.append(f"{tokens} tokens to fit are few for heads of {config.head_dim} channels")
+    energy = seen.heads.square().sum(dim=(0, 1)).view(config.num_attention_heads, -1).sum(dim=1)
+    dead = [str(i) for i in (energy == 0).nonzero()[:, 0].tolist()]
+    if dead:
+        found.append(f"the teacher's attention is zero in head {', '.join(dead)}")
+    return found
+
+
+def _described(weights: dict[str, Tensor], config: StudentConfig) -> dict[str, Any]:
+    def by_head(x: Tensor) -> tuple[float, ...]:
+        return tuple(x.view(config.num_attention_heads, -1).mean(dim=1).tolist())
+
+    limited = weights["r_k"].float().abs() >= heads.BONUS_LIMIT
+    return {
+        "decay": by_head(heads.decay_of(weights["w0"].float())),
+        "iclr": by_head(weights["a0"].float().sigmoid()),
+        "clamped": float(limited.float().mean()),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    seen: Attention
+    weights: dict[str, Tensor]
+    dtypes: dict[str, torch.dtype]
+    first: First
+    config: StudentConfig
+    layer: int
+    settings: Settings
+    pool: Pool
+
+    def judge(self, weights: dict[str, Tensor]) -> tuple[float, First]:
+        """(relative error on held-out tokens, v_first and k_first), by the reference forward."""
+        prefix = f"model.layers.{self.layer}.self_attn."
+        found, first = time_mix(
+            self.seen.x, lambda name: weights[name.removeprefix(prefix)], self.config, self.layer, self.first
+        )
+        wanted = self.seen.output if self.seen.output_bias is None else self.seen.output + self.seen.output_bias
+        judged = (1 - self.seen.fitted)[:, :, None]
+        missed = ((found - wanted) * judged).double().square().sum()
+        # A layer that says nothing on these tokens cannot be missed by a share of it.
+        return float(missed / (wanted * judged).double().square().sum().clamp_min(1e-30)), first
+
+    def fit(self) -> dict[str, Tensor]:
+        weights = dict(self.weights)
+        tensors: dict[str, Tensor] = {}
+
+        def store(name: str, values: Tensor) -> None:
+            tensors[name] = values.to(self.dtypes[name]).contiguous()
+            weights[name] = tensors[name].float()
+
+        for name in ("v0", "k0"):
+            store(name, torch.full_like(weights[name], FIRST_LAYER_SHARE))
+        found = self.pool.map(self._fit_group, self._groups(weights))
+        store("w0", torch.stack([p.decay_bias for p in found]).view(1, 1, -1))
+        store("a0", torch.stack([p.iclr_bias for p in found]).view(1, 1, -1))
+        store("r_k", torch.cat([p.bonus for p in found]))
+        turns = {
+            "receptance": torch.cat([p.turn_q for p in found], dim=1),
+            "key": torch.cat([p.turn_k for p in found], dim=1),
+        }
+        for name, turn in turns.items():
+            for part in ("weight", "bias"):
+                if f"{name}.{part}" in weights:
+                    store(f"{name}.{part}", turned_rows(weights[f"{name}.{part}"], turn))
+        y = torch.cat(self.pool.map(lambda pair: heads.with_bonus(*pair), self._as_stored(weights)), dim=2).flatten(2)
+        self._fit_output(y, weights, store)
+        if self.seen.output_bias is not None:
+            store("output.bias", self.seen.output_bias)
+        return tensors
+
+    def _fit_output(self, y: Tensor, weights: dict[str, Tensor], store: Callable[[str, Tensor], None]) -> None:
+        fitted = self.seen.fitted.bool()
+        y, target, matrix = y[fitted], self.seen.output[fitted], weights["output.weight"]
+        gain = output.fit_gate(y, target, matrix, self.pool)
+        tokens, columns = y.shape
+        enough = tokens >= output.TOKENS_PER_COLUMN * columns
+        if self.settings.refit_output == "always" or (self.settings.refit_output == "auto" and enough):
+            store("output.weight", output.fit_output(y * gain, target, matrix, self.pool)[0])
+        said = self.pool.linear(y * gain, weights["output.weight"])
+        gain = gain * output.restoring(said, target)
+        store("g2", output.gate_weights(weights["g2"], gain, self.dtypes["g2"]))
+
+    def _fit_group(self, group: heads.Group) -> heads.Parameters:
+        return heads.refine(group, heads.fit_bonus(group, heads.fit_grid(group)), self.settings.refine_steps)
+
+    def _groups(self, weights: dict[str, Tensor]) -> list[heads.Group]:
+        """The inputs of every group of heads that share a key, from these weights."""
+        config, x, matrix = self.config, self.seen.x, weights["output.weight"]
+
+        def projected(name: str) -> Tensor:
+            found = self.pool.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+            return found.view(*found.shape[:2], -1, config.head_dim)
+
+        q, k, v = projected("receptance"), projected("key"), projected("value")
+        k_mix = None
+        if self.first is not None:
+            v = v + (self.first[0] - v) * weights["v0"].sigmoid().view(-1, config.head_dim)
+            k_mix = weights["k0"].sigmoid().view(-1, config.head_dim)
+        # In units of the student's output matrix, which is the teacher's times some factor.
+        unit = (self.seen.output_weight * matrix).sum() / matrix.square().sum().clamp_min(1e-30)
+        target = self.seen.heads.view_as(q) * unit
+        columns = matrix.view(config.hidden_size, -1, config.head_dim)
+        shared, groups = config.num_attention_heads // config.num_key_value_heads, []
+        for g in range(config.num_key_value_heads):
+            mine = slice(g * shared, (g + 1) * shared)
+            groups.append(
+                heads.Group(
+                    q=q[:, :, mine],
+                    k=k[:, :, g],
+                    v=v[:, :, g],
+                    target=target[:, :, mine],
+                    metric=torch.einsum("crn,crm->rnm", columns[:, mine], columns[:, mine]),
+                    fitted=self.seen.fitted,
+                    theta=config.rope_theta,
+                    eps=config.rms_norm_eps,
+                    norms=(weights["r_norm.weight"], weights["k_norm.weight"]) if config.qk_norm else None,
+                    k_first=None if self.first is None else self.first[1][:, :, g],
+                    k_mix=None if k_mix is None else k_mix[g],
+                )
+            )
+        return groups
+
+    def _as_stored(self, weights: dict[str, Tensor]) -> list[tuple[heads.Group, heads.Parameters]]:
+        size, pairs = self.config.head_dim, []
+        for g, group in enumerate(self._groups(weights)):
+            p, shared = heads.start(group), group.q.shape[2]
+            mine = slice(g * shared, (g + 1) * shared)
+            w0, a0 = (weights[name].view(-1, size)[mine] for name in ("w0", "a0"))
+            pairs.append((group, replace(p, decay_bias=w0, iclr_bias=a0, bonus=weights["r_k"][mine])))
+        return pairs
+
+
+def turned_rows(weight: Tensor, turn: Tensor) -> Tensor:
+    """A projection (heads * N, C), or its bias (heads * N), that turns what it gives; turn (2, heads, N/2)."""
+    count, half = turn.shape[1:]
+    rows = weight.view(count, 2 * half, -1).permute(2, 0, 1)
+    return heads.turned(rows, turn).permute(1, 2, 0).reshape(weight.shape)
