@@ -9,10 +9,13 @@ import contextlib
 import errno
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from hxaconv.errors import HxaconvError
 
 _SYNC_WAIT_BEFORE, _SYNC_WRITE, _SYNC_WAIT_AFTER = 1, 2, 4
 _NOT_OFFERED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
@@ -119,9 +122,12 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """A small file, complete and synced under its name, or not there at all."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+def write_file(path: Path, data: bytes, workplace: Path) -> None:
+    """A small file, complete and synced under its name, or not there at all.
+
+    It is written in the folder `workplace`, on the same file system: a crash leaves nothing beside `path`.
+    """
+    temporary = workplace / f"{path.name}.tmp-{os.getpid()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
     fd = os.open(temporary, flags, 0o666)
     try:
@@ -136,11 +142,6 @@ def write_file(path: Path, data: bytes) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Bytes that an ordinary user may still write here."""
-    if hasattr(os, "statvfs"):
-        stat = os.statvfs(folder)
-        return stat.f_bavail * stat.f_frsize
-    import shutil
-
     return shutil.disk_usage(folder).free
 
 
@@ -160,3 +161,16 @@ def memory_limit() -> int | None:
             limits.append(int(Path(path).read_text()))
     known: list[Any] = [limit for limit in limits if limit]
     return min(known, default=None)
+
+
+def output_error(error: OSError, path: Path, doing: str, total: int | None = None) -> HxaconvError:
+    """What went wrong while writing `path`, and what to do."""
+    hint = "Check the disk or the network file system."
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        try:
+            free = f"{free_bytes(path.parent)} are free now"
+        except OSError:
+            free = "how much is free is not known"
+        need = "" if total is None else f"The output needs {total} bytes in all; "
+        hint = f"{need}{free}. Make room, or choose another disk."
+    return HxaconvError(f"{path}: {doing} failed: {error.strerror or error}", hint=hint)

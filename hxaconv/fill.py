@@ -8,7 +8,6 @@ so that a tensor is recorded as done only once its bytes would survive a power l
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import queue
 import threading
@@ -266,24 +265,12 @@ class _File:
         try:
             yield
         except OSError as error:
-            raise output_error(error, self.path, doing, self._total) from error
+            raise diskio.output_error(error, self.path, doing, self._total) from error
 
 
 def open_output(path: Path) -> int:
     """A descriptor that writes into `path`, keeping what is in it."""
     return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-
-
-def output_error(error: OSError, path: Path, doing: str, total: int) -> HxaconvError:
-    """What went wrong while writing `path`, and what to do."""
-    hint = "Check the disk or the network file system."
-    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        try:
-            free = f"{diskio.free_bytes(path.parent)} are free now"
-        except OSError:
-            free = "how much is free is not known"
-        hint = f"The output needs {total} bytes in all; {free}. Make room, or choose another disk."
-    return HxaconvError(f"{path}: {doing} failed: {error.strerror or error}", hint=hint)
 
 
 class _Worker:
@@ -333,7 +320,7 @@ class _Worker:
                 write_from(self._fd, piece, position)
             except OSError as error:
                 doing = f"writing {len(piece)} bytes at {position} ({fill.name})"
-                raise output_error(error, file.path, doing, self._filling.total) from error
+                raise diskio.output_error(error, file.path, doing, self._filling.total) from error
             checks.update(piece)
             self._behind.wrote(self._fd, position, len(piece))
             position += len(piece)

@@ -28,14 +28,14 @@ class Journal:
     """Appends to one file; every process writes its own."""
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
-        self.tensors: dict[str, Finished] = {}
-        # A line that a crash cut short ends here.
-        os.write(self._fd, b"\n")
+        self._path = path
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+        except OSError as error:
+            raise diskio.output_error(error, path, "opening") from error
 
     def tensors_done(self, layout: FileLayout, finished: Sequence[Finished]) -> None:
         """These tensors are synced."""
-        self.tensors |= {tensor.name: tensor for tensor in finished}
         self._append(
             {"tensor": t.name, "crc32": t.crc32, "sha256": t.sha256, "nonfinite": t.nonfinite} for t in finished
         )
@@ -49,10 +49,14 @@ class Journal:
         os.close(self._fd)
 
     def _append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        data = memoryview("".join(json.dumps(line) + "\n" for line in lines).encode())
-        while len(data):
-            data = data[os.write(self._fd, data) :]
-        diskio.sync_file(self._fd)
+        # The break comes first: a line that a crash or a full disk cut short ends where the next one begins.
+        data = memoryview("".join("\n" + json.dumps(line) for line in lines).encode())
+        try:
+            while len(data):
+                data = data[os.write(self._fd, data) :]
+            diskio.sync_file(self._fd)
+        except OSError as error:
+            raise diskio.output_error(error, self._path, "writing") from error
 
 
 def journal_path(folder: Path, part: tuple[int, int] | None) -> Path:

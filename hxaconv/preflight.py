@@ -30,7 +30,7 @@ def check_place(output: Output, files: Sequence[FileLayout], staging: Staging, *
     Raises:
         HxaconvError: listing every problem, those that `check` would find as well.
     """
-    problems = _place_problems(output)
+    problems = [*_place_problems(output), *_name_problems(output, files, staging)]
     if problems and output.target.parent.is_dir():
         problems += _content_problems(output, files, staging, overwrite)
     _refuse(output, problems)
@@ -52,7 +52,6 @@ def _refuse(output: Output, problems: Sequence[str]) -> None:
 def _content_problems(output: Output, files: Sequence[FileLayout], staging: Staging, overwrite: bool) -> list[str]:
     return [
         *_existing_problems(output, staging, overwrite),
-        *_name_problems(output, files, staging),
         *_space_problems(output, files, staging),
     ]
 

@@ -61,7 +61,7 @@ class Staging:
     def allocated_bytes(self) -> int:
         """Disk space that earlier runs of the same plan have taken already."""
         total = 0
-        if self.content.is_dir():
+        if os.path.isdir(self.content):
             for entry in os.scandir(self.content):
                 stat = entry.stat(follow_symlinks=False)
                 total += getattr(stat, "st_blocks", 0) * 512
@@ -72,7 +72,7 @@ class Staging:
         self.content.mkdir(parents=True, exist_ok=True)
         path = self.path / RECORD_NAME
         if not path.exists():
-            diskio.write_file(path, (json.dumps(record, indent=1, default=str) + "\n").encode())
+            diskio.write_file(path, (json.dumps(record, indent=1, default=str) + "\n").encode(), self.path)
             diskio.sync_folder(self.path)
             diskio.sync_folder(self.path.parent)
 
@@ -145,10 +145,10 @@ def publish(staging: Staging) -> None:
     Raises:
         HxaconvError: when a rename fails; everything is as before then.
     """
-    diskio.sync_folder(staging.content)
-    diskio.write_file(staging.path / _MARKER, b"")
-    diskio.sync_folder(staging.path)
     try:
+        diskio.sync_folder(staging.content)
+        diskio.write_file(staging.path / _MARKER, b"", staging.path)
+        diskio.sync_folder(staging.path)
         _rename_into_place(staging)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -171,25 +171,26 @@ def _rename_into_place(staging: Staging) -> None:
     diskio.sync_folder(staging.target.parent)
 
 
-def recover(staging: Staging) -> None:
-    """Bring a publication that a crash cut short to its end, or back to its beginning.
+def recover(staging: Staging) -> bool:
+    """Bring a publication that a crash cut short to its end (True), or back to its beginning.
 
     Raises:
         HxaconvError: when the file system does not allow it.
     """
     if not (staging.path / _MARKER).exists():
-        return
+        return False
     try:
         if not staging.checkpoint.exists() and os.path.lexists(staging.target):
             diskio.sync_folder(staging.target.parent)
             staging.remove()
-        else:
-            _undo(staging)
+            return True
+        _undo(staging)
     except OSError as error:
         raise HxaconvError(
             f"{staging.path}: undoing an interrupted publication failed: {error.strerror or error}",
             hint=f"Move what is in its folder {_REPLACED!r} back to {staging.target.parent} by hand.",
         ) from error
+    return False
 
 
 def _undo(staging: Staging) -> None:

@@ -16,7 +16,7 @@ from hxaconv.checksums import DIGESTS, Finished
 from hxaconv.containers.layout import FileLayout
 from hxaconv.containers.safetensors_layout import INDEX_NAME, index_json
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.fill import FillSettings, fill_files, output_error
+from hxaconv.fill import FillSettings, fill_files
 from hxaconv.interruption import Interrupted, Signals
 from hxaconv.journal import Journal, journal_path, read_journals
 from hxaconv.plan import Scratch
@@ -58,18 +58,65 @@ def write(
     staging = staging_of(output, record)
     preflight.check_place(output, files, staging, overwrite=settings.overwrite)
     if settings.part is not None and not files_of_part(files, settings.part):
-        return _unpublished(staging, {})
+        return _unpublished(staging)
     with Signals() as signals, _target_locked(output.target, settings.part):
-        for other in stagings_at(output.target):
-            recover(other)
+        done = read_journals(staging.path).tensors
+        if _recover_all(output.target, staging) and settings.resume:
+            return _published(output, settings, files, done, None)
         preflight.check(output, files, staging, overwrite=settings.overwrite)
         _begin(settings, staging, files, record)
         with _held(staging.path / f"{journal_path(staging.path, settings.part).name}.lock", settings.part):
             return _Run(output, settings, files, staging, signals, progress).write(verify)
 
 
-def _unpublished(staging: Staging, done: Mapping[str, Finished]) -> WriteResult:
+def _recover_all(target: Path, ours: Staging) -> bool:
+    """Finish or undo what crashes left half published; whether our own output turned out to be published."""
+    published = False
+    for staging in stagings_at(target):
+        with _finishing(staging) as allowed:
+            if allowed and recover(staging):
+                published |= staging.path == ours.path
+    return published
+
+
+@contextmanager
+def _finishing(staging: Staging) -> Iterator[bool]:
+    """Whether this process may publish: of several parts that end together, one may."""
+    try:
+        lock = locks.acquire(staging.path / "finish.lock", "publishing")
+    except FileNotFoundError:  # published by another part, and the folder gone
+        yield False
+        return
+    if not isinstance(lock, locks.Lock):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _unpublished(staging: Staging) -> WriteResult:
     return WriteResult(path=staging.path, published=False, nbytes=0, digests={}, nonfinite={}, verification=None)
+
+
+def _published(
+    output: Output,
+    settings: WriteSettings,
+    files: Sequence[FileLayout],
+    tensors: Mapping[str, Finished],
+    verification: Mapping[str, Any] | None,
+) -> WriteResult:
+    digests = {name: tensors[name].digest(settings.digest) for name in output.tensors}
+    return WriteResult(
+        path=output.target,
+        published=True,
+        nbytes=sum(layout.size for layout in files),
+        digests={name: digest for name, digest in digests.items() if digest is not None},
+        nonfinite=_nonfinite(tensors),
+        verification=verification,
+        leftovers=tuple(staging.path for staging in stagings_at(output.target)),
+    )
 
 
 @contextmanager
@@ -196,35 +243,24 @@ class _Run:
     def _finish(self, verify: Verify | None) -> WriteResult:
         done = read_journals(self.staging.path)
         if any(layout.name not in done.files for layout in self.files):
-            return _unpublished(self.staging, done.tensors)
-        with self._finishing() as mine:
-            if not mine:
-                return _unpublished(self.staging, done.tensors)
-            self._refuse_nonfinite(done.tensors)
-            self._check_sources()
-            self._write_documents()
-            verification = None if verify is None else dict(verify(self.staging.checkpoint))
-            self._write_provenance(done.tensors, verification)
-            self._check_sources()
+            return _unpublished(self.staging)
+        with _finishing(self.staging) as allowed:
+            if not allowed or not self.staging.checkpoint.exists():
+                return _unpublished(self.staging)
+            verification = self._complete(done.tensors, verify)
             with self.signals.deferred():
                 publish(self.staging)
-        return self._result(done.tensors, verification)
+        return _published(self.output, self.settings, self.files, done.tensors, verification)
 
-    @contextmanager
-    def _finishing(self) -> Iterator[bool]:
-        """Whether this process is the one that publishes: of several parts that end together, one."""
-        try:
-            lock = locks.acquire(self.staging.path / "finish.lock", "publishing")
-        except FileNotFoundError:  # published, and the folder gone
-            yield False
-            return
-        if not isinstance(lock, locks.Lock):
-            yield False
-            return
-        try:
-            yield self.staging.checkpoint.exists()
-        finally:
-            lock.release()
+    def _complete(self, tensors: Mapping[str, Finished], verify: Verify | None) -> Mapping[str, Any] | None:
+        """Everything but the tensors, and the verdict on them; returns it."""
+        self._refuse_nonfinite(tensors)
+        self._check_sources()
+        self._write_documents()
+        verification = None if verify is None else dict(verify(self.staging.checkpoint))
+        self._write_provenance(tensors, verification)
+        self._check_sources()
+        return verification
 
     def _refuse_nonfinite(self, tensors: Mapping[str, Finished]) -> None:
         """All tensors with NaN or infinite values, in one error."""
@@ -261,10 +297,10 @@ class _Run:
     def _write_small(self, name: str, data: bytes) -> None:
         path = self.staging.content / name
         try:
-            diskio.write_file(path, data)
+            diskio.write_file(path, data, self.staging.path)
         except OSError as error:
             doing = f"writing {len(data)} bytes"
-            raise output_error(error, path, doing, preflight.bytes_needed(self.output, self.files)) from error
+            raise diskio.output_error(error, path, doing, preflight.bytes_needed(self.output, self.files)) from error
 
     def _write_provenance(self, tensors: Mapping[str, Finished], verification: Mapping[str, Any] | None) -> None:
         """hxaconv.json, or the sidecar's key `hxaconv`: what was done, and what every tensor is."""
@@ -281,18 +317,6 @@ class _Run:
             return
         sidecar = json.loads(self.output.documents.get(self.output.sidecar_name, b"{}"))
         self._write_small(self.output.sidecar_name, _json({**sidecar, "hxaconv": provenance}))
-
-    def _result(self, tensors: Mapping[str, Finished], verification: Mapping[str, Any] | None) -> WriteResult:
-        digests = {name: tensors[name].digest(self.settings.digest) for name in self.output.tensors}
-        return WriteResult(
-            path=self.output.target,
-            published=True,
-            nbytes=sum(layout.size for layout in self.files),
-            digests={name: digest for name, digest in digests.items() if digest is not None},
-            nonfinite=_nonfinite(tensors),
-            verification=verification,
-            leftovers=tuple(staging.path for staging in stagings_at(self.output.target)),
-        )
 
 
 def _nonfinite(tensors: Mapping[str, Finished]) -> dict[str, int]:

@@ -1,0 +1,199 @@
+"""Laid-out files are what the formats' own libraries write, byte for byte where that is promised."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import zipfile
+import zlib
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hxaconv.containers import safetensors_layout, torchzip_layout
+from hxaconv.containers.layout import FileLayout
+from hxaconv.containers.serialization_id import serialization_id, string_hash
+from hxaconv.dtypes import BY_NAME, BY_TORCH_NAME
+from hxaconv.errors import HxaconvError
+from hxaconv.plan import Literal, Plan, Recipe, Scratch
+
+TORCH_DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
+
+
+def plan_of(state: dict[str, torch.Tensor]) -> Plan:
+    """The tensors as literals."""
+    plan = {}
+    for name, tensor in state.items():
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        dtype = BY_TORCH_NAME[str(tensor.dtype).removeprefix("torch.")].name
+        plan[name] = Recipe(dtype, tuple(tensor.shape), Literal(data), name)
+    return plan
+
+
+def render(layout: FileLayout) -> bytes:
+    """The whole file, in memory."""
+    content, crcs = bytearray(layout.size), {}
+    for offset, data in layout.segments:
+        content[offset : offset + len(data)] = data
+    for fill in layout.fills:
+        data = b"".join(bytes(piece) for piece in fill.recipe.pieces(Scratch()))
+        content[fill.offset : fill.offset + len(data)] = data
+        crcs[fill.name] = zlib.crc32(data)
+    for offset, data in layout.seal(crcs) if layout.seal else []:
+        content[offset : offset + len(data)] = data
+    assert len(content) == layout.size
+    return bytes(content)
+
+
+def pth(name: str, state: dict[str, torch.Tensor]) -> bytes:
+    ordered = isinstance(state, collections.OrderedDict)
+    return render(torchzip_layout.file_layout(name, plan_of(state), ordered=ordered))
+
+
+def saved(folder: Path, name: str, state: dict[str, torch.Tensor]) -> bytes:
+    torch.save(state, folder / name)
+    return (folder / name).read_bytes()
+
+
+tensors = st.builds(
+    lambda shape, dtype, seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype),
+    st.lists(st.integers(0, 4), max_size=5),
+    st.sampled_from(TORCH_DTYPES),
+    st.integers(0, 99),
+)
+
+
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.dictionaries(names, tensors, max_size=6), st.booleans())
+def test_any_pth_is_what_torch_saves(tmp_path_factory, state, ordered):
+    folder = tmp_path_factory.mktemp("saved")
+    state = collections.OrderedDict(state) if ordered else state
+    assert pth("x.pth", state) == saved(folder, "x.pth", state)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 59, 60, 61, 999, 1000, 1001, 2000])
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+def test_pth_at_the_pickler_s_and_the_hash_s_batch_sizes(tmp_path, count, kind):
+    state = kind((f"blocks.{i}.weight", torch.full((i % 3 + 1,), i, dtype=torch.bfloat16)) for i in range(count))
+    assert pth("student.pth", state) == saved(tmp_path, "student.pth", state)
+
+
+@pytest.mark.parametrize("name", ["a.b.pth", "noextension", "with space.pt", "été.pth"])
+def test_pth_root_folder_follows_the_file_name(tmp_path, name):
+    state = {"a": torch.arange(70000.0).reshape(70000, 1)}
+    assert pth(name, state) == saved(tmp_path, name, state)
+
+
+@pytest.mark.parametrize("case", ["reka_tiny", "reka_tiny_init", "qwen3_tiny"])
+@pytest.mark.parametrize("name", ["student.pth", "trained_attention.pth"])
+def test_golden_pth_files_are_reproduced(golden, case, name):
+    path = golden / case / name
+    state = torch.load(path, weights_only=True)
+    assert pth(name, state) == path.read_bytes()
+    other = collections.OrderedDict(state) if type(state) is dict else dict(state)
+    assert pth(name, other) != path.read_bytes()
+
+
+def test_pth_is_readable_in_every_way(tmp_path):
+    state = collections.OrderedDict(a=torch.randn(3, 5), b=torch.ones(7, dtype=torch.bfloat16), c=torch.tensor(3))
+    path = tmp_path / "x.pth"
+    path.write_bytes(pth("x.pth", state))
+    for options in ({}, {"mmap": True}):
+        loaded = torch.load(path, weights_only=True, **options)
+        assert list(loaded) == list(state)
+        assert all(torch.equal(loaded[name], state[name]) for name in state)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        starts = [fill.offset for fill in torchzip_layout.file_layout("x.pth", plan_of(state)).fills]
+    assert all(start % 64 == 0 for start in starts)
+
+
+def test_a_wrong_checksum_would_be_noticed(tmp_path):
+    data = bytearray(pth("x.pth", {"a": torch.arange(10.0)}))
+    data[torchzip_layout.file_layout("x.pth", plan_of({"a": torch.arange(10.0)}), ordered=False).fills[0].offset] ^= 1
+    path = tmp_path / "x.pth"
+    path.write_bytes(data)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() == "x/data/0"
+
+
+def test_pth_beyond_4_gib_has_torch_s_zip64_fields():
+    # Everything but the tensors' bytes of what torch.save writes for these four; too large to save here.
+    shapes = {"a": ("U8", 1 << 20), "b": ("U8", (1 << 32) + 100), "c": ("F32", 3), "d": ("BF16", 5)}
+    plan = {name: Recipe(dtype, (size,), Literal(b""), name) for name, (dtype, size) in shapes.items()}
+    layout = torchzip_layout.file_layout("big.pth", plan)
+    crcs = {"a": 0xA738EA1C, "b": 0xA92A4CE5, "c": 0xDC7C4E94, "d": 0x8B5DA47A}
+    pieces = dict(layout.segments) | dict(layout.seal(crcs))
+    assert [fill.offset for fill in layout.fills] == [960, 1049664, 4296017152, 4296017280]
+    assert layout.size == 4296018369
+    structure = hashlib.sha256(b"".join(pieces[offset] for offset in sorted(pieces))).hexdigest()
+    assert structure == "a2f51fdd5213483e91d197096a7917fc5e892ce442c1dca0c81c083cb4c906ff"
+
+
+def test_more_records_than_a_small_zip_counts(tmp_path):
+    plan = {f"t{i}": Recipe("U8", (1,), Literal(b"\7"), "") for i in range(66000)}
+    path = tmp_path / "many.pth"
+    path.write_bytes(render(torchzip_layout.file_layout("many.pth", plan)))
+    with zipfile.ZipFile(path) as archive:
+        assert len(archive.namelist()) == 66006
+        assert archive.read("many/data/65999") == b"\7"
+
+
+def test_pth_refuses_types_without_a_storage_class():
+    plan = {"x": Recipe("F8_E4M3", (2,), Literal(b"ab"), ""), "y": Recipe("U8", (1,), Literal(b"a"), "")}
+    with pytest.raises(HxaconvError, match=r"x \(F8_E4M3\)") as caught:
+        torchzip_layout.file_layout("x.pth", plan)
+    assert "y" not in caught.value.message.split(":", 1)[1]
+
+
+def test_serialization_id_depends_on_names_and_on_checksums():
+    one = serialization_id(["data/0", "data/1"], [1, 2])
+    assert len(one) == 40
+    assert serialization_id(["data/0", "data/2"], [1, 2])[20:] == one[20:]
+    assert serialization_id(["data/0", "data/1"], [1, 3])[:20] == one[:20]
+    assert serialization_id(["data/0", "data/1"], [1, 3]) != one
+    assert string_hash(b"12345678") != string_hash(b"1234567")
+
+
+def test_safetensors_are_read_by_their_own_library_in_our_order(tmp_path):
+    state = {"z": torch.randn(2, 3), "a": torch.randn(5).bfloat16(), "m": torch.tensor(1.5, dtype=torch.bfloat16)}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(render(safetensors_layout.file_layout("model.safetensors", plan_of(state))))
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.offset_keys() == ["z", "a", "m"]
+        assert file.metadata() == {"format": "pt"}
+        assert all(torch.equal(file.get_tensor(name), state[name]) for name in state)
+    header_bytes = int.from_bytes(path.read_bytes()[:8], "little")
+    assert header_bytes % 8 == 0
+
+
+def test_safetensors_order_changes_only_where_a_tensor_would_be_misaligned():
+    def order(*dtypes_and_sizes):
+        plan = {
+            f"{i}": Recipe(dtype, (n,), Literal(bytes(n * BY_NAME[dtype].itemsize)), "")
+            for i, (dtype, n) in enumerate(dtypes_and_sizes)
+        }
+        return [fill.name for fill in safetensors_layout.file_layout("m", plan).fills]
+
+    assert order(("BF16", 4), ("I64", 1), ("BF16", 1)) == ["0", "1", "2"]
+    assert order(("BF16", 1), ("I64", 1), ("U8", 3), ("F32", 1), ("BF16", 1)) == ["1", "3", "0", "4", "2"]
+
+
+def test_shards_are_named_and_indexed_as_the_hub_does():
+    plan = {f"layer.{i}": Recipe("F32", (10,), Literal(bytes(40)), "") for i in range(5)}
+    layouts = safetensors_layout.shard_layouts(plan, 100)
+    assert [layout.name for layout in layouts] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert [fill.name for layout in layouts for fill in layout.fills] == list(plan)
+    index = json.loads(safetensors_layout.index_json(plan, layouts))
+    assert index["metadata"] == {"total_parameters": 50, "total_size": 200}
+    assert list(index["weight_map"]) == list(plan)
+    assert index["weight_map"]["layer.4"] == "model-00003-of-00003.safetensors"
+    assert [layout.name for layout in safetensors_layout.shard_layouts(plan, 10**6)] == ["model.safetensors"]

@@ -1,0 +1,70 @@
+"""One write in a process of its own, slowed down so that a kill finds it at any point.
+
+    python write_job.py FOLDER TARGET [--resume] [--overwrite] [--part i/n] [--finish] [--slow SECONDS]
+
+FOLDER holds the source. Exits as the command line would: 0, 2 with a message, 128 + signal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from writing import output, plan_over, source
+
+from hxaconv import fill
+from hxaconv.errors import HxaconvError
+from hxaconv.interruption import Interrupted
+from hxaconv.writer import WriteSettings, write
+
+
+def slowed(call: Any, seconds: float) -> Any:
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return call(*arguments, **options)
+
+    return wrapped
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--part")
+    parser.add_argument("--finish", action="store_true")
+    parser.add_argument("--slow", type=float, default=0.0)
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    fill.BATCH_BYTES = 20_000
+    for name in ("pwrite", "fsync", "rename", "replace"):
+        setattr(os, name, slowed(getattr(os, name), arguments.slow))
+    part = tuple(map(int, arguments.part.split("/"))) if arguments.part else None
+    settings = WriteSettings(
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        part=part,
+        workers=arguments.workers,
+        finish_only=arguments.finish,
+    )
+    out = output(arguments.target, plan_over(source(arguments.folder)))
+    print("ready", flush=True)
+    try:
+        result = write(out, settings, verify=lambda path: {"ok": True})
+    except Interrupted as interruption:
+        print(interruption.message, file=sys.stderr)
+        return interruption.exit_code
+    except HxaconvError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print("published" if result.published else "unpublished", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""What tests of the writer share: sources with known bytes, small outputs, trees of bytes."""
+
+from __future__ import annotations
+
+import random
+import struct
+from pathlib import Path
+from typing import Any
+
+from hxaconv.files import SourceFile
+from hxaconv.plan import Plan, stored
+from hxaconv.writer import Output
+
+
+def finite_floats(count: int, seed: int = 0) -> bytes:
+    """float32 values without NaN or infinity."""
+    rng = random.Random(seed)
+    return struct.pack(f"<{count}f", *(rng.uniform(-1, 1) for _ in range(count)))
+
+
+def source(folder: Path, count: int = 60_000, seed: int = 0) -> SourceFile:
+    """A file of `count` float32 values."""
+    path = folder / f"source-{seed}.bin"
+    if not path.exists():
+        path.write_bytes(finite_floats(count, seed))
+    return SourceFile.local(path)
+
+
+def plan_over(file: SourceFile, tensors: int = 24) -> Plan:
+    """Float32 tensors of uneven sizes that tile the file."""
+    total, plan, start = file.size // 4, {}, 0
+    weights = [1 + (7 * i) % 5 for i in range(tensors)]
+    for i, weight in enumerate(weights):
+        size = total * weight // sum(weights) if i < tensors - 1 else total - start
+        plan[f"t.{i}"] = stored("F32", (size,), file, 4 * start, f"t.{i} in {file.name}")
+        start += size
+    return plan
+
+
+def output(target: Path, plan: Plan, **changes: Any) -> Output:
+    """An output in several shards, with documents."""
+    container = "pth" if target.suffix == ".pth" else "safetensors"
+    documents = {f"{target.stem}.json": b'{"rope_theta": 1}'} if container == "pth" else {"config.json": b"{}"}
+    settings = {"max_shard_bytes": 40_000, "documents": documents, "provenance": {"hxaconv": "test"}}
+    return Output(target=target, container=container, tensors=plan, **(settings | changes))
+
+
+def tree(target: Path) -> dict[str, bytes]:
+    """Every published file by name; for a `.pth`, its sidecar too."""
+    if target.is_dir():
+        return {str(path.relative_to(target)): path.read_bytes() for path in sorted(target.rglob("*"))}
+    beside = [target, target.with_suffix(".json")]
+    return {path.name: path.read_bytes() for path in beside if path.exists()}
+
+
+def leftovers(target: Path) -> list[str]:
+    """Anything beside the target that a run left: work folders, locks."""
+    return [path.name for path in target.parent.iterdir() if "partial-" in path.name or "lock" in path.name]
