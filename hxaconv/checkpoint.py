@@ -5,7 +5,6 @@ A folder, a file or a Hub id becomes: canonical name -> where the bytes of that 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from hxaconv.containers import Contents, read_contents
 from hxaconv.containers.contents import show
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.files import SourceFile
+from hxaconv.json_files import read_config, read_json
 from hxaconv.names import detect_dialect, to_canonical
 from hxaconv.plan import Plan
 
@@ -24,7 +24,6 @@ COMPANIONS = (
     *("vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json"),
 )
 """The only files that are copied along from a source."""
-MAX_JSON_BYTES = 64 * 1024 * 1024
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 _TRAINER_STATE = re.compile(
     r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states|lr_scheduler|sampler)([._-].*)?\.(bin|pt|pth)$"
@@ -170,8 +169,10 @@ def _open_file(path: Path, label: str) -> Checkpoint:
     return _checkpoint(
         label,
         [(file, contents)],
-        config=_json(SourceFile.local(config)) if has_config else None,
-        sidecar=_json(SourceFile.local(sidecar)) if sidecar.is_file() and contents.container != "safetensors" else None,
+        config=read_config(SourceFile.local(config)) if has_config else None,
+        sidecar=read_config(SourceFile.local(sidecar))
+        if sidecar.is_file() and contents.container != "safetensors"
+        else None,
         companions={name: SourceFile.local(found) for name, found in beside.items()} if has_config else {},
         root=path.resolve(),
     )
@@ -190,7 +191,7 @@ def assemble(
     Raises:
         HxaconvError: listing every problem of one kind at once.
     """
-    config = _json(listing.open("config.json")) if "config.json" in listing.sizes else None
+    config = read_config(listing.open("config.json")) if "config.json" in listing.sizes else None
     selection = select_weights(listing)
     opened = [(file, listing.read(file)) for file in map(listing.open, selection.names)]
     if selection.weight_map is not None:
@@ -198,7 +199,7 @@ def assemble(
     sidecar = None
     if len(opened) == 1 and opened[0][1].container != "safetensors":
         beside = str(PurePosixPath(selection.names[0]).with_suffix(".json"))
-        sidecar = _json(listing.open(beside)) if beside in listing.sizes else None
+        sidecar = read_config(listing.open(beside)) if beside in listing.sizes else None
     return _checkpoint(
         listing.label,
         opened,
@@ -239,7 +240,7 @@ def select_weights(listing: Listing) -> Selection:
 
 
 def _only_names(listing: Listing, index: str, single: str) -> bool:
-    weight_map = _json(listing.open(index)).get("weight_map")
+    weight_map = read_json(listing.open(index)).get("weight_map")
     return isinstance(weight_map, dict) and set(map(str, weight_map.values())) == {single}
 
 
@@ -258,7 +259,7 @@ def _refuse_missing_parts(names: Iterable[str], label: str) -> None:
 
 
 def _from_index(listing: Listing, index: str, weights: list[str]) -> Selection:
-    raw = _json(listing.open(index))
+    raw = read_json(listing.open(index))
     weight_map, metadata = raw.get("weight_map"), raw.get("metadata")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise HxaconvError(f"{listing.label}: weight_map of {index} does not map tensor names to file names")
@@ -300,21 +301,6 @@ def _check_index(selection: Selection, opened: list[tuple[SourceFile, Contents]]
         if selection.weight_map.get(name) != file
     ]
     raise_all(f"{label}: tensors that {selection.index_name} does not name:", unlisted)
-
-
-def _json(file: SourceFile) -> dict[str, Any]:
-    if file.size > MAX_JSON_BYTES:
-        raise HxaconvError(f"{file.label} has {file.size} bytes, expected at most {MAX_JSON_BYTES}")
-    try:
-        value = json.loads(file.read(0, file.size).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        detail = "nested too deeply" if isinstance(error, RecursionError) else show(str(error))
-        raise HxaconvError(f"{file.label} is not valid JSON: {detail}") from None
-    finally:
-        file.close()
-    if not isinstance(value, dict):
-        raise HxaconvError(f"{file.label} holds a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def _checkpoint(

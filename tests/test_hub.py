@@ -231,7 +231,8 @@ def test_connection_that_breaks_is_taken_up_again(hub: Hub) -> None:
     hub.server.cuts = [in_a_header, None, None, in_weights]
     assert hub.run("print(digest(open_checkpoint('org/teacher')))") == local_digest()
     assert hub.server.cuts == []
-    assert "bytes=60000-" in hub.server.downloaded(SHARDS[0]) + hub.server.downloaded(SHARDS[1])
+    whole = [ranged for name in SHARDS for ranged in hub.server.downloaded(name) if ranged is None]
+    assert len(whole) == 3  # one of the two shards twice: what had arrived is less than a chunk of the Hub's library
 
 
 @pytest.mark.parametrize("what", ["partial", "download"])

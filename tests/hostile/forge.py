@@ -10,7 +10,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # --- pickles -----------------------------------------------------------------------------------
 
@@ -80,8 +80,15 @@ def _product(sizes: Iterable[int]) -> int:
 # --- zip ---------------------------------------------------------------------------------------
 
 
-def zip_file(
-    path: Path,
+def zip_file(path: Path, records: Iterable[tuple[str, bytes | int]], **falsified: Any) -> Path:
+    """As `write_zip`, into a file."""
+    with path.open("wb") as out:
+        write_zip(out, records, **falsified)
+    return path
+
+
+def write_zip(
+    out: BinaryIO,
     records: Iterable[tuple[str, bytes | int]],
     *,
     align: int = 64,
@@ -89,45 +96,43 @@ def zip_file(
     central: Mapping[str, Mapping[str, Any]] | None = None,
     end: Mapping[str, int] | None = None,
     always_zip64: bool = False,
-) -> Path:
+) -> None:
     """A zip archive of stored records, holes left unwritten; `local`, `central` and `end` falsify fields.
 
     Fields: name, flags, method, size, packed, offset, extra; of the end record: count, size, offset.
     """
     entries = []
-    with path.open("wb") as out:
-        for name, content in records:
-            header = out.tell()
-            size = content if isinstance(content, int) else len(content)
-            crc = 0 if isinstance(content, int) else zlib.crc32(content)
-            fields = {"name": name.encode(), "flags": 0, "method": 0, "size": size, "packed": size, "extra": b""}
-            padding = -(header + 30 + len(fields["name"]) + 4) % align
-            fields["extra"] = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
-            out.write(_local_header(fields | {"crc": crc} | dict((local or {}).get(name, {}))))
-            if isinstance(content, int):
-                out.seek(content, 1)
-            else:
-                out.write(content)
-            fields |= {"crc": crc, "offset": header, "extra": b""} | dict((central or {}).get(name, {}))
-            entries.append(_central_header(fields, always_zip64))
-        directory = b"".join(entries)
-        where = out.tell()
-        out.write(directory)
-        numbers = {"count": len(entries), "size": len(directory), "offset": where} | dict(end or {})
-        wide = always_zip64 or where >= 0xFFFFFFFF
-        if wide:
-            end64 = out.tell()
-            out.write(
-                struct.pack(
-                    "<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, numbers["count"], numbers["count"],
-                    numbers["size"], numbers["offset"],
-                )
-            )  # fmt: skip
-            out.write(struct.pack("<4sLQL", b"PK\x06\x07", 0, numbers.get("end64", end64), 1))
-        short = min(numbers["count"], 0xFFFF)
-        place = 0xFFFFFFFF if wide else numbers["offset"]
-        out.write(struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, short, short, numbers["size"] & 0xFFFFFFFF, place, 0))
-    return path
+    for name, content in records:
+        header = out.tell()
+        size = content if isinstance(content, int) else len(content)
+        crc = 0 if isinstance(content, int) else zlib.crc32(content)
+        fields = {"name": name.encode(), "flags": 0, "method": 0, "size": size, "packed": size, "extra": b""}
+        padding = -(header + 30 + len(fields["name"]) + 4) % align
+        fields["extra"] = struct.pack("<HH", 0x4246, padding) + b"Z" * padding
+        out.write(_local_header(fields | {"crc": crc} | dict((local or {}).get(name, {}))))
+        if isinstance(content, int):
+            out.seek(content, 1)
+        else:
+            out.write(content)
+        fields |= {"crc": crc, "offset": header, "extra": b""} | dict((central or {}).get(name, {}))
+        entries.append(_central_header(fields, always_zip64))
+    directory = b"".join(entries)
+    where = out.tell()
+    out.write(directory)
+    numbers = {"count": len(entries), "size": len(directory), "offset": where} | dict(end or {})
+    wide = always_zip64 or where >= 0xFFFFFFFF
+    if wide:
+        end64 = out.tell()
+        out.write(
+            struct.pack(
+                "<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, numbers["count"], numbers["count"],
+                numbers["size"], numbers["offset"],
+            )
+        )  # fmt: skip
+        out.write(struct.pack("<4sLQL", b"PK\x06\x07", 0, numbers.get("end64", end64), 1))
+    short = min(numbers["count"], 0xFFFF)
+    place = 0xFFFFFFFF if wide else numbers["offset"]
+    out.write(struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, short, short, numbers["size"] & 0xFFFFFFFF, place, 0))
 
 
 def _local_header(fields: Mapping[str, Any]) -> bytes:
@@ -171,29 +176,34 @@ def torch_records(
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
 
-def legacy_file(
-    path: Path,
+def legacy_file(path: Path, value: bytes, storages: Mapping[str, tuple[int, bytes | int]], **falsified: Any) -> Path:
+    """As `write_legacy`, into a file."""
+    with path.open("wb") as out:
+        write_legacy(out, value, storages, **falsified)
+    return path
+
+
+def write_legacy(
+    out: BinaryIO,
     value: bytes,
     storages: Mapping[str, tuple[int, bytes | int]],
     *,
     magic: bytes = LEGACY_MAGIC,
     little_endian: bool = True,
     keys: Iterable[str] | None = None,
-) -> Path:
+) -> None:
     """Five pickles, then an element count and the content of each storage."""
     system = dict_of({"little_endian": b"\x88" if little_endian else b"\x89"})
     key_list = b"](" + b"".join(text(key) for key in (storages if keys is None else keys)) + b"e"
-    with path.open("wb") as out:
-        for body in (magic, integer(1001), system, value, key_list):
-            out.write(pickled(body))
-        for count, content in storages.values():
-            out.write(struct.pack("<q", count))
-            if isinstance(content, int):
-                out.truncate(out.tell() + content)
-                out.seek(content, 1)
-            else:
-                out.write(content)
-    return path
+    for body in (magic, integer(1001), system, value, key_list):
+        out.write(pickled(body))
+    for count, content in storages.values():
+        out.write(struct.pack("<q", count))
+        if isinstance(content, int):
+            out.truncate(out.tell() + content)
+            out.seek(content, 1)
+        else:
+            out.write(content)
 
 
 def safetensors_file(path: Path, header: Any, data: bytes | int = b"", *, length: int | None = None) -> Path:
