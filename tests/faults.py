@@ -9,10 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
+
+from models import expected, student
 
 from hxaconv.arithmetic import computed, tensor
 from hxaconv.model import Model
 from hxaconv.reference import hxa079
+from hxaconv.verify import compare_models, runner
 
 ROTATION = "    r, k = rotate(r, positions, config.rope_theta), rotate(k, positions, config.rope_theta)\n"
 QK_NORM = "    if config.qk_norm:\n        r = "
@@ -66,7 +70,10 @@ ROPE_IN_GQA = (
 """,
 )
 HXA07C = ("k = k * (1 - w + a)  # w, not the decay", "k = k * (1 - torch.exp(-torch.exp(w)) + a)")
-WRONG_FIRST = ("if index == config.rwkv_layers[0]:", "if index in config.rwkv_layers[:2]:")
+WRONG_FIRST = (
+    "        v = v + (carry.v_first",
+    "        carry.v_first = v if index == config.rwkv_layers[1] else carry.v_first\n        v = v + (carry.v_first",
+)
 TILED = (
     "    k, v = k.repeat_interleave(num_groups, dim=2), v.repeat_interleave(num_groups, dim=2)\n    w = ",
     "    k, v = k.repeat(1, 1, num_groups, 1), v.repeat(1, 1, num_groups, 1)\n    w = ",
@@ -92,8 +99,8 @@ FAULTS = (
         0,
         ((ROTATION, "    raw = k\n" + ROTATION), (KEEP_FIRST, "carry.v_first, carry.k_first = v, raw")),
     ),
-    Fault("v_first and k_first from the second RWKV layer", REKA, 1, (WRONG_FIRST,)),
-    Fault("v_first and k_first from the second RWKV layer", QWEN, 2, (WRONG_FIRST,)),
+    Fault("v_first from the second RWKV layer", REKA, 1, (WRONG_FIRST,)),
+    Fault("v_first from the second RWKV layer", QWEN, 2, (WRONG_FIRST,)),
     Fault("k scaled with the decay (hxa07c)", REKA, 0, (HXA07C,)),
     Fault("k scaled with the decay (hxa07c)", QWEN, 0, (HXA07C,)),
     Fault("kv heads tiled, not interleaved", REKA, 0, (TILED,)),
@@ -104,3 +111,23 @@ FAULTS = (
     Fault("rms_norm_eps 1e-5 for 1e-6", QWEN, 0, settings=(("rms_norm_eps", 1e-5),)),
     Fault("rope_theta 1e6 for 8e6", REKA, 0, settings=(("rope_theta", 1e6),)),
 )
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a mistake does: largest difference from the golden logits, KL in nats per token, layer that is named."""
+
+    max_difference: float
+    kl: float
+    first_layer: int | None
+
+
+def measure(fault: Fault) -> Effect:
+    """Verify the faulty student against the right one on the golden tokens, in float64."""
+    right = student(fault.case)
+    wrong, ids = fault.model(right), expected(fault.case)["input_ids"]
+    plain = runner.reference_of
+    with mock.patch.object(runner, "reference_of", lambda m: fault.module() if m is wrong else plain(m)):
+        report = compare_models(wrong, right, ids=ids, expect="report", dtype="float64")
+    assert report.logits is not None
+    return Effect(report.logits.max_difference, report.logits.kl_other_source, report.first_difference)

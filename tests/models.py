@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hxaconv.arithmetic import computed, tensor
 from hxaconv.checkpoint import open_checkpoint
+from hxaconv.config import student_of
 from hxaconv.model import Model
 from hxaconv.student import student_model
-from hxaconv.surgery import graft
+from hxaconv.surgery import PRESETS, InitSettings, graft, init_from_teacher
 from hxaconv.teacher import open_teacher
+from hxaconv.verify import Report, probe_tokens
+
+# Matrices this small are slower on several threads.
+torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("reka_tiny", "reka_tiny_init", "qwen3_tiny")
 CONTAINERS = ("student.pth", "student_hf", "trained_attention.pth")
+
+FACTORS = PRESETS["openmose-stage1"]
 
 AGREEMENT = 5e-6
 """The published code drops to float32 in the RMSNorms inside attention; ours stays in float64."""
@@ -46,3 +57,28 @@ def student(name: str, container: str = "student.pth") -> Model:
     if container != "trained_attention.pth":
         return model
     return Model(model.config, graft(model.plan, base.plan, model.student).plan, model.label)
+
+
+def ids(model: Model, tokens: int = 12) -> Tensor:
+    """Probe tokens for a model."""
+    return probe_tokens(model.config.vocab_size, tokens=tokens)
+
+
+def changed(model: Model, name: str, change: Callable[[Tensor], Tensor], dtype: str = "BF16") -> Model:
+    """The model with one tensor replaced."""
+    recipe = model.plan[name]
+    made = computed(lambda: change(tensor(recipe)), dtype, recipe.shape, f"{name}, changed")
+    return dataclasses.replace(model, plan=model.plan | {name: made}, label="changed")
+
+
+def fresh(name: str = "qwen3_tiny", dtype: str = "BF16") -> tuple[Model, Model]:
+    """(teacher, a student initialised from it)."""
+    base = teacher(name)
+    config = student_of(base.config, (1, 3))
+    plan = init_from_teacher(base.plan, config, InitSettings(FACTORS, 0, dtype))
+    return base, Model(config, plan, "fresh")
+
+
+def failed(report: Report) -> dict[str, str]:
+    """Failed checks and their details."""
+    return {check.name: check.detail for check in report.checks if not check.passed}

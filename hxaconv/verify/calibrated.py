@@ -1,0 +1,70 @@
+"""What a calibration promises: it changes what it says it changes, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from hxaconv.model import Model
+from hxaconv.teacher import same_bytes
+from hxaconv.verify.compare import compare_models
+from hxaconv.verify.contracts import check_rwkv_layers, completed, listing
+from hxaconv.verify.report import Report
+
+
+@dataclass(frozen=True, slots=True)
+class Distances:
+    """KL(teacher || student) in nats per token, on tokens that nothing was fitted to."""
+
+    tokens: int
+    calibrated: float
+    plain: float
+    attention_zeroed: float
+
+    @property
+    def sentence(self) -> str:
+        """For the card and the terminal."""
+        return (
+            f"KL(teacher || student) on {self.tokens} held-out tokens: {self.calibrated:.3g} calibrated,"
+            f" {self.plain:.3g} with the plain initialisation, {self.attention_zeroed:.3g} with attention zeroed"
+        )
+
+
+def measure(teacher: Model, plain: Model, calibrated: Model, ids: Tensor, device: str = "cpu") -> Distances:
+    """Run teacher, plain and calibrated student over held-out token ids (B, T)."""
+    after = compare_models(completed(calibrated, teacher), teacher, ids=ids, device=device).logits
+    before = compare_models(completed(plain, teacher), teacher, ids=ids, device=device).logits
+    assert after is not None
+    assert before is not None
+    zeroed = after.kl_attention_zeroed
+    assert zeroed is not None
+    return Distances(after.tokens, after.kl_other_source, before.kl_other_source, zeroed)
+
+
+def check_calibrated(
+    teacher: Model,
+    plain: Model,
+    output: Model,
+    *,
+    replaced: Collection[str],
+    ids: Tensor,
+    factors: Mapping[str, float] | None = None,
+    device: str = "cpu",
+) -> Report:
+    """Check the written student: tensors not in `replaced` are the plain student's, logits finite, KL reported.
+
+    With `factors`, projections that were not replaced are checked against the teacher's as well.
+    """
+    report = compare_models(completed(output, teacher), teacher, ids=ids, device=device)
+    kept = [name for name in output.plan if name not in replaced]
+    wrong = [n for n in kept if n not in plain.plan or not same_bytes(output.plan[n], plain.plan[n])]
+    text = f"{len(kept)} tensors are the plain student's, {len(replaced)} are fitted"
+    report.check("kept tensors", not wrong, listing(wrong, "differ from the plain student's") or text)
+    lost = [name for name in replaced if name not in output.plan]
+    report.check("fitted tensors", not lost, listing(lost, "are missing") or f"{len(replaced)} are there")
+    if factors is not None:
+        rest = replace(output, plan={name: output.plan[name] for name in kept})
+        check_rwkv_layers(report, rest, teacher.plan, factors)
+    return report

@@ -1,0 +1,32 @@
+"""Recorded digests against the bytes on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hxaconv.checkpoint import open_checkpoint
+from hxaconv.digests import check_digests, digest
+from hxaconv.errors import CheckFailed, HxaconvError
+
+
+@pytest.mark.parametrize("algorithm", ["crc32", "sha256"])
+def test_digests_find_a_changed_byte(algorithm: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((Path(__file__).parent / "golden/reka_tiny/student_hf/model.safetensors").read_bytes())
+    checkpoint = open_checkpoint(path)
+    names = checkpoint.stored_names
+    record = {"tensors": {names[n]: {"digest": digest(r, algorithm)} for n, r in checkpoint.plan.items()}}
+    assert check_digests(checkpoint, record).passed
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    report = check_digests(open_checkpoint(path), record)
+    assert len(report.problems) == 1
+    with pytest.raises(CheckFailed):
+        report.raise_if_failed("x")
+    with pytest.raises(HxaconvError, match="no recorded digests"):
+        check_digests(checkpoint, {})

@@ -1,0 +1,73 @@
+"""Probe tokens: drawn from a seed, read from files, or those of a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hxaconv.errors import HxaconvError
+from hxaconv.verify import (
+    probe_tokens,
+)
+
+
+def test_probe_tokens_depend_on_the_seed() -> None:
+    assert torch.equal(probe_tokens(97), probe_tokens(97))
+    assert not torch.equal(probe_tokens(97), probe_tokens(97, seed=1))
+    assert probe_tokens(97, tokens=5, batch=3).shape == (3, 5)
+
+
+def write_ids(path: Path, values: Tensor) -> None:
+    if path.suffix == ".npy":
+        import numpy as np
+
+        np.save(path, values.numpy())
+    elif path.suffix == ".safetensors":
+        save_file({"input_ids": values}, path)
+    else:
+        path.write_text(json.dumps(values.tolist()))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".json"])
+@pytest.mark.parametrize("shape", [(7,), (2, 5)])
+def test_ids_are_read_from_files(suffix: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    path, values = tmp_path / f"ids{suffix}", torch.randint(97, shape)
+    write_ids(path, values)
+    assert torch.equal(probe_tokens(97, input_ids=path), values.view(-1, shape[-1]))
+    with pytest.raises(HxaconvError, match="the vocabulary has"):
+        probe_tokens(int(values.max()), input_ids=path)
+    write_ids(path, torch.rand(4))
+    with pytest.raises(HxaconvError, match="not token ids"):
+        probe_tokens(97, input_ids=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", b"1 2"), ("a.npy", b"no"), ("a.json", b"{"), ("b.json", b"[]"), ("c.json", b"{}")]
+)
+def test_files_that_hold_no_ids_are_refused(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(HxaconvError, match="token ids"):
+        probe_tokens(97, input_ids=tmp_path / name)
+
+
+def test_text_needs_a_tokenizer_and_enough_tokens(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    from hxaconv.files import SourceFile
+
+    text = tmp_path / "sample.txt"
+    text.write_text("a b a c b")
+    with pytest.raises(HxaconvError, match=r"tokenizer\.json"):
+        probe_tokens(97, text=text)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 1, "b": 2, "c": 3}, unk_token="a"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    file = SourceFile.local(tmp_path / "tokenizer.json")
+    assert probe_tokens(97, text=text, tokenizer=file).tolist() == [[1, 2, 1, 3, 2]]
+    assert probe_tokens(97, text=text, tokenizer=file, tokens=2, batch=2).tolist() == [[1, 2], [1, 3]]
+    with pytest.raises(HxaconvError, match="5 tokens, 2 x 3"):
+        probe_tokens(97, text=text, tokenizer=file, tokens=3, batch=2)
