@@ -31,6 +31,7 @@ from hxaconv.surgery import PRESETS, InitSettings, init_from_teacher
 from hxaconv.teacher import open_teacher
 
 TEACHER = Path(__file__).resolve().parent.parent / "hxaconv" / "demo" / "teacher"
+GOLDEN = Path(__file__).resolve().parent / "golden"
 EXACT = Compute(torch.float64)
 
 
@@ -53,18 +54,21 @@ def teacher():
     return open_teacher(open_checkpoint(TEACHER))
 
 
-@pytest.fixture(scope="module")
-def student(teacher):
-    """All RWKV, as if trained a little: every parameter that starts at zero is moved."""
+def as_if_trained(teacher, moved=("w1", "a1", "v1", "k1", "g1", "r_k")):
+    """An all-RWKV student, trained a little: parameters that start at zero, or all, are moved."""
     config = student_of(teacher.config, ())
     plan = init_from_teacher(teacher.plan, config, InitSettings(PRESETS["openmose-stage2"], 0, "BF16"))
     generator = torch.Generator().manual_seed(7)
     for name, recipe in plan.items():
-        if name.rsplit(".", 1)[-1] in ("w1", "a1", "v1", "k1", "g1", "r_k"):
-            plan[name] = literal(
-                tensor(recipe, dtype=torch.float32) + 0.05 * torch.randn(recipe.shape, generator=generator)
-            )
+        if moved is None or name.rsplit(".", 1)[-1] in moved:
+            noise = torch.randn(recipe.shape, generator=generator)
+            plan[name] = literal(tensor(recipe, dtype=torch.float32) + 0.05 * noise)
     return Model(config, plan, "student")
+
+
+@pytest.fixture(scope="module")
+def student(teacher):
+    return as_if_trained(teacher)
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +109,14 @@ def brute_force_convert(teacher, student, ids):
     target = llama.forward(ids, getter(teacher), teacher.config)[0]
     for layer in range(teacher.config.num_hidden_layers):
         get, x = getter(teacher, student, layer), llama.embed(ids, getter(teacher))
-        alone = replace(student.config, gqa_layers=tuple(i for i in range(6) if i != layer))
-        for i in range(teacher.config.num_hidden_layers):
-            x = hxa079.layer(x, get, alone, i, hxa079.Carry()) if i == layer else llama.layer(x, get, teacher.config, i)
+        num_layers = teacher.config.num_hidden_layers
+        alone = replace(student.config, gqa_layers=tuple(i for i in range(num_layers) if i != layer))
+        for i in range(num_layers):
+            if i != layer:
+                x = llama.layer(x, get, teacher.config, i)
+                continue
+            x = x + hxa079.mixer(llama.input_norm(x, get, teacher.config, i), get, alone, i, hxa079.Carry())
+            x = llama.feed_forward(x, get, teacher.config, i)
         found.append(kl(target, llama.logits(x, get, teacher.config)))
     return found
 
@@ -128,6 +137,21 @@ def test_restore_one_kl_equals_full_forwards(teacher, student, ids):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hxa079, "attention", lambda x, get, config, i, carry: llama.attention(x, get, teacher.config, i))
         assert sweep(teacher, student, ids, "kl")["kl"] != pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("case", ["qwen3_tiny", "reka_tiny"])
+def test_kl_of_a_student_that_shares_nothing_with_its_teacher(case):
+    """Norms, MLPs, embedding and head are trained too; qwen3_tiny has q/k norms, A != C and a tied head."""
+    teacher = open_teacher(open_checkpoint(GOLDEN / case / "teacher"))
+    student = as_if_trained(teacher, moved=None)
+    ids = np.random.default_rng(0).integers(0, teacher.config.vocab_size, (2, 21))
+    expected, total = brute_force_restore(teacher, student, ids)
+    found = sweep(teacher, student, ids, "kl", "mse")
+    assert found["kl total"][0] == pytest.approx(total, abs=1e-6)
+    assert found["kl"] == pytest.approx(expected, abs=1e-6)
+    assert sweep(teacher, student, ids, "kl", kl_mode="convert")["kl"] == pytest.approx(
+        brute_force_convert(teacher, student, ids), abs=1e-6
+    )
 
 
 def test_layer_0_as_gqa_hands_v_first_to_layer_1(teacher, student, ids):
@@ -221,7 +245,7 @@ def test_head_in_blocks_equals_head_whole(teacher, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(5, 192, generator=generator, dtype=torch.float64) * 30 for _ in range(2))
     whole = tensor(teacher.plan["lm_head.weight"], dtype=torch.float64)
-    monkeypatch.setattr(weights, "VOCABULARY_BLOCK", 37)
+    monkeypatch.setattr(weights, "LOGITS_AT_ONCE", 5 * 37)  # blocks of 37 rows, the last one shorter
     head = weights.Head(teacher, EXACT)
     assert weights.divergences(p, head, [q, p], head) == pytest.approx([kl(p @ whole.T, q @ whole.T), 0.0], abs=1e-9)
 

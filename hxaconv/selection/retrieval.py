@@ -13,7 +13,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.reference import llama
 from hxaconv.selection.attention import copying
-from hxaconv.selection.weights import Compute, bytes_of_layer, embed, layer_names, load
+from hxaconv.selection.weights import Compute, bytes_of_layer, embed, layer_names
 
 LENGTH = 128
 """Tokens of u."""
@@ -103,7 +103,7 @@ def retrieval(
         with torch.inference_mode():
             x = embed(teacher, ids, compute)
             for layer in range(config.num_hidden_layers):
-                get = load(teacher, layer_names(teacher, layer), compute).__getitem__
+                get = compute.load(teacher, layer_names(teacher, layer)).__getitem__
                 normed = llama.input_norm(x, get, config, layer)
                 shares.append(copying(normed, get, config, layer, expected))
                 x = torch.cat([llama.layer(s[None], get, config, layer) for s in x])

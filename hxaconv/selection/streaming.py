@@ -38,7 +38,6 @@ from hxaconv.selection.weights import (
     divergences,
     embed,
     layer_names,
-    load,
     same_bytes,
 )
 
@@ -125,6 +124,7 @@ class Sweep:
                 advance(before - self._work(state.layer), f"layer {state.layer - 1}")
                 if cache.due():
                     cache.save(state.arrays())
+            self.compute.release()
             if "kl" in self.strategies:
                 self._divergences(state)
         cache.clear()
@@ -155,7 +155,7 @@ class Sweep:
     def _layer(self, state: State) -> None:
         """One layer further, every stream in its place."""
         layer, x, config = state.layer, state.teacher, self.teacher.config
-        weights = load(self.teacher, layer_names(self.teacher, layer), self.compute)
+        weights = self.compute.load(self.teacher, layer_names(self.teacher, layer))
         get = weights.__getitem__
         normed = llama.input_norm(x, get, config, layer)
         attended = _each(lambda s: llama.attention(s, get, config, layer), normed)
@@ -184,7 +184,7 @@ class Sweep:
     ) -> dict[str, float]:
         assert self.student is not None
         layer, config, found = state.layer, self.student.student, {}
-        mixer = load(self.student, layer_names(self.student, layer, mixer=True), self.compute)
+        mixer = self.compute.load(self.student, layer_names(self.student, layer, mixer=True))
         if self._converts:
             alone = replace(config, gqa_layers=tuple(i for i in range(self.num_layers) if i != layer))
             mixed, _ = time_mix(normed, mixer.__getitem__, alone, layer, None)
@@ -198,12 +198,11 @@ class Sweep:
             found["mse"] = float((mixed - attended).double().square().sum() / attended.double().square().sum())
         if self._restores:
             rest = layer_names(self.student, layer, mixer=False)
-            # The teacher's MLP goes before the student's comes, where they are not the same.
+            # Where they are not the same, the student's MLP takes the memory of the teacher's.
             attention = {name: teacher[name] for name in layer_names(self.teacher, layer, mixer=True)}
             plans = self.teacher.plan, self.student.plan
             shared = {name: teacher[name] for name in rest if same_bytes(plans[0][name], plans[1][name])}
-            teacher.clear()
-            others = load(self.student, rest, self.compute, shared)
+            others = self.compute.load(self.student, rest, shared)
             self._restore(state, {**others, **mixer}.__getitem__, {**others, **attention}.__getitem__)
         return found
 
@@ -230,16 +229,18 @@ class Sweep:
         state.base.copy_(finish(state.base + mixed))
 
     def _divergences(self, state: State) -> None:
+        """The KLs, from the final streams; these are normed in their place and not streams afterwards."""
         assert self.student is not None
-        compute, teacher_head = self.compute, Head(self.teacher, self.compute)
-        hidden = _final(self.teacher, state.teacher, compute)
-        model, head = self.teacher, teacher_head
-        if self._restores:
-            model, head = self.student, Head(self.student, compute)
+        model = self.student if self._restores else self.teacher
         streams = [state.forks[i] for i in range(self.num_layers)]
         if state.base is not None:
             streams.append(state.base)
-        values = divergences(hidden, teacher_head, [_final(model, x, compute) for x in streams], head)
+        for owner, x in [(self.teacher, state.teacher), *((model, stream) for stream in streams)]:
+            weight = self.compute.make(owner.plan["model.norm.weight"])
+            for sequence in x:
+                sequence.copy_(llama.rmsnorm(sequence, weight, owner.config.rms_norm_eps))
+        heads = Head(self.teacher, self.compute), Head(model, self.compute)
+        values = divergences(state.teacher.flatten(0, 1), heads[0], [x.flatten(0, 1) for x in streams], heads[1])
         if self._restores:
             total = values.pop()
             state.scores["kl total"] = [total]
@@ -263,11 +264,6 @@ def time_mix(normed: Tensor, get: Get, config: StudentConfig, layer: int, first:
 def _each(function: Any, x: Tensor) -> Tensor:
     # A sequence at a time: what attention and MLP need in between does not grow with the batch.
     return torch.cat([function(x[i : i + 1]) for i in range(x.shape[0])])
-
-
-def _final(model: Model, x: Tensor, compute: Compute) -> Tensor:
-    weight = compute.make(model.plan["model.norm.weight"])
-    return llama.rmsnorm(x, weight, model.config.rms_norm_eps).flatten(0, 1)
 
 
 @contextmanager

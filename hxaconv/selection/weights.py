@@ -3,45 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hxaconv.arithmetic import tensor, tensor_rows
 from hxaconv.model import Model
+from hxaconv.names import is_attention, template_of
 from hxaconv.plan import Ranges, Recipe, rows
 
 Get = Callable[[str], Tensor]
-VOCABULARY_BLOCK = 8192
-"""Rows of the head that are in memory at once."""
+LOGITS_AT_ONCE = 2**20
+"""Elements of a block of logits: in float64, and with its temporaries, some 50 MB."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Compute:
-    """Where and in which dtype a forward runs."""
+    """Where and in which dtype a forward runs, and the memory that every layer's weights take in turn."""
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    _buffers: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def make(self, recipe: Recipe) -> Tensor:
-        """A recipe's tensor, ready to compute with."""
+        """A recipe's tensor, in memory of its own."""
         return tensor(recipe, dtype=self.dtype).to(self.device)
+
+    def release(self) -> None:
+        """Give the layers' memory back."""
+        self._buffers.clear()
+
+    def load(self, model: Model, names: Iterable[str], have: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Name -> tensor; those in `have` are not made again.
+
+        A tensor is valid until one of that name in another layer is loaded. Mixers of a teacher and of a
+        student do not share memory, everything else of theirs does.
+        """
+        have = have or {}
+        return {name: have[name] if name in have else self._fill(model, name) for name in names}
+
+    def _fill(self, model: Model, name: str) -> Tensor:
+        recipe, key = model.plan[name], template_of(name)[0]
+        if is_attention(name):
+            key = f"{type(model.config).__name__} {key}"
+        if key not in self._buffers or len(self._buffers[key]) < recipe.numel:
+            self._buffers[key] = torch.empty(recipe.numel, dtype=self.dtype, device=self.device)
+        buffer = self._buffers[key]
+        if self.device == "cpu":
+            return tensor(recipe, into=buffer)
+        return buffer[: recipe.numel].view(recipe.shape).copy_(tensor(recipe))
 
 
 def layer_names(model: Model, layer: int, *, mixer: bool | None = None) -> list[str]:
     """Names of one layer's tensors: all, the mixer's only, or all but the mixer's."""
     prefix = f"model.layers.{layer}."
     names = [name for name in model.plan if name.startswith(prefix)]
-    return [name for name in names if mixer is None or name.startswith(f"{prefix}self_attn.") == mixer]
-
-
-def load(
-    model: Model, names: Iterable[str], compute: Compute, have: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Name -> tensor; those in `have` are not made again."""
-    have = have or {}
-    return {name: have[name] if name in have else compute.make(model.plan[name]) for name in names}
+    return [name for name in names if mixer is None or is_attention(name) == mixer]
 
 
 def same_bytes(one: Recipe, other: Recipe | None) -> bool:
@@ -77,9 +95,9 @@ class Head:
         self.size = self.recipe.shape[0]
         self._whole = None if _sliceable(self.recipe) else tensor(self.recipe)
 
-    def block(self, start: int) -> Tensor:
-        """Rows [start, start + VOCABULARY_BLOCK)."""
-        stop = min(self.size, start + VOCABULARY_BLOCK)
+    def block(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop), or as many of them as there are."""
+        stop = min(self.size, stop)
         if self._whole is not None:
             return self._whole[start:stop].to(self.compute.device, self.compute.dtype)
         return self.compute.make(rows(self.recipe, start, stop, self.recipe.origin))
@@ -96,9 +114,10 @@ def divergences(teacher: Tensor, teacher_head: Head, students: Iterable[Tensor],
     log_p = torch.full((tokens,), -torch.inf, dtype=torch.float64, device=teacher.device)
     log_q = [log_p.clone() for _ in others]
     moved = [torch.zeros_like(log_p) for _ in others]
-    for start in range(0, teacher_head.size, VOCABULARY_BLOCK):
-        block = teacher_head.block(start)
-        other_block = block if shared else student_head.block(start)
+    step = max(1, LOGITS_AT_ONCE // tokens)
+    for start in range(0, teacher_head.size, step):
+        block = teacher_head.block(start, start + step)
+        other_block = block if shared else student_head.block(start, start + step)
         z = (teacher @ block.T).double()
         before, log_p = log_p, torch.logaddexp(log_p, z.logsumexp(dim=-1))
         shrink, p = (before - log_p).exp(), (z - log_p[:, None]).exp()
