@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from hxaconv.verify.render import bar, render
 
 
 def text_of(report: Report) -> str:
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=100, record=True, file=io.StringIO())
     for part in render(report):
         console.print(part, **({"markup": False} if isinstance(part, str) else {}))
     return console.export_text()

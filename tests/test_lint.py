@@ -1,0 +1,217 @@
+"""The loader lint: every obstacle is named, and a clean checkpoint has none."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import GOLDEN, student, teacher
+from rich.console import Console
+
+from hxaconv.checkpoint import Checkpoint, open_checkpoint
+from hxaconv.config import StudentConfig
+from hxaconv.dtypes import num_bytes
+from hxaconv.files import SourceFile
+from hxaconv.lint import INFER_FOLDER, INFER_PTH, RWKV_INFER_KEYS, TRANSFORMERS, Verdict, lint
+from hxaconv.plan import Literal, Plan, Recipe
+from hxaconv.student_json import student_json
+from hxaconv.verify.render import render_loaders
+
+
+def config() -> StudentConfig:
+    """A size that RWKV-Infer takes: hidden_size a multiple of 256."""
+    return dataclasses.replace(student("reka_tiny").student, hidden_size=256)
+
+
+def plan() -> Plan:
+    """Headers of a model of that size; the lint reads no weights."""
+    old = student("reka_tiny").plan
+    shapes = {name: tuple(256 if size == 48 else size for size in recipe.shape) for name, recipe in old.items()}
+    return {name: Recipe("BF16", shape, Literal(bytes(num_bytes("BF16", shape))), "") for name, shape in shapes.items()}
+
+
+def file(name: str) -> SourceFile:
+    return SourceFile(name, name, 1)
+
+
+def folder(raw: Mapping[str, Any] | None = None, **changes: Any) -> Checkpoint:
+    """A converted folder, complete but for what `raw` and `changes` say."""
+    document = student_json(config(), {}, "BF16") if raw is None else raw
+    fields: dict[str, Any] = {
+        "label": "out",
+        "container": "safetensors",
+        "dialect": "hf",
+        "plan": plan(),
+        "stored_names": {},
+        "config": document,
+        "files": (file("model.safetensors"),),
+        "code_files": {name: file(name) for name in ("configuration_hxa079.py", "modeling_hxa079.py")},
+        "root": Path("out"),
+        "extra": {"stray_files": ()},
+    }
+    return Checkpoint(**(fields | changes))
+
+
+def pth(**changes: Any) -> Checkpoint:
+    fields = {
+        "label": "student.pth",
+        "container": "pth",
+        "dialect": "rwkv",
+        "config": None,
+        "files": (file("student.pth"),),
+        "code_files": {},
+        "root": Path("student.pth"),
+        "extra": {"flat": True, "nested_under": None},
+    }
+    return folder(**(fields | changes))
+
+
+def verdict(checkpoint: Checkpoint, loader: str, **more: Any) -> Verdict:
+    return next(found for found in lint(checkpoint, **more) if found.loader == loader)
+
+
+def text(found: Verdict) -> str:
+    return "\n".join(f"{f.what} | {f.where} | {f.do}" for f in found.findings)
+
+
+def without(*names: str) -> Plan:
+    return {name: recipe for name, recipe in plan().items() if not name.endswith(names)}
+
+
+def test_a_converted_folder_is_taken_by_both_its_loaders() -> None:
+    for loader in (TRANSFORMERS, INFER_FOLDER):
+        found = verdict(folder(), loader, config=config())
+        assert found.takes and not found.findings, text(found)
+    assert verdict(folder(), TRANSFORMERS).settings == ("trust_remote_code=True",)
+    assert not verdict(folder(), INFER_PTH).takes
+
+
+def test_a_converted_pth_is_taken_with_two_settings_and_a_warning() -> None:
+    found = verdict(pth(), INFER_PTH, config=config())
+    assert found.takes
+    assert found.settings == ("rope_theta=8000000", "rms_norm_eps=1e-05")
+    assert "tie_word_embeddings" in text(found) and "2025-09-16" in text(found)
+    assert "does not say" in verdict(pth(), INFER_PTH).settings[0]
+    assert not verdict(pth(), TRANSFORMERS).takes and not verdict(pth(), INFER_FOLDER).takes
+
+
+@pytest.mark.parametrize("key", RWKV_INFER_KEYS)
+def test_each_mandatory_key_is_missed(key: str) -> None:
+    raw = student_json(config(), {}, "BF16")
+    del raw[key]
+    for loader in (TRANSFORMERS, INFER_FOLDER):
+        found = verdict(folder(raw), loader)
+        assert not found.takes and key in text(found)
+    if key == "rope_theta":
+        assert "only inside rope_parameters" in text(verdict(folder(raw), INFER_FOLDER))
+
+
+OBSTACLES: dict[str, tuple[Checkpoint, str, str]] = {
+    "no code": (folder(code_files={}), TRANSFORMERS, "modeling_hxa079.py, which auto_map names, is not there"),
+    "no auto_map": (
+        folder({k: v for k, v in student_json(config(), {}, "BF16").items() if k != "auto_map"}),
+        TRANSFORMERS,
+        "auto_map has no AutoConfig",
+    ),
+    "no config": (folder(config=None), TRANSFORMERS, "no config.json"),
+    "stray file": (
+        folder(extra={"stray_files": ("consolidated.safetensors",)}),
+        INFER_FOLDER,
+        "consolidated.safetensors is not part of the model",
+    ),
+    "a .pth in the path": (folder(root=Path("a.pth.d")), INFER_FOLDER, "the path contains '.pth'"),
+    "pytorch files": (folder(container="pth"), INFER_FOLDER, "only *.safetensors"),
+    "other variant": (
+        folder(student_json(config(), {}, "BF16") | {"rwkv_architecture": "hxa07c"}),
+        INFER_FOLDER,
+        "'hxa07c'",
+    ),
+    "rope scaling": (
+        folder(student_json(config(), {}, "BF16") | {"rope_scaling": {"rope_type": "yarn", "factor": 4}}),
+        INFER_FOLDER,
+        "rope_scaling 'yarn' is ignored",
+    ),
+    "no head in a folder": (folder(plan=without("lm_head.weight")), INFER_FOLDER, "lm_head.weight is missing"),
+    "no head": (pth(plan=without("lm_head.weight")), INFER_PTH, "head.weight is missing, and a .pth never ties"),
+    "legacy": (pth(container="legacy"), INFER_PTH, "legacy pickle"),
+    "nested": (pth(extra={"flat": False, "nested_under": "state_dict"}), INFER_PTH, "nested under 'state_dict'"),
+    "other names": (pth(dialect="training"), INFER_PTH, "training dialect"),
+    "other suffix": (pth(files=(file("student.bin"),)), INFER_PTH, "contains '.pth'"),
+    "attention only": (pth(plan=without("embed_tokens.weight")), INFER_PTH, "the embedding is missing"),
+    "no low-rank": (pth(plan=without("1.self_attn.v1")), INFER_PTH, "v1 missing | model.layers.1.self_attn"),
+    "flat r_k": (
+        pth(plan=plan() | {"model.layers.0.self_attn.r_k": Recipe("BF16", (48,), Literal(bytes(96)), "")}),
+        INFER_PTH,
+        "r_k has shape (48,)",
+    ),
+    "float32": (
+        pth(plan={name: dataclasses.replace(recipe, dtype="F32") for name, recipe in plan().items()}),
+        INFER_PTH,
+        "matrices are F32",
+    ),
+    "output bias": (
+        pth(plan=plan() | {"model.layers.0.self_attn.output.bias": Recipe("BF16", (256,), Literal(bytes(512)), "")}),
+        INFER_PTH,
+        "drops silently",
+    ),
+    "odd size": (pth(plan=dict(student("reka_tiny").plan)), INFER_PTH, "hidden_size 48 is no multiple of 256"),
+    "layer 0 GQA": (
+        pth(
+            plan=without("0.self_attn.receptance.weight")
+            | {"model.layers.0.self_attn.q_proj.weight": Recipe("BF16", (48, 256), Literal(bytes(48 * 512)), "")}
+        ),
+        INFER_PTH,
+        "layer 0 is GQA",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_each_obstacle_is_named_and_says_what_to_do(name: str) -> None:
+    checkpoint, loader, words = OBSTACLES[name]
+    found = verdict(checkpoint, loader)
+    assert not found.takes
+    assert words in text(found)
+    assert all(finding.what and finding.where and finding.do for finding in found.findings)
+
+
+def test_an_untied_folder_without_head_does_not_load() -> None:
+    lacking = folder(plan=without("lm_head.weight"))
+    assert "lm_head.weight is missing" in text(verdict(lacking, TRANSFORMERS, config=config()))
+    tied = student_json(dataclasses.replace(config(), tie_word_embeddings=True), {}, "BF16")
+    assert verdict(folder(tied, plan=without("lm_head.weight")), INFER_FOLDER).takes
+
+
+def test_a_teacher_is_for_transformers_alone() -> None:
+    (found,) = lint(open_checkpoint(GOLDEN / "reka_tiny" / "teacher"), teacher("reka_tiny").config)
+    assert found.takes and not found.settings
+
+
+def test_real_files_are_judged_from_their_headers(tmp_path: Path) -> None:
+    found = verdict(open_checkpoint(GOLDEN / "reka_tiny" / "student.pth"), INFER_PTH)
+    blocking = [finding.what for finding in found.findings if finding.blocks]
+    assert len(blocking) == 1 and "hidden_size 48" in blocking[0]
+    shutil.copy(GOLDEN / "reka_tiny" / "student_hf" / "model.safetensors", tmp_path)
+    raw = student_json(student("reka_tiny").student, {}, "BF16")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    judged = verdict(open_checkpoint(tmp_path), TRANSFORMERS)
+    assert [finding.what for finding in judged.findings] == [
+        "configuration_hxa079.py, which auto_map names, is not there",
+        "modeling_hxa079.py, which auto_map names, is not there",
+    ]
+
+
+def test_verdicts_are_plain_data_and_fit_a_hundred_columns() -> None:
+    data = [found.to_json() for found in lint(open_checkpoint(GOLDEN / "reka_tiny" / "trained_attention.pth"))]
+    assert json.loads(json.dumps(data))[0]["loader"] == TRANSFORMERS
+    console = Console(width=100, file=io.StringIO(), record=True)
+    for part in render_loaders(data):
+        console.print(part)
+    shown = console.export_text()
+    assert "does not take it" in shown and all(len(line) <= 100 for line in shown.splitlines())
