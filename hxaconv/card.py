@@ -52,6 +52,10 @@ UNTRAINED = (
     "Its RWKV layers are initialised from the teacher's attention and not trained yet:"
     " it is the starting point of a distillation, not a finished model."
 )
+CALIBRATED = (
+    "Its RWKV layers are fitted to the teacher's attention in closed form and not trained yet:"
+    " it is a better starting point of a distillation than the plain initialisation, not a finished model."
+)
 CONVERTED = "The weights are those of the checkpoint it was converted from."
 
 

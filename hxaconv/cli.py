@@ -11,6 +11,7 @@ import typer
 from hxaconv.errors import HxaconvError
 
 if TYPE_CHECKING:
+    from hxaconv.commands.calibrate import CalibrateOptions
     from hxaconv.commands.common import Outcome, WriteOptions
     from hxaconv.console import Talk
     from hxaconv.layer_maps import LayerMap
@@ -107,6 +108,35 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=TALK)]
 
 
+InputIds = Annotated[str | None, typer.Option(help="Token ids: .npy, .safetensors or .json.", rich_help_panel=PROBE)]
+Text = Annotated[str | None, typer.Option(help="Text file, cut by the tokenizer in the folder.", rich_help_panel=PROBE)]
+Device = Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=PROBE)]
+CALIBRATION = "Calibration"
+CalTokens = Annotated[int, typer.Option(help="Calibration tokens.", rich_help_panel=CALIBRATION)]
+CalIds = Annotated[
+    str | None, typer.Option("--input-ids", help="Token ids: .npy, .safetensors or .json.", rich_help_panel=CALIBRATION)
+]
+CalText = Annotated[
+    str | None, typer.Option("--text", help="Text file, cut by the teacher's tokenizer.", rich_help_panel=CALIBRATION)
+]
+Chunk = Annotated[
+    int, typer.Option(help="Tokens per sequence: no decay can see beyond it.", rich_help_panel=CALIBRATION)
+]
+RandomTokens = Annotated[
+    bool, typer.Option("--random-tokens", help="Fit to random tokens (much worse).", rich_help_panel=CALIBRATION)
+]
+RefitOutput = Annotated[
+    str, typer.Option(help="Fit the output matrix too: auto, never or always.", rich_help_panel=CALIBRATION)
+]
+RefineSteps = Annotated[
+    int, typer.Option(help="Local refinement after the closed form; 0 for none.", rich_help_panel=CALIBRATION)
+]
+FoldRope = Annotated[
+    bool, typer.Option("--fold-rope", help="Fit GQA layers to losing RoPE (changes them).", rich_help_panel=CALIBRATION)
+]
+CalDevice = Annotated[str, typer.Option("--device", help="cpu or cuda.", rich_help_panel=CALIBRATION)]
+
+
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -138,9 +168,21 @@ def init_from_teacher(
     drop_rope_scaling: Annotated[
         bool, typer.Option("--drop-rope-scaling", help="Go on without rope_scaling.", rich_help_panel=TEACHER)
     ] = False,
+    init: Annotated[
+        str, typer.Option(help="openmose (published values) or calibrated (fitted to text).", rich_help_panel=VALUES)
+    ] = "openmose",
     preset: Preset = "openmose-stage1",
     scale: Scale = None,
     seed: Seed = 0,
+    input_ids: CalIds = None,
+    text: CalText = None,
+    tokens: CalTokens = 1024,
+    chunk: Chunk = 2048,
+    random_tokens: RandomTokens = False,
+    refit_output: RefitOutput = "auto",
+    refine_steps: RefineSteps = 100,
+    fold_rope: FoldRope = False,
+    device: CalDevice = "cpu",
     dtype: Annotated[str, typer.Option(help="Dtype of the output.", rich_help_panel=OUTPUT)] = "bfloat16",
     format: Annotated[str, typer.Option(help="hf, pth or training.", rich_help_panel=OUTPUT)] = "hf",
     max_shard_size: MaxShard = "5GB",
@@ -165,11 +207,11 @@ def init_from_teacher(
 
     hxaconv init-from-teacher ./teacher student.pth --format pth --gqa-layers 8,15,22,29,36,43
     """
-    from hxaconv.commands import init
+    from hxaconv.commands import init as command
 
     talk = _talk(quiet, json)
-    write = _write_options(locals(), talk)
-    outcome = init.run(
+    values = dict(locals())
+    outcome = command.run(
         teacher,
         out,
         revision=revision,
@@ -187,7 +229,79 @@ def init_from_teacher(
         allow_output_bias=allow_output_bias,
         drop_rope_scaling=drop_rope_scaling,
         copy_code=copy_code,
-        write=write,
+        init=init,
+        calibration=_calibration(values),
+        write=_write_options(values, talk),
+    )
+    _show_outcome(outcome, talk)
+
+
+def _calibration(values: dict[str, Any]) -> CalibrateOptions:
+    from dataclasses import fields
+
+    from hxaconv.commands.calibrate import CalibrateOptions
+
+    return CalibrateOptions(**{field.name: values[field.name] for field in fields(CalibrateOptions)})
+
+
+@app.command("calibrate", no_args_is_help=True)
+def calibrate(
+    source: SourceArgument,
+    out: OutAny,
+    teacher: Annotated[str, typer.Option(help="Folder or Hub id of the teacher.", rich_help_panel=TEACHER)],
+    input_ids: CalIds = None,
+    text: CalText = None,
+    tokens: CalTokens = 1024,
+    chunk: Chunk = 2048,
+    random_tokens: RandomTokens = False,
+    refit_output: RefitOutput = "auto",
+    refine_steps: RefineSteps = 100,
+    fold_rope: FoldRope = False,
+    device: CalDevice = "cpu",
+    layer_map: LayerMapSettings = None,
+    rope_theta: RopeTheta = None,
+    rms_norm_eps: Eps = None,
+    tie_word_embeddings: Tied = None,
+    revision: Revision = None,
+    seed: Seed = 0,
+    format: Annotated[
+        str | None, typer.Option(help="hf, pth or training. Default: by OUT's suffix.", rich_help_panel=OUTPUT)
+    ] = None,
+    max_shard_size: MaxShard = "5GB",
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    no_verify: NoVerify = False,
+    workers: Workers = None,
+    digest: Digest = "crc32",
+    allow_nonfinite: AllowNonfinite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit the RWKV layers of an untrained student to its teacher, in closed form, from a few hundred tokens.
+
+    [bold]Example[/bold]
+
+    hxaconv calibrate student/ student-calibrated/ --teacher RekaAI/reka-flash-3 --text sample.txt
+    """
+    from hxaconv.commands import calibrate as command
+
+    talk = _talk(quiet, json)
+    values = dict(locals())
+    outcome = command.run(
+        source,
+        out,
+        teacher=teacher,
+        revision=revision,
+        layer_map=layer_map,
+        rope_theta=rope_theta,
+        rms_norm_eps=rms_norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
+        calibration=_calibration(values),
+        seed=seed,
+        format=format,
+        max_shard_size=max_shard_size,
+        write=_write_options(values, talk),
     )
     _show_outcome(outcome, talk)
 
@@ -322,11 +436,6 @@ def to_training(
     hxaconv to-training student-hf/ student-attention.pth
     """
     _convert("to-training", locals(), all_tensors=all_tensors)
-
-
-InputIds = Annotated[str | None, typer.Option(help="Token ids: .npy, .safetensors or .json.", rich_help_panel=PROBE)]
-Text = Annotated[str | None, typer.Option(help="Text file, cut by the tokenizer in the folder.", rich_help_panel=PROBE)]
-Device = Annotated[str, typer.Option(help="cpu or cuda.", rich_help_panel=PROBE)]
 
 
 @app.command("pick-gqa-layers", no_args_is_help=True)

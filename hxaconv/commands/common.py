@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hxaconv import layer_maps
+from hxaconv.config import StudentConfig
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.output import Job, build_output
@@ -218,3 +220,13 @@ def open_teacher_source(
         drop_rope_scaling=drop_rope_scaling,
     )
     return checkpoint, model
+
+
+def base_model_name(checkpoint: Any) -> str:
+    """A Hub id, or the bare name of a folder."""
+    return str(checkpoint.repo or Path(checkpoint.label).resolve().name)
+
+
+def layer_0_warning(config: StudentConfig) -> list[str]:
+    """The sentence about layer 0 as GQA, where it is and RWKV layers follow."""
+    return [layer_maps.LAYER_0_REASON] if 0 in config.gqa_layers and config.rwkv_layers else []

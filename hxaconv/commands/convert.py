@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 from hxaconv import layer_maps
 from hxaconv.architecture import expected_tensors
 from hxaconv.card import CONVERTED
-from hxaconv.commands.common import Outcome, WriteOptions, open_teacher_source, parse_size, perform
-from hxaconv.commands.init import base_model_name, layer_0_warning
+from hxaconv.commands.common import (
+    Outcome,
+    WriteOptions,
+    base_model_name,
+    layer_0_warning,
+    open_teacher_source,
+    parse_size,
+    perform,
+)
 from hxaconv.config import TeacherConfig
 from hxaconv.dtypes import FLOATS, parse_dtype
 from hxaconv.errors import HxaconvError, bullet_list

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from hxaconv.commands import convert, init, pick
+from hxaconv.commands import calibrate, convert, init, pick
 from hxaconv.commands.common import Outcome, WriteOptions
 from hxaconv.errors import HxaconvError
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
     init.COMMAND: init.run,
     pick.COMMAND: pick.run,
+    calibrate.COMMAND: calibrate.run,
 }
 
 

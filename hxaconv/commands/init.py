@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_maps
-from hxaconv.card import UNTRAINED
-from hxaconv.commands.common import Outcome, WriteOptions, open_teacher_source, parse_size, perform
-from hxaconv.config import StudentConfig, TeacherConfig, student_of
+from hxaconv.card import CALIBRATED, UNTRAINED
+from hxaconv.commands.calibrate import (
+    CalibrateOptions,
+    calibrate_student,
+    finish_calibration,
+    verify_calibrated,
+)
+from hxaconv.commands.common import (
+    Outcome,
+    WriteOptions,
+    base_model_name,
+    layer_0_warning,
+    one_of,
+    open_teacher_source,
+    parse_size,
+    perform,
+)
+from hxaconv.config import TeacherConfig, student_of
 from hxaconv.dtypes import parse_dtype
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
@@ -19,6 +36,7 @@ if TYPE_CHECKING:
     from hxaconv.verify import Report
 
 COMMAND = "init-from-teacher"
+INITS = ("openmose", "calibrated")
 
 
 def run(
@@ -40,6 +58,8 @@ def run(
     allow_output_bias: bool = False,
     drop_rope_scaling: bool = False,
     copy_code: bool = False,
+    init: str = "openmose",
+    calibration: CalibrateOptions | Mapping[str, Any] | None = None,
     write: WriteOptions | None = None,
 ) -> Outcome:
     """Make an hxa079 student of `teacher` (folder or Hub id) in `out`.
@@ -48,9 +68,10 @@ def run(
         HxaconvError: for a teacher that hxa079 cannot carry, or options that do not fit it.
         CheckFailed: when the output does not pass its verification.
     """
-    options = {key: value for key, value in locals().items() if key != "write"}
-    if format not in FORMATS:
-        raise HxaconvError(f"unknown format {format!r}", hint=f"Formats: {', '.join(FORMATS)}.")
+    options = {key: value for key, value in locals().items() if key not in ("write", "calibration")}
+    write = write or WriteOptions()
+    one_of("--format", format, tuple(FORMATS))
+    one_of("--init", init, INITS)
     factors = parse_scale(scale, preset)
     settings = InitSettings(factors, seed, parse_dtype(dtype))
     checkpoint, model = open_teacher_source(
@@ -64,33 +85,45 @@ def run(
     layers, reason = choose_layers(model.teacher, teacher, layer_map, gqa_layers, allow_gqa_layer_0)
     config = student_of(model.config, layers)
     warnings = [*model.teacher.warnings, *layer_0_warning(config)]
+    student = Model(config, init_from_teacher(model.plan, config, settings), out, model.raw)
+    notes = [f"GQA layers: {reason}"]
+    calibrated = None
+    fit = calibration if isinstance(calibration, CalibrateOptions) else CalibrateOptions(**(calibration or {}))
+    if init == "calibrated" and not write.dry_run:
+        options["calibration"] = asdict(fit)
+        calibrated = calibrate_student(model, student, fit, seed, checkpoint, write, out)
+        notes.append(calibrated.distances.sentence)
+        warnings += calibrated.report.warnings
     job = Job(
         command=COMMAND,
         options=options,
-        student=Model(config, init_from_teacher(model.plan, config, settings), out, model.raw),
+        student=calibrated.student if calibrated else student,
         target=Path(out),
         format=format,
         dtype=settings.dtype,
         max_shard_bytes=parse_size(max_shard_size),
         sources={"teacher": checkpoint},
         base_model=base_model_name(checkpoint),
-        purpose=UNTRAINED,
+        purpose=f"{CALIBRATED} {calibrated.distances.sentence}." if calibrated else UNTRAINED,
         everything=format != "training",
         copy_code=copy_code,
-        extra={"init": {"preset": preset, "factors": factors, "seed": seed}, "layer_choice": reason},
+        extra={
+            "init": {"method": init, "preset": preset, "factors": factors, "seed": seed},
+            "layer_choice": reason,
+            **({"calibration": calibrated.story()} if calibrated else {}),
+        },
     )
 
-    def verify(student: Model) -> Report:
+    def verify(output: Model) -> Report:
         from hxaconv.verify import check_initialised
 
-        return check_initialised(model, student, factors=factors)
+        if calibrated is not None:
+            return verify_calibrated(calibrated, model, output, factors, fit.device)
+        return check_initialised(model, output, factors=factors)
 
-    return perform(job, write or WriteOptions(), verify, warnings, [f"GQA layers: {reason}"])
-
-
-def base_model_name(checkpoint: Any) -> str:
-    """A Hub id, or the bare name of a folder."""
-    return str(checkpoint.repo or Path(checkpoint.label).resolve().name)
+    outcome = perform(job, write, verify, warnings, notes)
+    finish_calibration(calibrated, outcome)
+    return outcome
 
 
 def choose_layers(
@@ -111,8 +144,3 @@ def choose_layers(
         layers = layer_maps.from_map(chosen, count, allow_layer_0=allow_layer_0)
         return layers, f"layer map {chosen.name}"
     return layer_maps.uniform(count), f"evenly spaced, {layer_maps.default_count(count)} of {count}"
-
-
-def layer_0_warning(config: StudentConfig) -> list[str]:
-    """The sentence about layer 0 as GQA, where it is and RWKV layers follow."""
-    return [layer_maps.LAYER_0_REASON] if 0 in config.gqa_layers and config.rwkv_layers else []

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_maps
 from hxaconv.card import UNTRAINED
-from hxaconv.commands.common import Outcome, WriteOptions, parse_size, perform
+from hxaconv.commands.common import Outcome, WriteOptions, base_model_name, layer_0_warning, parse_size, perform
 from hxaconv.commands.convert import complete, dtype_warnings, main_dtype, open_student
-from hxaconv.commands.init import base_model_name, layer_0_warning
 from hxaconv.config import student_of
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
