@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,3 +206,8 @@ def dtype_warnings(plan: Plan, command: str) -> list[str]:
 
 def _attention(plan: Plan) -> Plan:
     return {name: recipe for name, recipe in plan.items() if is_attention(name)}
+
+
+to_hf = functools.partial(run, "to-hf")
+to_pth = functools.partial(run, "to-pth")
+to_training = functools.partial(run, "to-training")
