@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -117,7 +118,8 @@ class Cache:
             save_file(held, beside, metadata={"key": self.key, **facts})
             os.replace(beside, path)
         except (OSError, SafetensorError) as error:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
             raise HxaconvError(
                 f"{path}: a calibrated layer cannot be kept: {error}",
                 hint="Free some space, or give another folder.",

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from hxaconv.calibration import output, teacher
+from hxaconv.calibration.heads import rotation
 from hxaconv.calibration.pool import Pool
 from hxaconv.calibration.report import LayerReport
-from hxaconv.calibration.time_mix import Attention, Fit, turned_rows
+from hxaconv.calibration.time_mix import Attention, Fit, mixed_rows
 from hxaconv.config import ModelConfig
 
 
@@ -29,7 +30,7 @@ def fold_rope(
     projected = teacher.project(seen.x, weights, config, pool)
     turn = mean_rotation(projected, config, pool, seen.fitted)
     tensors: dict[str, Tensor] = {
-        name: turned_rows(weights[name], turn).to(dtypes[name])
+        name: mixed_rows(weights[name], rotation(turn)).to(dtypes[name])
         for name in ("q_proj.weight", "q_proj.bias")
         if name in weights
     }

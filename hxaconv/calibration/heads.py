@@ -7,8 +7,9 @@ k, v   (B, T, N)      key(x), value(x); v with the first layer's already mixed i
 A      (B, T, R, N)   the teacher's attention of these heads, before its output matrix
 Y      (B, T, R, N)   the student's answer before the gate
 gain   (R, N)         what multiplies Y so that it becomes A: the gate
-turn   (2, .., N/2)   x and y of a rotation with scale, one for each pair of channels that RoPE rotates.
-                      It commutes with RoPE, so that the weights of receptance and key can absorb it.
+turn   (2, .., N/2)   x and y of a rotation with scale, one for each pair of channels that RoPE rotates
+mix    (.., N, N)     what the channels of a head give to each other beside that: q becomes turn((1 + mix) q).
+                      Both act before norm and RoPE, where the weights of receptance and key absorb them.
 
 Everything is fitted to A in the metric of the output matrix, head by head: |(A - gain * Y) W_h'|^2.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ MIN_GAIN = 1e-4
 DAMPING = 1e-4
 """Of the mean diagonal, in every least-squares system: dead channels give 0, not infinity."""
 STEP_SIZE = 0.1
+MIX_STEP = 0.1
+"""Of STEP_SIZE, for the N*N numbers of a mix."""
+MIX_PENALTY = 2e-3
+"""Of the squared mix, in units of the squared target: keeps it small where tokens are few."""
 LAST_STEP_SIZE = 0.05
 """Of STEP_SIZE, where the cosine schedule ends."""
 
@@ -78,10 +83,30 @@ class Parameters:
     """(2, R, N/2)."""
     turn_k: Tensor
     """(2, 1, N/2)."""
+    mix_q: Tensor
+    """(R, N, N)."""
+    mix_k: Tensor
+    """(1, N, N)."""
 
     def tensors(self) -> list[Tensor]:
         """All of them, in order."""
-        return [self.decay_bias, self.iclr_bias, self.bonus, self.gain, self.turn_q, self.turn_k]
+        return [getattr(self, f.name) for f in fields(self)]
+
+    def matrix_q(self) -> Tensor:
+        """What the heads' rows of receptance are multiplied by, (R, N, N)."""
+        return rotation(self.turn_q, self.mix_q)
+
+    def matrix_k(self) -> Tensor:
+        """What the rows of key are multiplied by, (1, N, N)."""
+        return rotation(self.turn_k, self.mix_k)
+
+
+def rotation(turn: Tensor, mix: Tensor | None = None) -> Tensor:
+    """The matrix (heads, N, N) that mixes channels, then turns pairs of them."""
+    columns = torch.eye(2 * turn.shape[2], device=turn.device).expand(turn.shape[1], -1, -1)
+    if mix is not None:
+        columns = columns + mix
+    return turned(columns.permute(2, 0, 1), turn).permute(1, 2, 0)
 
 
 def start(group: Group) -> Parameters:
@@ -96,6 +121,8 @@ def start(group: Group) -> Parameters:
         plain + 1.0,
         still.repeat(1, heads, size // 2),
         still.repeat(1, 1, size // 2),
+        plain.new_zeros(heads, size, size),
+        plain.new_zeros(1, size, size),
     )
 
 
@@ -117,8 +144,8 @@ def turned(x: Tensor, turn: Tensor) -> Tensor:
     return torch.cat([first * turn[0] - second * turn[1], second * turn[0] + first * turn[1]], dim=-1)
 
 
-def _placed(x: Tensor, turn: Tensor, norm: Tensor | None, group: Group) -> Tensor:
-    x = turned(x, turn)
+def _placed(x: Tensor, matrix: Tensor, norm: Tensor | None, group: Group) -> Tensor:
+    x = torch.einsum("btrn,rmn->btrm", x, matrix)
     if norm is not None:
         x = rmsnorm(x, norm, group.eps)
     return rotate(x, torch.arange(x.shape[1], device=x.device), group.theta)
@@ -127,8 +154,8 @@ def _placed(x: Tensor, turn: Tensor, norm: Tensor | None, group: Group) -> Tenso
 def answer(group: Group, p: Parameters) -> tuple[Tensor, Tensor, Tensor]:
     """Y without the bonus, the bonus' r*k, (B, T, R, N) each, and k as later layers see it, (B, T, N)."""
     norm_q, norm_k = group.norms or (None, None)
-    r = _placed(group.q, p.turn_q, norm_q, group)
-    k = own = _placed(group.k[:, :, None], p.turn_k, norm_k, group)
+    r = _placed(group.q, p.matrix_q(), norm_q, group)
+    k = own = _placed(group.k[:, :, None], p.matrix_k(), norm_k, group)
     if group.k_first is not None and group.k_mix is not None:
         k = k + (group.k_first[:, :, None] - k) * group.k_mix
     k = k.expand_as(r)
@@ -222,11 +249,11 @@ def refine(group: Group, begin: Parameters, steps: int) -> Parameters:
     if not bool(scale > 0) or steps == 0:
         return begin
     # Steps are relative for the gain, whose size depends on the factors of the projections.
-    size = begin.gain.abs().mean().clamp_min(MIN_GAIN)
+    size = float(begin.gain.abs().mean().clamp_min(MIN_GAIN))
+    units = (1.0, 1.0, 1.0, size, 1.0, 1.0, MIX_STEP, MIX_STEP)
     moved = [torch.zeros_like(x).requires_grad_() for x in begin.tensors()]
 
     def current() -> Parameters:
-        units = (1.0, 1.0, 1.0, float(size), 1.0, 1.0)
         return Parameters(*(x + m * u for x, m, u in zip(begin.tensors(), moved, units, strict=True)))
 
     optimizer = torch.optim.Adam(moved, lr=STEP_SIZE)
@@ -235,6 +262,7 @@ def refine(group: Group, begin: Parameters, steps: int) -> Parameters:
         for _ in range(steps):
             p = current()
             loss = error(group, p.gain * with_bonus(group, p), group.fitted).sum() / scale
+            loss = loss + MIX_PENALTY * (p.mix_q.square().sum() + p.mix_k.square().sum())
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -79,11 +79,14 @@ def gate_weights(g2: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
     """g2 (rows, A) moved so that the gate is `gain` after storage in `dtype`; g1 must be zero.
 
     With g1 = 0 the gate is the sum of g2's rows over 2. All rows take an equal part, so that they stay the
-    distinct directions that training needs; what rounding leaves goes to the first rows.
+    distinct directions that training needs; what rounding leaves goes to one of them.
     """
     rows = g2.shape[0]
     stored = (g2 + (2 * gain - g2.sum(dim=0)) / rows).to(dtype).float()
-    for row in range(min(3, rows)):
+    for _ in range(2):
         residue = 2 * gain.double() - stored.double().sum(dim=0)
-        stored[row] = (stored[row].double() + residue).to(dtype).float()
+        # The smallest number of a column has the finest neighbours.
+        row = stored.abs().argmin(dim=0, keepdim=True)
+        moved = (stored.gather(0, row).double() + residue).to(dtype).float()
+        stored.scatter_(0, row, moved)
     return stored.to(dtype)

@@ -8,7 +8,6 @@ k_first of the first RWKV layer. In memory: the residual stream, its normed copy
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from hxaconv.model import Model
 from hxaconv.plan import Plan, Recipe
 from hxaconv.reference import llama
 from hxaconv.selection.streaming import untouched_layers
-from hxaconv.selection.weights import Compute, bytes_of_layer, embed, layer_names, load
+from hxaconv.selection.weights import Compute, bytes_of_layer, embed, layer_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +147,7 @@ def _layer(
     config, layer = student.student, state.layer
     rwkv = config.layer_kind(layer) == "rwkv"
     prefix = f"model.layers.{layer}."
-    weights = _short(load(teacher, _attention_names(teacher, layer), compute), f"{prefix}self_attn.")
+    weights = _mixer(teacher, layer, compute)
     norm = compute.make(teacher.plan[f"{prefix}input_layernorm.weight"])
     x = llama.rmsnorm(state.x, norm, teacher.config.rms_norm_eps)
     heads = teacher_pass.attend(teacher_pass.project(x, weights, teacher.config, pool), teacher.config, pool)
@@ -158,9 +157,8 @@ def _layer(
     if rwkv or settings.fold_rope:
         seen = Attention(x, heads, said, weights["o_proj.weight"], bias, fitted)
         del weights
-        names = _attention_names(student, layer)
-        mixer = _short(load(student, names, compute), f"{prefix}self_attn.")
-        dtypes = {n.removeprefix(f"{prefix}self_attn."): torch_dtype(student.plan[n].dtype) for n in names}
+        mixer = _mixer(student, layer, compute)
+        dtypes = {name: torch_dtype(student.plan[f"{prefix}self_attn.{name}"].dtype) for name in mixer}
         if rwkv:
             fit = fit_layer(seen, mixer, dtypes, state.first, config, layer, settings, pool)
             state.first = fit.first
@@ -171,19 +169,17 @@ def _layer(
         del weights
     del x, heads
     after = state.x + (said if bias is None else said + bias)
-    mlp = load(teacher, [n for n in layer_names(teacher, layer) if ".self_attn." not in n], compute)
+    mlp = {name: compute.make(teacher.plan[name]) for name in layer_names(teacher, layer, mixer=False)}
     pieces = torch.split(after.flatten(0, 1)[None], ROWS, dim=1)
     moved = pool.map(lambda s: llama.feed_forward(s, mlp.__getitem__, teacher.config, layer), pieces)
     state.x = torch.cat(moved, dim=1).view_as(after)
     return fit
 
 
-def _attention_names(model: Model, layer: int) -> list[str]:
-    return [name for name in layer_names(model, layer) if ".self_attn." in name]
-
-
-def _short(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): values for name, values in tensors.items()}
+def _mixer(model: Model, layer: int, compute: Compute) -> dict[str, Tensor]:
+    """One layer's mixer by short name: `w0`, `key.weight`."""
+    names = layer_names(model, layer, mixer=True)
+    return {name.partition(".self_attn.")[2]: compute.make(model.plan[name]) for name in names}
 
 
 def _plan(student: Model, state: State, cache: Cache | None) -> Plan:

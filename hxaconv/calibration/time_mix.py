@@ -2,7 +2,7 @@
 
 1. v0 = k0 = -2: the published 0.73 mixes two thirds of the first layer's k and v into every layer.
 2. Each group of heads: decay and iclr by grid, the bonus by least squares, then a few gradient steps on
-   these, on the gain and on rotations of r and k that commute with RoPE.
+   these, on the gain and on what the channels of r and k give to each other.
 3. The gate in the output's metric; with enough tokens the output matrix; the teacher's energy restored.
 4. The held-out tokens decide between the result, as stored, and the plain initialisation.
 """
@@ -66,10 +66,10 @@ def fit_layer(
     fitting = _Fitting(seen, weights, dtypes, first, config, layer, settings, pool)
     warnings = _warnings(seen, config)
     tensors: dict[str, Tensor] = {}
-    if torch.isfinite(seen.output).all() and torch.isfinite(seen.x).all():
-        tensors = fitting.fit()
-    else:
+    if not bool(torch.isfinite(seen.output).all() and torch.isfinite(seen.x).all()):
         warnings.append("the teacher's attention is not finite here: not calibrated")
+    elif bool(seen.fitted.any()):
+        tensors = fitting.fit()
     stored = {name: values.float() for name, values in tensors.items()}
     versions = [weights, {**weights, **stored}]
     (before, plain_first), (after, fitted_first) = pool.map(fitting.judge, versions)
@@ -152,14 +152,14 @@ class _Fitting:
         store("w0", torch.stack([p.decay_bias for p in found]).view(1, 1, -1))
         store("a0", torch.stack([p.iclr_bias for p in found]).view(1, 1, -1))
         store("r_k", torch.cat([p.bonus for p in found]))
-        turns = {
-            "receptance": torch.cat([p.turn_q for p in found], dim=1),
-            "key": torch.cat([p.turn_k for p in found], dim=1),
+        matrices = {
+            "receptance": torch.cat([p.matrix_q() for p in found]),
+            "key": torch.cat([p.matrix_k() for p in found]),
         }
-        for name, turn in turns.items():
+        for name, matrix in matrices.items():
             for part in ("weight", "bias"):
                 if f"{name}.{part}" in weights:
-                    store(f"{name}.{part}", turned_rows(weights[f"{name}.{part}"], turn))
+                    store(f"{name}.{part}", mixed_rows(weights[f"{name}.{part}"], matrix))
         y = torch.cat(self.pool.map(lambda pair: heads.with_bonus(*pair), self._as_stored(weights)), dim=2).flatten(2)
         self._fit_output(y, weights, store)
         if self.seen.output_bias is not None:
@@ -228,8 +228,6 @@ class _Fitting:
         return pairs
 
 
-def turned_rows(weight: Tensor, turn: Tensor) -> Tensor:
-    """A projection (heads * N, C), or its bias (heads * N), that turns what it gives; turn (2, heads, N/2)."""
-    count, half = turn.shape[1:]
-    rows = weight.view(count, 2 * half, -1).permute(2, 0, 1)
-    return heads.turned(rows, turn).permute(1, 2, 0).reshape(weight.shape)
+def mixed_rows(weight: Tensor, matrix: Tensor) -> Tensor:
+    """A projection (heads * N, C), or its bias (heads * N), whose heads are multiplied by matrix (heads, N, N)."""
+    return (matrix @ weight.view(*matrix.shape[:2], -1)).view(weight.shape)
