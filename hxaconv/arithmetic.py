@@ -52,7 +52,8 @@ class Scaled:
             if self.factor == 1.0:
                 out.copy_(values)
             else:
-                out.copy_(values.to(_product_dtype(self.source_dtype)).mul_(self.factor))
+                # A copy even where the dtype stays: the piece may be the source itself.
+                out.copy_(values.to(_product_dtype(self.source_dtype), copy=True).mul_(self.factor))
             yield scratch.compute[: len(values) * out.element_size()]
 
     def sources(self) -> Iterable[SourceFile]:
