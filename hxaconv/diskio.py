@@ -13,10 +13,10 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from hxaconv.errors import HxaconvError
 
+_F_FULLFSYNC = 51
 _SYNC_WAIT_BEFORE, _SYNC_WRITE, _SYNC_WAIT_AFTER = 1, 2, 4
 _NOT_OFFERED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 
@@ -88,24 +88,19 @@ def drop_cached(fd: int, offset: int = 0, count: int = 0) -> None:
             os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)
 
 
-def sync_data(fd: int) -> None:
-    """Wait until the file's bytes would survive a power loss.
+def sync_file(fd: int) -> None:
+    """Wait until the file's bytes, and its size, would survive a power loss.
 
     Raises:
-        OSError: when the device reports an error.
+        OSError: when the device reports an error. It does so once: what was not synced then never is.
     """
-    getattr(os, "fdatasync", os.fsync)(fd)
-
-
-def sync_file(fd: int) -> None:
-    """`sync_data`, with the file's size and times."""
     if sys.platform == "darwin":
         import fcntl
 
-        with contextlib.suppress(OSError):  # F_FULLFSYNC: macOS's fsync stops at the drive's cache
-            fcntl.fcntl(fd, 51)
+        with contextlib.suppress(OSError):  # macOS's own fsync stops at the drive's cache
+            fcntl.fcntl(fd, _F_FULLFSYNC)
             return
-    os.fsync(fd)
+    getattr(os, "fdatasync", os.fsync)(fd)
 
 
 def sync_folder(path: Path) -> None:
@@ -145,22 +140,36 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def memory_bytes() -> int | None:
-    """The machine's memory; None where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
 def memory_limit() -> int | None:
-    """Memory that this process may use, its cached file pages included: the machine's, or its cgroup's."""
-    limits = [memory_bytes()]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):
-            limits.append(int(Path(path).read_text()))
-    known: list[Any] = [limit for limit in limits if limit]
-    return min(known, default=None)
+    """Bytes of memory that are to be had, cached file pages included; None where the system does not say.
+
+    The least of the machine's available memory and the limits of the control groups this process is in.
+    """
+    return min([*_available_memory(), *_group_limits()], default=None)
+
+
+def _available_memory() -> list[int]:
+    with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return [int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024]
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    return []
+
+
+def _group_limits() -> list[int]:
+    root, limits = Path("/sys/fs/cgroup"), []
+    folders = {root, root / "memory"}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            inner = Path(line.split(":", 2)[2].lstrip("/"))
+            for base in (root, root / "memory"):
+                folders |= {base / part for part in (inner, *inner.parents)}
+    for folder in folders:
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):
+                limits.append(int((folder / name).read_text()))
+    return limits
 
 
 def output_error(error: OSError, path: Path, doing: str, total: int | None = None) -> HxaconvError:
@@ -168,9 +177,9 @@ def output_error(error: OSError, path: Path, doing: str, total: int | None = Non
     hint = "Check the disk or the network file system."
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         try:
-            free = f"{free_bytes(path.parent)} are free now"
+            free = f"{free_bytes(path.parent):,} are free now"
         except OSError:
             free = "how much is free is not known"
-        need = "" if total is None else f"The output needs {total} bytes in all; "
+        need = "" if total is None else f"The output needs {total:,} bytes in all; "
         hint = f"{need}{free}. Make room, or choose another disk."
     return HxaconvError(f"{path}: {doing} failed: {error.strerror or error}", hint=hint)

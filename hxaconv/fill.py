@@ -108,7 +108,7 @@ class _Filling:
             self._join(threads)
             with contextlib.suppress(OSError, HxaconvError):
                 self._drain()
-                self._record(file for file in self._files if file.unsynced)
+                self._record()
             raise
         finally:
             self._join(threads)
@@ -123,7 +123,6 @@ class _Filling:
 
     def _collect(self, workers: int, stop_requested: Callable[[], bool]) -> None:
         """Record what workers finish, until all of them have ended."""
-        unsynced_bytes = 0
         while workers:
             if stop_requested():
                 self.stop.set()
@@ -137,13 +136,12 @@ class _Filling:
                 workers -= 1
                 continue
             file, finished = result
-            unsynced_bytes += file.finished(finished)
+            file.finished(finished)
             if not file.waiting:
                 self._complete(file)
-            elif unsynced_bytes >= BATCH_BYTES:
-                self._record(file for file in self._files if file.unsynced)
-                unsynced_bytes = 0
-        self._record(file for file in self._files if file.unsynced)
+            elif sum(file.unsynced_bytes for file in self._files) >= BATCH_BYTES:
+                self._record()
+        self._record()
 
     def _drain(self) -> None:
         while not self._results.empty():
@@ -151,15 +149,17 @@ class _Filling:
             if isinstance(result, tuple):
                 result[0].finished(result[1])
 
-    def _record(self, files: Iterable[_File]) -> None:
-        for file in files:
-            file.sync()
-            self._recorder.tensors_done(file.layout, file.unsynced)
-            file.unsynced = []
+    def _record(self) -> None:
+        """Sync what is finished, then make it known."""
+        for file in self._files:
+            if file.unsynced and not file.failed:
+                file.sync()
+                self._recorder.tensors_done(file.layout, file.unsynced)
+                file.unsynced = []
 
     def _complete(self, file: _File) -> None:
         file.seal()
-        self._record([file])
+        self._record()
         self._recorder.file_done(file.layout)
         if not self.settings.keep_cache:
             diskio.drop_cached(file.open())
@@ -201,6 +201,8 @@ class _File:
         self.path = path
         self.waiting = {fill.name for fill in layout.fills}
         self.unsynced: list[Finished] = []
+        self.failed = False
+        """Whether a sync has failed: a later one that succeeds says nothing about these bytes."""
         self._bytes = {fill.name: fill.recipe.nbytes for fill in layout.fills}
         self._crcs: dict[str, int] = {}
         self._total = total
@@ -234,13 +236,16 @@ class _File:
             with self.errors(f"writing {len(data)} bytes at {offset}"):
                 write_from(fd, memoryview(data), offset)
 
-    def finished(self, finished: Finished) -> int:
-        """Take note of a tensor; returns its bytes."""
+    @property
+    def unsynced_bytes(self) -> int:
+        return sum(self._bytes[finished.name] for finished in self.unsynced)
+
+    def finished(self, finished: Finished) -> None:
+        """Take note of a tensor."""
         self.waiting.discard(finished.name)
         self.unsynced.append(finished)
         if finished.crc32 is not None:
             self._crcs[finished.name] = finished.crc32
-        return self._bytes[finished.name]
 
     def seal(self) -> None:
         """Write what depends on the tensors' checksums."""
@@ -250,8 +255,10 @@ class _File:
     def sync(self) -> None:
         """Wait until everything written so far is on disk."""
         fd = self.open()
+        self.failed = True
         with self.errors("syncing"):
             diskio.sync_file(fd)
+        self.failed = False
 
     def close(self) -> None:
         with self._lock:

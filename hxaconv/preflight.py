@@ -124,7 +124,7 @@ def _name_problems(output: Output, files: Sequence[FileLayout], staging: Staging
         problems.append(f"its name with the suffix of the work folder is longer than {longest} bytes")
     limit, why = _largest_file(parent)
     problems += [
-        f"{layout.name} has {layout.size} bytes, {why} holds at most {limit} per file; use a smaller --max-shard-size"
+        f"{layout.name} has {layout.size:,} bytes, {why} holds at most {limit:,} per file; lower --max-shard-size"
         for layout in files
         if limit is not None and layout.size > limit
     ]
@@ -172,5 +172,5 @@ def _space_problems(output: Output, files: Sequence[FileLayout], staging: Stagin
     free = diskio.free_bytes(parent)
     if free >= needed - there:
         return []
-    already = f", {there} of them taken by the interrupted run" if there else ""
-    return [f"{needed} bytes are needed{already}; {free} are free on the file system of {parent}"]
+    already = f", {there:,} of them taken by the interrupted run" if there else ""
+    return [f"{needed:,} bytes are needed{already}; {free:,} are free on the file system of {parent}"]

@@ -148,7 +148,7 @@ def _begin(settings: WriteSettings, staging: Staging, files: Sequence[FileLayout
     """Make the staging folder, or decide what its being there already means."""
     done = read_journals(staging.path)
     if settings.finish_only:
-        missing = [layout.name for layout in files if layout.name not in done.files]
+        missing = [layout.name for layout in _missing(staging, files)]
         if not staging.path.is_dir():
             refuse_other_plans(staging, record)
             raise HxaconvError(f"{staging.target}: there are no parts to finish", hint="Run the parts first.")
@@ -170,6 +170,21 @@ def _begin(settings: WriteSettings, staging: Staging, files: Sequence[FileLayout
         staging.create(record)
     except OSError as error:
         raise HxaconvError(f"{staging.path}: {error.strerror or error}") from error
+
+
+def _missing(staging: Staging, files: Sequence[FileLayout]) -> list[FileLayout]:
+    """The files that are not complete yet."""
+    done = read_journals(staging.path).files
+    return [
+        layout for layout in files if layout.name not in done or _size(staging.content / layout.name) != layout.size
+    ]
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 class _Run:
@@ -216,6 +231,10 @@ class _Run:
 
     def _fill(self) -> None:
         mine = files_of_part(self.files, self.settings.part)
+        if self.settings.part is not None:
+            # Whoever restarts a part may meet another one that is about to publish: complete files are left alone.
+            missing = _missing(self.staging, self.files)
+            mine = [layout for layout in mine if layout in missing]
         digest, total = self.settings.digest, sum(layout.size for layout in mine)
         limit = diskio.memory_limit()
         settings = FillSettings(
@@ -242,7 +261,7 @@ class _Run:
 
     def _finish(self, verify: Verify | None) -> WriteResult:
         done = read_journals(self.staging.path)
-        if any(layout.name not in done.files for layout in self.files):
+        if _missing(self.staging, self.files):
             return _unpublished(self.staging)
         with _finishing(self.staging) as allowed:
             if not allowed or not self.staging.checkpoint.exists():

@@ -20,6 +20,7 @@ from writing import leftovers, output, plan_over, source, tree
 from hxaconv import diskio, fill, locks, staging, writer
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.interruption import Interrupted
+from hxaconv.journal import read_journals
 from hxaconv.plan import with_origin
 from hxaconv.target import files_of_part, layouts
 from hxaconv.writer import WriteSettings, write
@@ -270,10 +271,10 @@ def test_a_torn_journal_line_says_nothing(tmp_path, monkeypatch, small_batches):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(7))
 def test_random_faults_below_leave_nothing_or_something_to_resume(tmp_path, monkeypatch, small_batches, name, seed):
     rng = random.Random(seed)
-    call = ["pwrite", "write", "fsync", "preadv", "rename", "ftruncate"][seed % 6]
+    call = ["pwrite", "write", "fsync", "fdatasync", "preadv", "rename", "ftruncate"][seed]
     number = rng.choice([errno.EIO, errno.ENOSPC]) if call != "preadv" else errno.EIO
     real, calls, failing = getattr(os, call), iter(range(10**9)), rng.randrange(0, 12)
 
@@ -293,6 +294,25 @@ def test_random_faults_below_leave_nothing_or_something_to_resume(tmp_path, monk
         verified(out, resume=True)
     assert tree(out.target) == reference(tmp_path, name)
     assert leftovers(out.target) == []
+
+
+def test_a_failed_sync_is_never_taken_for_a_success_later(tmp_path, monkeypatch, small_batches):
+    out = output(tmp_path / "out.pth", plan_over(source(tmp_path)))
+    real, calls = os.fdatasync, iter(range(10**9))
+
+    def fails_once(fd):
+        # The system reports lost pages to the first sync only.
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("out.pth") and next(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fails_once)
+    with pytest.raises(HxaconvError, match="syncing failed"):
+        verified(out)
+    (partial,) = partials(tmp_path)
+    recorded = len(read_journals(partial).tensors)
+    assert next(calls) == 2
+    assert 0 < recorded < len(out.tensors)
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -337,7 +357,7 @@ def test_a_full_disk_is_found_out_before_and_survived_meanwhile(tmp_path, monkey
     out = output(small_disk / name, plan_over(source(tmp_path, count=150_000)))
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(700_000))
-    with pytest.raises(HxaconvError, match=r"\d+ bytes are needed; \d+ are free"):
+    with pytest.raises(HxaconvError, match=r"[\d,]+ bytes are needed; [\d,]+ are free"):
         verified(out)
     assert leftovers(out.target) == []
     monkeypatch.setattr(diskio, "free_bytes", lambda folder: 10**9)
@@ -361,7 +381,7 @@ def test_all_problems_are_told_at_once(tmp_path, monkeypatch):
     with pytest.raises(HxaconvError) as caught:
         verified(out)
     assert "exists" in str(caught.value)
-    assert "1000 are free" in str(caught.value)
+    assert "1,000 are free" in str(caught.value)
 
 
 def test_a_target_may_not_touch_its_sources(tmp_path):
@@ -387,7 +407,7 @@ def test_a_missing_parent_and_too_large_files_are_refused(tmp_path, monkeypatch)
         write(output(tmp_path / "no" / "out", plan), WriteSettings())
     monkeypatch.setattr("hxaconv.preflight._file_system", lambda folder: "vfat")
     monkeypatch.setattr("hxaconv.preflight._LARGEST_FILE", {"vfat": 30_000})
-    with pytest.raises(HxaconvError, match=r"a vfat file system holds at most 30000 per file"):
+    with pytest.raises(HxaconvError, match=r"a vfat file system holds at most 30,000 per file"):
         write(output(tmp_path / "out", plan), WriteSettings())
     with pytest.raises(HxaconvError, match="longer than"):
         write(output(tmp_path / ("x" * 250), plan), WriteSettings())
