@@ -314,13 +314,15 @@ def _checkpoint(
     raise_all(f"{label}: tensors that several files hold:", twice, hint="Give the one file to convert by its path.")
     dialect = detect_dialect(merged)
     canonical = to_canonical(merged, dialect, label)
+    plan = {new: merged[old] for old, new in canonical.items() if new is not None}
+    _check_dimensions(plan, label)
     first = opened[0][1]
     extra = {"index": None, "index_name": None, "stray_files": (), **first.extra, **(facts or {})}
     return Checkpoint(
         label=label,
         container=first.container,
         dialect=dialect,
-        plan={new: merged[old] for old, new in canonical.items() if new is not None},
+        plan=plan,
         stored_names={new: old for old, new in canonical.items() if new is not None},
         dropped=tuple(old for old, new in canonical.items() if new is None),
         files=tuple(file for file, _ in opened),
@@ -328,3 +330,20 @@ def _checkpoint(
         extra=extra,
         **rest,
     )
+
+
+def _check_dimensions(plan: Plan, label: str) -> None:
+    """Refuse shapes that a tensor of that name never has, so that nobody else has to expect them."""
+    odd = [f"{name} has shape {list(recipe.shape)}" for name, recipe in plan.items() if not _fits(name, recipe.shape)]
+    raise_all(f"{label}: tensors with the wrong number of dimensions, or without elements:", odd)
+
+
+def _fits(name: str, shape: tuple[int, ...]) -> bool:
+    last = name.rsplit(".", 1)[-1]
+    if 0 in shape:
+        return False
+    if last == "bias" or name.endswith("norm.weight"):
+        return len(shape) == 1
+    if last == "weight" or last[-1] in "12":  # projections, embeddings, and the low-rank pairs
+        return len(shape) == 2
+    return len(shape) > 0 or last in ("layer_architecture", "head_size_record")

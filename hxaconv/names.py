@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from hxaconv.errors import HxaconvError, bullet_list
+from hxaconv.errors import MAX_LISTED, HxaconvError, bullet_list
 
 DIALECTS = ("hf", "rwkv", "training")
 
@@ -183,7 +183,8 @@ def _refuse_unknown(unknown: list[str], dialect: str, where: str) -> None:
             hint="Merge the adapter into the model with the library that trained it, then convert the result.",
         )
     if unknown:
-        problems = [f"{name}{_nearest(name, dialect)}" for name in unknown]
+        # Looking for the nearest name takes milliseconds: only for those that the message will show.
+        problems = [f"{name}{_nearest(name, dialect)}" for name in unknown[:MAX_LISTED]] + unknown[MAX_LISTED:]
         raise HxaconvError(
             f"{where}: {len(unknown)} tensor names are not known in the {dialect} dialect:\n{bullet_list(problems)}",
             hint="Llama-style teachers and hxa079 students are converted; `hxaconv maps --names` prints the table.",

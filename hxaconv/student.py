@@ -80,9 +80,9 @@ def other_variant(plan: Plan) -> str | None:
         missing = [name for name in ("k0", "r_k", "v2") if prefix + name not in plan]
         if missing:
             return f"layer {layer} has no {', '.join(missing)}"
-        width, kv = plan[prefix + "v2"].shape[-1], plan[prefix + "key.weight"].shape[0]
-        if width != kv:
-            return f"layer {layer}: v2 has width {width}, its key has {kv}"
+        width, key = plan[prefix + "v2"].shape[-1], plan.get(prefix + "key.weight")
+        if key is not None and width != key.shape[0]:
+            return f"layer {layer}: v2 has width {width}, its key has {key.shape[0]}"
         if len(plan[prefix + "r_k"].shape) != 2:
             return f"layer {layer}: r_k has shape {plan[prefix + 'r_k'].shape}, not (heads, head_dim)"
     return None

@@ -251,8 +251,10 @@ class _Machine:
                 f"{self.where} holds a whole module with its code, not a state dict",
                 hint="Save module.state_dict() instead, where you trust the module's code.",
             )
-        kind, key, _device, numel, view = (*ident[1:], None, None, None, None)[:5]
-        if not (len(ident) in (5, 6) and isinstance(kind, StorageClass) and isinstance(key, str)):
+        if len(ident) not in (5, 6):
+            raise self.fail("refers to a storage of unknown form")
+        kind, key, _device, numel, view = (*ident[1:], None)[:5]
+        if not (isinstance(kind, StorageClass) and isinstance(key, str)):
             raise self.fail("refers to a storage of unknown form")
         if not (type(numel) is int and 0 <= numel < _MAX_SIZE):
             raise self.fail("refers to a storage with an impossible number of elements")
