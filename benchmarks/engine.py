@@ -1,0 +1,57 @@
+"""Parts of the engine that no single command shows, each in a process of its own.
+
+python benchmarks/engine.py initialise TEACHER      seconds of one thread for all initial values
+python benchmarks/engine.py scale STUDENT OUT       every tensor times 0.5, through the writer
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def initialise(teacher: str) -> None:
+    """Make every initial value of the default student, and print how long it took."""
+    import torch
+
+    from hxaconv.commands.common import open_teacher_source
+    from hxaconv.config import student_of
+    from hxaconv.initial import initial_parameters
+    from hxaconv.layer_maps import uniform
+    from hxaconv.plan import Scratch
+
+    torch.set_num_threads(1)
+    _, model = open_teacher_source(teacher)
+    config = student_of(model.config, uniform(model.config.num_hidden_layers))
+    scratch, nbytes = Scratch(), 0
+    start = time.monotonic()
+    for layer in config.rwkv_layers:
+        for recipe in initial_parameters(config, layer, 0, "BF16").values():
+            nbytes += sum(len(piece) for piece in recipe.pieces(scratch))
+    seconds = round(time.monotonic() - start, 3)
+    print(json.dumps({"layers": len(config.rwkv_layers), "bytes": nbytes, "seconds": seconds}))
+
+
+def scale(source: str, target: str) -> None:
+    """Write `source` with every tensor halved."""
+    from hxaconv.arithmetic import scaled
+    from hxaconv.checkpoint import open_checkpoint
+    from hxaconv.writer import Output, WriteSettings, write
+
+    checkpoint = open_checkpoint(source)
+    plan = {name: scaled(recipe, 0.5, recipe.dtype, recipe.origin) for name, recipe in checkpoint.plan.items()}
+    output = Output(
+        target=Path(target),
+        container="safetensors",
+        tensors=plan,
+        max_shard_bytes=5_000_000_000,
+        documents={},
+        command="scale",
+    )
+    write(output, WriteSettings())
+
+
+if __name__ == "__main__":
+    {"initialise": initialise, "scale": scale}[sys.argv[1]](*sys.argv[2:])
