@@ -319,7 +319,7 @@ class _Worker:
         settings = self._filling.settings
         checks = Checks(fill.recipe.dtype, crc32=settings.crc32, sha256=settings.sha256)
         position, told = fill.offset, fill.offset
-        self._behind.sources = list(fill.recipe.make.sources())
+        self._behind.sources = list(dict.fromkeys(fill.recipe.make.sources()))
         for piece in fill.recipe.pieces(self._scratch):
             if self._filling.stop.is_set():
                 return None

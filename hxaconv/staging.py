@@ -23,7 +23,7 @@ from typing import Any
 
 from hxaconv import diskio
 from hxaconv.containers.layout import FileLayout
-from hxaconv.errors import HxaconvError, bullet_list
+from hxaconv.errors import HxaconvError, bullet_list, raise_all
 from hxaconv.fingerprint import components, differences, fingerprint
 from hxaconv.target import Output
 
@@ -139,12 +139,15 @@ def refuse_other_plans(staging: Staging, record: dict[str, Any]) -> None:
         )
 
 
-def publish(staging: Staging) -> None:
-    """Rename the finished files into place; what stood there goes when they are.
+def publish(staging: Staging, *, overwrite: bool) -> None:
+    """Rename the finished files into place; what stood there (`overwrite`) goes when they are.
 
     Raises:
-        HxaconvError: when a rename fails; everything is as before then.
+        HxaconvError: when something has appeared there, or a rename fails; everything is as before then.
     """
+    appeared = [str(final) for _, final in staging.moves() if os.path.lexists(final)]
+    if not overwrite:
+        raise_all("these appeared while the output was being written:", appeared, hint="Move them away.")
     try:
         diskio.sync_folder(staging.content)
         diskio.write_file(staging.path / _MARKER, b"", staging.path)

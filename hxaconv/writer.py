@@ -268,7 +268,7 @@ class _Run:
                 return _unpublished(self.staging)
             verification = self._complete(done.tensors, verify)
             with self.signals.deferred():
-                publish(self.staging)
+                publish(self.staging, overwrite=self.settings.overwrite)
         return _published(self.output, self.settings, self.files, done.tensors, verification)
 
     def _complete(self, tensors: Mapping[str, Finished], verify: Verify | None) -> Mapping[str, Any] | None:

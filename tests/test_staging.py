@@ -91,6 +91,21 @@ def test_an_existing_target_is_refused_and_untouched(tmp_path, name):
     assert leftovers(out.target) == []
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path, name):
+    out = output(tmp_path / name, plan_over(source(tmp_path)))
+
+    def appear(path):
+        out.target.write_text("somebody else's")
+        return {}
+
+    with pytest.raises(HxaconvError, match="appeared while"):
+        write(out, WriteSettings(), verify=appear)
+    assert out.target.read_text() == "somebody else's"
+    out.target.unlink()
+    assert verified(out, resume=True).published
+
+
 def test_overwrite_deletes_nothing_but_checkpoints(tmp_path):
     out = output(tmp_path / "out", plan_over(source(tmp_path)))
     out.target.mkdir()
