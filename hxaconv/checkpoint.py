@@ -15,7 +15,7 @@ from hxaconv.containers import Contents, read_contents
 from hxaconv.containers.contents import show
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.files import SourceFile
-from hxaconv.json_files import read_config, read_json
+from hxaconv.json_files import read_config, read_json, read_sidecar
 from hxaconv.names import detect_dialect, to_canonical
 from hxaconv.plan import Plan
 
@@ -51,7 +51,7 @@ class Checkpoint:
     config: Mapping[str, Any] | None = None
     """config.json beside the weights, as it is."""
     sidecar: Mapping[str, Any] | None = None
-    """NAME.json beside NAME.pth."""
+    """NAME.json beside NAME.pth, where it is one of ours."""
     files: tuple[SourceFile, ...]
     companions: Mapping[str, SourceFile] = field(default_factory=dict)
     code_files: Mapping[str, SourceFile] = field(default_factory=dict)
@@ -170,7 +170,7 @@ def _open_file(path: Path, label: str) -> Checkpoint:
         label,
         [(file, contents)],
         config=read_config(SourceFile.local(config)) if has_config else None,
-        sidecar=read_config(SourceFile.local(sidecar))
+        sidecar=read_sidecar(SourceFile.local(sidecar))
         if sidecar.is_file() and contents.container != "safetensors"
         else None,
         companions={name: SourceFile.local(found) for name, found in beside.items()} if has_config else {},
@@ -199,7 +199,7 @@ def assemble(
     sidecar = None
     if len(opened) == 1 and opened[0][1].container != "safetensors":
         beside = str(PurePosixPath(selection.names[0]).with_suffix(".json"))
-        sidecar = read_config(listing.open(beside)) if beside in listing.sizes else None
+        sidecar = read_sidecar(listing.open(beside)) if beside in listing.sizes else None
     return _checkpoint(
         listing.label,
         opened,

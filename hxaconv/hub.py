@@ -413,7 +413,7 @@ def explain(error: Exception, repo: str, revision: str | None) -> HxaconvError:
 
 
 def push_folder(
-    folder: Path,
+    path: Path,
     repo_id: str,
     *,
     private: bool = True,
@@ -421,23 +421,25 @@ def push_folder(
     message: str | None = None,
     quiet: bool = False,
 ) -> str:
-    """Upload a finished folder to the Hub, creating the repository where there is none; returns its address.
+    """Upload a finished folder, or a `.pth` with its sidecar, creating the repository where there is none.
 
-    An interrupted upload is continued by the same call: what has arrived is not sent again.
+    Returns its address. An interrupted upload is continued by the same call: what has arrived is not
+    sent again.
 
     Raises:
-        HxaconvError: when the folder is not finished, or the Hub refuses.
+        HxaconvError: when there is nothing finished at `path`, or the Hub refuses.
     """
     from huggingface_hub import HfApi
 
-    if not (folder / "config.json").is_file():
-        raise HxaconvError(f"{folder} holds no config.json: only finished model folders are uploaded")
-    if ".partial-" in folder.name:
-        raise HxaconvError(f"{folder} is unfinished", hint="Complete it first: hxaconv finish.")
+    if ".partial-" in path.name or not (path.is_file() or (path / "config.json").is_file()):
+        raise HxaconvError(
+            f"{path} is no finished model: expected a folder with config.json, or a .pth",
+            hint="Complete it first: hxaconv finish.",
+        )
     api = HfApi()
     try:
         with _bars_off() if quiet else contextlib.nullcontext():
-            _upload(api, folder, repo_id, private, revision, message or f"Upload {folder.name}")
+            _upload(api, path, repo_id, private, revision, message or f"Upload {path.name}")
     except _network_errors() as error:
         raise explain(error, repo_id, revision) from None
     except ValueError as error:
@@ -445,14 +447,15 @@ def push_folder(
     return f"{api.endpoint}/{repo_id}"
 
 
-def _upload(api: HfApi, folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> None:
+def _upload(api: HfApi, path: Path, repo_id: str, private: bool, revision: str | None, message: str) -> None:
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     api.upload_folder(
         repo_id=repo_id,
-        folder_path=folder,
+        folder_path=path if path.is_dir() else path.parent,
         revision=revision,
         commit_message=message,
+        allow_patterns=None if path.is_dir() else [path.name, path.with_suffix(".json").name],
         ignore_patterns=[".*", "*.partial-*", "__pycache__/*"],
     )

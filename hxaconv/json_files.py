@@ -37,14 +37,27 @@ def read_json(file: SourceFile) -> dict[str, Any]:
 
 
 def read_config(file: SourceFile) -> dict[str, Any]:
-    """A config.json, or the sidecar of a `.pth`, whose known keys have values of the right type.
+    """A config.json whose known keys have values of the right type.
 
     Raises:
         HxaconvError: listing every value of another type.
     """
+    return _checked(read_json(file), file.label)
+
+
+def read_sidecar(file: SourceFile) -> dict[str, Any] | None:
+    """The settings beside a `.pth`; None for a JSON file of that name that somebody else wrote.
+
+    Raises:
+        HxaconvError: when it is malformed, or ours with values of the wrong type.
+    """
     raw = read_json(file)
-    problems = list(_type_problems(raw, _TYPES, ""))
-    raise_all(f"{file.label}: values of the wrong type:", problems, hint="Compare it with the original model's file.")
+    return _checked(raw, file.label) if raw.keys() & {"rwkv_architecture", "hxaconv"} else None
+
+
+def _checked(raw: dict[str, Any], label: str) -> dict[str, Any]:
+    problems = _type_problems(raw, _TYPES, "")
+    raise_all(f"{label}: values of the wrong type:", problems, hint="Compare it with the original model's file.")
     return raw
 
 

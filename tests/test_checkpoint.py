@@ -58,9 +58,11 @@ def test_single_safetensors_file_knows_the_config_beside_it(tmp_path: Path) -> N
 def test_sidecar_of_a_pth(tmp_path: Path) -> None:
     corpus.good_zip(tmp_path).rename(tmp_path / "student.pth")
     assert open_checkpoint(tmp_path / "student.pth").sidecar is None
-    (tmp_path / "student.json").write_text('{"rope_theta": 8000000.0}')
-    for spec in (tmp_path / "student.pth", tmp_path):
-        assert open_checkpoint(spec).sidecar == {"rope_theta": 8000000.0}
+    ours = {"rwkv_architecture": "hxa079", "rope_theta": 8000000.0}
+    for content, expected in ((ours, ours), ({"somebody": "else's"}, None)):
+        (tmp_path / "student.json").write_text(json.dumps(content))
+        for spec in (tmp_path / "student.pth", tmp_path):
+            assert open_checkpoint(spec).sidecar == expected
 
 
 def test_safetensors_win_over_pickles(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,26 @@ def test_unreadable_folder(tmp_path: Path) -> None:
         pytest.skip("this user may read everything")
     with pytest.raises(HxaconvError, match="Permission denied"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 15])
+def test_command_line_says_one_thing_and_leaves_nothing(
+    every: int, cli: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, the message once and on stderr, and no output."""
+    quick = [case for case in CASES if not any(word in case.name for word in ("steps", "shared", "deep"))][::every]
+    for number, case in enumerate(quick):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path, out = case.build(folder), tmp_path / f"out-{number}"
+        before = sorted(folder.rglob("*"))
+        for arguments in (["inspect", path], ["to-hf", path, out], ["init-from-teacher", path, out]):
+            assert cli(*arguments) == 2, case.name
+            printed = capsys.readouterr()
+            assert printed.out == "", case.name
+            said = " ".join(printed.err.split())
+            assert said.startswith("Error: "), case.name
+            assert said.count(" ".join(case.message.split())) == 1, (case.name, printed.err)
+            assert "Traceback" not in said
+        assert not list(tmp_path.glob("out-*")), case.name
+        assert sorted(folder.rglob("*")) == before, case.name

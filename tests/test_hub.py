@@ -305,6 +305,14 @@ def test_upload_to_a_branch_in_public(hub: Hub) -> None:
     assert SHARDS[0] not in repo.files[repo.branches["main"]]
 
 
+def test_upload_of_a_pth_with_its_sidecar(hub: Hub, tmp_path: Path) -> None:
+    for name in ("student.pth", "student.json", "notes.txt", "another.pth"):
+        (tmp_path / name).write_bytes(b"{}")
+    hub.run(f"push_folder(Path({str(tmp_path / 'student.pth')!r}), 'me/pth', quiet=True)", token=TOKEN)
+    repo = hub.server.repos["me/pth"]
+    assert set(repo.files[repo.branches["main"]]) == {".gitattributes", "student.pth", "student.json"}
+
+
 def test_upload_refused(hub: Hub) -> None:
     found = hub.run(f"push_folder(Path({str(TEACHER)!r}), 'me/new', quiet=True)", token="hf_of_somebody_else")
     assert "The Hub refuses access to me/new (status 401)" in found
@@ -312,5 +320,5 @@ def test_upload_refused(hub: Hub) -> None:
 
 
 def test_upload_of_something_else(tmp_path: Path) -> None:
-    with pytest.raises(HxaconvError, match="only finished model folders are uploaded"):
+    with pytest.raises(HxaconvError, match="is no finished model"):
         push_folder(tmp_path, "me/new")

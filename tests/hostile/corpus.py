@@ -505,6 +505,47 @@ def config_is_binary(folder: Path) -> Path:
     return folder
 
 
+def config_case(name: str, message: str, **values: Any) -> None:
+    """A config.json beside good shards."""
+
+    def build(folder: Path) -> Path:
+        good_folder(folder)
+        (folder / "config.json").write_text(json.dumps(values))
+        return folder
+
+    CASES.append(Case(f"config_{name}", build, message))
+
+
+config_case("endless_layers", "num_hidden_layers is 1000000000, expected a whole number up to 10000",
+            num_hidden_layers=10**9)  # fmt: skip
+config_case("layers_as_text", "num_hidden_layers is '4'", num_hidden_layers="4")
+config_case("layers_true", "num_hidden_layers is True", num_hidden_layers=True)
+config_case("negative", "hidden_size is -1", hidden_size=-1)
+config_case("infinite", "rope_theta is inf, expected a number", rope_theta=float("inf"))
+config_case("nan", "rms_norm_eps is nan, expected a number", rms_norm_eps=float("nan"))
+config_case("long_number", "rope_theta is 1000000", rope_theta=10**400)
+config_case("rope_list", "rope_scaling is [1], expected an object", rope_scaling=[1])
+config_case("rope_inside", "rope_parameters.rope_type is {}, expected text", rope_parameters={"rope_type": {}})
+config_case("model_type_list", "model_type is ['llama'], expected text", model_type=["llama"])
+config_case("layer_list", "transformer_layers is [1, -1]", transformer_layers=[1, -1])
+config_case("control_characters", r"model_type is {'\x1b[2J': 1}", model_type={"\x1b[2J": 1})
+
+
+@case("3000 tensor names are not known in the hf dialect")
+def names_unknown(folder: Path) -> Path:
+    names = [f"model.layers.{i}.mlp.up_projection.weight" for i in range(3000)]
+    entries = {
+        name: {"dtype": "BF16", "shape": [1], "data_offsets": [2 * i, 2 * i + 2]} for i, name in enumerate(names)
+    }
+    return forge.safetensors_file(folder / "x.safetensors", entries, bytes(6000))
+
+
+@case("tensors with the wrong number of dimensions, or without elements:\n  - model.embed_tokens.weight has shape [8]")
+def dimensions(folder: Path) -> Path:
+    value = dict_of({NAME: tensor(storage("0", 8), (8,)), "head.weight": tensor(storage("1", 8), (8, 1))})
+    return forge.zip_file(folder / "x.pth", torch_records(value, GOOD_STORAGES))
+
+
 # --- what is no checkpoint -------------------------------------------------------------------------
 
 
