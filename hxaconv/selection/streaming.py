@@ -63,6 +63,14 @@ class State:
     first_of_fork_0: First = None
     """Those of layer 1, the first RWKV layer where layer 0 is GQA."""
     scores: dict[str, list[float]] = field(default_factory=dict)
+    room: Tensor | None = None
+    """Memory of all forks, taken at once: streams that live long among short-lived tensors split the heap."""
+
+    def fork(self, layer: int, values: Tensor, num_layers: int) -> None:
+        """A new stream."""
+        if self.room is None:
+            self.room = values.new_empty(num_layers, *values.shape)
+        self.forks[layer] = self.room[layer].copy_(values)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The state as plain arrays, for a file."""
@@ -189,9 +197,8 @@ class Sweep:
             alone = replace(config, gqa_layers=tuple(i for i in range(self.num_layers) if i != layer))
             mixed, _ = time_mix(normed, mixer.__getitem__, alone, layer, None)
             fork = state.teacher + mixed
-            state.forks[layer] = _each(
-                lambda s: llama.feed_forward(s, teacher.__getitem__, self.teacher.config, layer), fork
-            )
+            after = _each(lambda s: llama.feed_forward(s, teacher.__getitem__, self.teacher.config, layer), fork)
+            state.fork(layer, after, self.num_layers)
         if "mse" in self.strategies:
             mixed, first = time_mix(normed, mixer.__getitem__, config, layer, state.first)
             state.first = first
@@ -224,7 +231,7 @@ class Sweep:
             stream.copy_(finish(stream + mixed))
         normed = hxa079.input_norm(state.base, gqa, config, layer)
         mixed = _each(lambda s: hxa079.attention(s, gqa, config, layer, hxa079.Carry()), normed)
-        state.forks[layer] = finish(state.base + mixed)
+        state.fork(layer, finish(state.base + mixed), self.num_layers)
         mixed, state.first = mix(state.base, config, None if layer == 0 else state.first)
         state.base.copy_(finish(state.base + mixed))
 
