@@ -71,10 +71,17 @@ def _type_problems(raw: Mapping[str, Any], types: Mapping[str, Any], prefix: str
             if isinstance(value, dict):
                 problems += _type_problems(value, expected, f"{prefix}{key}.")
             else:
-                problems.append(f"{prefix}{key} is {show(repr(value))}, expected an object")
+                problems.append(f"{prefix}{key} is {_described(value)}, expected an object")
         elif not expected[0](value):
-            problems.append(f"{prefix}{key} is {show(repr(value))}, expected {expected[1]}")
+            problems.append(f"{prefix}{key} is {_described(value)}, expected {expected[1]}")
     return problems
+
+
+def _described(value: Any) -> str:
+    # Not the repr of lists and objects: it recurses as deeply as they are nested.
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return show(repr(value))
 
 
 def _whole(limit: int) -> tuple[Callable[[Any], bool], str]:
@@ -88,10 +95,10 @@ def _is_number(value: Any) -> bool:
 _NUMBER = (_is_number, "a number")
 _BOOL = (lambda value: isinstance(value, bool), "true or false")
 _TEXT = (lambda value: isinstance(value, str), "text")
-_TEXTS = (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of texts")
+_TEXTS = (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "texts only")
 _LAYERS = (
     lambda value: isinstance(value, list) and all(type(item) is int and 0 <= item < MAX_LAYERS for item in value),
-    "a list of layer numbers",
+    "layer numbers only",
 )
 _SIZE = _whole(2**31 - 1)
 _ROPE = {"rope_theta": _NUMBER, "rope_type": _TEXT, "type": _TEXT, "partial_rotary_factor": _NUMBER}

@@ -186,6 +186,12 @@ def test_safetensors_whatever_its_length_begins_with(low_byte: int, tmp_path: Pa
     assert found.metadata == metadata
 
 
+def test_metadata_may_quote_json(tmp_path: Path) -> None:
+    metadata = {"settings": "[[[{" * 2_000}
+    save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors", metadata)
+    assert contents(tmp_path / "x.safetensors").metadata == metadata
+
+
 def test_zip_written_by_another_program(tmp_path: Path) -> None:
     """No alignment, data descriptors, directory in another order: what Python's zipfile makes of it."""
     torch.save({"w": torch.arange(6.0), "v": torch.ones(3)}, tmp_path / "x.pth")
