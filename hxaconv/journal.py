@@ -61,7 +61,7 @@ class Journal:
 
 def journal_path(folder: Path, part: tuple[int, int] | None) -> Path:
     """Where a run, or one part of it, writes its journal."""
-    return folder / (_PREFIX if part is None else f"{_PREFIX}-{part[0]}-of-{part[1]}")
+    return folder / (_PREFIX if part is None else f"{_PREFIX}-{part[0] + 1}-of-{part[1]}")
 
 
 def read_journals(folder: Path) -> Done:

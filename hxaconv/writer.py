@@ -128,7 +128,7 @@ def _target_locked(target: Path, part: tuple[int, int] | None) -> Iterator[None]
 
 @contextmanager
 def _held(path: Path, part: tuple[int, int] | None, *, shared: bool = False) -> Iterator[None]:
-    doing = "a whole run" if part is None else f"part {part[0]} of {part[1]}"
+    doing = "a whole run" if part is None else f"part {part[0] + 1} of {part[1]}"
     try:
         lock = locks.acquire(path, doing, shared=shared)
     except OSError as error:
