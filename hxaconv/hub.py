@@ -255,13 +255,15 @@ def open_hub(repo: str, revision: str | None, *, label: str, progress: Progress 
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
     except _network_errors() as error:
+        if _status(error) in range(400, 500):
+            raise explain(error, repo, revision) from None
         return _open_cached(repo, revision, label, explain(error, repo, revision))
     except ValueError as error:  # raised for ids that cannot exist
         raise HxaconvError(f"{repo!r} is no Hub id: {str(error).splitlines()[0]}") from None
     files = {
         sibling.rfilename: RemoteFile(sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None)
         for sibling in info.siblings or []
-        if "/" not in sibling.rfilename
+        if not {"/", "\\"} & set(sibling.rfilename)  # those of subfolders are other forms of the model
     }
     assert info.sha is not None
     repository = Repository(repo, info.sha, files)
@@ -284,7 +286,7 @@ def _remember(repo: str, revision: str, commit: str) -> None:
     from huggingface_hub.file_download import repo_folder_name
 
     note = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "refs" / revision
-    if revision != commit:
+    if revision != commit and ".." not in revision:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(commit, encoding="utf-8")
 

@@ -18,7 +18,7 @@ from hxaconv.checkpoint import open_checkpoint
 from hxaconv.errors import HxaconvError
 
 TESTS = Path(__file__).parent
-MEMORY_LIMIT = 1_000_000_000
+MEMORY_LIMIT = 500_000_000
 """Address space: an interpreter with this package, and the worst that the readers' own bounds allow."""
 
 

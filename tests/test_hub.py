@@ -153,6 +153,12 @@ def test_without_network_the_cache_serves(hub: Hub) -> None:
     assert hub.run(script, HF_ENDPOINT="http://127.0.0.1:9") == expected
 
 
+def test_a_refusal_is_not_answered_from_the_cache(hub: Hub) -> None:
+    hub.run("download_weights(open_checkpoint('org/teacher'))")
+    hub.server.repos["org/teacher"].private = True
+    assert "no such model on the Hub" in hub.run("open_checkpoint('org/teacher')")
+
+
 def test_without_network_and_cache(hub: Hub) -> None:
     found = hub.run("open_checkpoint('org/teacher')", HF_HUB_OFFLINE="1")
     assert found.startswith("REFUSED org/teacher is not in the Hub's cache, and the Hub is not used (HF_HUB_OFFLINE)")
