@@ -225,6 +225,8 @@ def _refuse_gaps(values: dict[str, Any], where: str) -> None:
     needs_teacher = [key for key in missing if key not in FLAGS]
     lines = [f"{key}: pass {FLAGS[key]}, or --teacher, or --layer-map" for key in missing if key in FLAGS]
     lines += [f"{key}: pass --teacher (the checkpoint holds attention only)" for key in needs_teacher]
+    open_ranks = [key for key in RANK_KEYS.values() if key not in values]
+    lines += [f"{key}: neither a low-rank tensor nor config.json says it" for key in open_ranks]
     raise_all(f"{where} does not say everything that a student's config needs, and nothing is guessed:", lines)
 
 
