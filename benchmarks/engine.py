@@ -14,31 +14,36 @@ from pathlib import Path
 
 def initialise(teacher: str) -> None:
     """Make every initial value of the default student, and print how long it took."""
-    import torch
-
     from hxaconv.commands.common import open_teacher_source
     from hxaconv.config import student_of
     from hxaconv.initial import initial_parameters
     from hxaconv.layer_maps import uniform
     from hxaconv.plan import Scratch
 
-    torch.set_num_threads(1)
     _, model = open_teacher_source(teacher)
     config = student_of(model.config, uniform(model.config.num_hidden_layers))
     scratch, nbytes = Scratch(), 0
-    start = time.monotonic()
+    start, busy = time.monotonic(), time.process_time()
     for layer in config.rwkv_layers:
         for recipe in initial_parameters(config, layer, 0, "BF16").values():
             nbytes += sum(len(piece) for piece in recipe.pieces(scratch))
-    seconds = round(time.monotonic() - start, 3)
-    print(json.dumps({"layers": len(config.rwkv_layers), "bytes": nbytes, "seconds": seconds}))
+    print(
+        json.dumps(
+            {
+                "layers": len(config.rwkv_layers),
+                "bytes": nbytes,
+                "seconds": round(time.monotonic() - start, 3),
+                "cpu_seconds": round(time.process_time() - busy, 3),
+            }
+        )
+    )
 
 
 def scale(source: str, target: str) -> None:
     """Write `source` with every tensor halved."""
     from hxaconv.arithmetic import scaled
     from hxaconv.checkpoint import open_checkpoint
-    from hxaconv.writer import Output, WriteSettings, write
+    from hxaconv.writing.writer import Output, WriteSettings, write
 
     checkpoint = open_checkpoint(source)
     plan = {name: scaled(recipe, 0.5, recipe.dtype, recipe.origin) for name, recipe in checkpoint.plan.items()}

@@ -17,6 +17,7 @@ import torch
 from hxaconv.architecture import mixer_tensors
 from hxaconv.arithmetic import computed
 from hxaconv.config import StudentConfig
+from hxaconv.one_thread import one_thread
 from hxaconv.plan import Plan
 
 LAYER_ARCHITECTURE = 78.0
@@ -25,6 +26,8 @@ LAYER_ARCHITECTURE = 78.0
 ORTHOGONAL_GAIN = 0.1
 VALUE_AND_KEY_MIX = 0.73
 BONUS = -0.04
+CHOLESKY_RATIO = 4
+"""Height over width from which the condition number of a normal matrix is about 3 at most."""
 
 
 def _lin(width: int) -> torch.Tensor:
@@ -52,18 +55,32 @@ def iclr_bias(width: int, head_dim: int) -> torch.Tensor:
 def orthogonal(shape: tuple[int, int], seed: int, name: str) -> torch.Tensor:
     """A semi-orthogonal (rows, columns) matrix times 0.1, and sqrt(rows/columns) where rows > columns.
 
-    Normal numbers from Philox keyed by seed and name; QR in float64 with the signs of R's diagonal
-    moved into Q, which makes the factorisation unique.
+    Normal numbers from Philox keyed by seed and name, orthonormalised in float64 on one thread.
     """
     rows, columns = shape
     key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], "little")
     generator = np.random.Generator(np.random.Philox(key=key))
     normal = torch.from_numpy(generator.standard_normal((max(shape), min(shape))))
-    q: torch.Tensor
-    q, r = torch.linalg.qr(normal)
-    q *= torch.sign(torch.diagonal(r))
+    with one_thread():
+        q = _orthonormal_rows(normal)
     gain = ORTHOGONAL_GAIN * math.sqrt(rows / columns) if rows > columns else ORTHOGONAL_GAIN
-    return (q if rows >= columns else q.T).mul(gain)
+    return (q if rows <= columns else q.T).mul_(gain)
+
+
+def _orthonormal_rows(tall: torch.Tensor) -> torch.Tensor:
+    """Q^T of tall = QR with a positive diagonal of R, which makes the factorisation unique.
+
+    R^T is also the Cholesky factor of tall^T tall: that way takes half the time of Householder's, and is as exact
+    where the columns are far from dependent, as normal ones are in matrices much taller than wide.
+    """
+    height, width = tall.shape
+    if height >= CHOLESKY_RATIO * width:
+        factor = torch.linalg.cholesky(tall.T @ tall)
+        rows: torch.Tensor = torch.linalg.solve_triangular(factor, tall.T, upper=False)
+    else:
+        q, r = torch.linalg.qr(tall)
+        rows = (q * torch.sign(torch.diagonal(r))).T
+    return rows
 
 
 def _maker(config: StudentConfig, layer: int, parameter: str, seed: int) -> Callable[[], torch.Tensor]:

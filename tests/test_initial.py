@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from hxaconv import initial
 from hxaconv.initial import decay_bias, orthogonal
+from hxaconv.one_thread import one_thread
 
 
-@pytest.mark.parametrize("shape", [(32, 48), (256, 48), (40, 40)])
+@pytest.mark.parametrize("shape", [(32, 48), (256, 48), (40, 40), (16, 300)])
 def test_orthogonal_is_orthogonal(shape: tuple[int, int]) -> None:
     made = orthogonal(shape, 0, "w2")
     rows, columns = shape
     gram = made @ made.T if rows <= columns else made.T @ made
     gain = 0.01 * (rows / columns if rows > columns else 1)
-    # float64 QR: far below bf16's rounding, which is all that the output keeps.
+    # float64: far below bf16's rounding, which is all that the output keeps.
     assert torch.allclose(gram, gain * torch.eye(len(gram), dtype=gram.dtype), atol=1e-12)
 
 
@@ -36,6 +40,28 @@ def test_orthogonal_does_not_depend_on_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(made[0], made[1])
+
+
+@pytest.mark.parametrize("shape", [(32, 127), (32, 128), (128, 32)])
+def test_orthogonal_is_the_q_of_qr_whichever_way_it_is_computed(shape: tuple[int, int], monkeypatch) -> None:
+    made = {}
+    for ratio in (1, math.inf):
+        monkeypatch.setattr(initial, "CHOLESKY_RATIO", ratio)
+        made[ratio] = orthogonal(shape, 0, "w2")
+    # Both are right to the rounding of float64, times the condition number (3 to 6 here).
+    assert torch.allclose(made[1], made[math.inf], rtol=0, atol=1e-14)
+    assert not torch.equal(made[1], made[math.inf]), "only one way was taken"
+
+
+def test_the_number_of_threads_is_restored() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with one_thread(), one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_single_layer_has_no_division_by_zero() -> None:
