@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.checksums import DIGESTS, Checks
 from hxaconv.errors import CheckFailed, HxaconvError, bullet_list
 from hxaconv.plan import Recipe, Scratch, total_bytes
+from hxaconv.writing.checksums import DIGESTS, Checks
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint

@@ -21,7 +21,7 @@ from hxaconv.teacher import EMBEDDING, HEAD
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
     from hxaconv.files import SourceFile
-    from hxaconv.writer import Output
+    from hxaconv.writing.writer import Output
 
 FORMATS = {"hf": "hf", "pth": "rwkv", "training": "training"}
 """Output format -> dialect of its names."""
@@ -65,7 +65,7 @@ def build_output(job: Job) -> Output:
     Raises:
         HxaconvError: for a target that does not fit the format.
     """
-    from hxaconv.writer import Output
+    from hxaconv.writing.writer import Output
 
     folder = job.format == "hf"
     if not folder and job.target.suffix not in (".pth", ".pt", ".bin"):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:
     """An outcome as plain data; with `tensors`, every tensor's shape, dtype and origin."""
-    from hxaconv.writer import describe
+    from hxaconv.writing.writer import describe
 
     job, student = outcome.job, outcome.job.student
     data: dict[str, Any] = {
@@ -55,7 +55,7 @@ def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:
 
 def outcome_tables(outcome: Outcome) -> list[RenderableType]:
     """The plan of an outcome for people: layers, parts, files."""
-    from hxaconv.writer import describe
+    from hxaconv.writing.writer import describe
 
     config = outcome.job.student.student
     files = describe(outcome.output)

@@ -33,3 +33,11 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return guarded(app)
 
     return call
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny tensors gain nothing from more threads, and lose much on a busy machine."""
+    import torch
+
+    torch.set_num_threads(1)

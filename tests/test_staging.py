@@ -17,13 +17,13 @@ import pytest
 from kill_rounds import job, run, writer_rounds
 from writing import leftovers, output, plan_over, source, tree
 
-from hxaconv import diskio, fill, locks, staging, writer
 from hxaconv.errors import CheckFailed, HxaconvError
-from hxaconv.interruption import Interrupted
-from hxaconv.journal import read_journals
 from hxaconv.plan import with_origin
-from hxaconv.target import files_of_part, layouts
-from hxaconv.writer import WriteSettings, write
+from hxaconv.writing import diskio, fill, locks, staging, writer
+from hxaconv.writing.interruption import Interrupted
+from hxaconv.writing.journal import read_journals
+from hxaconv.writing.target import files_of_part, layouts
+from hxaconv.writing.writer import WriteSettings, write
 
 TARGETS = ("out", "out.pth")
 ROUNDS = int(os.environ.get("HXACONV_KILL_ROUNDS", "4"))
@@ -368,7 +368,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_full_disk_is_found_out_before_and_survived_meanwhile(tmp_path, monkeypatch, small_batches, small_disk, name):
-    monkeypatch.setattr("hxaconv.preflight.SLACK_BYTES", 0)
+    monkeypatch.setattr("hxaconv.writing.preflight.SLACK_BYTES", 0)
     out = output(small_disk / name, plan_over(source(tmp_path, count=150_000)))
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(700_000))
@@ -420,8 +420,8 @@ def test_a_missing_parent_and_too_large_files_are_refused(tmp_path, monkeypatch)
     plan = plan_over(source(tmp_path))
     with pytest.raises(HxaconvError, match="not a folder"):
         write(output(tmp_path / "no" / "out", plan), WriteSettings())
-    monkeypatch.setattr("hxaconv.preflight._file_system", lambda folder: "vfat")
-    monkeypatch.setattr("hxaconv.preflight._LARGEST_FILE", {"vfat": 30_000})
+    monkeypatch.setattr("hxaconv.writing.preflight._file_system", lambda folder: "vfat")
+    monkeypatch.setattr("hxaconv.writing.preflight._LARGEST_FILE", {"vfat": 30_000})
     with pytest.raises(HxaconvError, match=r"a vfat file system holds at most 30,000 per file"):
         write(output(tmp_path / "out", plan), WriteSettings())
     with pytest.raises(HxaconvError, match="longer than"):

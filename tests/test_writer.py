@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 from writing import leftovers, output, plan_over, source, tree
 
-from hxaconv import behind, diskio, fill, writer
 from hxaconv.containers.layout import FileLayout
 from hxaconv.dtypes import BY_NAME
 from hxaconv.errors import HxaconvError
 from hxaconv.files import Extent
-from hxaconv.finite import count_nonfinite
 from hxaconv.plan import Literal, Ranges, Recipe
-from hxaconv.writer import WriteSettings, describe, write
+from hxaconv.writing import behind, diskio, fill, writer
+from hxaconv.writing.finite import count_nonfinite
+from hxaconv.writing.writer import WriteSettings, describe, write
 
 TARGETS = ("out", "out.pth")
 
@@ -238,7 +238,7 @@ from pathlib import Path
 import rich.progress, typer
 from hxaconv.files import SourceFile
 from hxaconv.plan import stored
-from hxaconv.writer import Output, WriteSettings, write
+from hxaconv.writing.writer import Output, WriteSettings, write
 file = SourceFile.local(Path(sys.argv[1]))
 step = 6_000_000
 plan = {f"t{i}": stored("BF16", (step // 2,), file, i * step, "x") for i in range(file.size // step)}

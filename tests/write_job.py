@@ -16,10 +16,10 @@ from typing import Any
 
 from writing import output, plan_over, source
 
-from hxaconv import fill
 from hxaconv.errors import HxaconvError
-from hxaconv.interruption import Interrupted
-from hxaconv.writer import WriteSettings, write
+from hxaconv.writing import fill
+from hxaconv.writing.interruption import Interrupted
+from hxaconv.writing.writer import WriteSettings, write
 
 
 def slowed(call: Any, seconds: float) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hxaconv.files import SourceFile
 from hxaconv.plan import Plan, stored
-from hxaconv.writer import Output
+from hxaconv.writing.writer import Output
 
 
 def finite_floats(count: int, seed: int = 0) -> bytes:

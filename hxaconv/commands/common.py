@@ -18,7 +18,7 @@ from hxaconv.output import Job, build_output
 if TYPE_CHECKING:
     from hxaconv.console import Progress
     from hxaconv.verify import Report
-    from hxaconv.writer import Output, WriteResult
+    from hxaconv.writing.writer import Output, WriteResult
 
 Verify = Callable[[Model], "Report"]
 """Checks the student that was written."""
@@ -138,9 +138,9 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
         HxaconvError: when the plan or the target is refused.
         CheckFailed: when the output did not pass; it is left beside the target for inspection.
     """
-    from hxaconv.checksums import DIGESTS
-    from hxaconv.writer import WriteSettings
-    from hxaconv.writer import write as write_output
+    from hxaconv.writing.checksums import DIGESTS
+    from hxaconv.writing.writer import WriteSettings
+    from hxaconv.writing.writer import write as write_output
 
     one_of("--digest", write.digest, DIGESTS)
     output = build_output(job)

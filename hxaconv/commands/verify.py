@@ -14,7 +14,7 @@ from hxaconv.config import ModelConfig
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.student import looks_like_student
-from hxaconv.target import PROVENANCE_NAME
+from hxaconv.writing.target import PROVENANCE_NAME
 
 if TYPE_CHECKING:
     from torch import Tensor

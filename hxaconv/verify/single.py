@@ -16,7 +16,6 @@ from hxaconv.arithmetic import torch_dtype
 from hxaconv.config import ModelConfig, StudentConfig
 from hxaconv.dtypes import FLOATS, parse_dtype
 from hxaconv.errors import MAX_LISTED
-from hxaconv.finite import count_nonfinite
 from hxaconv.model import Model
 from hxaconv.names import layer_index
 from hxaconv.plan import Recipe, Scratch, total_bytes
@@ -26,6 +25,7 @@ from hxaconv.verify.report import Report
 from hxaconv.verify.runner import EMBEDDING, HEAD, Runner
 from hxaconv.verify.tensors import compare_tensor
 from hxaconv.verify.weights import Weights
+from hxaconv.writing.finite import count_nonfinite
 
 if TYPE_CHECKING:
     from hxaconv.console import Progress

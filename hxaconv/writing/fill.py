@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from hxaconv import diskio
-from hxaconv.behind import WriteBehind
-from hxaconv.checksums import Checks, Finished
 from hxaconv.containers.layout import FileLayout, Fill, Segment
 from hxaconv.errors import HxaconvError
 from hxaconv.files import read_into, write_from
 from hxaconv.plan import Scratch
+from hxaconv.writing import diskio
+from hxaconv.writing.behind import WriteBehind
+from hxaconv.writing.checksums import Checks, Finished
 
 if TYPE_CHECKING:
     from hxaconv.console import Progress

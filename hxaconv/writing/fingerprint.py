@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hxaconv.containers.layout import FileLayout
-from hxaconv.target import Output
+from hxaconv.writing.target import Output
 
 Record = Mapping[str, Any]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hxaconv import diskio
 from hxaconv.files import SourceFile
+from hxaconv.writing import diskio
 
 WINDOW_BYTES = 32 * 1024 * 1024
 """Bytes that a worker writes before it asks for them to go to disk."""

@@ -6,7 +6,7 @@ import hashlib
 import zlib
 from dataclasses import dataclass
 
-from hxaconv.finite import count_nonfinite
+from hxaconv.writing.finite import count_nonfinite
 
 DIGESTS = ("crc32", "sha256", "none")
 

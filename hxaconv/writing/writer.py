@@ -11,17 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv import diskio, locks, preflight
-from hxaconv.checksums import DIGESTS, Finished
 from hxaconv.containers.layout import FileLayout
 from hxaconv.containers.safetensors_layout import INDEX_NAME, index_json
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.fill import FillSettings, fill_files
-from hxaconv.interruption import Interrupted, Signals
-from hxaconv.journal import Journal, journal_path, read_journals
 from hxaconv.plan import Scratch
-from hxaconv.staging import Staging, plan_record, publish, recover, refuse_other_plans, staging_of, stagings_at
-from hxaconv.target import (
+from hxaconv.writing import diskio, locks, preflight
+from hxaconv.writing.checksums import DIGESTS, Finished
+from hxaconv.writing.fill import FillSettings, fill_files
+from hxaconv.writing.interruption import Interrupted, Signals
+from hxaconv.writing.journal import Journal, journal_path, read_journals
+from hxaconv.writing.staging import Staging, plan_record, publish, recover, refuse_other_plans, staging_of, stagings_at
+from hxaconv.writing.target import (
     PROVENANCE_NAME,
     FileDescription,
     Output,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hxaconv import diskio
-from hxaconv.checksums import Finished
 from hxaconv.containers.layout import FileLayout
+from hxaconv.writing import diskio
+from hxaconv.writing.checksums import Finished
 
 _PREFIX = "journal"
 

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hxaconv import diskio
 from hxaconv.containers.layout import FileLayout
 from hxaconv.errors import HxaconvError, bullet_list, raise_all
-from hxaconv.fingerprint import components, differences, fingerprint
-from hxaconv.target import Output
+from hxaconv.writing import diskio
+from hxaconv.writing.fingerprint import components, differences, fingerprint
+from hxaconv.writing.target import Output
 
 RECORD_NAME = "plan.json"
 _MARKER = "publishing"

@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from hxaconv import diskio
 from hxaconv.containers.layout import FileLayout
 from hxaconv.errors import raise_all
-from hxaconv.staging import Staging
-from hxaconv.target import Output
+from hxaconv.writing import diskio
+from hxaconv.writing.staging import Staging
+from hxaconv.writing.target import Output
 
 SLACK_BYTES = 4 * 1024 * 1024
 """For journal, index, provenance and the file system's own blocks."""
