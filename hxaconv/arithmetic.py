@@ -10,6 +10,7 @@ import torch
 
 from hxaconv.dtypes import BY_NAME, BY_TORCH_NAME
 from hxaconv.files import SourceFile
+from hxaconv.one_thread import one_thread
 from hxaconv.plan import Bytes, Recipe, Scratch
 
 
@@ -46,15 +47,16 @@ class Scaled:
         """Each piece of the source, converted in a buffer that is used again."""
         read_dtype, write_dtype = torch_dtype(self.source_dtype), torch_dtype(self.dtype)
         room = torch.frombuffer(scratch.compute, dtype=write_dtype)
-        for piece in self.source.pieces(scratch):
-            values = torch.frombuffer(piece, dtype=read_dtype)
-            out = room[: len(values)]
-            if self.factor == 1.0:
-                out.copy_(values)
-            else:
-                # A copy even where the dtype stays: the piece may be the source itself.
-                out.copy_(values.to(_product_dtype(self.source_dtype), copy=True).mul_(self.factor))
-            yield scratch.compute[: len(values) * out.element_size()]
+        products = torch.empty(len(scratch.read) // read_dtype.itemsize, dtype=_product_dtype(self.source_dtype))
+        with one_thread():
+            for piece in self.source.pieces(scratch):
+                values = torch.frombuffer(piece, dtype=read_dtype)
+                out = room[: len(values)]
+                if self.factor == 1.0:
+                    out.copy_(values)
+                else:
+                    out.copy_(products[: len(values)].copy_(values).mul_(self.factor))
+                yield scratch.compute[: len(values) * out.element_size()]
 
     def sources(self) -> Iterable[SourceFile]:
         """Those of what is scaled."""
@@ -72,7 +74,8 @@ class Computed:
 
     def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
         """The finished tensor's bytes."""
-        values = self.function().to(torch_dtype(self.dtype)).contiguous()
+        with one_thread():
+            values = self.function().to(torch_dtype(self.dtype)).contiguous()
         # A 0-dim tensor cannot be viewed as bytes, a flat one can.
         yield memoryview(values.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
@@ -101,6 +104,10 @@ def computed(function: Callable[[], torch.Tensor], dtype: str, shape: tuple[int,
     return Recipe(dtype, shape, Computed(function, dtype), origin)
 
 
+SERIAL_BYTES = 60 * 1024
+"""A piece that torch handles on the calling thread: from 32,768 elements on it would split each one over all
+threads, whose barriers cost many times the work on a machine with other things to do."""
+
 _LOCAL = threading.local()
 
 
@@ -111,7 +118,7 @@ def tensor(recipe: Recipe, *, dtype: torch.dtype | None = None, into: torch.Tens
     its dtype counts. Pieces are converted one at a time, so that no second copy is needed.
     """
     if not hasattr(_LOCAL, "scratch"):
-        _LOCAL.scratch = Scratch()
+        _LOCAL.scratch = Scratch(SERIAL_BYTES)
     source = torch_dtype(recipe.dtype)
     flat = torch.empty(recipe.numel, dtype=dtype or source) if into is None else into[: recipe.numel]
     done = 0

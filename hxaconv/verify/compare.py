@@ -106,9 +106,9 @@ def _run(
     report: Report, left: Runner, right: Runner, ids: Tensor, dump: Dump | None, progress: Progress | None
 ) -> None:
     plans = with_head(left.model), with_head(right.model)
-    mine, theirs = left.start(ids), right.start(ids)
+    theirs = right.start(ids)
     yardstick = isinstance(left.config, StudentConfig) and isinstance(right.config, TeacherConfig)
-    streams = _Streams(mine, theirs, Stream(theirs.x) if yardstick else None, Carry())
+    streams = _Streams(left.start(ids), theirs, Stream(theirs.x) if yardstick else None, Carry())
     if progress:
         progress.start("verify", total_bytes(plans[0]) + total_bytes(plans[1]))
     report.tensors += compare_group(*plans, None)
@@ -117,7 +117,7 @@ def _run(
         report.tensors += compare_group(*plans, index)
         report.layers.append(_layer(left, right, streams, index))
         if dump:
-            dump.append(f"hidden.{index}", mine.x)
+            dump.append(f"hidden.{index}", streams.source.x)
         if progress:
             progress.advance(sum(layer_bytes(plan, index) for plan in plans), f"layer {index}")
     report.logits = _logits(left, right, streams, dump)
@@ -153,8 +153,12 @@ def _layer(left: Runner, right: Runner, streams: _Streams, index: int) -> LayerR
     before = streams.other.carry if both and streams.other.carry.v_first is not None else streams.fed
     fed = Stream(streams.other.x, Carry(before.v_first, before.k_first))
     nope = _nope_error(left, right, streams.other.x, index)
+    one_input = _same_place(fed, streams.source)
     left.layer(fed, index)
-    left.layer(streams.source, index)
+    if one_input:
+        streams.source = Stream(fed.x, Carry(fed.carry.v_first, fed.carry.k_first), fed.mixed)
+    else:
+        left.layer(streams.source, index)
     right.layer(streams.other, index)
     if streams.zeroed is not None:
         right.layer(streams.zeroed, index, without_mixer=True)
@@ -173,6 +177,12 @@ def _layer(left: Runner, right: Runner, streams: _Streams, index: int) -> LayerR
         cosine=mean_cosine(streams.source.x, streams.other.x),
         differs=any(not error <= NOISE[left.weights.dtype] for error in (*errors, handed_on or 0.0)),
     )
+
+
+def _same_place(a: Stream, b: Stream) -> bool:
+    """Whether two streams enter a layer with the same bits: one run is enough for both then."""
+    pairs = ((a.x, b.x), (a.carry.v_first, b.carry.v_first), (a.carry.k_first, b.carry.k_first))
+    return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
 
 
 def _nope_error(left: Runner, right: Runner, x: Tensor, index: int) -> float | None:

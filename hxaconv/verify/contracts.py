@@ -20,7 +20,7 @@ from hxaconv.verify.probe import probe_tokens
 from hxaconv.verify.report import Report, TensorResult
 from hxaconv.verify.runner import HEAD
 from hxaconv.verify.single import finite_on_disk
-from hxaconv.verify.tensors import element_pairs, with_head
+from hxaconv.verify.tensors import element_pairs, same_bits, with_head
 
 if TYPE_CHECKING:
     from hxaconv.console import Progress
@@ -115,7 +115,7 @@ def is_scaled(made: Recipe, origin: Recipe, factor: float) -> bool:
     wide = torch.float64 if origin.dtype == "F64" else torch.float32
     for found, source in element_pairs(made, origin):
         expected = source if factor == 1.0 else source.to(wide) * factor
-        if not torch.equal(found.view(torch.uint8), expected.to(torch_dtype(made.dtype)).view(torch.uint8)):
+        if not same_bits(found, expected.to(torch_dtype(made.dtype))):
             return False
     return True
 

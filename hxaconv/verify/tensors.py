@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hxaconv.arithmetic import torch_dtype
+from hxaconv.arithmetic import SERIAL_BYTES, torch_dtype
 from hxaconv.model import Model
 from hxaconv.plan import Plan, Recipe, Scratch
 from hxaconv.verify.report import TensorResult
@@ -33,19 +33,25 @@ def compare_tensor(name: str, source: Recipe | None, other: Recipe | None) -> Te
     dtypes = "" if source.dtype == other.dtype else f"{source.dtype} against {other.dtype}"
     if not dtypes and source.make == other.make:
         return TensorResult(name, "equal", 0.0)
-    same_bits, largest = True, 0.0
+    equal, largest = True, 0.0
     for a, b in element_pairs(source, other):
-        if not dtypes and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+        if not dtypes and same_bits(a, b):
             continue
-        same_bits = False
+        equal = False
         difference = (a.to(torch.float64) - b.to(torch.float64)).abs().max().item()
         largest = difference if difference != difference else max(largest, difference)
         if largest != largest:  # NaN on one side only, or on both with other bits
             break
-    if same_bits:
+    if equal:
         return TensorResult(name, "equal", 0.0)
     status = "equal values" if dtypes and largest == 0.0 else "different"
     return TensorResult(name, status, largest, dtypes)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype have the same bits: NaN equals itself, 0 and -0 differ."""
+    whole_numbers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.view(whole_numbers), b.view(whole_numbers))
 
 
 def element_pairs(a: Recipe, b: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
@@ -66,5 +72,5 @@ def element_pairs(a: Recipe, b: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _flat(recipe: Recipe) -> Iterator[Tensor]:
     dtype = torch_dtype(recipe.dtype)
-    for piece in recipe.pieces(Scratch()):
+    for piece in recipe.pieces(Scratch(SERIAL_BYTES)):
         yield torch.frombuffer(bytearray(piece) if piece.readonly else piece, dtype=dtype)
