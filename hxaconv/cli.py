@@ -668,6 +668,7 @@ def verify(
 @app.command("finish", no_args_is_help=True)
 def finish(
     out: Annotated[str, typer.Argument(help="The OUT that the parts were given.")],
+    overwrite: Overwrite = False,
     no_verify: NoVerify = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -682,7 +683,7 @@ def finish(
     from hxaconv.commands.common import WriteOptions
 
     talk = _talk(quiet, json)
-    write = WriteOptions(finish_only=True, verify=not no_verify, progress=talk.progress())
+    write = WriteOptions(finish_only=True, overwrite=overwrite, verify=not no_verify, progress=talk.progress())
     _show_outcome(command.run(out, write), talk)
 
 

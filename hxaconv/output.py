@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, resources
 from pathlib import Path
@@ -20,6 +20,7 @@ from hxaconv.teacher import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
+    from hxaconv.containers.safetensors_layout import Shard
     from hxaconv.files import SourceFile
     from hxaconv.writing.writer import Output
 
@@ -48,6 +49,8 @@ class Job:
     everything: bool = True
     """Whether a `training` output holds all tensors, or attention only."""
     copy_code: bool = False
+    shards: Sequence[Shard] | None = None
+    """For hf: a sharding to keep; None: by size."""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -84,6 +87,7 @@ def build_output(job: Job) -> Output:
         provenance=_provenance(job),
         command=job.command,
         options=job.options,
+        shards=job.shards if folder else None,
         ordered_dict=job.format != "training",
         source_roots=[source.root for source in job.sources.values() if source.root is not None],
     )

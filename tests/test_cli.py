@@ -308,3 +308,35 @@ def test_debug_shows_the_traceback(golden: Path) -> None:
     command = [sys.executable, "-m", "hxaconv.cli", "to-hf", str(golden / "reka_tiny" / "student.pth"), "x", "--debug"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "Traceback" in done.stderr
+
+
+def test_shards_without_a_change_are_linked_not_written(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    options = ["--gqa-layers", "1,5", "--max-shard-size", "2MB", "--quiet", "--no-verify"]
+    assert cli("init-from-teacher", tiny_teacher, first, *options) == 0
+    assert cli("pick-gqa-layers", first, second, "--layers", "1,4", "--teacher", tiny_teacher, "--quiet") == 0
+    shards = sorted(path.name for path in second.glob("*.safetensors"))
+    assert shards == sorted(path.name for path in first.glob("*.safetensors"))
+    linked = [name for name in shards if (first / name).samefile(second / name)]
+    # Layers 4 and 5 change and stand in the last shards; the others are the same files.
+    assert 0 < len(linked) < len(shards)
+    assert linked == shards[: len(linked)]
+    index = json.loads((second / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(shards)
+    assert cli("verify", second, "--digests", "--quiet") == 0
+    assert cli("pick-gqa-layers", first, tmp_path / "c", "--layers", "1,5", "--max-shard-size", "1MB", "-q") == 0
+    assert len(list((tmp_path / "c").glob("*.safetensors"))) > len(shards)
+
+
+def test_a_shard_is_copied_where_links_are_not_possible(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    first, second = tmp_path / "a", tmp_path / "b"
+    assert cli("init-from-teacher", tiny_teacher, first, "--gqa-layers", "1,5", "--quiet", "--no-verify") == 0
+    monkeypatch.setattr("os.link", refuse)
+    assert cli("pick-gqa-layers", first, second, "--layers", "1,5", "--quiet") == 0
+    assert not (first / "model.safetensors").samefile(second / "model.safetensors")
+    assert filecmp.cmp(first / "model.safetensors", second / "model.safetensors", shallow=False)

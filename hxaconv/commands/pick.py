@@ -13,9 +13,13 @@ from hxaconv.config import student_of
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.output import Job
+from hxaconv.plan import Plan, Recipe
 from hxaconv.surgery import InitSettings, parse_scale, repick
 
 if TYPE_CHECKING:
+    from hxaconv.checkpoint import Checkpoint
+    from hxaconv.containers.safetensors_layout import Shard
+    from hxaconv.files import SourceFile
     from hxaconv.verify import Report
 
 COMMAND = "pick-gqa-layers"
@@ -84,6 +88,7 @@ def run(
         sources=sources,
         base_model=base_model_name(sources.get("teacher", sources["source"])),
         purpose=UNTRAINED if changed else "",
+        shards=kept_shards(opened.sources["source"], student.plan, plan, parse_size(max_shard_size)),
         extra={"init": {"preset": preset, "factors": settings.factors, "seed": seed}, "changed_layers": changed},
     )
 
@@ -100,6 +105,43 @@ def run(
         [*warnings, *dtype_warnings(plan, ""), *layer_0_warning(new)],
         notes,
     )
+
+
+def kept_shards(source: Checkpoint, before: Plan, after: Plan, max_shard_bytes: int) -> list[Shard] | None:
+    """The source's own sharding for the new plan, so that shards without a change need not be written again.
+
+    None where the source is no local safetensors folder, or a shard would become larger than allowed.
+    """
+    from hxaconv.containers.safetensors_layout import Shard
+
+    if source.container != "safetensors" or source.repo is not None:
+        return None
+    groups: dict[str, list[str]] = {file.name: [] for file in source.files}
+    for name, recipe in after.items():
+        groups[_home(name, recipe, before)].append(name)
+    shards = []
+    for file in source.files:
+        names = groups[file.name]
+        held = {name for name, recipe in source.plan.items() if _file_of(recipe) is file}
+        same = set(names) == held and all(after[name] is before[name] for name in names)
+        if sum(after[name].nbytes for name in names) > max_shard_bytes:
+            return None
+        if names:
+            linkable = same and file.path is not None and not file.path.is_symlink()
+            shards.append(Shard(tuple(names), file if linkable else None))
+    return shards
+
+
+def _home(name: str, recipe: Recipe, before: Plan) -> str:
+    """The source file whose successor a tensor goes into: its own, or, where it is new, its layer's."""
+    if before.get(name) is not recipe:
+        prefix = name[: name.index(".self_attn.")]
+        recipe = next(found for known, found in before.items() if known.startswith(prefix))
+    return _file_of(recipe).name
+
+
+def _file_of(recipe: Recipe) -> SourceFile:
+    return next(iter(recipe.make.sources()))
 
 
 def _check_donors(changed: list[int], new: Any, teacher: Model | None, donor: Model | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from hxaconv.files import SourceFile
 from hxaconv.plan import Recipe
 
 Segment = tuple[int, bytes]
@@ -30,3 +31,5 @@ class FileLayout:
     fills: tuple[Fill, ...]
     seal: Callable[[Mapping[str, int]], list[Segment]] | None = None
     """CRC-32 by tensor name -> the bytes that hold checksums; None where the format has none."""
+    mirror: SourceFile | None = None
+    """A source file that is this file already: linked or copied whole, not written."""

@@ -8,11 +8,13 @@ ordered by descending element size, plan order within.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from hxaconv.containers.layout import FileLayout, Fill
 from hxaconv.dtypes import BY_NAME
-from hxaconv.plan import Plan, Recipe, total_bytes
+from hxaconv.files import SourceFile
+from hxaconv.plan import Plan, Ranges, Recipe, total_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
 _PATTERN = "model{suffix}.safetensors"
@@ -32,6 +34,33 @@ def shard_layouts(plan: Plan, max_shard_bytes: int) -> tuple[FileLayout, ...]:
     )
     shards = split.filename_to_tensors.items()
     return tuple(file_layout(file_name, {name: plan[name] for name in names}) for file_name, names in shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Tensors that belong into one file; `mirror` is a source file that holds just these already."""
+
+    names: tuple[str, ...]
+    mirror: SourceFile | None = None
+
+
+def given_layouts(plan: Plan, shards: Sequence[Shard]) -> tuple[FileLayout, ...]:
+    """The files of a sharding that is decided already, named as shard_layouts names them."""
+    count, layouts = len(shards), []
+    for number, shard in enumerate(shards, start=1):
+        suffix = f"-{number:05d}-of-{count:05d}" if count > 1 else ""
+        name = _PATTERN.format(suffix=suffix)
+        inside = {name: plan[name] for name in shard.names}
+        layouts.append(_mirrored(name, inside, shard.mirror) if shard.mirror else file_layout(name, inside))
+    return tuple(layouts)
+
+
+def _mirrored(file_name: str, plan: Plan, mirror: SourceFile) -> FileLayout:
+    fills = []
+    for name, recipe in plan.items():
+        assert isinstance(recipe.make, Ranges)
+        fills.append(Fill(name, recipe.make.extents[0].offset, recipe))
+    return FileLayout(file_name, mirror.size, (), tuple(fills), mirror=mirror)
 
 
 def file_layout(file_name: str, plan: Plan) -> FileLayout:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from hxaconv.containers.layout import FileLayout, Fill, Segment
 from hxaconv.errors import HxaconvError
-from hxaconv.files import read_into, write_from
+from hxaconv.files import SourceFile, read_into, write_from
 from hxaconv.plan import Scratch
 from hxaconv.writing import diskio
 from hxaconv.writing.behind import WriteBehind
@@ -217,6 +218,10 @@ class _File:
             return self._fd
 
     def _create(self) -> int:
+        if self.layout.mirror is not None:
+            with self.errors("linking or copying"):
+                mirror_file(self.layout.mirror, self.path)
+                return open_output(self.path, write=False)
         existed = self.path.exists()
         with self.errors(f"reserving {self.layout.size} bytes"):
             fd = open_output(self.path)
@@ -275,9 +280,26 @@ class _File:
             raise diskio.output_error(error, self.path, doing, self._total) from error
 
 
-def open_output(path: Path) -> int:
-    """A descriptor that writes into `path`, keeping what is in it."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+def open_output(path: Path, *, write: bool = True) -> int:
+    """A descriptor that writes into `path`, keeping what is in it; a mirror of a source is only read."""
+    flags = os.O_RDWR | os.O_CREAT if write else os.O_RDONLY
+    return os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
+
+
+def mirror_file(source: SourceFile, path: Path) -> None:
+    """Make `path` the same file as the source, or, where there are no links, a complete copy of it."""
+    source.open()
+    assert source.path is not None
+    if path.exists():
+        return
+    try:
+        os.link(source.path, path)
+    except OSError:
+        copy = path.with_name(f"{path.name}.copying")
+        shutil.copyfile(source.path, copy)
+        with open(copy, "rb+") as file:
+            diskio.sync_file(file.fileno())
+        os.replace(copy, path)
 
 
 class _Worker:
@@ -297,6 +319,10 @@ class _Worker:
         if earlier is not None and self._is_there(fill, earlier):
             self._filling.advance(fill.recipe.nbytes, fill.name)
             return earlier
+        if file.layout.mirror is not None:
+            checks = self._read_back(fill)
+            self._filling.advance(fill.recipe.nbytes, fill.name)
+            return checks.finished(fill.name) if checks else None
         return self._write(file, fill)
 
     def _enter(self, file: _File) -> None:
@@ -305,7 +331,7 @@ class _Worker:
             self.leave()
             file.open()
             with file.errors("opening"):
-                self._fd = open_output(file.path)
+                self._fd = open_output(file.path, write=file.layout.mirror is None)
             self._file = file
 
     def leave(self) -> None:
@@ -338,17 +364,22 @@ class _Worker:
         return checks.finished(fill.name)
 
     def _is_there(self, fill: Fill, earlier: Finished) -> bool:
+        checks = self._read_back(fill)
+        return checks is not None and checks.agrees(earlier)
+
+    def _read_back(self, fill: Fill) -> Checks | None:
+        """The checks of what stands in the file; None where it cannot be read."""
         settings = self._filling.settings
-        checks = Checks(fill.recipe.dtype, crc32=settings.crc32, sha256=settings.sha256, finite=False)
+        checks = Checks(fill.recipe.dtype, crc32=settings.crc32, sha256=settings.sha256)
         position, end = fill.offset, fill.offset + fill.recipe.nbytes
         while position < end:
             piece = self._scratch.read[: min(len(self._scratch.read), end - position)]
             try:
                 got = read_into(self._fd, piece, position)
             except OSError:
-                return False
-            if got == 0:
-                return False
+                return None
+            if got == 0 or self._filling.stop.is_set():
+                return None
             checks.update(piece[:got])
             position += got
-        return checks.agrees(earlier)
+        return checks

@@ -36,6 +36,8 @@ class Output:
     """With `command`: how to compute this output again. Recorded beside the target, never published."""
     ordered_dict: bool = True
     """For a `.pth`: whether it holds an OrderedDict, or a plain dict as trainers save it."""
+    shards: Sequence[safetensors_layout.Shard] | None = None
+    """For a folder: a sharding that is decided already; None: by size."""
     source_roots: Sequence[Path] = ()
     """Folders and files the sources were opened from: the target may not be one of them, nor inside one."""
 
@@ -100,6 +102,8 @@ def layouts(output: Output) -> tuple[FileLayout, ...]:
         HxaconvError: when the container cannot hold the tensors.
     """
     if output.container == "safetensors":
+        if output.shards is not None:
+            return safetensors_layout.given_layouts(output.tensors, output.shards)
         return safetensors_layout.shard_layouts(output.tensors, output.max_shard_bytes)
     return (torchzip_layout.file_layout(output.target.name, output.tensors, ordered=output.ordered_dict),)
 
