@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,14 +302,19 @@ def _open_cached(repo: str, revision: str | None, label: str, error: HxaconvErro
     raise error
 
 
-def download_weights(checkpoint: Checkpoint, progress: Progress | None = None) -> None:
-    """Download all weights of a Hub checkpoint that are not in the cache; nothing to do for a local one.
+def download_weights(
+    checkpoint: Checkpoint, progress: Progress | None = None, *, needed: Collection[SourceFile] | None = None
+) -> None:
+    """Download weights of a Hub checkpoint that are not in the cache: all, or those in `needed`.
+
+    There is nothing to do for a local one.
 
     Raises:
         HxaconvError: as for reading them; what has arrived is kept and completed by the next attempt.
     """
     if isinstance(checkpoint.handle, Repository):
-        _download([file for file in checkpoint.files if file.path is None], checkpoint.handle, progress)
+        missing = [file for file in checkpoint.files if file.path is None and (needed is None or file in needed)]
+        _download(missing, checkpoint.handle, progress)
 
 
 def _download(files: list[SourceFile], repository: Repository, progress: Progress | None) -> None:

@@ -17,6 +17,7 @@ from hxaconv.output import Job, build_output
 
 if TYPE_CHECKING:
     from hxaconv.console import Progress
+    from hxaconv.files import SourceFile
     from hxaconv.verify import Report
     from hxaconv.writing.writer import Output, WriteResult
 
@@ -157,7 +158,15 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
     )
     reports: list[Report] = []
     check = _staged_check(job, verify, reports) if verify is not None and write.verify else None
-    written = write_output(output, settings, verify=check, progress=write.progress)
+
+    def download(needed: Sequence[SourceFile]) -> None:
+        from hxaconv.hub import download_weights
+
+        for checkpoint in job.sources.values():
+            if checkpoint.repo is not None:
+                download_weights(checkpoint, write.progress, needed=needed)
+
+    written = write_output(output, settings, verify=check, prepare=download, progress=write.progress)
     pushed = None
     if write.push_to and written.published:
         from hxaconv.hub import push_folder

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hxaconv.containers.layout import FileLayout
 from hxaconv.containers.safetensors_layout import INDEX_NAME, index_json
 from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.files import SourceFile
 from hxaconv.plan import Scratch
 from hxaconv.writing import diskio, locks, preflight
 from hxaconv.writing.checksums import DIGESTS, Finished
@@ -37,14 +38,23 @@ if TYPE_CHECKING:
 
 __all__ = ["FileDescription", "Output", "WriteResult", "WriteSettings", "describe", "write"]
 
+Prepare = Callable[[Sequence[SourceFile]], None]
+"""Gets source files ready to be read: downloads them."""
 Verify = Callable[[Path], Mapping[str, Any]]
 """Takes the staged checkpoint; returns a verdict for the provenance, or raises CheckFailed."""
 
 
 def write(
-    output: Output, settings: WriteSettings, *, verify: Verify | None = None, progress: Progress | None = None
+    output: Output,
+    settings: WriteSettings,
+    *,
+    verify: Verify | None = None,
+    prepare: Prepare | None = None,
+    progress: Progress | None = None,
 ) -> WriteResult:
     """Write an output beside its target, verify it there, and rename it into place.
+
+    `prepare` is given the sources that will be read, once nothing stands in the way any more.
 
     Raises:
         HxaconvError: for anything that stands in the way; the target is as before.
@@ -66,7 +76,7 @@ def write(
         preflight.check(output, files, staging, overwrite=settings.overwrite)
         _begin(settings, staging, files, record)
         with _held(staging.path / f"{journal_path(staging.path, settings.part).name}.lock", settings.part):
-            return _Run(output, settings, files, staging, signals, progress).write(verify)
+            return _Run(output, settings, files, staging, signals, progress).write(verify, prepare)
 
 
 def _recover_all(target: Path, ours: Staging) -> bool:
@@ -206,10 +216,10 @@ class _Run:
         self.signals = signals
         self.progress = progress
 
-    def write(self, verify: Verify | None) -> WriteResult:
+    def write(self, verify: Verify | None, prepare: Prepare | None) -> WriteResult:
         try:
             if not self.settings.finish_only:
-                self._fill()
+                self._fill(prepare)
             return self._finish(verify)
         except KeyboardInterrupt as interruption:
             number = getattr(interruption, "number", signal.SIGINT)
@@ -229,12 +239,15 @@ class _Run:
             return f"Nothing had been finished; {self.staging.target} is as before."
         return f"{count} finished tensors are kept in {path}; the same command with --resume continues."
 
-    def _fill(self) -> None:
+    def _fill(self, prepare: Prepare | None) -> None:
         mine = files_of_part(self.files, self.settings.part)
         if self.settings.part is not None:
             # Whoever restarts a part may meet another one that is about to publish: complete files are left alone.
             missing = _missing(self.staging, self.files)
             mine = [layout for layout in mine if layout in missing]
+        if prepare is not None:
+            recipes = [fill.recipe for layout in mine for fill in layout.fills]
+            prepare(list(dict.fromkeys(file for recipe in recipes for file in recipe.make.sources())))
         digest, total = self.settings.digest, sum(layout.size for layout in mine)
         limit = diskio.memory_limit()
         settings = FillSettings(

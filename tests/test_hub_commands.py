@@ -1,0 +1,70 @@
+"""Commands with Hub ids, against a stand-in of the Hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import TOKEN, HubServer
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+def run(hub: HubServer, home: Path, *words: object, token: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **hub.environment(home, token)}
+    command = [sys.executable, "-m", "hxaconv.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_a_teacher_is_planned_before_it_is_downloaded(hub: HubServer, golden: Path, tmp_path: Path) -> None:
+    hub.add_folder("org/teacher", golden / "reka_tiny" / "teacher")
+    dry = run(hub, tmp_path / "home", "init-from-teacher", "org/teacher", tmp_path / "out", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert all(ranged is not None for ranged in hub.downloaded(".safetensors"))
+    done = run(hub, tmp_path / "home", "init-from-teacher", "org/teacher", tmp_path / "out", "--quiet")
+    assert done.returncode == 0, done.stderr
+    story = json.loads((tmp_path / "out" / "hxaconv.json").read_text())
+    assert story["sources"]["teacher"]["name"] == "org/teacher"
+    assert len(story["sources"]["teacher"]["revision"]) == 40
+    assert "base_model: org/teacher" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_only_the_shards_that_are_needed_are_fetched(hub: HubServer, golden: Path, tmp_path: Path) -> None:
+    case = golden / "reka_tiny"
+    hub.add_folder("org/teacher", case / "teacher")
+    words = ["to-training", case / "trained_attention.pth", tmp_path / "t.pth", "--teacher", "org/teacher", "--quiet"]
+    done = run(hub, tmp_path / "home", *words, "--no-verify")
+    assert done.returncode == 0, done.stderr
+    # Attention alone needs the teacher's config, and none of its weights.
+    assert all(ranged is not None for ranged in hub.downloaded(".safetensors"))
+
+
+def test_the_finished_folder_is_uploaded_privately(hub: HubServer, tiny_teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["init-from-teacher", tiny_teacher, out, "--push-to", "me/student", "--json"]
+    done = run(hub, tmp_path / "home", *words, token=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert json.loads(done.stdout)["pushed_to"].endswith("me/student")
+    repo = hub.repos["me/student"]
+    assert repo.private
+    files = repo.files[repo.branches["main"]]
+    assert files["config.json"] == (out / "config.json").read_bytes()
+    back = run(hub, tmp_path / "home", "verify", "me/student", "--against", out, "--quiet", token=TOKEN)
+    assert back.returncode == 0, back.stderr
+
+
+def test_a_missing_repository_is_one_message(hub: HubServer, tmp_path: Path) -> None:
+    done = run(hub, tmp_path / "home", "inspect", "org/nothing")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "org/nothing" in done.stderr
