@@ -71,10 +71,10 @@ def changed(model: Model, name: str, change: Callable[[Tensor], Tensor], dtype: 
     return dataclasses.replace(model, plan=model.plan | {name: made}, label="changed")
 
 
-def fresh(name: str = "qwen3_tiny", dtype: str = "BF16") -> tuple[Model, Model]:
+def fresh(name: str = "qwen3_tiny", dtype: str = "BF16", gqa_layers: tuple[int, ...] = (1, 3)) -> tuple[Model, Model]:
     """(teacher, a student initialised from it)."""
     base = teacher(name)
-    config = student_of(base.config, (1, 3))
+    config = student_of(base.config, gqa_layers)
     plan = init_from_teacher(base.plan, config, InitSettings(FACTORS, 0, dtype))
     return base, Model(config, plan, "fresh")
 

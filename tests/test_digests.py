@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,8 @@ def test_digests_find_a_changed_byte(algorithm: str, tmp_path: Path) -> None:
         report.raise_if_failed("x")
     with pytest.raises(HxaconvError, match="no recorded digests"):
         check_digests(checkpoint, {})
+
+
+def test_neither_digests_nor_the_lint_need_torch() -> None:
+    code = "import sys, hxaconv.digests, hxaconv.lint; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -256,3 +256,29 @@ def test_logits_out_holds_everything(tmp_path: Path) -> None:
     for layer in range(5):
         assert (content[f"hidden.{layer}"] - golden["student_hidden"][layer]).abs().max() < AGREEMENT
     assert alone.read_bytes() == beside.read_bytes()
+
+
+def test_another_device_gives_the_same_logits() -> None:
+    model = student("reka_tiny")
+    # Any device but plain "cpu" is filled by way of a copy.
+    plain, copied = (compare_models(model, model, ids=ids(model), device=device) for device in ("cpu", "cpu:0"))
+    assert copied.passed and copied.logits == plain.logits
+
+
+@pytest.mark.parametrize("settings", [{"device": "cuda:99"}, {"device": "nowhere"}, {"dtype": "bfloat16"}])
+def test_what_cannot_be_run_on_is_refused(settings: dict[str, str]) -> None:
+    model = student("reka_tiny")
+    with pytest.raises(HxaconvError, match=r"cannot be used|does not run in"):
+        verify_model(model, ids=ids(model), **settings)
+    with pytest.raises(HxaconvError, match=r"cannot be used|does not run in"):
+        compare_models(model, model, ids=ids(model), **settings)
+
+
+@pytest.mark.parametrize("layers", [((0, 2), (1, 3)), ((1,), (1, 3)), ((0,), (1,)), ((), (0, 1, 2, 3))])
+def test_students_with_other_layer_maps_are_compared(layers: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    models = [fresh("qwen3_tiny", gqa_layers=chosen)[1] for chosen in layers]
+    report = compare_models(*models, ids=ids(models[0]), expect="report")
+    assert report.passed
+    kept = [result for result in report.layers if result.kind == result.other_kind]
+    assert all(result.output_error == 0 for result in kept)
+    assert all(result.output_error > 0 for result in report.layers if result.kind != result.other_kind)

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from hxaconv.arithmetic import torch_dtype
 from hxaconv.config import ModelConfig, StudentConfig, TeacherConfig
-from hxaconv.dtypes import parse_dtype
 from hxaconv.errors import raise_all
 from hxaconv.model import Model
 from hxaconv.names import layer_index
@@ -24,7 +22,7 @@ from hxaconv.reference.hxa079 import Carry
 from hxaconv.verify.dump import Dump
 from hxaconv.verify.expectations import Thresholds, config_differences, judge
 from hxaconv.verify.report import LayerResult, LogitResult, Report, TensorResult
-from hxaconv.verify.runner import Runner, Stream
+from hxaconv.verify.runner import Runner, Stream, compute_settings
 from hxaconv.verify.tensors import compare_tensor, with_head
 
 if TYPE_CHECKING:
@@ -73,7 +71,7 @@ def _forward(
     report: Report, source: Model, other: Model, ids: Tensor, logits_out: Path | None, progress: Progress | None
 ) -> None:
     dtype, device = report.settings["dtype"], report.settings["device"]
-    compute = torch_dtype(parse_dtype(dtype))
+    compute, device = compute_settings(dtype, device)
     left, right = (Runner(model, dtype=compute, device=device) for model in (source, other))
     dump = Dump(logits_out, source.config, ids, compute) if logits_out else None
     try:

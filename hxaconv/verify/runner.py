@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from hxaconv.arithmetic import torch_dtype
 from hxaconv.config import ModelConfig, StudentConfig
+from hxaconv.dtypes import parse_dtype
+from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.reference import hxa079, llama
 from hxaconv.reference.chunked import chunked
@@ -29,6 +32,23 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def reference_of(model: Model) -> ModuleType:
     """The file of the reference forward that describes this model."""
     return hxa079 if isinstance(model.config, StudentConfig) else llama
+
+
+def compute_settings(dtype: str, device: str) -> tuple[torch.dtype, str]:
+    """The torch dtype and device to run on.
+
+    Raises:
+        HxaconvError: for a dtype in which agreement would mean nothing, and a device that is not there.
+    """
+    name = parse_dtype(dtype)
+    if name not in ("F32", "F64"):
+        raise HxaconvError(f"the reference forward does not run in {dtype}", hint="Use float32 or float64.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise HxaconvError(f"device {device!r} cannot be used: {reason}", hint="Use --device cpu.") from None
+    return torch_dtype(name), device
 
 
 @dataclass

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from hxaconv.architecture import expected_tensors
-from hxaconv.arithmetic import torch_dtype
 from hxaconv.config import ModelConfig, StudentConfig
-from hxaconv.dtypes import FLOATS, parse_dtype
+from hxaconv.dtypes import FLOATS
 from hxaconv.errors import MAX_LISTED
 from hxaconv.model import Model
 from hxaconv.names import layer_index
@@ -22,7 +21,7 @@ from hxaconv.plan import Recipe, Scratch, total_bytes
 from hxaconv.verify.compare import layer_bytes
 from hxaconv.verify.dump import Dump
 from hxaconv.verify.report import Report
-from hxaconv.verify.runner import EMBEDDING, HEAD, Runner
+from hxaconv.verify.runner import EMBEDDING, HEAD, Runner, compute_settings
 from hxaconv.verify.tensors import compare_tensor
 from hxaconv.verify.weights import Weights
 from hxaconv.writing.finite import count_nonfinite
@@ -50,7 +49,7 @@ def verify_model(
     _check_tensors(report, model)
     _check_config(report, model.config)
     if report.passed:
-        compute = torch_dtype(parse_dtype(dtype))
+        compute, device = compute_settings(dtype, device)
         runner = Runner(model, dtype=compute, device=device)
         dump = Dump(logits_out, model.config, ids, compute) if logits_out else None
         try:
