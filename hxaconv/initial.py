@@ -17,8 +17,10 @@ import torch
 from hxaconv.architecture import mixer_tensors
 from hxaconv.arithmetic import computed
 from hxaconv.config import StudentConfig
+from hxaconv.dtypes import num_bytes
+from hxaconv.files import Extent
 from hxaconv.one_thread import one_thread
-from hxaconv.plan import Plan
+from hxaconv.plan import Plan, Ranges, Recipe
 
 LAYER_ARCHITECTURE = 78.0
 """What published trainers write into `layer_architecture`."""
@@ -26,6 +28,8 @@ LAYER_ARCHITECTURE = 78.0
 ORTHOGONAL_GAIN = 0.1
 VALUE_AND_KEY_MIX = 0.73
 BONUS = -0.04
+RANDOM = ("w2", "a2", "v2", "k2", "g2")
+ZERO = ("w1", "a1", "v1", "k1", "g1")
 CHOLESKY_RATIO = 4
 """Height over width from which the condition number of a normal matrix is about 3 at most."""
 
@@ -90,9 +94,7 @@ def _maker(config: StudentConfig, layer: int, parameter: str, seed: int) -> Call
         return functools.partial(decay_bias, width, head_dim, layer, config.num_hidden_layers)
     if parameter == "a0":
         return functools.partial(iclr_bias, width, head_dim)
-    if parameter in ("w1", "a1", "v1", "k1", "g1"):
-        return functools.partial(torch.zeros, shape)
-    if parameter in ("w2", "a2", "v2", "k2", "g2"):
+    if parameter in RANDOM:
         rank, columns = shape
         return functools.partial(orthogonal, (rank, columns), seed, f"model.layers.{layer}.self_attn.{parameter}")
     constants = {
@@ -111,8 +113,10 @@ def initial_parameters(config: StudentConfig, layer: int, seed: int, dtype: str)
     for parameter, shape in mixer_tensors(config, layer).items():
         if "." in parameter:
             continue
-        random = parameter in ("w2", "a2", "v2", "k2", "g2")
-        origin = f"published initial value{f', seed {seed}' if random else ''}"
-        make = _maker(config, layer, parameter, seed)
-        plan[f"model.layers.{layer}.self_attn.{parameter}"] = computed(make, dtype, shape, origin)
+        name = f"model.layers.{layer}.self_attn.{parameter}"
+        origin = f"published initial value{f', seed {seed}' if parameter in RANDOM else ''}"
+        if parameter in ZERO:
+            plan[name] = Recipe(dtype, shape, Ranges((Extent(None, 0, num_bytes(dtype, shape)),), "init"), origin)
+        else:
+            plan[name] = computed(_maker(config, layer, parameter, seed), dtype, shape, origin)
     return plan

@@ -93,7 +93,8 @@ class Ranges:
 
 
 def _zeros(count: int) -> Iterator[memoryview]:
-    zeros = memoryview(bytes(min(count, PIECE_BYTES)))
+    # Writable only for torch's sake, which warns about tensors on a buffer that is not.
+    zeros = memoryview(bytearray(min(count, PIECE_BYTES)))
     while count:
         piece = zeros[: min(count, len(zeros))]
         yield piece
