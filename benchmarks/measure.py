@@ -30,6 +30,8 @@ class Sample:
     cpu: float
     rss: float
     anonymous: float
+    load: float
+    """What else wanted a core: the load average when the run began."""
     cgroup: float | None = None
     """Peak of the cgroup, page cache included."""
 
@@ -46,6 +48,7 @@ def run(command: Sequence[str], *, limit_bytes: int | None = None, env: dict[str
     """
     with _cgroup(limit_bytes) as group:
         enter = None if group is None else (lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
+        load = os.getloadavg()[0]
         start = time.monotonic()
         process = subprocess.Popen(
             command,
@@ -63,7 +66,7 @@ def run(command: Sequence[str], *, limit_bytes: int | None = None, env: dict[str
         if process.returncode != 0:
             raise Failed(f"{shlex.join(command)} exited with {process.returncode}:\n{said[-2000:]}")
         peak = None if group is None else _cgroup_peak(group)
-    return Sample(wall, usage.ru_utime + usage.ru_stime, rss, anonymous, peak)
+    return Sample(wall, usage.ru_utime + usage.ru_stime, rss, anonymous, load, peak)
 
 
 def _watch(pid: int) -> tuple[float, float]:
@@ -134,8 +137,11 @@ class Compared:
             "ratios": [round(ratio, 3) for ratio in ratios],
             "seconds": round(median_wall(self.ours), 3),
             "cp_seconds": round(median_wall(self.copies), 3),
+            "best_seconds": round(min(sample.wall for sample in self.ours), 3),
+            "cp_best_seconds": round(min(sample.wall for sample in self.copies), 3),
             "cpu_seconds": round(statistics.median(sample.cpu for sample in self.ours), 3),
             "cp_cpu_seconds": round(statistics.median(sample.cpu for sample in self.copies), 3),
+            "load": round(statistics.median(sample.load for sample in [*self.ours, *self.copies]), 1),
             **peaks(self.ours),
         }
 
@@ -201,7 +207,6 @@ def machine() -> dict[str, Any]:
         "file_system": mount,
         "python": platform.python_version(),
         **{name: _version(name) for name in ("hxaconv", "torch", "numpy", "safetensors")},
-        "load": os.getloadavg()[0],
     }
 
 
