@@ -112,6 +112,6 @@ def _explain(report: Report) -> None:
     report.notes.append(
         f"KL(teacher || student) is {logits.kl_other_source:.3g} nats per token;"
         f" the teacher with every attention output zeroed has {logits.kl_attention_zeroed:.3g}."
-        " A plain initialisation lies near that yardstick: its RWKV layers have learned nothing yet."
-        " Training brings the first number down; it says nothing against the conversion."
+        " On text, a plain initialisation is expected near that yardstick (random tokens tell less): its RWKV layers"
+        " have learned nothing yet, which says nothing against the conversion. Training brings the number down."
     )
