@@ -1,0 +1,86 @@
+"""Several processes, one model: parts from options, torchrun and Slurm, restarted and finished."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hxaconv.commands.common import resolve_part
+from hxaconv.errors import HxaconvError
+
+Cli = Callable[..., int]
+OPTIONS = ["--max-shard-size", "1MB", "--quiet", "--no-verify"]
+
+
+def command(teacher: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "hxaconv.cli", "init-from-teacher", str(teacher), str(out), *OPTIONS, *more]
+
+
+def same_folders(one: Path, other: Path) -> bool:
+    names = sorted(path.name for path in one.iterdir())
+    assert sorted(path.name for path in other.iterdir()) == names
+    return filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
+
+
+def test_parts_in_any_order_give_the_bytes_of_one_run(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "whole", *OPTIONS) == 0
+    for part in ("3/3", "1/3"):
+        assert cli("init-from-teacher", tiny_teacher, tmp_path / "parts", *OPTIONS, "--part", part) == 0
+        assert not (tmp_path / "parts").exists()
+    assert cli("finish", tmp_path / "parts", "--quiet") == 2
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "parts", *OPTIONS, "--part", "2/3") == 0
+    assert same_folders(tmp_path / "whole", tmp_path / "parts")
+    assert [path.name for path in tmp_path.glob("*partial*")] == []
+
+
+def test_parts_at_once_one_of_them_killed(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "whole", *OPTIONS) == 0
+    out = tmp_path / "parts"
+    environments = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"} for rank in range(3)]
+    processes = [subprocess.Popen(command(tiny_teacher, out), env=e, stderr=subprocess.PIPE) for e in environments]
+    time.sleep(0.5)
+    processes[1].send_signal(signal.SIGKILL)
+    for process in processes:
+        process.communicate()
+    assert processes[0].returncode == processes[2].returncode == 0
+    assert not out.exists()
+    subprocess.run(command(tiny_teacher, out), env=environments[1], check=True)
+    assert same_folders(tmp_path / "whole", out)
+
+
+def test_finish_publishes_what_nobody_did(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "parts"
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    assert cli("init-from-teacher", tiny_teacher, out, *OPTIONS, "--part", "1/2") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("hxaconv.writing.writer.publish", die)
+        assert cli("init-from-teacher", tiny_teacher, out, *OPTIONS, "--part", "2/2") == 130
+    assert not out.exists()
+    assert cli("finish", out, "--quiet") == 0
+    assert (out / "model.safetensors.index.json").exists()
+    assert cli("verify", out, "--digests", "--quiet") == 0
+
+
+def test_where_parts_come_from() -> None:
+    assert resolve_part(None, {}) is None
+    assert resolve_part("2/4", {"RANK": "0", "WORLD_SIZE": "2"}) == (1, 4)
+    assert resolve_part(None, {"RANK": "1", "WORLD_SIZE": "2"}) == (1, 2)
+    assert resolve_part(None, {"RANK": "0", "WORLD_SIZE": "1"}) is None
+    slurm = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "4"}
+    assert resolve_part(None, slurm) == (1, 4)
+    for wrong in ("0/2", "3/2", "x", "1/0"):
+        with pytest.raises(HxaconvError):
+            resolve_part(wrong, {})
