@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1024 * 1024
-SAMPLE_SECONDS = 0.01
+SAMPLE_SECONDS = 0.04
 CGROUPS = Path("/sys/fs/cgroup")
 
 
