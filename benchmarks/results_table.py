@@ -145,7 +145,8 @@ def machine(results: Sequence[Result]) -> str:
     """What the last figures were measured on."""
     m = results[-1]["machine"]
     versions = ", ".join(f"{name} {m[name]}" for name in ("python", "hxaconv", "torch", "numpy", "safetensors"))
-    return f"{m['date']}; {m['cores']} cores ({m['cpu']}), {m['memory_gib']} GiB, {m['system']}, {m['file_system']}; {versions}."
+    place = f"{m['cores']} cores ({m['cpu']}), {m['memory_gib']} GiB, {m['system']}, {m['file_system']}"
+    return f"{m['date']}; {place}; {versions}."
 
 
 def main() -> None:
