@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from hxaconv.dtypes import BY_NAME, num_bytes, num_elements
-from hxaconv.errors import raise_all
+from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.files import PIECE_BYTES, Extent, SourceFile
 
 
@@ -122,14 +122,28 @@ def stored(dtype: str, shape: tuple[int, ...], file: SourceFile, offset: int, or
     return Recipe(dtype, shape, Ranges((Extent(file, offset, num_bytes(dtype, shape)),)), origin)
 
 
+def _extent(recipe: Recipe) -> Extent:
+    """Where a tensor stands as a whole.
+
+    Raises:
+        HxaconvError: for one that is stored transposed or as a slice of another.
+    """
+    if not isinstance(recipe.make, Ranges):
+        raise HxaconvError(
+            f"{recipe.origin} is not stored contiguously, so that its rows can be neither split nor padded",
+            hint="Save the state dict with contiguous tensors: {k: v.contiguous() for k, v in state_dict.items()}.",
+        )
+    assert len(recipe.make.extents) == 1
+    return recipe.make.extents[0]
+
+
 def rows(recipe: Recipe, start: int, stop: int, origin: str) -> Recipe:
     """Rows [start, stop) of a tensor that is copied: still a range of its file.
 
     Fused projections (Phi-3's `qkv_proj`) are split this way.
     """
-    assert isinstance(recipe.make, Ranges) and len(recipe.make.extents) == 1
     assert 0 <= start < stop <= recipe.shape[0]
-    whole = recipe.make.extents[0]
+    whole = _extent(recipe)
     row_bytes = recipe.nbytes // recipe.shape[0]
     part = Extent(whole.file, whole.offset + start * row_bytes, (stop - start) * row_bytes)
     return Recipe(recipe.dtype, (stop - start, *recipe.shape[1:]), Ranges((part,)), origin)
@@ -137,16 +151,16 @@ def rows(recipe: Recipe, start: int, stop: int, origin: str) -> Recipe:
 
 def pad_rows(recipe: Recipe, num_rows: int) -> Recipe:
     """Zero rows below a copied matrix, up to `num_rows`."""
-    assert isinstance(recipe.make, Ranges)
+    whole = _extent(recipe)
     more = (num_rows - recipe.shape[0]) * (recipe.nbytes // recipe.shape[0])
-    make = Ranges((*recipe.make.extents, Extent(None, 0, more)), "pad")
+    make = Ranges((whole, Extent(None, 0, more)), "pad")
     return Recipe(recipe.dtype, (num_rows, *recipe.shape[1:]), make, f"{recipe.origin} + zero rows")
 
 
 def pad_columns(recipe: Recipe, num_columns: int) -> Recipe:
     """Zero columns to the right of a copied matrix, up to `num_columns`."""
-    assert isinstance(recipe.make, Ranges) and len(recipe.make.extents) == 1 and len(recipe.shape) == 2
-    whole, itemsize = recipe.make.extents[0], BY_NAME[recipe.dtype].itemsize
+    assert len(recipe.shape) == 2
+    whole, itemsize = _extent(recipe), BY_NAME[recipe.dtype].itemsize
     row_bytes, more = recipe.shape[1] * itemsize, (num_columns - recipe.shape[1]) * itemsize
     extents: list[Extent] = []
     for row in range(recipe.shape[0]):

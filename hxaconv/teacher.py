@@ -87,7 +87,7 @@ def drop_tied_head(plan: Plan, where: str) -> Plan:
     Raises:
         HxaconvError: when the stored head is not the embedding.
     """
-    if HEAD not in plan:
+    if HEAD not in plan or EMBEDDING not in plan:
         return plan
     if not same_bytes(plan[HEAD], plan[EMBEDDING]):
         raise HxaconvError(

@@ -41,11 +41,12 @@ from hostile import corpus, forge  # noqa: E402
 from hxaconv.checkpoint import Listing, assemble  # noqa: E402
 from hxaconv.containers import Contents, read_contents  # noqa: E402
 from hxaconv.containers.unpickler import parse  # noqa: E402
+from hxaconv.dtypes import num_bytes  # noqa: E402
 from hxaconv.errors import HxaconvError  # noqa: E402
-from hxaconv.files import SourceFile  # noqa: E402
+from hxaconv.files import Extent, SourceFile  # noqa: E402
 from hxaconv.inspection import inspect  # noqa: E402
 from hxaconv.json_files import read_json  # noqa: E402
-from hxaconv.plan import Literal, Plan, Recipe, Scratch  # noqa: E402
+from hxaconv.plan import Plan, Ranges, Recipe, Scratch  # noqa: E402
 from hxaconv.student import looks_like_student, student_model  # noqa: E402
 from hxaconv.teacher import open_teacher  # noqa: E402
 
@@ -132,7 +133,7 @@ def fuzz_config(data: bytes) -> None:
     if not isinstance(config, dict) or not isinstance(shapes, dict) or len(shapes) > 300:
         return
     plan: Plan = {
-        name: Recipe("BF16", tuple(shape), Literal(b""), name)
+        name: Recipe("BF16", tuple(shape), Ranges((Extent(None, 0, num_bytes("BF16", tuple(shape))),)), name)
         for name, shape in shapes.items()
         if isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**40 for n in shape) and len(shape) < 5
     }
@@ -190,6 +191,8 @@ class Tally:
 # --- inputs to begin with ---------------------------------------------------------------------------
 
 
+FIRST_SHARD = "model-00001-of-00002.safetensors"
+FUSED = {"self_attn.qkv_proj": 48 + 24 + 24, "mlp.gate_up_proj": 160}
 Seed = tuple[Callable[[bytes], None], bytes]
 
 
@@ -229,6 +232,10 @@ def model_seeds() -> list[bytes]:
             tensors = read_contents(SourceFile.local(path)).tensors
             shapes = {n: list(r.shape) for n, r in tensors.items() if not any(f".{i}." in n for i in range(2, 99))}
             made.append(json.dumps({"config": config | extra, "tensors": shapes}).encode())
+    tensors = read_contents(SourceFile.local(TESTS / "golden" / "reka_tiny" / "teacher" / FIRST_SHARD)).tensors
+    shapes = {name: list(recipe.shape) for name, recipe in tensors.items()}
+    shapes |= {f"model.layers.0.{name}.weight": [rows, 48] for name, rows in FUSED.items()}
+    made.append(json.dumps({"config": config | {"model_type": "phi3"}, "tensors": shapes}).encode())
     return made
 
 

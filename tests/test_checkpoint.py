@@ -15,7 +15,7 @@ from hxaconv.checkpoint import Checkpoint, open_checkpoint
 from hxaconv.config import teacher_config
 from hxaconv.errors import HxaconvError
 from hxaconv.names import stored_name
-from hxaconv.plan import Scratch, total_bytes
+from hxaconv.plan import Scratch, pad_columns, pad_rows, rows, total_bytes
 
 GOLDEN = Path(__file__).parent / "golden"
 REKA = Path(__file__).parents[2] / "shared" / "reka-flash-3"
@@ -197,3 +197,13 @@ def test_reka_in_full_size(tmp_path: Path) -> None:
     assert len(found.plan) == 399
     assert total_bytes(found.plan) == 41_810_964_480 == found.extra["index"]["total_size"]
     assert len(found.files) == len({file.name for file in found.files})
+
+
+def test_rows_of_a_transposed_matrix_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    torch.save({EMBEDDING: torch.ones(2, 4).t(), "lm_head.weight": torch.ones(4, 2)}, tmp_path / "x.bin")
+    plan = open_checkpoint(tmp_path / "x.bin").plan
+    assert rows(plan["lm_head.weight"], 1, 3, "").shape == (2, 2)
+    for part in (lambda r: rows(r, 1, 3, ""), lambda r: pad_rows(r, 5), lambda r: pad_columns(r, 3)):
+        part(plan["lm_head.weight"])
+        with pytest.raises(HxaconvError, match="is not stored contiguously"):
+            part(plan[EMBEDDING])
