@@ -115,14 +115,14 @@ def measure(paths: list[str], num_layers: int, tokens: int, threads: int, queue:
     """In a fresh process: verify one model, or two against each other."""
     import torch
 
-    import hxaconv.verify.compare as compare_module
-    import hxaconv.verify.runner as runner_module
-    import hxaconv.verify.single as single_module
-    import hxaconv.verify.weights as weights_module
+    import hxaconv.verification.compare as compare_module
+    import hxaconv.verification.runner as runner_module
+    import hxaconv.verification.single as single_module
+    import hxaconv.verification.weights as weights_module
     from hxaconv.checkpoint import open_checkpoint
     from hxaconv.model import Model
     from hxaconv.reference import hxa079
-    from hxaconv.verify import compare_models, probe_tokens, verify_model
+    from hxaconv.verification import compare_models, probe_tokens, verify_model
 
     torch.set_num_threads(threads)
     watch = Stopwatch()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hxaconv.console import Talk
     from hxaconv.layer_maps import LayerMap
     from hxaconv.selection.advice import Advice
-    from hxaconv.verify import Report
+    from hxaconv.verification import Report
 
 
 def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:
@@ -196,10 +196,10 @@ def show_report(report: Report, talk: Talk, plot: str | None) -> None:
     Raises:
         CheckFailed: when it did not pass.
     """
-    from hxaconv.verify.render import render
+    from hxaconv.verification.render import render
 
     if plot is not None:
-        from hxaconv.verify.plot import plot as draw
+        from hxaconv.verification.plot import plot as draw
 
         draw(report, Path(plot))
     talk.result(report.to_json(), *render(report))

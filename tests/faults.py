@@ -16,7 +16,7 @@ from models import expected, student
 from hxaconv.arithmetic import computed, tensor
 from hxaconv.model import Model
 from hxaconv.reference import hxa079
-from hxaconv.verify import compare_models, runner
+from hxaconv.verification import compare_models, runner
 
 ROTATION = "    r, k = rotate(r, positions, config.rope_theta), rotate(k, positions, config.rope_theta)\n"
 QK_NORM = "    if config.qk_norm:\n        r = "

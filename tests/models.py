@@ -19,7 +19,7 @@ from hxaconv.model import Model
 from hxaconv.student import student_model
 from hxaconv.surgery import PRESETS, InitSettings, graft, init_from_teacher
 from hxaconv.teacher import open_teacher
-from hxaconv.verify import Report, probe_tokens
+from hxaconv.verification import Report, probe_tokens
 
 # Matrices this small are slower on several threads.
 torch.set_num_threads(1)

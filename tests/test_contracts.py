@@ -14,7 +14,7 @@ from hxaconv.errors import CheckFailed
 from hxaconv.model import Model
 from hxaconv.names import is_attention
 from hxaconv.surgery import PRESETS, pad_ffn
-from hxaconv.verify import (
+from hxaconv.verification import (
     check_converted,
     check_initialised,
     completed,

@@ -11,7 +11,7 @@ from torch import Tensor
 from hxaconv.checkpoint import open_checkpoint
 from hxaconv.reference import llama
 from hxaconv.teacher import open_teacher
-from hxaconv.verify.weights import Weights
+from hxaconv.verification.weights import Weights
 
 transformers = pytest.importorskip("transformers")
 

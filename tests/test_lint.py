@@ -21,7 +21,7 @@ from hxaconv.files import SourceFile
 from hxaconv.lint import INFER_FOLDER, INFER_PTH, RWKV_INFER_KEYS, TRANSFORMERS, Verdict, lint
 from hxaconv.plan import Literal, Plan, Recipe
 from hxaconv.student_json import student_json
-from hxaconv.verify.render import render_loaders
+from hxaconv.verification.render import render_loaders
 
 
 def config() -> StudentConfig:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hxaconv.errors import HxaconvError
-from hxaconv.verify import (
+from hxaconv.verification import (
     probe_tokens,
 )
 

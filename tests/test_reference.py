@@ -13,7 +13,7 @@ from torch import Tensor
 from hxaconv.model import Model
 from hxaconv.reference import hxa079, llama
 from hxaconv.reference.chunked import chunked
-from hxaconv.verify.weights import Weights
+from hxaconv.verification.weights import Weights
 
 ROUNDING = 1e-12
 """Float64, where only the order of summation differs."""

@@ -12,12 +12,12 @@ from models import changed, fresh, ids, student
 from rich.console import Console
 
 from hxaconv.errors import HxaconvError
-from hxaconv.verify import (
+from hxaconv.verification import (
     Report,
     compare_models,
     verify_model,
 )
-from hxaconv.verify.render import bar, render
+from hxaconv.verification.render import bar, render
 
 
 def text_of(report: Report) -> str:
@@ -49,7 +49,7 @@ def test_bars_grow_with_the_error() -> None:
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_a_plot_is_drawn_and_is_the_same_each_time(suffix: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from hxaconv.verify.plot import plot
+    from hxaconv.verification.plot import plot
 
     base, made = fresh()
     report = compare_models(made, base, ids=ids(base))

@@ -18,13 +18,13 @@ from hxaconv.arithmetic import cast
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.model import Model
 from hxaconv.plan import Literal, Recipe
-from hxaconv.verify import (
+from hxaconv.verification import (
     Thresholds,
     compare_models,
     verify_model,
 )
-from hxaconv.verify import runner as runner_module
-from hxaconv.verify import weights as weights_module
+from hxaconv.verification import runner as runner_module
+from hxaconv.verification import weights as weights_module
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "NEGATIVE_CONTROLS.md"
 

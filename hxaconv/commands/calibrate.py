@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from hxaconv.calibration import CalibrationReport
     from hxaconv.checkpoint import Checkpoint
-    from hxaconv.verify import Report
-    from hxaconv.verify.calibrated import Distances
+    from hxaconv.verification import Report
+    from hxaconv.verification.calibrated import Distances
 
 COMMAND = "calibrate"
 
@@ -86,7 +86,7 @@ def calibrate_student(
     """
     from hxaconv.calibration import Settings
     from hxaconv.calibration.streaming import calibrate, cut, fitted_tokens
-    from hxaconv.verify.calibrated import measure
+    from hxaconv.verification.calibrated import measure
 
     settings = Settings(
         chunk=options.chunk,
@@ -186,7 +186,7 @@ def verify_calibrated(
     calibrated: Calibrated, teacher: Model, output: Model, factors: Mapping[str, float] | None, device: str
 ) -> Report:
     """The check of a calibrated output, on the held-out tokens."""
-    from hxaconv.verify.calibrated import check_calibrated
+    from hxaconv.verification.calibrated import check_calibrated
 
     return check_calibrated(
         teacher,

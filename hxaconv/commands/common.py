@@ -18,7 +18,7 @@ from hxaconv.output import Job, build_output
 if TYPE_CHECKING:
     from hxaconv.console import Progress
     from hxaconv.files import SourceFile
-    from hxaconv.verify import Report
+    from hxaconv.verification import Report
     from hxaconv.writing.writer import Output, WriteResult
 
 Verify = Callable[[Model], "Report"]

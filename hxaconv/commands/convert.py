@@ -31,7 +31,7 @@ from hxaconv.surgery import graft, pad_ffn
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
-    from hxaconv.verify import Report
+    from hxaconv.verification import Report
 
 COMMANDS = {"to-hf": "hf", "to-pth": "pth", "to-training": "training"}
 
@@ -83,7 +83,7 @@ def run(
     )
 
     def verify(output: Model) -> Report:
-        from hxaconv.verify import check_converted
+        from hxaconv.verification import check_converted
 
         before = student if need_all else Model(student.config, _attention(student.plan), student.label)
         return check_converted(before, output)

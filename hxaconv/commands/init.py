@@ -33,7 +33,7 @@ from hxaconv.output import FORMATS, Job
 from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale
 
 if TYPE_CHECKING:
-    from hxaconv.verify import Report
+    from hxaconv.verification import Report
 
 COMMAND = "init-from-teacher"
 INITS = ("openmose", "calibrated")
@@ -115,7 +115,7 @@ def run(
     )
 
     def verify(output: Model) -> Report:
-        from hxaconv.verify import check_initialised
+        from hxaconv.verification import check_initialised
 
         if calibrated is not None:
             return verify_calibrated(calibrated, model, output, factors, fit.device)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
     from hxaconv.containers.safetensors_layout import Shard
     from hxaconv.files import SourceFile
-    from hxaconv.verify import Report
+    from hxaconv.verification import Report
 
 COMMAND = "pick-gqa-layers"
 
@@ -93,7 +93,7 @@ def run(
     )
 
     def verify(output: Model) -> Report:
-        from hxaconv.verify import check_repicked
+        from hxaconv.verification import check_repicked
 
         donated = donor.student if donor else None
         return check_repicked(student, opened.teacher, output, other=donated, factors=settings.factors)

@@ -36,7 +36,7 @@ def calibration_tokens(options: TokenOptions, vocab_size: int, checkpoint: Check
     Raises:
         HxaconvError: for files that hold no token ids, and ids outside the vocabulary.
     """
-    from hxaconv.verify import probe_tokens
+    from hxaconv.verification import probe_tokens
 
     ids = probe_tokens(
         vocab_size,

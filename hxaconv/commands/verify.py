@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
     from hxaconv.console import Progress
     from hxaconv.digests import DigestReport
-    from hxaconv.verify import Report
+    from hxaconv.verification import Report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ def run(
         HxaconvError: when a setting is known from no source, or the two cannot be fed the same input.
     """
     from hxaconv.lint import lint
-    from hxaconv.verify import EXPECTATIONS, Thresholds, compare_models, verify_model
+    from hxaconv.verification import EXPECTATIONS, Thresholds, compare_models, verify_model
 
     options = options or VerifyOptions()
     one_of("--dtype", options.dtype, ("float32", "float64"))
@@ -143,7 +143,7 @@ def open_any(
 
 
 def _probe(options: TokenOptions, checkpoint: Checkpoint, model: Model, other: Model | None) -> Tensor:
-    from hxaconv.verify import probe_tokens
+    from hxaconv.verification import probe_tokens
 
     vocabulary = min(m.config.vocab_size for m in (model, other) if m is not None)
     return probe_tokens(
