@@ -104,4 +104,5 @@ def same_bytes(a: Recipe, b: Recipe) -> bool:
     if a.make == b.make:
         return True
     left, right = a.pieces(Scratch()), b.pieces(Scratch())
-    return all(x == y for x, y in zip(left, right, strict=True))
+    # Comparing bytes is one memcmp; comparing memoryviews unpacks every element.
+    return all(bytes(x) == bytes(y) for x, y in zip(left, right, strict=True))

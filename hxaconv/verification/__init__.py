@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from hxaconv.verify.compare import compare_models
-from hxaconv.verify.contracts import check_converted, check_initialised, completed
-from hxaconv.verify.expectations import Thresholds
-from hxaconv.verify.probe import probe_tokens
-from hxaconv.verify.repicked import check_repicked
-from hxaconv.verify.report import EXPECTATIONS, Check, LayerResult, LogitResult, Report, TensorResult
-from hxaconv.verify.single import verify_model
+from hxaconv.verification.compare import compare_models
+from hxaconv.verification.contracts import check_converted, check_initialised, completed
+from hxaconv.verification.expectations import Thresholds
+from hxaconv.verification.probe import probe_tokens
+from hxaconv.verification.repicked import check_repicked
+from hxaconv.verification.report import EXPECTATIONS, Check, LayerResult, LogitResult, Report, TensorResult
+from hxaconv.verification.single import verify_model
 
 __all__ = [
     "EXPECTATIONS",

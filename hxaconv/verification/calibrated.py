@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hxaconv.model import Model
 from hxaconv.teacher import same_bytes
-from hxaconv.verify.compare import compare_models
-from hxaconv.verify.contracts import check_rwkv_layers, completed, listing
-from hxaconv.verify.report import Report
+from hxaconv.verification.compare import compare_models
+from hxaconv.verification.contracts import check_rwkv_layers, completed, listing
+from hxaconv.verification.report import Report
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,11 @@ from hxaconv.names import layer_index
 from hxaconv.plan import Plan, total_bytes
 from hxaconv.reference import llama
 from hxaconv.reference.hxa079 import Carry
-from hxaconv.verify.dump import Dump
-from hxaconv.verify.expectations import Thresholds, config_differences, judge
-from hxaconv.verify.report import LayerResult, LogitResult, Report, TensorResult
-from hxaconv.verify.runner import Runner, Stream, compute_settings
-from hxaconv.verify.tensors import compare_tensor, with_head
+from hxaconv.verification.dump import Dump
+from hxaconv.verification.expectations import Thresholds, config_differences, judge
+from hxaconv.verification.report import LayerResult, LogitResult, Report, TensorResult
+from hxaconv.verification.runner import Runner, Stream, compute_settings
+from hxaconv.verification.tensors import compare_tensor, with_head
 
 if TYPE_CHECKING:
     from hxaconv.console import Progress

@@ -14,13 +14,13 @@ from hxaconv.errors import MAX_LISTED
 from hxaconv.model import Model
 from hxaconv.names import is_attention, layer_index
 from hxaconv.plan import Plan, Recipe
-from hxaconv.verify.compare import compare_models
-from hxaconv.verify.expectations import Thresholds
-from hxaconv.verify.probe import probe_tokens
-from hxaconv.verify.report import Report, TensorResult
-from hxaconv.verify.runner import HEAD
-from hxaconv.verify.single import finite_on_disk
-from hxaconv.verify.tensors import element_pairs, same_bits, with_head
+from hxaconv.verification.compare import compare_models
+from hxaconv.verification.expectations import Thresholds
+from hxaconv.verification.probe import probe_tokens
+from hxaconv.verification.report import Report, TensorResult
+from hxaconv.verification.runner import HEAD
+from hxaconv.verification.single import finite_on_disk
+from hxaconv.verification.tensors import element_pairs, same_bits, with_head
 
 if TYPE_CHECKING:
     from hxaconv.console import Progress

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from hxaconv.config import ModelConfig, StudentConfig
 from hxaconv.errors import MAX_LISTED
-from hxaconv.verify.report import Report
+from hxaconv.verification.report import Report
 
 
 @dataclass(frozen=True, slots=True)

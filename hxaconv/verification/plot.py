@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError
-from hxaconv.verify.report import Report
+from hxaconv.verification.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

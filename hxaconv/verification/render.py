@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.console import WIDTH, strip_lines, table
 from hxaconv.errors import MAX_LISTED
-from hxaconv.verify.report import LayerResult, LogitResult, Report
+from hxaconv.verification.report import LayerResult, LogitResult, Report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -9,10 +9,10 @@ from hxaconv.model import Model
 from hxaconv.names import is_attention, layer_index
 from hxaconv.plan import Plan
 from hxaconv.teacher import same_bytes
-from hxaconv.verify.contracts import check_rwkv_layers, is_scaled, listing
-from hxaconv.verify.probe import probe_tokens
-from hxaconv.verify.report import Report
-from hxaconv.verify.single import verify_model
+from hxaconv.verification.contracts import check_rwkv_layers, is_scaled, listing
+from hxaconv.verification.probe import probe_tokens
+from hxaconv.verification.report import Report
+from hxaconv.verification.single import verify_model
 
 
 def check_repicked(

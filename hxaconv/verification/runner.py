@@ -18,7 +18,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.reference import hxa079, llama
 from hxaconv.reference.chunked import chunked
-from hxaconv.verify.weights import Weights
+from hxaconv.verification.weights import Weights
 
 LOGIT_BYTES = 64 * 2**20
 """Memory for the logits of some tokens over the whole vocabulary."""

@@ -18,12 +18,12 @@ from hxaconv.errors import MAX_LISTED
 from hxaconv.model import Model
 from hxaconv.names import layer_index
 from hxaconv.plan import Recipe, Scratch, total_bytes
-from hxaconv.verify.compare import layer_bytes
-from hxaconv.verify.dump import Dump
-from hxaconv.verify.report import Report
-from hxaconv.verify.runner import EMBEDDING, HEAD, Runner, compute_settings
-from hxaconv.verify.tensors import compare_tensor
-from hxaconv.verify.weights import Weights
+from hxaconv.verification.compare import layer_bytes
+from hxaconv.verification.dump import Dump
+from hxaconv.verification.report import Report
+from hxaconv.verification.runner import EMBEDDING, HEAD, Runner, compute_settings
+from hxaconv.verification.tensors import compare_tensor
+from hxaconv.verification.weights import Weights
 from hxaconv.writing.finite import count_nonfinite
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from torch import Tensor
 from hxaconv.arithmetic import SERIAL_BYTES, torch_dtype
 from hxaconv.model import Model
 from hxaconv.plan import Plan, Recipe, Scratch
-from hxaconv.verify.report import TensorResult
-from hxaconv.verify.runner import EMBEDDING, HEAD
+from hxaconv.verification.report import TensorResult
+from hxaconv.verification.runner import EMBEDDING, HEAD
 
 
 def with_head(model: Model) -> Plan:
