@@ -172,7 +172,7 @@ class Bench:
     def ours(self, source: Path, command: Sequence[str], out: Path) -> Sample:
         self.prepare(source, out, out.with_suffix(".json"))
         filled = [word.format(source=source, out=out) for word in command]
-        return measure.run(filled, limit_bytes=self.limit)
+        return measure.run(filled, limit_bytes=self.limit, niceness=self.args.nice)
 
     def copy(self, source: Path, files: Sequence[Path]) -> Sample:
         target = self.folder / "copy"
@@ -181,7 +181,7 @@ class Bench:
         words = shlex.join(map(str, files))
         script = f"cp {words} {shlex.quote(str(target))} && sync {shlex.quote(str(target))}/*"
         try:
-            return measure.run(["sh", "-c", script], limit_bytes=self.limit)
+            return measure.run(["sh", "-c", script], limit_bytes=self.limit, niceness=self.args.nice)
         finally:
             _remove(target)
 
@@ -214,6 +214,7 @@ class Bench:
             "bytes": written,
             "cp_bytes": copied_bytes,
             "cold": self.cold,
+            "nice": self.args.nice,
             "limit_mib": None if self.limit is None else self.limit // measure.MIB,
             **summary,
             "target_ratio": row.ratio,
@@ -303,6 +304,7 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(row.name for row in ROWS), help="comma separated; empty for none")
     parser.add_argument("--folder", type=Path, default=Path("benchmark-files"), help="on the disk to measure")
     parser.add_argument("--limit", help="memory of a cgroup for both sides: 256MiB; needs root")
+    parser.add_argument("--nice", type=int, default=0, help="of both sides; below 0 on a busy machine (root)")
     parser.add_argument("--verify", action="store_true", help="also measure the default verification, once")
     parser.add_argument("--naive", action="store_true", help="also measure what others would run")
     parser.add_argument("--pause", type=float, default=0.5, help="seconds of rest before every run")
