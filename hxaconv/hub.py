@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from hxaconv.checkpoint import Checkpoint, Listing, assemble, open_folder
 from hxaconv.containers import Contents, read_contents
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 
     from hxaconv.console import Progress
 
+T = TypeVar("T")
+
 FIRST_REQUEST_BYTES = 128 * 1024
 """Enough for most headers: a second request is rarely needed."""
 TIMEOUT_SECONDS = 30
 DOWNLOAD_WORKERS = 4
 ATTEMPTS = 3
-"""Of a small request whose connection breaks."""
+"""Of a request whose connection breaks."""
 _LOGIN = "Log in with `hf auth login` (or set HF_TOKEN)"
 
 
@@ -95,13 +97,7 @@ class Repository:
 
     def _range(self, file: SourceFile, start: int, count: int) -> bytes:
         with self._explained():
-            for _ in range(ATTEMPTS - 1):
-                try:
-                    return self._range_once(file, start, count)
-                except _network_errors() as error:
-                    if _status(error) is not None:
-                        raise
-            return self._range_once(file, start, count)
+            return _retried(lambda: self._range_once(file, start, count))
 
     def _range_once(self, file: SourceFile, start: int, count: int) -> bytes:
         from huggingface_hub import hf_hub_url
@@ -174,12 +170,16 @@ class Repository:
         # The Hub serves files of more than 50 GB only in its own chunked way, which hf_hub_download knows.
         if expected.sha256 is None or expected.size > 50_000_000_000:
             return
-        blobs = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type="model") / "blobs"
+        folder = repo_folder_name(repo_id=self.name, repo_type="model")
+        blobs, locks = Path(HF_HUB_CACHE) / folder / "blobs", Path(HF_HUB_CACHE) / ".locks" / folder
         blobs.mkdir(parents=True, exist_ok=True)
+        locks.mkdir(parents=True, exist_ok=True)
         blob, partial = blobs / expected.sha256, blobs / f"{expected.sha256}.incomplete"
-        with _hub_utils().WeakFileLock(blobs / f"{expected.sha256}.lock"):
+        with _hub_utils().WeakFileLock(locks / f"{expected.sha256}.lock"):  # the one that hf_hub_download takes
             if not blob.exists():
-                self._complete(partial, name, expected.size)
+                partial.touch()
+                self._report(min(partial.stat().st_size, expected.size), name)
+                _retried(lambda: self._complete(partial, name, expected.size))
                 self._check_digest(partial, name, expected.sha256)
                 os.replace(partial, blob)
 
@@ -197,7 +197,6 @@ class Repository:
                     f"{self.label}/{name}: {size - done} bytes to download, {free} bytes free in {partial.parent}",
                     hint="Free some space, or set HF_HOME to a folder on a larger disk.",
                 )
-            self._report(done, name)
             counted: Any = _Counted(raw, lambda n: self._report(n, name))
             headers = _hub_utils().build_hf_headers() | {"Accept-Encoding": "identity"}
             url = hf_hub_url(self.name, name, revision=self.commit)
@@ -370,6 +369,17 @@ def _network_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
     return (OSError, HfHubHTTPError.__bases__[0])
+
+
+def _retried(action: Callable[[], T]) -> T:
+    """The action's result; it is tried again where the connection broke."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return action()
+        except _network_errors() as error:
+            if _status(error) is not None or getattr(error, "errno", None) is not None:
+                raise
+    return action()
 
 
 def _status(error: Exception) -> int | None:
