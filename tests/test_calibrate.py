@@ -26,9 +26,6 @@ from hxaconv.selection.streaming import untouched_layers
 from hxaconv.surgery import PRESETS, InitSettings, init_from_teacher
 from hxaconv.teacher import open_teacher
 
-JUDGED = 6
-"""Held-out sequences of 512 tokens that the KL is taken over: the ratio moves by less than 0.01 with all 16."""
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -78,13 +75,15 @@ class Proof:
     def __init__(self):
         self.teacher = open_teacher(open_checkpoint(TINY_TEACHER))
         self.student = plain_student(self.teacher)
-        self.ids = tokens("heldout")[:JUDGED]
+        self.ids = tokens("heldout")
         with torch.no_grad():
             self.wanted, _ = llama.forward(self.ids, weights(self.teacher.plan), self.teacher.config)
         self.plain = self.kl(self.student.plan)
 
-    def kl(self, plan, student=None):
-        return divergence(self.wanted, student_logits(plan, (student or self.student).student, self.ids))
+    def kl(self, plan, student=None, rows=16):
+        """Of all held-out tokens, or of the first rows only: these are harder, fit to compare students on."""
+        found = student_logits(plan, (student or self.student).student, self.ids[:rows])
+        return divergence(self.wanted[:rows], found)
 
     def calibrated(self, sequences, **settings):
         found = calibrate(self.teacher, self.student, tokens("calibration")[:sequences], Settings(**settings))
@@ -110,9 +109,10 @@ def test_a_thousand_tokens_remove_three_quarters_of_the_divergence(proof, thousa
     assert proof.plain > 1.8
     assert proof.kl(plan) <= 0.27 * proof.plain
     # Each of these takes part: put back as it was, it costs.
-    for kind in ("v0", "r_k", "g2", "w0"):
+    few = proof.kl(plan, rows=2)
+    for kind in ("v0", "w0", "r_k", "g2", "key.weight"):
         without = {name: r for name, r in calibration.replaced.items() if not name.endswith(kind)}
-        assert proof.kl({**proof.student.plan, **without}) > 0.3 * proof.plain, kind
+        assert proof.kl({**proof.student.plan, **without}, rows=2) > 1.1 * few, kind
 
 
 def test_what_is_reported_is_what_the_layers_do(proof, thousand):
@@ -128,22 +128,24 @@ def test_what_is_reported_is_what_the_layers_do(proof, thousand):
     assert untouched_layers(Model(proof.student.config, thousand[1], "calibrated")) == ()
 
 
+@pytest.mark.slow
 def test_the_closed_form_alone_comes_close_and_the_steps_add_to_it(proof, thousand):
     _, plan = proof.calibrated(2, refine_steps=0)
     closed = proof.kl(plan)
-    assert proof.kl(thousand[1]) < 0.9 * closed < 0.9 * 0.29 * proof.plain
+    assert proof.kl(thousand[1]) < 0.9 * closed
+    assert closed < 0.28 * proof.plain
 
 
 @pytest.mark.slow
 def test_four_thousand_tokens(proof):
     calibration, plan = proof.calibrated(8, refine_steps=40)
     assert all(layer.output_refitted for layer in calibration.report.layers)
-    assert proof.kl(plan) <= 0.18 * proof.plain
+    assert proof.kl(plan) <= 0.15 * proof.plain
 
 
 @pytest.mark.slow
 def test_the_default_recipe_on_a_thousand_tokens(proof):
-    assert proof.kl(proof.calibrated(2)[1]) <= 0.2 * proof.plain
+    assert proof.kl(proof.calibrated(2)[1]) <= 0.17 * proof.plain
 
 
 def random_teacher(seed=0, **changes):
@@ -342,21 +344,26 @@ def test_a_fit_that_is_worse_is_not_taken(small, monkeypatch):
     assert all(layer.error_after == layer.error_before for layer in found.report.layers)
 
 
-def test_refitting_the_output_is_for_many_tokens(small):
-    def refitted(shape, setting):
-        found = calibrate(*small, some_ids(small[0], shape), replace(QUICK, refit_output=setting))
-        return [any(name.endswith(f"{i}.self_attn.output.weight") for name in found.replaced) for i in range(3)]
+def test_refitting_the_output_is_for_many_tokens():
+    teacher = random_teacher(num_hidden_layers=1)
+    student = plain_student(teacher)
 
-    assert refitted((3, 60), "always") == [True] * 3
+    def refitted(shape, setting):
+        settings = Settings(refine_steps=0, refit_output=setting)
+        found = calibrate(teacher, student, some_ids(teacher, shape), settings)
+        assert not found.report.layers[0].kept_plain
+        return any(name.endswith("output.weight") for name in found.replaced)
+
+    assert refitted((3, 60), "always")
     # A = 48: 384 fitted tokens are needed, 3/4 of 512.
-    assert refitted((8, 63), "auto") == [False] * 3
-    assert refitted((8, 64), "auto") == [True] * 3
-    assert refitted((8, 64), "never") == [False] * 3
+    assert not refitted((8, 63), "auto")
+    assert refitted((8, 64), "auto")
+    assert not refitted((8, 64), "never")
 
 
 def test_folding_rope_lowers_the_error_of_kept_attention(proof):
     student = plain_student(proof.teacher, (2, 5))
-    ids = tokens("calibration")[:4]
+    ids = tokens("calibration")[:2]
     found = calibrate(proof.teacher, student, ids, Settings(refine_steps=0, fold_rope=True))
     kept = [layer for layer in found.report.layers if layer.kind == "gqa"]
     assert [layer.layer for layer in kept] == [2, 5]
@@ -364,8 +371,8 @@ def test_folding_rope_lowers_the_error_of_kept_attention(proof):
     names = {name for name in found.replaced if ".layers.2." in name}
     assert names == {f"model.layers.2.self_attn.{part}_proj.weight" for part in "qo"}
     unfolded = {n: r for n, r in found.replaced.items() if ".layers.2." not in n and ".layers.5." not in n}
-    folded = proof.kl({**student.plan, **found.replaced}, student)
-    assert folded < proof.kl({**student.plan, **unfolded}, student)
+    folded = proof.kl({**student.plan, **found.replaced}, student, rows=4)
+    assert folded < proof.kl({**student.plan, **unfolded}, student, rows=4)
 
 
 def test_a_rotation_of_pairs_goes_through_rope():
