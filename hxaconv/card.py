@@ -40,8 +40,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
 ```
 
-RWKV-Infer loads this folder as it is. A `.pth` made of it does not carry rope_theta and rms_norm_eps: pass
-`rope_theta={theta:g}` and `rms_norm_eps={eps:g}`.
+{infer}
 
 ## How it was made
 
@@ -91,4 +90,14 @@ def model_card(
         theta=config.rope_theta,
         eps=config.rms_norm_eps,
         how=how,
+        infer=_infer_text(config),
     ).encode()
+
+
+def _infer_text(config: StudentConfig) -> str:
+    if config.hidden_size % 256:
+        return f"RWKV-Infer does not take it: hidden size {config.hidden_size} is no multiple of 256."
+    return (
+        "RWKV-Infer loads this folder as it is. A `.pth` made of it does not carry rope_theta and rms_norm_eps: pass\n"
+        f"`rope_theta={config.rope_theta:g}` and `rms_norm_eps={config.rms_norm_eps:g}`."
+    )

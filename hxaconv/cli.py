@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from hxaconv.errors import HxaconvError
 from hxaconv.options import (
@@ -67,8 +68,31 @@ if TYPE_CHECKING:
     from hxaconv.console import Talk
     from hxaconv.layer_maps import LayerMap
 
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM, carried past Typer, which would swallow the message and the exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.exit_code = exit_code
+
+
+class Commands(TyperGroup):
+    """The commands, so run that an interruption says what is kept."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            message = getattr(stop, "message", "Interrupted; nothing was published.")
+            raise Stopped(message, getattr(stop, "exit_code", 130)) from None
+
+
 app = typer.Typer(
     name="hxaconv",
+    cls=Commands,
     help="Turn Llama-style transformers into RWKV-7/GQA hybrids (hxa079), convert them, and prove it.",
     no_args_is_help=True,
     add_completion=False,
@@ -762,11 +786,13 @@ def guarded(run: Callable[[], Any]) -> int:
 
         render_error(error)
         return error.exit_code
-    except KeyboardInterrupt as stop:
+    except Stopped as stop:
         from hxaconv.console import Talk
 
-        Talk().say(getattr(stop, "message", "Interrupted; nothing was published."))
-        return getattr(stop, "exit_code", 130)
+        Talk().say(stop.message)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:
         return 0
     except SystemExit as stop:

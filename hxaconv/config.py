@@ -157,6 +157,10 @@ def sliding_window_in_force(raw: Mapping[str, Any]) -> str | None:
     # Qwen writes a window and switches it off; others have no switch.
     if not raw.get("use_sliding_window", raw.get("model_type") not in ("qwen2", "qwen3")):
         return None
+    # In Qwen's configs the window begins at this layer.
+    begins, layers = raw.get("max_window_layers"), raw.get("num_hidden_layers")
+    if isinstance(begins, int) and isinstance(layers, int) and begins >= layers:
+        return None
     context = raw.get("max_position_embeddings")
     return None if context is not None and window >= context else f"sliding_window is {window}"
 
@@ -169,7 +173,7 @@ def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling
     elif "text_config" in raw:
         found.append(f"{kind!r} wraps a language model in `text_config`: export the text model alone first")
     elif kind not in FAMILIES:
-        found.append(f"model_type {kind!r} is not one of {', '.join(FAMILIES)}")
+        found.append(f"model_type {kind!r} is not known: a teacher is one of {', '.join(FAMILIES)}")
     scaling = rope_settings(raw)[1]
     if scaling not in ROPE_SCALING_DEFAULTS and not drop_rope_scaling:
         found.append(
@@ -178,13 +182,15 @@ def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling
         )
     partial = raw.get("partial_rotary_factor", (raw.get("rope_parameters") or {}).get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        found.append(f"partial_rotary_factor {partial}: hxa079 rotates whole heads")
+        found.append(f"partial_rotary_factor {partial}: hxa079 rotates whole heads, a teacher that does too is needed")
     window = sliding_window_in_force(raw)
     if window:
-        found.append(f"sliding-window attention is in force ({window}): hxa079's GQA layers see everything")
+        found.append(
+            f"sliding-window attention is in force ({window}): full attention is needed, as GQA layers have it"
+        )
     activation = raw.get("hidden_act", raw.get("hidden_activation"))
     if activation not in ("silu", "swish"):
-        found.append(f"hidden_act {activation!r}: hxa079's MLP is SwiGLU, which needs silu")
+        found.append(f"hidden_act is {activation!r}: hxa079's MLP is SwiGLU, a teacher with silu is needed")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown method")
         found.append(f"the checkpoint is quantized ({method}): take the bf16 original")
@@ -236,8 +242,9 @@ def teacher_config(
     eps = rms_norm_eps if rms_norm_eps is not None else raw.get("rms_norm_eps")
     if theta is None:
         problems.append("rope_theta is not given; pass --rope-theta (10000 for Llama 1 and 2)")
-    if not isinstance(eps, float | int):
+    if eps is None:
         problems.append("rms_norm_eps is not given; pass --rms-norm-eps")
+    problems += number_problems({"rope_theta": theta, "rms_norm_eps": eps})
     tied = raw.get("tie_word_embeddings")
     if tied is None:
         tied = None if has_head is None else not has_head
@@ -262,6 +269,15 @@ def teacher_config(
         raw=dict(raw),
         warnings=tuple(_warnings(raw)),
     )
+
+
+def number_problems(values: Mapping[str, Any]) -> list[str]:
+    """rope_theta and rms_norm_eps that are no finite numbers above 0, a line each; None is not judged."""
+    return [
+        f"{key} is {value!r}, expected a number above 0"
+        for key, value in values.items()
+        if value is not None and not (isinstance(value, float | int) and 0 < value < float("inf"))
+    ]
 
 
 def _warnings(raw: Mapping[str, Any]) -> list[str]:

@@ -6,11 +6,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.config import RANK_KEYS, ModelConfig, StudentConfig, rope_settings, teacher_config
+from hxaconv.architecture import expected_tensors
+from hxaconv.config import RANK_KEYS, ModelConfig, StudentConfig, TeacherConfig, rope_settings, teacher_config
 from hxaconv.errors import HxaconvError
-from hxaconv.names import layer_kinds, template_of
-from hxaconv.plan import Plan, Recipe, Scratch, total_bytes
-from hxaconv.student import ARCHITECTURE, looks_like_student, other_variant, student_model, tensor_facts
+from hxaconv.names import is_attention, layer_kinds, template_of
+from hxaconv.plan import Plan, Recipe, Scratch, check, total_bytes
+from hxaconv.student import (
+    ARCHITECTURE,
+    MissingSettings,
+    looks_like_student,
+    other_variant,
+    student_model,
+    tensor_facts,
+)
+from hxaconv.teacher import HEAD, split_fused
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
@@ -48,6 +57,8 @@ def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
         "dimensions": _dimensions(checkpoint, config),
         "problem": problem,
     }
+    if config is not None and problem is None:
+        report["problem"] = _contradictions(checkpoint, config)
     report["unknown"] = [key for key, value in report["dimensions"].items() if value is None]
     report["memory"] = _memory(report["dimensions"], plan)
     if stats:
@@ -69,9 +80,25 @@ def _config(checkpoint: Checkpoint) -> tuple[ModelConfig | None, str | None]:
         if checkpoint.config is not None:
             head = "lm_head.weight" in checkpoint.plan
             return teacher_config(checkpoint.config, where=checkpoint.label, has_head=head), None
+    except MissingSettings as error:
+        return None, f"no file says {', '.join(error.missing)}"
     except HxaconvError as error:
-        return None, str(error)
+        return None, error.message
     return None, None
+
+
+def _contradictions(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
+    """What the tensors lack or have too much, by the config; an attention-only checkpoint lacks nothing else."""
+    plan, expected = checkpoint.plan, expected_tensors(config)
+    if all(is_attention(name) for name in plan):
+        expected = {name: shape for name, shape in expected.items() if is_attention(name)}
+    try:
+        if isinstance(config, TeacherConfig):
+            plan = split_fused(plan, config)
+        check({name: recipe for name, recipe in plan.items() if name != HEAD or name in expected}, expected, "it")
+    except HxaconvError as error:
+        return error.message
+    return None
 
 
 def _variant(checkpoint: Checkpoint) -> str:
@@ -137,7 +164,7 @@ def _dimensions(checkpoint: Checkpoint, config: ModelConfig | None) -> dict[str,
     keys = list(ModelConfig.__dataclass_fields__)
     raw = checkpoint.config or checkpoint.sidecar or {}
     return {key: facts.get(key, theta if key == "rope_theta" else raw.get(key)) for key in keys} | {
-        key: value for key, value in facts.items() if key not in keys
+        key: list(value) if isinstance(value, tuple) else value for key, value in facts.items() if key not in keys
     }
 
 

@@ -220,7 +220,9 @@ def default_count(num_layers: int) -> int:
 _ITEM = re.compile(r"(-?\d{1,6})(?:-(-?\d{1,6}))?")
 
 
-def parse_layers(text: str, num_layers: int, *, allow_layer_0: bool = False) -> tuple[int, ...]:
+def parse_layers(
+    text: str, num_layers: int, *, allow_layer_0: bool = False, option: str = "--layers"
+) -> tuple[int, ...]:
     """`8,15-17,-1`, `none`, `all`, the name of a layer map or a file -> layer numbers, sorted.
 
     Negative numbers count from the end: -1 is the last layer.
@@ -245,7 +247,7 @@ def parse_layers(text: str, num_layers: int, *, allow_layer_0: bool = False) -> 
             problems.append(f"range {item} runs backwards: {first} to {last}")
         layers += range(first, min(last, first + num_layers) + 1)
     problems += check(layers, num_layers, allow_layer_0=allow_layer_0)
-    raise_all(f"--layers {text!r} of a model of {num_layers} layers:", problems, hint=_HINT)
+    raise_all(f"{option} {text!r} of a model of {num_layers} layers:", problems, hint=_HINT)
     return tuple(sorted(layers))
 
 

@@ -86,7 +86,9 @@ PushTo = Annotated[
     str | None, typer.Option(help="ORG/NAME: upload the finished folder, private.", rich_help_panel=OUTPUT)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=TALK)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=TALK)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.", rich_help_panel=TALK)
+]
 
 
 InputIds = Annotated[str | None, typer.Option(help="Token ids: .npy, .safetensors or .json.", rich_help_panel=PROBE)]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from hxaconv.dtypes import BY_NAME, num_bytes, num_elements
+from hxaconv.dtypes import BY_NAME, FLOATS, num_bytes, num_elements
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.files import PIECE_BYTES, Extent, SourceFile
 
@@ -185,13 +185,18 @@ def source_files(plan: Mapping[str, Recipe]) -> list[SourceFile]:
 
 
 def check(plan: Mapping[str, Recipe], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Compare a plan's names and shapes with what the architecture demands.
+    """Compare a plan's names, shapes and dtypes with what the architecture demands.
 
     Raises:
-        HxaconvError: listing every missing, unexpected and misshapen tensor at once.
+        HxaconvError: listing every missing, unexpected, misshapen and quantized tensor at once.
     """
     problems = [f"{name} is missing, expected shape {shape}" for name, shape in expected.items() if name not in plan]
     problems += [f"{name} is not part of the architecture" for name in plan if name not in expected]
+    problems += [
+        f"{name} has dtype {recipe.dtype}: quantized weights are not converted, take the bf16 original"
+        for name, recipe in plan.items()
+        if recipe.dtype not in FLOATS
+    ]
     problems += [
         f"{name} has shape {plan[name].shape}, the config implies {shape} ({plan[name].origin})"
         for name, shape in expected.items()

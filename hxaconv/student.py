@@ -13,10 +13,11 @@ from hxaconv.config import (
     Ranks,
     StudentConfig,
     TeacherConfig,
+    number_problems,
     rope_settings,
     teacher_config,
 )
-from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.errors import HxaconvError, bullet_list, raise_all
 from hxaconv.model import Model
 from hxaconv.names import layer_kinds, template_of
 from hxaconv.plan import Plan
@@ -50,6 +51,17 @@ class Facts:
 
     source: str
     values: Mapping[str, Any]
+
+
+class MissingSettings(HxaconvError):
+    """Settings that no source gives."""
+
+    def __init__(self, where: str, missing: list[str], lines: list[str]) -> None:
+        super().__init__(
+            f"{where} does not say everything that a student's config needs, and nothing is guessed:\n"
+            f"{bullet_list(lines)}"
+        )
+        self.missing = missing
 
 
 def looks_like_student(names: Iterable[str]) -> bool:
@@ -201,6 +213,7 @@ def resolve(sources: list[Facts], where: str) -> StudentConfig:
                 problems.append(f"{key} is {values[key]!r} by {origin[key]}, {value!r} by {facts.source}")
     raise_all(f"{where}: its sources contradict each other:", problems, hint="Give the right value as an option.")
     _refuse_gaps(values, where)
+    raise_all(f"{where}:", number_problems({key: values[key] for key in ("rope_theta", "rms_norm_eps")}))
     ranks = Ranks(**{short: values[key] for short, key in RANK_KEYS.items()})
     sizes = {key: values[key] for key in SIZES}
     return StudentConfig(
@@ -227,7 +240,8 @@ def _refuse_gaps(values: dict[str, Any], where: str) -> None:
     lines += [f"{key}: pass --teacher (the checkpoint holds attention only)" for key in needs_teacher]
     open_ranks = [key for key in RANK_KEYS.values() if key not in values]
     lines += [f"{key}: neither a low-rank tensor nor config.json says it" for key in open_ranks]
-    raise_all(f"{where} does not say everything that a student's config needs, and nothing is guessed:", lines)
+    if missing:
+        raise MissingSettings(where, missing, lines)
 
 
 def student_model(

@@ -132,7 +132,7 @@ def inspection_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     if report["left_behind"]:
         lines.append(f"Known and left behind: {len(report['left_behind'])} rotary buffers")
     if report["problem"]:
-        lines += ["", f"Not known from the files: {report['problem']}"]
+        lines += ["", f"Remark: {report['problem']}"]
     if "statistics" in report:
         lines.append(_statistics_table(report["statistics"]))
     return lines

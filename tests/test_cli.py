@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import signal
 import subprocess
 import sys
 import zipfile
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 Cli = Callable[..., int]
 
@@ -340,3 +341,67 @@ def test_a_shard_is_copied_where_links_are_not_possible(
     assert cli("pick-gqa-layers", first, second, "--layers", "1,5", "--quiet") == 0
     assert not (first / "model.safetensors").samefile(second / "model.safetensors")
     assert filecmp.cmp(first / "model.safetensors", second / "model.safetensors", shallow=False)
+
+
+def test_quantized_weights_are_refused(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(tiny_teacher / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    (tmp_path / "t").mkdir()
+    save_file(tensors, tmp_path / "t" / "model.safetensors")
+    (tmp_path / "t" / "config.json").write_bytes((tiny_teacher / "config.json").read_bytes())
+    assert cli("init-from-teacher", tmp_path / "t", tmp_path / "o") == 2
+    assert name in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--rope-theta", "nan"), ("--rms-norm-eps", "-1"), ("--rope-theta", "0")]
+)
+def test_numbers_that_cannot_be(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "o", option, value) == 2
+    assert option[2:].replace("-", "_") in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_says_what_is_kept(
+    cli: Cli,
+    tiny_teacher: Path,
+    tmp_path: Path,
+    number: int,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from hxaconv.writing.interruption import Interrupted
+
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hxaconv.writing.writer.publish", stop)
+        assert cli("init-from-teacher", tiny_teacher, tmp_path / "o", "--no-verify", "--quiet") == code
+    assert "--resume" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "o", "--no-verify", "--quiet", "--resume") == 0
+
+
+def test_inspect_sees_a_config_that_contradicts_the_tensors(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = json.loads((tiny_teacher / "config.json").read_text()) | {"num_hidden_layers": 7}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model.safetensors").write_bytes((tiny_teacher / "model.safetensors").read_bytes())
+    assert cli("inspect", tmp_path) == 0
+    assert "model.layers.6.input_layernorm.weight is missing" in capsys.readouterr().out
+
+
+def test_a_shard_counts_its_header(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    words = ["--max-shard-size", "220KB", "--quiet", "--no-verify"]
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "o", *words) == 0
+    assert max(path.stat().st_size for path in (tmp_path / "o").glob("*.safetensors")) <= 220_000

@@ -145,6 +145,7 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
 
     one_of("--digest", write.digest, DIGESTS)
     output = build_output(job)
+    warnings += oversized(output, job.max_shard_bytes)
     if write.dry_run:
         return Outcome(job=job, output=output, written=None, warnings=warnings, notes=notes)
     settings = WriteSettings(
@@ -181,6 +182,14 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
         notes=notes,
         pushed_to=pushed,
     )
+
+
+def oversized(output: Output, max_shard_bytes: int) -> list[str]:
+    """Tensors that no file of the size asked for can hold."""
+    if output.container != "safetensors":
+        return []
+    names = [name for name, recipe in output.tensors.items() if recipe.nbytes > max_shard_bytes]
+    return [f"larger than --max-shard-size, in files of their own: {', '.join(names)}"] if names else []
 
 
 def _staged_check(job: Job, verify: Verify, reports: list[Report]) -> Callable[[Path], Mapping[str, Any]]:

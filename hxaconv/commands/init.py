@@ -138,7 +138,9 @@ def choose_layers(
     if layer_map is not None and gqa_layers is not None:
         raise HxaconvError("--layer-map and --gqa-layers both choose the layers", hint="Give one of them.")
     if gqa_layers is not None:
-        return layer_maps.parse_layers(gqa_layers, count, allow_layer_0=allow_layer_0), "as asked for"
+        return layer_maps.parse_layers(
+            gqa_layers, count, allow_layer_0=allow_layer_0, option="--gqa-layers"
+        ), "as asked for"
     chosen = layer_maps.load(layer_map) if layer_map is not None else layer_maps.match(config, [teacher])
     if chosen is not None:
         layers = layer_maps.from_map(chosen, count, allow_layer_0=allow_layer_0)

@@ -18,19 +18,25 @@ from hxaconv.plan import Plan, Ranges, Recipe, total_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
 _PATTERN = "model{suffix}.safetensors"
+_HEADER_FRAME_BYTES = 64
+"""The length, the metadata and the padding."""
+_ENTRY_BYTES = 128
+"""A header entry beside its name, with long numbers."""
 _MAX_HEADER_BYTES = 100_000_000
 """The format's readers refuse longer headers."""
 
 
 def shard_layouts(plan: Plan, max_shard_bytes: int) -> tuple[FileLayout, ...]:
-    """`model.safetensors`, or `model-00001-of-0000N.safetensors` ... of at most `max_shard_bytes` of tensors."""
+    """`model.safetensors`, or `model-00001-of-0000N.safetensors` ... of at most `max_shard_bytes`."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
+    # What a tensor takes in the header: its name, dtype, shape and two offsets.
+    header_share = max((len(name.encode()) for name in plan), default=0) + _ENTRY_BYTES
     split = split_state_dict_into_shards_factory(
         plan,
-        get_storage_size=lambda recipe: recipe.nbytes,
+        get_storage_size=lambda recipe: recipe.nbytes + header_share,
         filename_pattern=_PATTERN,
-        max_shard_size=max_shard_bytes,
+        max_shard_size=max(1, max_shard_bytes - _HEADER_FRAME_BYTES),
     )
     shards = split.filename_to_tensors.items()
     return tuple(file_layout(file_name, {name: plan[name] for name in names}) for file_name, names in shards)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.containers.layout import FileLayout
 from hxaconv.containers.safetensors_layout import INDEX_NAME, index_json
-from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.errors import CheckFailed, HxaconvError, raise_all
 from hxaconv.files import SourceFile
 from hxaconv.plan import Scratch
 from hxaconv.writing import diskio, locks, preflight
@@ -224,6 +224,9 @@ class _Run:
         except KeyboardInterrupt as interruption:
             number = getattr(interruption, "number", signal.SIGINT)
             raise Interrupted(number, f"Interrupted. {self._what_is_kept()}") from None
+        except CheckFailed as error:
+            error.hint = f"What was written is kept in {self.staging.path} for a look; delete it before another run."
+            raise
         except HxaconvError as error:
             error.hint = f"{error.hint} {self._what_is_kept()}".strip()
             raise
