@@ -482,6 +482,8 @@ def pick_gqa_layers(
         layers = ",".join(map(str, advised))
     elif out is None:
         raise HxaconvError("--layers names the choice, but there is no OUT to write it to", hint="Add OUT.")
+    elif save or plot or log or count is not None or strategy != "uniform":
+        raise HxaconvError("--layers is a choice made; --count, --strategy, --log, --save and --plot are for advice")
     from hxaconv.commands import pick
 
     outcome = pick.run(
@@ -512,13 +514,13 @@ def _advise(values: dict[str, Any], talk: Talk) -> tuple[int, ...]:
     from hxaconv.selection.advice import Request
     from hxaconv.tables import show_advice
 
+    advise.check_results(values)
     tokens = TokenOptions(
         input_ids=values["input_ids"], text=values["text"], tokens=values["tokens"], seed=values["seed"]
     )
     request = Request(
         strategy=values["strategy"],
         count=values["count"],
-        rules=advise.rules(values["strategy"], values),
         kl_mode=values["kl_mode"],
         allow_layer_0=values["allow_gqa_layer_0"],
         tokens_are_text=tokens.given,
@@ -539,6 +541,8 @@ def _advise(values: dict[str, Any], talk: Talk) -> tuple[int, ...]:
         preset=values["preset"],
         scale=values["scale"],
         seed=values["seed"],
+        options=values,
+        applies=values["out"] is not None,
         progress=talk.progress(),
     )
     advise.save(advised, values["save"], values["plot"])

@@ -217,7 +217,7 @@ def default_count(num_layers: int) -> int:
     return max(1, num_layers // 7)
 
 
-_ITEM = re.compile(r"(-?\d{1,6})(?:-(-?\d{1,6}))?")
+_ITEM = re.compile(r"(-?[0-9]{1,6})(?:-(-?[0-9]{1,6}))?")
 
 
 def parse_layers(
@@ -235,9 +235,30 @@ def parse_layers(
         return tuple(range(num_layers)) if word == "all" else ()
     if word and not re.fullmatch(r"[-\d,\s]+", word) and "," not in word:
         return from_map(load(word), num_layers, allow_layer_0=allow_layer_0)
+    layers, problems = _numbers(word, num_layers)
+    problems += check(layers, num_layers, allow_layer_0=allow_layer_0)
+    raise_all(f"{option} {text!r} of a model of {num_layers} layers:", problems, hint=_HINT)
+    return tuple(sorted(layers))
+
+
+def parse_numbers(text: str, num_layers: int, option: str) -> tuple[int, ...]:
+    """`0,5-7,-1` -> layer numbers, sorted; unlike a choice of layers, any of them.
+
+    Raises:
+        HxaconvError: listing everything that is wrong at once.
+    """
+    layers, problems = _numbers(text, num_layers)
+    problems += range_problems(layers, num_layers)
+    hint = "Layers are numbered from 0, -1 is the last: 8,15-17,-1."
+    raise_all(f"{option} {text!r} of a model of {num_layers} layers:", problems, hint=hint)
+    return tuple(sorted(layers))
+
+
+def _numbers(text: str, num_layers: int) -> tuple[list[int], list[str]]:
+    """(layer numbers, what is not understood, a line each)."""
     layers: list[int] = []
     problems: list[str] = []
-    for item in filter(None, (part.strip() for part in word.split(","))):
+    for item in filter(None, (part.strip() for part in text.split(","))):
         found = _ITEM.fullmatch(item)
         if found is None:
             problems.append(f"{item!r} is not a layer number or a range such as 15-17")
@@ -246,9 +267,7 @@ def parse_layers(
         if first > last:
             problems.append(f"range {item} runs backwards: {first} to {last}")
         layers += range(first, min(last, first + num_layers) + 1)
-    problems += check(layers, num_layers, allow_layer_0=allow_layer_0)
-    raise_all(f"{option} {text!r} of a model of {num_layers} layers:", problems, hint=_HINT)
-    return tuple(sorted(layers))
+    return layers, problems
 
 
 _HINT = "Layers are numbered from 0, -1 is the last: 8,15-17,-1. Or `none`, `all`, a layer map's name or file."

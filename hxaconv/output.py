@@ -37,6 +37,8 @@ class Job:
     command: str
     options: Mapping[str, Any]
     """The command's own arguments, as JSON: recorded for --resume, published with bare names for paths."""
+    defaults: Mapping[str, Any]
+    """What the command takes for an argument that is not given."""
     student: Model
     target: Path
     format: str
@@ -71,10 +73,12 @@ def build_output(job: Job) -> Output:
     from hxaconv.writing.writer import Output
 
     folder = job.format == "hf"
-    if not folder and job.target.suffix not in (".pth", ".pt", ".bin"):
+    # RWKV-Infer takes a path for a file only where its name says .pth; trainers are not so particular.
+    if not folder and job.target.suffix not in ((".pth",) if job.format == "pth" else (".pth", ".pt", ".bin")):
         raise HxaconvError(f"{job.target}: a {job.format} output is one file", hint="Name it OUT.pth.")
     if folder and job.target.suffix in (".pth", ".pt", ".bin", ".safetensors"):
-        raise HxaconvError(f"{job.target}: an hf output is a folder", hint="Leave the suffix off, or use --format pth.")
+        other = "`hxaconv to-pth`" if job.command == "to-hf" else "--format pth"
+        raise HxaconvError(f"{job.target}: an hf output is a folder", hint=f"Leave the suffix off, or use {other}.")
     config = job.student.student
     document = student_json(config, job.student.raw, job.dtype)
     return Output(
@@ -153,11 +157,29 @@ def command_line(job: Job) -> str:
             words.append("OUT")
         elif key in ("source", "teacher") and words[-1] == job.command:
             words.append(str(bare(value)))
-        elif value is True:
-            words.append(f"--{key.replace('_', '-')}")
-        elif value not in (None, False):
-            words += [f"--{key.replace('_', '-')}", str(bare(value))]
+        elif key == "calibration":
+            words += [
+                word
+                for name, setting in (value or {}).items()
+                if setting != job.defaults.get(name)
+                for word in _option(name, setting)
+            ]
+        elif key == "all_tensors":
+            words += ["--all"] if value and job.command == "to-training" else []
+        elif value != job.defaults.get(key):
+            words += _option(key, value)
     return shlex.join(words)
+
+
+OPTION_NAMES = {"pad_ffn_to": "pad-ffn", "other": "from"}
+"""Arguments whose option is called otherwise, `from` being a word of Python's."""
+
+
+def _option(key: str, value: Any) -> list[str]:
+    name = OPTION_NAMES.get(key, key.replace("_", "-"))
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(bare(value))]
 
 
 def _provenance(job: Job) -> dict[str, Any]:

@@ -204,14 +204,18 @@ def resolve(sources: list[Facts], where: str) -> StudentConfig:
     """
     values: dict[str, Any] = dict(sources[0].values)
     origin: dict[str, str | None] = dict.fromkeys(values)
-    problems = []
+    problems, keys = [], set()
     for facts in sources[1:]:
         for key, value in facts.values.items():
             if key not in values:
                 values[key], origin[key] = value, facts.source
             elif values[key] != value and origin[key] is not None:
+                keys.add(key)
                 problems.append(f"{key} is {values[key]!r} by {origin[key]}, {value!r} by {facts.source}")
-    raise_all(f"{where}: its sources contradict each other:", problems, hint="Give the right value as an option.")
+    hint = "Give the right value as an option."
+    if not keys <= FLAGS.keys():
+        hint = "One of them belongs to another model, or the checkpoint holds tensors that it should not."
+    raise_all(f"{where}: its sources contradict each other:", problems, hint=hint)
     _refuse_gaps(values, where)
     raise_all(f"{where}:", number_problems({key: values[key] for key in ("rope_theta", "rms_norm_eps")}))
     ranks = Ranks(**{short: values[key] for short, key in RANK_KEYS.items()})

@@ -120,7 +120,7 @@ def graft(trained: Plan, teacher: Plan, config: StudentConfig) -> Grafted:
         HxaconvError: when a trained tensor would end up unused, or something is in neither.
     """
     expected = expected_tensors(config)
-    unused = [f"{name} {trained[name].shape}" for name in trained if name not in expected]
+    unused = [f"{name} {trained[name].shape} ({trained[name].origin})" for name in trained if name not in expected]
     raise_all(
         f"{len(unused)} tensors of the trained checkpoint have no place in the result:",
         unused,
@@ -128,7 +128,8 @@ def graft(trained: Plan, teacher: Plan, config: StudentConfig) -> Grafted:
     )
     plan = {name: trained.get(name) or teacher.get(name) for name in expected}
     missing = [name for name, recipe in plan.items() if recipe is None]
-    raise_all("neither the trained checkpoint nor the teacher holds:", missing)
+    hint = "Is it the teacher that this checkpoint was trained from, and is the checkpoint complete?"
+    raise_all("neither the trained checkpoint nor the teacher holds:", missing, hint=hint)
     complete = {name: recipe for name, recipe in plan.items() if recipe is not None}
     check(complete, expected, "the trained checkpoint with its teacher")
     return Grafted(

@@ -91,8 +91,9 @@ def drop_tied_head(plan: Plan, where: str) -> Plan:
         return plan
     if not same_bytes(plan[HEAD], plan[EMBEDDING]):
         raise HxaconvError(
-            f"{where}: config.json ties the head to the embedding, but {HEAD} differs from {EMBEDDING}",
-            hint='Set "tie_word_embeddings": false in its config.json if the stored head is the right one.',
+            f"{where}: its settings tie the head to the embedding, but {HEAD} differs from {EMBEDDING}",
+            hint="If the stored head is the right one: --no-tie-word-embeddings,"
+            ' or "tie_word_embeddings": false in the config.json that says otherwise.',
         )
     return {name: recipe for name, recipe in plan.items() if name != HEAD}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -405,3 +406,52 @@ def test_a_shard_counts_its_header(cli: Cli, tiny_teacher: Path, tmp_path: Path)
     words = ["--max-shard-size", "220KB", "--quiet", "--no-verify"]
     assert cli("init-from-teacher", tiny_teacher, tmp_path / "o", *words) == 0
     assert max(path.stat().st_size for path in (tmp_path / "o").glob("*.safetensors")) <= 220_000
+
+
+@pytest.mark.parametrize("source", ["student.pth", "student_hf"])
+@pytest.mark.parametrize("out", ["o.pth", "o"])
+def test_other_layers_of_a_tied_student(cli: Cli, golden: Path, tmp_path: Path, source: str, out: str) -> None:
+    case = golden / "qwen3_tiny"
+    words = ["--layers", "1-2", "--teacher", case / "teacher", "--quiet"]
+    assert cli("pick-gqa-layers", case / source, tmp_path / out, *words) == 0
+
+
+def test_advice_never_replaces_a_file_unasked(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "map.toml").write_text("mine")
+    assert cli("pick-gqa-layers", tiny_teacher, "--count", "2", "--save", tmp_path / "map.toml") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "map.toml").read_text() == "mine"
+    assert cli("pick-gqa-layers", tiny_teacher, "--count", "2", "--exclude", "9") == 2
+    assert "out of range" in capsys.readouterr().err
+    assert cli("pick-gqa-layers", tiny_teacher, tmp_path / "o", "--count", "2") == 2
+    assert "init-from-teacher" in capsys.readouterr().err
+
+
+def test_the_recorded_command_can_be_typed_again(cli: Cli, golden: Path, tmp_path: Path) -> None:
+    case = golden / "reka_tiny"
+    words = ["to-hf", case / "student.pth", tmp_path / "a", "--pad-ffn", "256", "--no-tie-word-embeddings"]
+    words += ["--rope-theta", "8e6", "--rms-norm-eps", "1e-5"]
+    assert cli(*words, "--quiet") == 0
+    line = json.loads((tmp_path / "a" / "hxaconv.json").read_text())["command_line"]
+    recorded = shlex.split(line.replace("OUT", str(tmp_path / "b")).replace("student.pth", str(case / "student.pth")))
+    assert "--no-tie-word-embeddings" in recorded
+    assert cli(*recorded[1:], "--quiet") == 0
+    names = ["model.safetensors", "config.json", "hxaconv.json", "README.md"]
+    assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False) == (names, [], [])
+    assert cli("to-training", tmp_path / "a", tmp_path / "t.pth", "--all", "--quiet") == 0
+    sidecar = json.loads((tmp_path / "t.json").read_text())
+    assert sidecar["hxaconv"]["command_line"] == "hxaconv to-training a OUT --all"
+
+
+def test_a_value_beyond_float16_is_not_called_damage(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(tiny_teacher / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e6
+    (tmp_path / "t").mkdir()
+    save_file(tensors, tmp_path / "t" / "model.safetensors")
+    (tmp_path / "t" / "config.json").write_bytes((tiny_teacher / "config.json").read_bytes())
+    assert cli("init-from-teacher", tmp_path / "t", tmp_path / "o", "--dtype", "float16") == 2
+    assert "65504" in capsys.readouterr().err

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hxaconv import layer_maps
 from hxaconv.commands.common import checked_device, one_of, open_teacher_source
 from hxaconv.commands.convert import complete, main_dtype, open_student
 from hxaconv.commands.tokens import TokenOptions, calibration_tokens
 from hxaconv.config import student_of
 from hxaconv.dtypes import FLOATS
-from hxaconv.errors import HxaconvError
+from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.model import Model
 from hxaconv.student import looks_like_student
 from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale, repick
@@ -47,6 +48,8 @@ def run(
     preset: str = "openmose-stage1",
     scale: str | None = None,
     seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    applies: bool = False,
     progress: Progress | None = None,
 ) -> Advised:
     """Score the layers of `source`: a teacher (its plain initialisation is scored), or a student with `teacher`.
@@ -72,12 +75,19 @@ def run(
             raise HxaconvError(f"--strategy {request.strategy} compares with the teacher", hint="Pass --teacher.")
         if "student" in wanted and teacher_model is not None:
             student = _all_rwkv(model, teacher_model, InitSettings(factors, seed, main_dtype(model.plan)))
+    elif applies:
+        raise HxaconvError(
+            f"{source} is a teacher, whose layers are all attention: there is no choice to change",
+            hint="Make a student of it: hxaconv init-from-teacher, with --layer-map for a saved choice.",
+        )
     else:
         model = open_teacher_source(source, revision=revision, allow_output_bias=True)[1]
         teacher_model = model
         if "student" in wanted:
             student = _initialised(model, InitSettings(factors, seed, main_dtype(model.plan)))
     ids = calibration_tokens(tokens, model.config.vocab_size, checkpoint).numpy() if "tokens" in wanted else None
+    if options is not None:
+        request = replace(request, rules=rules(request.strategy, options, model.config.num_hidden_layers))
     advice = advise(
         model.config.num_hidden_layers,
         request,
@@ -103,30 +113,40 @@ def _initialised(teacher: Model, settings: InitSettings) -> Model:
     return Model(config, init_from_teacher(teacher.plan, config, settings), f"plain student of {teacher.label}")
 
 
-def rules(strategy: str, values: Mapping[str, Any]) -> Rules | None:
+def rules(strategy: str, values: Mapping[str, Any], num_layers: int) -> Rules | None:
     """The strategy's own rules with the options over them; None where no option is given.
 
     Raises:
-        HxaconvError: for --exclude that names no layers.
+        HxaconvError: for --exclude that names no layers of the model.
     """
-    from dataclasses import replace
-
     from hxaconv.selection.scores import STRATEGIES
 
     given = {key: values[key] for key in ("min_gap", "max_gap", "max_consecutive") if values[key] is not None}
     if values["exclude"]:
-        given["exclude"] = frozenset(_numbers(values["exclude"]))
+        given["exclude"] = frozenset(layer_maps.parse_numbers(values["exclude"], num_layers, "--exclude"))
     return replace(STRATEGIES[strategy].rules, **given) if given and strategy in STRATEGIES else None
 
 
-def _numbers(text: str) -> list[int]:
-    found: list[int] = []
-    for item in text.split(","):
-        first, _, last = item.strip().partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
-            raise HxaconvError(f"--exclude {text!r}: {item!r} is not a layer or a range", hint="Example: 0,5-7.")
-        found += range(int(first), int(last or first) + 1)
-    return found
+def check_results(values: Mapping[str, Any]) -> None:
+    """Refuse, before anything is scored, results that could not be written afterwards.
+
+    Raises:
+        HxaconvError: listing every file that exists already, or cannot be made.
+    """
+    problems = []
+    for option in ("save", "plot", "out"):
+        path = Path(values[option]) if values[option] else None
+        if path is None:
+            continue
+        if path.exists() and not values["overwrite"]:
+            problems.append(f"{path} exists; --overwrite replaces it")
+        if not path.absolute().parent.is_dir():
+            problems.append(f"{path.absolute().parent} is not a folder")
+    if values["plot"] and Path(values["plot"]).suffix not in (".png", ".svg", ".pdf"):
+        problems.append(f"--plot {values['plot']}: a plot is a .png, .svg or .pdf file")
+    if values["log"] and values["strategy"] != "log":
+        problems.append("--log is read by --strategy log only")
+    raise_all("the advice could not be given as asked for:", problems)
 
 
 def cache_path(beside: str | None) -> Path | None:

@@ -14,6 +14,7 @@ from hxaconv.commands.common import (
     WriteOptions,
     base_model_name,
     checked_device,
+    defaults_of,
     layer_0_warning,
     open_teacher_source,
     parse_size,
@@ -158,6 +159,7 @@ def run(
     job = Job(
         command=COMMAND,
         options=recorded,
+        defaults=defaults_of(run) | defaults_of(CalibrateOptions),
         student=calibrated.student if calibrated else plain,
         target=Path(out),
         format=format or ("pth" if Path(out).suffix == ".pth" else "hf"),

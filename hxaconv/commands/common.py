@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -182,6 +183,12 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
         notes=notes,
         pushed_to=pushed,
     )
+
+
+def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Argument -> default of a command's function."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 def oversized(output: Output, max_shard_bytes: int) -> list[str]:

@@ -14,6 +14,7 @@ from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
     base_model_name,
+    defaults_of,
     layer_0_warning,
     open_teacher_source,
     parse_size,
@@ -70,6 +71,7 @@ def run(
     job = Job(
         command=command,
         options=options,
+        defaults=defaults_of(run),
         student=changed,
         target=Path(out),
         format=COMMANDS[command],

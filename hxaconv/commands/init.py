@@ -19,6 +19,7 @@ from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
     base_model_name,
+    defaults_of,
     layer_0_warning,
     one_of,
     open_teacher_source,
@@ -97,6 +98,7 @@ def run(
     job = Job(
         command=COMMAND,
         options=options,
+        defaults=defaults_of(run) | defaults_of(CalibrateOptions),
         student=calibrated.student if calibrated else student,
         target=Path(out),
         format=format,

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_maps
 from hxaconv.card import UNTRAINED
-from hxaconv.commands.common import Outcome, WriteOptions, base_model_name, layer_0_warning, parse_size, perform
+from hxaconv.commands.common import (
+    Outcome,
+    WriteOptions,
+    base_model_name,
+    defaults_of,
+    layer_0_warning,
+    parse_size,
+    perform,
+)
 from hxaconv.commands.convert import complete, dtype_warnings, main_dtype, open_student
 from hxaconv.config import student_of
 from hxaconv.errors import HxaconvError
@@ -80,6 +88,7 @@ def run(
     job = Job(
         command=COMMAND,
         options=options,
+        defaults=defaults_of(run),
         student=result,
         target=Path(out),
         format=format or ("pth" if Path(out).suffix == ".pth" else "hf"),
@@ -114,7 +123,8 @@ def kept_shards(source: Checkpoint, before: Plan, after: Plan, max_shard_bytes: 
     """
     from hxaconv.containers.safetensors_layout import Shard
 
-    if source.container != "safetensors" or source.repo is not None:
+    ours = all(file in source.files for recipe in before.values() for file in recipe.make.sources())
+    if source.container != "safetensors" or source.repo is not None or not ours:
         return None
     groups: dict[str, list[str]] = {file.name: [] for file in source.files}
     for name, recipe in after.items():
@@ -135,7 +145,7 @@ def kept_shards(source: Checkpoint, before: Plan, after: Plan, max_shard_bytes: 
 def _home(name: str, recipe: Recipe, before: Plan) -> str:
     """The source file whose successor a tensor goes into: its own, or, where it is new, its layer's."""
     if before.get(name) is not recipe:
-        prefix = name[: name.index(".self_attn.")]
+        prefix = name[: name.index("self_attn.")]
         recipe = next(found for known, found in before.items() if known.startswith(prefix))
     return _file_of(recipe).name
 

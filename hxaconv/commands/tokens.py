@@ -38,6 +38,8 @@ def calibration_tokens(options: TokenOptions, vocab_size: int, checkpoint: Check
     """
     from hxaconv.verification import probe_tokens
 
+    if options.tokens < 2:
+        raise HxaconvError(f"--tokens {options.tokens} is too few", hint="A few hundred are a beginning.")
     ids = probe_tokens(
         vocab_size,
         tokens=options.tokens,
@@ -47,7 +49,5 @@ def calibration_tokens(options: TokenOptions, vocab_size: int, checkpoint: Check
         text=Path(options.text) if options.text else None,
         tokenizer=checkpoint.companions.get("tokenizer.json"),
     )
-    if options.tokens < 2:
-        raise HxaconvError(f"--tokens {options.tokens} is too few", hint="A few hundred are a beginning.")
     length = min(ids.shape[1], options.tokens)
     return ids[: max(1, options.tokens // length), :length]

@@ -17,7 +17,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.plan import Recipe, source_files
 
-SECONDS_BETWEEN_SAVES = 30.0
+SECONDS_BETWEEN_SAVES = 10.0
 _FORMAT = 1
 
 

@@ -140,6 +140,7 @@ def plot(advice: Advice, path: Path) -> None:
         HxaconvError: when matplotlib is not installed, or the file cannot be written.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
         raise HxaconvError("--plot needs matplotlib", hint="pip install 'hxaconv[plot]'") from None
@@ -153,6 +154,8 @@ def plot(advice: Advice, path: Path) -> None:
     axes.set_ylabel(pick.strategy)
     axes.set_xlim(-0.7, advice.num_layers - 0.3)
     try:
-        figure.savefig(path, dpi=150, metadata={"Software": None} if path.suffix == ".png" else None)
+        # A fixed salt and no date: the same scores give the same file.
+        with rc_context({"svg.hashsalt": "hxaconv"}):
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     except (OSError, ValueError) as error:
         raise HxaconvError(f"{path}: the plot cannot be written: {error}") from None

@@ -15,7 +15,7 @@ from hxaconv.containers.layout import FileLayout
 from hxaconv.containers.safetensors_layout import INDEX_NAME, index_json
 from hxaconv.errors import CheckFailed, HxaconvError, raise_all
 from hxaconv.files import SourceFile
-from hxaconv.plan import Scratch
+from hxaconv.plan import Recipe, Scratch
 from hxaconv.writing import diskio, locks, preflight
 from hxaconv.writing.checksums import DIGESTS, Finished
 from hxaconv.writing.fill import FillSettings, fill_files
@@ -308,7 +308,7 @@ class _Run:
                 for name, recipe in self.output.tensors.items()
                 if tensors[name].nonfinite
             ],
-            hint="The source is damaged or its training diverged. To convert it all the same, add --allow-nonfinite.",
+            hint=_nonfinite_hint([recipe for name, recipe in self.output.tensors.items() if tensors[name].nonfinite]),
         )
 
     def _check_sources(self) -> None:
@@ -356,6 +356,12 @@ class _Run:
 
 def _nonfinite(tensors: Mapping[str, Finished]) -> dict[str, int]:
     return {name: tensor.nonfinite for name, tensor in tensors.items() if tensor.nonfinite}
+
+
+def _nonfinite_hint(recipes: Sequence[Recipe]) -> str:
+    if any(recipe.dtype == "F16" and recipe.make.kind in ("cast", "scale") for recipe in recipes):
+        return "float16 ends at 65504: use --dtype bfloat16 or float32, or add --allow-nonfinite."
+    return "The source is damaged or its training diverged. To convert it all the same, add --allow-nonfinite."
 
 
 def _json(data: Mapping[str, Any]) -> bytes:
