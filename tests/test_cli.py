@@ -103,22 +103,37 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **more}
 
 
-def test_conversions_go_round_without_losing_a_bit(cli: Cli, golden: Path, tmp_path: Path) -> None:
-    settings = ["--rope-theta", "8e6", "--rms-norm-eps", "1e-5", "--no-tie-word-embeddings", "--quiet"]
-    assert cli("to-hf", golden / "reka_tiny" / "student.pth", tmp_path / "hf", *settings) == 0
+@pytest.mark.parametrize("case", ["reka_tiny", "reka_tiny_init", "qwen3_tiny"])
+def test_conversions_go_round_without_losing_a_bit(cli: Cli, golden: Path, tmp_path: Path, case: str) -> None:
+    facts = json.loads((golden / case / "case.json").read_text())
+    settings = ["--rope-theta", facts["rope_theta"], "--rms-norm-eps", facts["rms_norm_eps"], "--quiet"]
+    settings.append("--tie-word-embeddings" if case == "qwen3_tiny" else "--no-tie-word-embeddings")
+    assert cli("to-hf", golden / case / "student.pth", tmp_path / "hf", *settings) == 0
     assert cli("to-pth", tmp_path / "hf", tmp_path / "back.pth", "--quiet") == 0
     assert cli("to-hf", tmp_path / "back.pth", tmp_path / "hf2", "--quiet") == 0
-    expected = load_file(golden / "reka_tiny" / "student_hf" / "model.safetensors")
+    expected = load_file(golden / case / "student_hf" / "model.safetensors")
     made = weights(tmp_path / "hf")
     assert set(made) == set(expected)
     assert all(torch.equal(made[name], expected[name]) for name in expected)
-    original = torch.load(golden / "reka_tiny" / "student.pth", weights_only=True)
+    original = torch.load(golden / case / "student.pth", weights_only=True)
     for mmap in (False, True):
         back = torch.load(tmp_path / "back.pth", weights_only=True, mmap=mmap)
         assert list(back) == list(original)
         assert all(torch.equal(back[name], original[name]) for name in original)
     assert zipfile.ZipFile(tmp_path / "back.pth").testzip() is None
     assert filecmp.cmp(tmp_path / "hf" / "model.safetensors", tmp_path / "hf2" / "model.safetensors", shallow=False)
+
+
+def test_config_json_has_the_keys_of_every_reader(cli: Cli, golden: Path, tmp_path: Path) -> None:
+    case = golden / "qwen3_tiny"
+    assert cli("to-hf", case / "student.pth", tmp_path / "hf", "--teacher", case / "teacher", "--quiet") == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    rwkv_infer = "rwkv_architecture num_hidden_layers num_key_value_heads head_dim num_attention_heads rms_norm_eps"
+    llama_cpp = "transformer_layers rwkv_layers attention_bias attention_out_bias lora_rank_decay lora_rank_iclr"
+    more = "rope_theta tie_word_embeddings lora_rank_value_residual_mix lora_rank_key_residual_mix lora_rank_gate"
+    assert not set(f"{rwkv_infer} {llama_cpp} {more}".split()) - set(config)
+    assert (config["enable_qk_norm"], config["nope_in_transformer"], config["nope_in_rwkv"]) == (True, True, False)
+    assert (config["transformer_layers"], config["rwkv_layers"]) == ([1, 3], [0, 2])
 
 
 def test_a_tied_head_is_written_out_in_a_pth_and_tied_again(cli: Cli, golden: Path, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import TOKEN, HubServer
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -46,6 +48,19 @@ def test_only_the_shards_that_are_needed_are_fetched(hub: HubServer, golden: Pat
     assert done.returncode == 0, done.stderr
     # Attention alone needs the teacher's config, and none of its weights.
     assert all(ranged is not None for ranged in hub.downloaded(".safetensors"))
+    # A student that lacks only what stands in the teacher's last shard makes do with that one.
+    index = json.loads((case / "teacher" / "model.safetensors.index.json").read_text())["weight_map"]
+    last = index["model.norm.weight"]
+    student = load_file(case / "student_hf" / "model.safetensors")
+    partial = {n: t for n, t in student.items() if ".self_attn." in n or index.get(n) != last}
+    save_file(partial, tmp_path / "partial.safetensors")
+    words = ["to-hf", tmp_path / "partial.safetensors", tmp_path / "hf", "--teacher", "org/teacher", "--quiet"]
+    done = run(hub, tmp_path / "home", *words, "--no-verify")
+    assert done.returncode == 0, done.stderr
+    fetched = {path.rsplit("/", 1)[-1] for _, path, ranged in hub.requests if ranged is None and "/resolve/" in path}
+    assert {name for name in fetched if name.endswith(".safetensors")} == {last}
+    made = load_file(tmp_path / "hf" / "model.safetensors")
+    assert all(torch.equal(made[name], student[name]) for name in student)
 
 
 def test_the_finished_folder_is_uploaded_privately(hub: HubServer, tiny_teacher: Path, tmp_path: Path) -> None:
