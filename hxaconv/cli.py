@@ -603,6 +603,8 @@ def verify(
     from hxaconv.tables import show_report
 
     talk = _talk(quiet, json)
+    if digests and (against or logits_out or expect):
+        raise HxaconvError("--digests only re-reads the tensors of SOURCE", hint="Leave the other options out.")
     if digests:
         checked = command.digests(source, revision=revision, progress=talk.progress())
         talk.result(checked.to_json(), f"{checked.checked} tensors, {checked.nbytes:,} bytes: digests agree")

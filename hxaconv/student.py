@@ -238,12 +238,15 @@ def _refuse_gaps(values: dict[str, Any], where: str) -> None:
             f"{where} has no RWKV layers: it is a teacher or all-attention checkpoint, not an hxa079 student",
             hint="`hxaconv init-from-teacher` makes a student of a teacher.",
         )
+    raise_all(
+        f"{where} lacks low-rank tensors of its RWKV layers, and config.json does not give their sizes either:",
+        [key for key in RANK_KEYS.values() if key not in values],
+        hint="The checkpoint is incomplete; an hxa079 layer has w1, a1, v1, k1 and g1.",
+    )
     missing = [key for key in (*SIZES, *FLAGS) if key not in values]
     needs_teacher = [key for key in missing if key not in FLAGS]
     lines = [f"{key}: pass {FLAGS[key]}, or --teacher, or --layer-map" for key in missing if key in FLAGS]
     lines += [f"{key}: pass --teacher (the checkpoint holds attention only)" for key in needs_teacher]
-    open_ranks = [key for key in RANK_KEYS.values() if key not in values]
-    lines += [f"{key}: neither a low-rank tensor nor config.json says it" for key in open_ranks]
     if missing:
         raise MissingSettings(where, missing, lines)
 

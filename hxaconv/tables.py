@@ -42,6 +42,7 @@ def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:
         "published": outcome.written is not None and outcome.written.published,
         "notes": outcome.notes,
         "warnings": outcome.warnings,
+        "calibration": outcome.calibration.json() if outcome.calibration else None,
         "verification": outcome.report.verdict() if outcome.report else None,
         "pushed_to": outcome.pushed_to,
     }
@@ -70,8 +71,33 @@ def outcome_tables(outcome: Outcome) -> list[RenderableType]:
         _parts_table(plan),
         table("", ("file", "tensors", "bytes"), [(f.name, f.tensors, f"{f.nbytes:,}") for f in files]),
         f"{len(outcome.output.tensors)} tensors, {weights:,} bytes of weights ({human_bytes(weights)})",
+        *_calibrated(outcome),
         *_verified(outcome),
     ]
+
+
+def _calibrated(outcome: Outcome) -> list[RenderableType]:
+    """How the fit of every layer went, on tokens that were not fitted."""
+    if outcome.calibration is None:
+        return []
+
+    def spread(values: tuple[float, ...]) -> str:
+        return f"{min(values):.3g} .. {max(values):.3g}" if values else ""
+
+    rows = [
+        (
+            layer.layer,
+            layer.kind + (" (kept plain)" if layer.kept_plain else ""),
+            f"{layer.error_before:.3f}",
+            f"{layer.error_after:.3f}",
+            spread(layer.decay),
+            spread(layer.iclr),
+            f"{layer.clamped:.1%}",
+        )
+        for layer in outcome.calibration.layers
+    ]
+    columns = ("layer", "", "error before", "after", "decay by head", "a by head", "clamped")
+    return ["Mixer error on held-out tokens, as a share of the teacher's energy:", table("", columns, rows, right=2)]
 
 
 def _verified(outcome: Outcome) -> list[RenderableType]:

@@ -470,3 +470,51 @@ def test_a_value_beyond_float16_is_not_called_damage(
     (tmp_path / "t" / "config.json").write_bytes((tiny_teacher / "config.json").read_bytes())
     assert cli("init-from-teacher", tmp_path / "t", tmp_path / "o", "--dtype", "float16") == 2
     assert "65504" in capsys.readouterr().err
+
+
+def test_verify_replaces_nothing(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    student = tmp_path / "s"
+    assert cli("init-from-teacher", tiny_teacher, student, "--quiet", "--no-verify") == 0
+    before = (student / "model.safetensors").read_bytes()
+    for path in (student / "model.safetensors", student / "new.safetensors", tmp_path / "l.npy"):
+        assert cli("verify", student, "--logits-out", path, "--quiet") == 2
+    assert (student / "model.safetensors").read_bytes() == before
+    assert cli("verify", student, "--logits-out", tmp_path / "l.safetensors", "--quiet") == 0
+    assert "hidden.5" in load_file(tmp_path / "l.safetensors")
+
+
+def test_nan_is_refused_without_a_trace_and_let_through_on_request(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(tiny_teacher / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    (tmp_path / "t").mkdir()
+    save_file(tensors, tmp_path / "t" / "model.safetensors")
+    (tmp_path / "t" / "config.json").write_bytes((tiny_teacher / "config.json").read_bytes())
+    words = ["init-from-teacher", tmp_path / "t", tmp_path / "o", "--quiet"]
+    assert cli(*words) == 2
+    assert "model.layers.1.mlp.up_proj.weight: 1 of" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+    assert cli(*words, "--allow-nonfinite") == 0
+    story = json.loads((tmp_path / "o" / "hxaconv.json").read_text())
+    assert story["nonfinite"] == {"model.layers.1.mlp.up_proj.weight": 1}
+    assert "allowed by --allow-nonfinite" in json.dumps(story["verification"])
+
+
+def test_a_calibration_tells_of_every_layer(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--init", "calibrated", "--tokens", "128", "--refine-steps", "2", "--gqa-layers", "none"]
+    tokens = tiny_teacher / "calibration_tokens.npy"
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "a", *words, "--input-ids", tokens, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["calibration"]["layers"]) == 6
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "b", *words) == 2
+    assert "--text" in capsys.readouterr().err
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "plain", "--gqa-layers", "none", "--quiet") == 0
+    more = ["--teacher", tiny_teacher, "--tokens", "128", "--refine-steps", "2", "--input-ids", tokens]
+    assert cli("calibrate", tmp_path / "plain", tmp_path / "c", *more) == 0
+    assert "decay by head" in capsys.readouterr().out
+    one, other = weights(tmp_path / "a"), weights(tmp_path / "c")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "plain"]

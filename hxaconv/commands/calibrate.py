@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import signal
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from hxaconv.commands.tokens import TokenOptions, calibration_tokens
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.output import Job
+from hxaconv.writing.interruption import Interrupted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +108,11 @@ def calibrate_student(
         )
     ids = calibration_tokens(tokens, teacher.config.vocab_size, tokenizer)
     folder = Path(f"{out.rstrip('/')}.calibration")
-    done = calibrate(teacher, plain, ids, settings, folder=folder, progress=write.progress)
+    try:
+        done = calibrate(teacher, plain, ids, settings, folder=folder, progress=write.progress)
+    except KeyboardInterrupt:
+        kept = f"Interrupted. Finished layers are kept in {folder}; the same command continues after them."
+        raise Interrupted(signal.SIGINT, kept) from None
     student = Model(plain.config, plain.plan | done.replaced, plain.label, plain.raw)
     pieces = cut(ids, settings.chunk)[0]
     heldout = heldout_rows(pieces, int(fitted_tokens(pieces).sum()))
@@ -120,10 +127,21 @@ def heldout_rows(ids: Tensor, fitted: int) -> Tensor:
     return whole if len(whole) else ids[row:, column:]
 
 
-def finish_calibration(calibrated: Calibrated | None, outcome: Outcome) -> None:
-    """Drop the finished layers once the output that holds them is published."""
+def finish_calibration(calibrated: Calibrated | None, outcome: Outcome) -> Outcome:
+    """The outcome with the calibration's report; finished layers are dropped once the output is published."""
     if calibrated is not None and outcome.written is not None and outcome.written.published:
         shutil.rmtree(calibrated.folder, ignore_errors=True)
+    return replace(outcome, calibration=calibrated.report) if calibrated is not None else outcome
+
+
+def calibration_warnings(report: CalibrationReport) -> list[str]:
+    """Those of the whole run, those of layers with how many say so, and how many layers kept the plain values."""
+    counts = Counter(text for layer in report.layers for text in layer.warnings)
+    kept = sum(layer.kept_plain for layer in report.layers)
+    found = [*report.warnings, *(f"{count} of {len(report.layers)} layers: {text}" for text, count in counts.items())]
+    if kept:
+        found.append(f"{kept} of {len(report.layers)} layers keep the plain values: their fit was no better")
+    return found
 
 
 def run(
@@ -177,11 +195,10 @@ def run(
 
     warnings += [*dtype_warnings(plain.plan, ""), *layer_0_warning(plain.student)]
     if calibrated is not None:
-        warnings += calibrated.report.warnings
+        warnings += calibration_warnings(calibrated.report)
         notes.append(calibrated.distances.sentence)
     outcome = perform(job, write, verify, warnings, notes)
-    finish_calibration(calibrated, outcome)
-    return outcome
+    return finish_calibration(calibrated, outcome)
 
 
 def verify_calibrated(

@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from hxaconv.model import Model
 from hxaconv.output import Job, build_output
 
 if TYPE_CHECKING:
+    from hxaconv.calibration import CalibrationReport
     from hxaconv.console import Progress
     from hxaconv.files import SourceFile
     from hxaconv.verification import Report
@@ -55,6 +56,7 @@ class Outcome:
     written: WriteResult | None
     report: Report | None = None
     """What the verification of the output found."""
+    calibration: CalibrationReport | None = None
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pushed_to: str | None = None
@@ -159,7 +161,7 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
         finish_only=write.finish_only,
     )
     reports: list[Report] = []
-    check = _staged_check(job, verify, reports) if verify is not None and write.verify else None
+    check = _staged_check(job, verify, reports, write.allow_nonfinite) if verify is not None and write.verify else None
 
     def download(needed: Sequence[SourceFile]) -> None:
         from hxaconv.hub import download_weights
@@ -199,13 +201,29 @@ def oversized(output: Output, max_shard_bytes: int) -> list[str]:
     return [f"larger than --max-shard-size, in files of their own: {', '.join(names)}"] if names else []
 
 
-def _staged_check(job: Job, verify: Verify, reports: list[Report]) -> Callable[[Path], Mapping[str, Any]]:
+def let_nonfinite_pass(report: Report) -> None:
+    """Turn checks that NaN and Inf alone make fail into passed ones that say so; those of bits still count."""
+    numeric = {"finite", "finite weights", "finite logits", "logits", "layers", "GQA layers"}
+    if any(not check.passed and check.name.startswith("finite") for check in report.checks):
+        report.checks = [
+            replace(check, passed=True, detail=f"allowed by --allow-nonfinite: {check.detail}")
+            if not check.passed and check.name in numeric
+            else check
+            for check in report.checks
+        ]
+
+
+def _staged_check(
+    job: Job, verify: Verify, reports: list[Report], allow_nonfinite: bool
+) -> Callable[[Path], Mapping[str, Any]]:
     def check(staged: Path) -> Mapping[str, Any]:
         from hxaconv.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(staged)
         student = Model(job.student.config, dict(checkpoint.plan), str(job.target), job.student.raw)
         report = verify(student)
+        if allow_nonfinite:
+            let_nonfinite_pass(report)
         report.raise_if_failed()
         reports.append(report)
         verdict: Mapping[str, Any] = rounded(report.verdict())

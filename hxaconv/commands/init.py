@@ -12,6 +12,7 @@ from hxaconv.card import CALIBRATED, UNTRAINED
 from hxaconv.commands.calibrate import (
     CalibrateOptions,
     calibrate_student,
+    calibration_warnings,
     finish_calibration,
     verify_calibrated,
 )
@@ -94,7 +95,7 @@ def run(
         options["calibration"] = asdict(fit)
         calibrated = calibrate_student(model, student, fit, seed, checkpoint, write, out)
         notes.append(calibrated.distances.sentence)
-        warnings += calibrated.report.warnings
+        warnings += calibration_warnings(calibrated.report)
     job = Job(
         command=COMMAND,
         options=options,
@@ -124,8 +125,7 @@ def run(
         return check_initialised(model, output, factors=factors)
 
     outcome = perform(job, write, verify, warnings, notes)
-    finish_calibration(calibrated, outcome)
-    return outcome
+    return finish_calibration(calibrated, outcome)
 
 
 def choose_layers(

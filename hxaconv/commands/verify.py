@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from hxaconv.commands.common import checked_device, one_of, open_teacher_source
 from hxaconv.commands.convert import complete, open_student
 from hxaconv.commands.tokens import TokenOptions
 from hxaconv.config import ModelConfig
-from hxaconv.errors import HxaconvError
+from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.model import Model
 from hxaconv.student import looks_like_student
 from hxaconv.writing.target import PROVENANCE_NAME
@@ -63,10 +63,12 @@ def run(
         one_of("--expect", options.expect, EXPECTATIONS)
         if against is None:
             raise HxaconvError("--expect is about a comparison", hint="Add --against OTHER.")
+    logits_out = Path(options.logits_out) if options.logits_out else None
+    if logits_out is not None:
+        refuse_logits_path(logits_out, [source, against, teacher])
     checkpoint, model = open_any(source, teacher, layer_map, revision, flags)
     other = open_any(against, teacher, layer_map, None, flags, model.config)[1] if against else None
     ids = _probe(options.tokens, checkpoint, model, other)
-    logits_out = Path(options.logits_out) if options.logits_out else None
     if other is None:
         report = verify_model(
             model,
@@ -89,6 +91,24 @@ def run(
         logits_out=logits_out,
         progress=options.progress,
     )
+
+
+def refuse_logits_path(path: Path, sources: Sequence[str | None]) -> None:
+    """Stop before anything that exists is replaced, or anything is put into a checkpoint.
+
+    Raises:
+        HxaconvError: listing what is wrong with the path.
+    """
+    problems = []
+    if path.suffix != ".safetensors":
+        problems.append("it is written as safetensors; name it NAME.safetensors")
+    if path.exists():
+        problems.append("it exists, and verify replaces nothing")
+    if not path.absolute().parent.is_dir():
+        problems.append(f"{path.absolute().parent} is not a folder")
+    inside = [s for s in sources if s and Path(s).exists() and Path(s).resolve() in path.resolve().parents]
+    problems += [f"it lies inside the checkpoint {source}" for source in inside]
+    raise_all(f"--logits-out {path}:", problems)
 
 
 def digests(source: str, *, revision: str | None = None, progress: Progress | None = None) -> DigestReport:

@@ -109,9 +109,13 @@ def _explain(report: Report) -> None:
     logits = report.logits
     if logits is None or logits.kl_attention_zeroed is None:
         return
+    near = logits.kl_other_source > 0.5 * logits.kl_attention_zeroed
+    explanation = (
+        " On text, a plain initialisation is expected near that yardstick (random tokens tell less): its RWKV layers"
+        " have learned nothing yet, which says nothing against the conversion. Training brings the number down."
+    )
     report.notes.append(
         f"KL(teacher || student) is {logits.kl_other_source:.3g} nats per token;"
         f" the teacher with every attention output zeroed has {logits.kl_attention_zeroed:.3g}."
-        " On text, a plain initialisation is expected near that yardstick (random tokens tell less): its RWKV layers"
-        " have learned nothing yet, which says nothing against the conversion. Training brings the number down."
+        + (explanation if near else "")
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.containers.layout import FileLayout
 from hxaconv.containers.safetensors_layout import INDEX_NAME, index_json
-from hxaconv.errors import CheckFailed, HxaconvError, raise_all
+from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, raise_all
 from hxaconv.files import SourceFile
 from hxaconv.plan import Recipe, Scratch
 from hxaconv.writing import diskio, locks, preflight
@@ -197,6 +197,10 @@ def _size(path: Path) -> int | None:
         return None
 
 
+class NonfiniteError(HxaconvError):
+    """Tensors that hold NaN or infinite values, which nobody has allowed."""
+
+
 class _Run:
     """One call of `write`, from the first byte on."""
 
@@ -224,6 +228,9 @@ class _Run:
         except KeyboardInterrupt as interruption:
             number = getattr(interruption, "number", signal.SIGINT)
             raise Interrupted(number, f"Interrupted. {self._what_is_kept()}") from None
+        except NonfiniteError:
+            self.staging.remove()
+            raise
         except CheckFailed as error:
             error.hint = f"What was written is kept in {self.staging.path} for a look; delete it before another run."
             raise
@@ -301,15 +308,15 @@ class _Run:
         """All tensors with NaN or infinite values, in one error."""
         if self.settings.allow_nonfinite:
             return
-        raise_all(
-            "these tensors hold NaN or infinite values:",
-            [
-                f"{name}: {tensors[name].nonfinite} of {recipe.numel} ({recipe.origin})"
-                for name, recipe in self.output.tensors.items()
-                if tensors[name].nonfinite
-            ],
-            hint=_nonfinite_hint([recipe for name, recipe in self.output.tensors.items() if tensors[name].nonfinite]),
-        )
+        problems = [
+            f"{name}: {tensors[name].nonfinite} of {recipe.numel} ({recipe.origin})"
+            for name, recipe in self.output.tensors.items()
+            if tensors[name].nonfinite
+        ]
+        if problems:
+            recipes = [recipe for name, recipe in self.output.tensors.items() if tensors[name].nonfinite]
+            message = f"these tensors hold NaN or infinite values:\n{bullet_list(problems)}"
+            raise NonfiniteError(message, hint=_nonfinite_hint(recipes))
 
     def _check_sources(self) -> None:
         for file in self.output.sources():
