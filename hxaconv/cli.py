@@ -603,6 +603,8 @@ def verify(
     from hxaconv.tables import show_report
 
     talk = _talk(quiet, json)
+    if plot and not against:
+        raise HxaconvError("--plot draws a comparison", hint="Add --against OTHER.")
     if digests and (against or logits_out or expect):
         raise HxaconvError("--digests only re-reads the tensors of SOURCE", hint="Leave the other options out.")
     if digests:

@@ -72,6 +72,8 @@ def build_output(job: Job) -> Output:
     """
     from hxaconv.writing.writer import Output
 
+    if job.format not in FORMATS:
+        raise HxaconvError(f"--format {job.format!r} is not known", hint=f"It takes {', '.join(FORMATS)}.")
     folder = job.format == "hf"
     # RWKV-Infer takes a path for a file only where its name says .pth; trainers are not so particular.
     if not folder and job.target.suffix not in ((".pth",) if job.format == "pth" else (".pth", ".pt", ".bin")):

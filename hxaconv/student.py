@@ -233,7 +233,7 @@ def resolve(sources: list[Facts], where: str) -> StudentConfig:
 
 
 def _refuse_gaps(values: dict[str, Any], where: str) -> None:
-    if not any(RANK_KEYS["decay"] == key for key in values):
+    if RANK_KEYS["decay"] not in values:
         raise HxaconvError(
             f"{where} has no RWKV layers: it is a teacher or all-attention checkpoint, not an hxa079 student",
             hint="`hxaconv init-from-teacher` makes a student of a teacher.",

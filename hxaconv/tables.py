@@ -224,9 +224,9 @@ def show_report(report: Report, talk: Talk, plot: str | None) -> None:
     """
     from hxaconv.verification.render import render
 
+    talk.result(report.to_json(), *render(report))
     if plot is not None:
         from hxaconv.verification.plot import plot as draw
 
         draw(report, Path(plot))
-    talk.result(report.to_json(), *render(report))
     report.raise_if_failed()

@@ -518,3 +518,19 @@ def test_a_calibration_tells_of_every_layer(
     one, other = weights(tmp_path / "a"), weights(tmp_path / "c")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "plain"]
+
+
+def test_nothing_is_computed_for_a_target_that_cannot_be(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*_: object, **__: object) -> None:
+        raise AssertionError("calibration began")
+
+    monkeypatch.setattr("hxaconv.commands.init.calibrate_student", computed)
+    (tmp_path / "o").mkdir()
+    words = ["--init", "calibrated", "--random-tokens", "--quiet"]
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "o", *words) == 2
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "no" / "o", *words) == 2
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "p", *words, "--digest", "md5") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+    assert cli("calibrate", tiny_teacher, tmp_path / "o.pth", "--teacher", tiny_teacher, "--format", "x") == 2

@@ -15,10 +15,10 @@ from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
     base_model_name,
+    check_target,
     checked_device,
     defaults_of,
     layer_0_warning,
-    open_teacher_source,
     parse_size,
     perform,
     rounded,
@@ -67,6 +67,11 @@ class Calibrated:
     distances: Distances
     heldout: Tensor
     folder: Path
+
+    def told_in(self, job: Job) -> Job:
+        """The job of the plain student, now with the calibrated one and its figures."""
+        purpose = f"{CALIBRATED} {self.distances.sentence}."
+        return replace(job, student=self.student, purpose=purpose, extra={**job.extra, "calibration": self.story()})
 
     def story(self) -> dict[str, Any]:
         """For hxaconv.json."""
@@ -171,23 +176,27 @@ def run(
     recorded = {k: v for k, v in locals().items() if k not in ("write", "options")} | {"calibration": asdict(options)}
     flags = {"rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps, "tie_word_embeddings": tie_word_embeddings}
     opened = open_student(source, revision=revision, teacher=teacher, layer_map=layer_map, flags=flags)
-    checkpoint, model = open_teacher_source(teacher, allow_output_bias=True)
+    checkpoint, model = opened.sources["teacher"], opened.teacher
+    assert model is not None
     plain, notes, warnings = complete(opened, need_all=True)
-    calibrated = None if write.dry_run else calibrate_student(model, plain, options, seed, checkpoint, write, out)
     job = Job(
         command=COMMAND,
         options=recorded,
         defaults=defaults_of(run) | defaults_of(CalibrateOptions),
-        student=calibrated.student if calibrated else plain,
+        student=plain,
         target=Path(out),
         format=format or ("pth" if Path(out).suffix == ".pth" else "hf"),
         dtype=main_dtype(plain.plan),
         max_shard_bytes=parse_size(max_shard_size),
         sources=opened.sources,
         base_model=base_model_name(checkpoint),
-        purpose=f"{CALIBRATED} {calibrated.distances.sentence}." if calibrated else CALIBRATED,
-        extra={"calibration": calibrated.story()} if calibrated else {},
+        purpose=CALIBRATED,
     )
+    calibrated = None
+    if not write.dry_run:
+        check_target(job, write)
+        calibrated = calibrate_student(model, plain, options, seed, checkpoint, write, out)
+        job = calibrated.told_in(job)
 
     def verify(output: Model) -> Report:
         assert calibrated is not None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hxaconv.console import Progress
     from hxaconv.files import SourceFile
     from hxaconv.verification import Report
+    from hxaconv.writing.target import WriteSettings
     from hxaconv.writing.writer import Output, WriteResult
 
 Verify = Callable[[Model], "Report"]
@@ -45,6 +46,21 @@ class WriteOptions:
     finish_only: bool = False
     push_to: str | None = None
     progress: Progress | None = None
+
+    def settings(self) -> WriteSettings:
+        """What of this concerns the writer."""
+        from hxaconv.writing.checksums import DIGESTS
+        from hxaconv.writing.target import WriteSettings
+
+        return WriteSettings(
+            overwrite=self.overwrite,
+            resume=self.resume,
+            workers=self.workers,
+            digest=one_of("--digest", self.digest, DIGESTS),
+            part=self.part,
+            allow_nonfinite=self.allow_nonfinite,
+            finish_only=self.finish_only,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,24 +158,14 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
         HxaconvError: when the plan or the target is refused.
         CheckFailed: when the output did not pass; it is left beside the target for inspection.
     """
-    from hxaconv.writing.checksums import DIGESTS
-    from hxaconv.writing.writer import WriteSettings
     from hxaconv.writing.writer import write as write_output
 
-    one_of("--digest", write.digest, DIGESTS)
+    write.settings()
     output = build_output(job)
     warnings += oversized(output, job.max_shard_bytes)
     if write.dry_run:
         return Outcome(job=job, output=output, written=None, warnings=warnings, notes=notes)
-    settings = WriteSettings(
-        overwrite=write.overwrite,
-        resume=write.resume,
-        workers=write.workers,
-        digest=write.digest,
-        part=write.part,
-        allow_nonfinite=write.allow_nonfinite,
-        finish_only=write.finish_only,
-    )
+    settings = write.settings()
     reports: list[Report] = []
     check = _staged_check(job, verify, reports, write.allow_nonfinite) if verify is not None and write.verify else None
 
@@ -185,6 +191,17 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
         notes=notes,
         pushed_to=pushed,
     )
+
+
+def check_target(job: Job, write: WriteOptions) -> None:
+    """Refuse now what would be refused after hours of computing: the target, its disk, the options.
+
+    Raises:
+        HxaconvError: listing every problem.
+    """
+    from hxaconv.writing.writer import check
+
+    check(build_output(job), write.settings())
 
 
 def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from hxaconv.errors import HxaconvError
+
 Run = Callable[[Sequence[str]], int]
 
 
@@ -33,7 +35,10 @@ def steps(out: Path) -> list[tuple[str, list[str]]]:
 def run(out: Path, call: Run, say: Callable[[str], None]) -> int:
     """Run all steps, stopping at the first that fails; returns its exit code, or 0."""
     embedded = Path(str(resources.files("hxaconv") / "demo" / "teacher"))
-    shutil.copytree(embedded, out / "teacher", dirs_exist_ok=True)
+    try:
+        shutil.copytree(embedded, out / "teacher", dirs_exist_ok=True)
+    except OSError as error:
+        raise HxaconvError(f"{out}: the demo's teacher cannot be put there: {error}") from None
     for title, words in steps(out):
         say(f"\n# {title}\n$ hxaconv {' '.join(words)}")
         code = call(words)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_maps
-from hxaconv.card import CALIBRATED, UNTRAINED
+from hxaconv.card import UNTRAINED
 from hxaconv.commands.calibrate import (
     CalibrateOptions,
     calibrate_student,
@@ -20,6 +20,7 @@ from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
     base_model_name,
+    check_target,
     defaults_of,
     layer_0_warning,
     one_of,
@@ -89,33 +90,35 @@ def run(
     warnings = [*model.teacher.warnings, *layer_0_warning(config)]
     student = Model(config, init_from_teacher(model.plan, config, settings), out, model.raw)
     notes = [f"GQA layers: {reason}"]
-    calibrated = None
     fit = calibration if isinstance(calibration, CalibrateOptions) else CalibrateOptions(**(calibration or {}))
-    if init == "calibrated" and not write.dry_run:
+    if init == "calibrated":
         options["calibration"] = asdict(fit)
-        calibrated = calibrate_student(model, student, fit, seed, checkpoint, write, out)
-        notes.append(calibrated.distances.sentence)
-        warnings += calibration_warnings(calibrated.report)
     job = Job(
         command=COMMAND,
         options=options,
         defaults=defaults_of(run) | defaults_of(CalibrateOptions),
-        student=calibrated.student if calibrated else student,
+        student=student,
         target=Path(out),
         format=format,
         dtype=settings.dtype,
         max_shard_bytes=parse_size(max_shard_size),
         sources={"teacher": checkpoint},
         base_model=base_model_name(checkpoint),
-        purpose=f"{CALIBRATED} {calibrated.distances.sentence}." if calibrated else UNTRAINED,
+        purpose=UNTRAINED,
         everything=format != "training",
         copy_code=copy_code,
         extra={
             "init": {"method": init, "preset": preset, "factors": factors, "seed": seed},
             "layer_choice": reason,
-            **({"calibration": calibrated.story()} if calibrated else {}),
         },
     )
+    calibrated = None
+    if init == "calibrated" and not write.dry_run:
+        check_target(job, write)
+        calibrated = calibrate_student(model, student, fit, seed, checkpoint, write, out)
+        job = calibrated.told_in(job)
+        notes.append(calibrated.distances.sentence)
+        warnings += calibration_warnings(calibrated.report)
 
     def verify(output: Model) -> Report:
         from hxaconv.verification import check_initialised

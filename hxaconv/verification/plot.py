@@ -42,7 +42,10 @@ def plot(report: Report, path: Path) -> None:
     figure.suptitle(f"{Path(report.source).name} against {Path(report.other or '').name}", fontsize=10)
     # A fixed salt and no date: the same report gives the same file.
     with matplotlib.rc_context({"svg.hashsalt": "hxaconv"}):
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        try:
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        except (OSError, ValueError) as error:
+            raise HxaconvError(f"{path}: the plot cannot be written: {error}") from None
 
 
 def _errors(report: Report, axes: Axes) -> None:

@@ -79,6 +79,19 @@ def write(
             return _Run(output, settings, files, staging, signals, progress).write(verify, prepare)
 
 
+def check(output: Output, settings: WriteSettings) -> None:
+    """Refuse what `write` would refuse before its first byte, for work that has to be done before there is a plan.
+
+    Raises:
+        HxaconvError: listing every problem.
+    """
+    output = replace(output, target=output.target.absolute())
+    files = layouts(output)
+    staging = staging_of(output, plan_record(output, files, settings.digest))
+    preflight.check_place(output, files, staging, overwrite=settings.overwrite)
+    preflight.check(output, files, staging, overwrite=settings.overwrite)
+
+
 def _recover_all(target: Path, ours: Staging) -> bool:
     """Finish or undo what crashes left half published; whether our own output turned out to be published."""
     published = False
