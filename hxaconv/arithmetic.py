@@ -50,7 +50,7 @@ class Scaled:
         products = torch.empty(len(scratch.read) // read_dtype.itemsize, dtype=_product_dtype(self.source_dtype))
         with one_thread():
             for piece in self.source.pieces(scratch):
-                values = torch.frombuffer(piece, dtype=read_dtype)
+                values = _readonly(piece, read_dtype) if piece.readonly else torch.frombuffer(piece, dtype=read_dtype)
                 out = room[: len(values)]
                 # bf16 to fp16 too goes by way of float32: torch is three times as fast there.
                 if self.factor != 1.0 or (values.dtype != products.dtype != out.dtype):

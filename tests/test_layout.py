@@ -189,7 +189,8 @@ def test_safetensors_order_changes_only_where_a_tensor_would_be_misaligned():
 
 def test_shards_are_named_and_indexed_as_the_hub_does():
     plan = {f"layer.{i}": Recipe("F32", (10,), Literal(bytes(40)), "") for i in range(5)}
-    layouts = safetensors_layout.shard_layouts(plan, 100)
+    layouts = safetensors_layout.shard_layouts(plan, 450)
+    assert all(layout.size <= 450 for layout in layouts)
     assert [layout.name for layout in layouts] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert [fill.name for layout in layouts for fill in layout.fills] == list(plan)
     index = json.loads(safetensors_layout.index_json(plan, layouts))
