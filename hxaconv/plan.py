@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 from hxaconv.dtypes import BY_NAME, FLOATS, num_bytes, num_elements
@@ -20,8 +21,11 @@ class Scratch:
 
     def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
         self.read = memoryview(bytearray(piece_bytes))
-        self.compute = memoryview(bytearray(piece_bytes * 4))
-        """Room for a piece after a cast that widens it (at most 2 -> 8 bytes per element)."""
+
+    @cached_property
+    def compute(self) -> memoryview:
+        """Room for a piece after a cast that widens it (at most 2 -> 8 bytes per element); copies need none."""
+        return memoryview(bytearray(4 * len(self.read)))
 
 
 class Bytes(Protocol):
