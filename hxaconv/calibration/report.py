@@ -26,7 +26,7 @@ class Settings:
     refit_output: str = "auto"
     """Whether `output.weight` is fitted as well: `auto` does so with at least 8 tokens per column."""
     fold_rope: bool = False
-    """Fit the layers that stay attention to losing RoPE; changes q_proj, k_proj and o_proj."""
+    """Fit the layers that stay attention to losing RoPE: their q_proj and o_proj change."""
     device: str = "cpu"
     workers: int = 2
     """Threads on a CPU; the result does not depend on them."""
