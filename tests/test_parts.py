@@ -51,8 +51,9 @@ def test_parts_at_once_one_of_them_killed(cli: Cli, tiny_teacher: Path, tmp_path
     for process in processes:
         process.communicate()
     assert processes[0].returncode == processes[2].returncode == 0
-    assert not out.exists()
-    subprocess.run(command(tiny_teacher, out), env=environments[1], check=True)
+    if processes[1].returncode != 0:  # on a fast machine it may have ended, and published
+        assert not out.exists()
+        subprocess.run(command(tiny_teacher, out), env=environments[1], check=True)
     assert same_folders(tmp_path / "whole", out)
 
 

@@ -480,21 +480,36 @@ def test_locks_without_help_of_the_system(tmp_path, monkeypatch):
 # Signals and kills
 
 
+def wait_until(condition):
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("waited a minute in vain")
+
+
+def finished_tensors(folder):
+    return [name for partial in partials(folder) for name in read_journals(partial).tensors]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_resumable_state_and_says_so(tmp_path, number):
-    command = job(tmp_path, tmp_path / "out", slow=0.02)
+@pytest.mark.parametrize("moment", [partials, finished_tensors])
+def test_a_signal_leaves_a_resumable_state_and_says_so(tmp_path, number, moment):
+    # Half a second for every write and sync: many seconds for all of them, so the signal finds the writer at work.
+    command = job(tmp_path, tmp_path / "out", slow=0.5)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
-    time.sleep(0.6)
+    wait_until(lambda: moment(tmp_path))
     process.send_signal(number)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert message.startswith("Interrupted.")
+    assert message.startswith("Interrupted. ")
     assert len(message.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
-    if partials(tmp_path):
+    if moment is finished_tensors:
         assert "--resume" in message
-    assert run([*command, "--resume"]).returncode == 0
+    assert bool(partials(tmp_path)) == ("--resume" in message)
+    assert run(job(tmp_path, tmp_path / "out", "--resume", slow=0)).returncode == 0
     assert tree(tmp_path / "out") == reference(tmp_path, "out")
 
 

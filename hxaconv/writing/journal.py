@@ -14,6 +14,7 @@ from hxaconv.writing import diskio
 from hxaconv.writing.checksums import Finished
 
 _PREFIX = "journal"
+_LOCK_SUFFIX = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,24 @@ def journal_path(folder: Path, part: tuple[int, int] | None) -> Path:
     return folder / (_PREFIX if part is None else f"{_PREFIX}-{part[0] + 1}-of-{part[1]}")
 
 
+def lock_path(folder: Path, part: tuple[int, int] | None) -> Path:
+    """What the writer of a journal holds while it runs."""
+    path = journal_path(folder, part)
+    return path.with_name(path.name + _LOCK_SUFFIX)
+
+
 def read_journals(folder: Path) -> Done:
     """What all journals in a staging folder say; lines cut short by a crash say nothing."""
     tensors: dict[str, Finished] = {}
     files: set[str] = set()
     for path in sorted(folder.glob(f"{_PREFIX}*")):
-        for line in path.read_bytes().splitlines():
+        if path.suffix == _LOCK_SUFFIX:
+            continue
+        try:
+            lines = path.read_bytes().splitlines()
+        except FileNotFoundError:  # another part has published, and cleared the folder
+            continue
+        for line in lines:
             try:
                 entry = json.loads(line)
                 if "file" in entry:

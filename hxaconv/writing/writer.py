@@ -20,7 +20,7 @@ from hxaconv.writing import diskio, locks, preflight
 from hxaconv.writing.checksums import DIGESTS, Finished
 from hxaconv.writing.fill import FillSettings, fill_files
 from hxaconv.writing.interruption import Interrupted, Signals
-from hxaconv.writing.journal import Journal, journal_path, read_journals
+from hxaconv.writing.journal import Journal, journal_path, lock_path, read_journals
 from hxaconv.writing.staging import Staging, plan_record, publish, recover, refuse_other_plans, staging_of, stagings_at
 from hxaconv.writing.target import (
     PROVENANCE_NAME,
@@ -70,13 +70,18 @@ def write(
     if settings.part is not None and not files_of_part(files, settings.part):
         return _unpublished(staging)
     with Signals() as signals, _target_locked(output.target, settings.part):
-        done = read_journals(staging.path).tensors
-        if _recover_all(output.target, staging) and settings.resume:
-            return _published(output, settings, files, done, None)
-        preflight.check(output, files, staging, overwrite=settings.overwrite)
-        _begin(settings, staging, files, record)
-        with _held(staging.path / f"{journal_path(staging.path, settings.part).name}.lock", settings.part):
-            return _Run(output, settings, files, staging, signals, progress).write(verify, prepare)
+        run = _Run(output, settings, files, staging, signals, progress)
+        try:
+            done = read_journals(staging.path).tensors
+            if _recover_all(output.target, staging) and settings.resume:
+                return _published(output, settings, files, done, None)
+            preflight.check(output, files, staging, overwrite=settings.overwrite)
+            _begin(settings, staging, files, record)
+            with _held(lock_path(staging.path, settings.part), settings.part):
+                return run.write(verify, prepare)
+        except KeyboardInterrupt as interruption:
+            number = getattr(interruption, "number", signal.SIGINT)
+            raise Interrupted(number, f"Interrupted. {run.what_is_kept()}") from None
 
 
 def check(output: Output, settings: WriteSettings) -> None:
@@ -238,9 +243,6 @@ class _Run:
             if not self.settings.finish_only:
                 self._fill(prepare)
             return self._finish(verify)
-        except KeyboardInterrupt as interruption:
-            number = getattr(interruption, "number", signal.SIGINT)
-            raise Interrupted(number, f"Interrupted. {self._what_is_kept()}") from None
         except NonfiniteError:
             self.staging.remove()
             raise
@@ -248,10 +250,10 @@ class _Run:
             error.hint = f"What was written is kept in {self.staging.path} for a look; delete it before another run."
             raise
         except HxaconvError as error:
-            error.hint = f"{error.hint} {self._what_is_kept()}".strip()
+            error.hint = f"{error.hint} {self.what_is_kept()}".strip()
             raise
 
-    def _what_is_kept(self) -> str:
+    def what_is_kept(self) -> str:
         """Drop the staging folder if nothing in it is worth keeping; say how to go on."""
         path = self.staging.path
         count = len(read_journals(path).tensors)
