@@ -17,6 +17,7 @@ import os
 import platform
 import random
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -334,6 +335,7 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
 def run_random(executions: int, seed: int, tally: Tally) -> None:
     """Without coverage: mutate the seeds, and now and then what was mutated before."""
     chance = random.Random(seed)
+    signal.signal(signal.SIGVTALRM, _too_slow)
     first = seeds()
     pools: list[list[bytes]] = [[data for data in first if data[0] == number] for number in range(len(TARGETS))]
     for data in first:
@@ -344,11 +346,18 @@ def run_random(executions: int, seed: int, tally: Tally) -> None:
         data = mutate(parent, chance)
         if len(pool) < 1000 and chance.random() < 0.02:
             pool.append(data)
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS_LIMIT)
         try:
             tally.execute(data)
         except BaseException:
             print(f"input: {data!r}", file=sys.stderr)
             raise
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _too_slow(*_: object) -> None:
+    raise AssertionError(f"took more than {SECONDS_LIMIT} s")
 
 
 def run_guided(executions: int, seed: int, tally: Tally, report: Path) -> None:
@@ -384,7 +393,7 @@ def run_guided(executions: int, seed: int, tally: Tally, report: Path) -> None:
 
 def limit_memory() -> None:
     """Let the run fail rather than the machine."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT * 4, MEMORY_LIMIT * 4))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
 
 
 def record(path: Path, report: dict[str, Any], engine: str, seed: int, seconds: float) -> None:

@@ -47,3 +47,15 @@ def test_slow_inputs_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz_readers, "SECONDS_LIMIT", 0)
     with pytest.raises(AssertionError, match="took"):
         Tally().execute(bytes([TARGETS.index(fuzz_readers.fuzz_header)]) + b"{}")
+
+
+def test_inputs_without_end_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(*_: object) -> None:
+        while True:
+            pass
+
+    monkeypatch.setattr(fuzz_readers, "SECONDS_LIMIT", 0.1)
+    monkeypatch.setattr(fuzz_readers, "mutate", lambda data, chance: bytes([TARGETS.index(fuzz_readers.fuzz_header)]))
+    monkeypatch.setattr(Tally, "execute", lambda self, data: endless() if len(data) == 1 else None)
+    with pytest.raises(AssertionError, match="took more than"):
+        run_random(1_000, seed=0, tally=Tally())
