@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -64,3 +64,14 @@ class Signals:
             yield
         finally:
             self._deferred = False
+
+
+@contextmanager
+def interruptible(kept: Callable[[], str]) -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM raise Interrupted with what `kept` says then: what is kept, how to go on."""
+    with Signals():
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            number = getattr(stop, "number", signal.SIGINT)
+            raise Interrupted(number, f"Interrupted. {kept()}") from None
