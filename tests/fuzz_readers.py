@@ -339,21 +339,25 @@ def run_random(executions: int, seed: int, tally: Tally) -> None:
     first = seeds()
     pools: list[list[bytes]] = [[data for data in first if data[0] == number] for number in range(len(TARGETS))]
     for data in first:
-        tally.execute(data)
+        _execute_in_time(tally, data)
     for _ in range(executions - len(first)):
         pool = chance.choice(pools)
         parent = chance.choice(pool[:4] if chance.random() < 0.5 else pool)
         data = mutate(parent, chance)
         if len(pool) < 1000 and chance.random() < 0.02:
             pool.append(data)
-        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS_LIMIT)
-        try:
-            tally.execute(data)
-        except BaseException:
-            print(f"input: {data!r}", file=sys.stderr)
-            raise
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        _execute_in_time(tally, data)
+
+
+def _execute_in_time(tally: Tally, data: bytes) -> None:
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS_LIMIT)
+    try:
+        tally.execute(data)
+    except BaseException:
+        print(f"input: {data!r}", file=sys.stderr)
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 def _too_slow(*_: object) -> None:
