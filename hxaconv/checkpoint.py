@@ -99,6 +99,8 @@ def open_checkpoint(spec: str | Path, *, revision: str | None = None, progress: 
     """
     text = str(spec)
     path = Path(text).expanduser()
+    if revision is not None and path.exists():
+        raise HxaconvError(f"--revision {revision} is for Hub ids; {text} is here", hint="Leave it out.")
     if path.is_dir():
         return open_folder(path, label=text)
     if path.exists():
@@ -111,6 +113,8 @@ def open_checkpoint(spec: str | Path, *, revision: str | None = None, progress: 
     from hxaconv.hub import open_hub
 
     name, _, pinned = text.partition("@")
+    if revision and pinned and revision != pinned:
+        raise HxaconvError(f"{text} and --revision {revision} name two revisions", hint="Leave one of them out.")
     return open_hub(name, revision or pinned or None, label=text, progress=progress)
 
 

@@ -255,6 +255,10 @@ def test_verify_finds_what_was_changed(
         ("verify", "{teacher}", "--digests"),
         ("verify", "{teacher}", "--dtype", "int8"),
         ("verify", "{teacher}", "--expect", "sure"),
+        ("verify", "{teacher}", "--max-kl", "0.1"),
+        ("verify", "{teacher}", "--revision", "main"),
+        ("inspect", "{teacher}", "--revision", "main"),
+        ("inspect", "org/name@one", "--revision", "two"),
         ("verify", "{teacher}", "--device", "warp"),
         ("maps", "rekka-flash"),
         ("finish", "{tmp}/nothing"),
@@ -274,7 +278,7 @@ def test_a_users_mistake_is_one_message_and_exit_code_2(
 
 
 COMMANDS = (
-    *("init-from-teacher", "pick-gqa-layers", "to-hf", "to-pth", "to-training"),
+    *("init-from-teacher", "calibrate", "pick-gqa-layers", "to-hf", "to-pth", "to-training"),
     *("verify", "inspect", "maps", "finish", "demo"),
 )
 

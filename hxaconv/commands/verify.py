@@ -61,8 +61,11 @@ def run(
     checked_device(options.device)
     if options.expect is not None:
         one_of("--expect", options.expect, EXPECTATIONS)
-        if against is None:
-            raise HxaconvError("--expect is about a comparison", hint="Add --against OTHER.")
+    if against is None:
+        about = ["--expect"] if options.expect is not None else []
+        about += [f"--max-{key.removesuffix('s')}" for key in options.thresholds]
+        if about:
+            raise HxaconvError(f"{', '.join(about)}: for comparisons only", hint="Add --against OTHER.")
     logits_out = Path(options.logits_out) if options.logits_out else None
     if logits_out is not None:
         refuse_logits_path(logits_out, [source, against, teacher])
