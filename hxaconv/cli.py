@@ -63,7 +63,7 @@ from hxaconv.options import (
 )
 
 if TYPE_CHECKING:
-    from hxaconv.commands.calibrate import CalibrateOptions
+    from hxaconv.commands.fitting import CalibrateOptions
     from hxaconv.commands.common import Outcome, WriteOptions
     from hxaconv.console import Talk
     from hxaconv.layer_maps import LayerMap
@@ -203,7 +203,7 @@ def init_from_teacher(
 def _calibration(values: dict[str, Any]) -> CalibrateOptions:
     from dataclasses import fields
 
-    from hxaconv.commands.calibrate import CalibrateOptions
+    from hxaconv.commands.fitting import CalibrateOptions
 
     return CalibrateOptions(**{field.name: values[field.name] for field in fields(CalibrateOptions)})
 
@@ -270,7 +270,7 @@ def calibrate(
     _show_outcome(outcome, talk)
 
 
-def _convert(command: str, values: dict[str, Any], *, all_tensors: bool = True) -> None:
+def _convert(command: str, values: dict[str, Any]) -> None:
     from hxaconv.commands import convert
 
     talk = _talk(values["quiet"], values["json"])
@@ -287,7 +287,7 @@ def _convert(command: str, values: dict[str, Any], *, all_tensors: bool = True) 
         dtype=values["dtype"],
         pad_ffn_to=values.get("pad_ffn"),
         max_shard_size=values.get("max_shard_size", "5GB"),
-        all_tensors=all_tensors,
+        all_tensors=values.get("all_tensors", False),
         copy_code=values.get("copy_code", False),
         write=_write_options(values, talk),
     )
@@ -394,7 +394,7 @@ def to_training(
 
     hxaconv to-training student-hf/ student-attention.pth
     """
-    _convert("to-training", locals(), all_tensors=all_tensors)
+    _convert("to-training", locals())
 
 
 @app.command("pick-gqa-layers", no_args_is_help=True)

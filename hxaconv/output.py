@@ -48,6 +48,8 @@ class Job:
     """Role (teacher, source, ...) -> the checkpoint opened for it."""
     base_model: str | None
     purpose: str
+    section: str = ""
+    """One more section of the model card, Markdown."""
     everything: bool = True
     """Whether a `training` output holds all tensors, or attention only."""
     copy_code: bool = False
@@ -116,6 +118,7 @@ def _folder_documents(job: Job, document: Mapping[str, Any]) -> dict[str, bytes]
         job.student.student,
         base_model=job.base_model,
         purpose=job.purpose,
+        section=job.section,
         how=f"`{command_line(job)}` with hxaconv {version()}.",
         raw=job.student.raw,
     )
@@ -166,14 +169,12 @@ def command_line(job: Job) -> str:
                 if setting != job.defaults.get(name)
                 for word in _option(name, setting)
             ]
-        elif key == "all_tensors":
-            words += ["--all"] if value and job.command == "to-training" else []
         elif value != job.defaults.get(key):
             words += _option(key, value)
     return shlex.join(words)
 
 
-OPTION_NAMES = {"pad_ffn_to": "pad-ffn", "other": "from"}
+OPTION_NAMES = {"pad_ffn_to": "pad-ffn", "other": "from", "all_tensors": "all"}
 """Arguments whose option is called otherwise, `from` being a word of Python's."""
 
 

@@ -51,11 +51,13 @@ def run(
     dtype: str | None = None,
     pad_ffn_to: int | None = None,
     max_shard_size: str = "5GB",
-    all_tensors: bool = True,
+    all_tensors: bool = False,
     copy_code: bool = False,
     write: WriteOptions | None = None,
 ) -> Outcome:
     """Write the student in `source` to `out`; bits are copied unless `dtype` or `pad_ffn_to` changes them.
+
+    `to-training` writes the attention alone unless `all_tensors`; the others always write everything.
 
     Raises:
         HxaconvError: when a setting is known from no source, a tensor is missing or would be unused.
@@ -80,7 +82,7 @@ def run(
         sources=opened.sources,
         base_model=base_model_name(opened.sources.get("teacher", opened.sources["source"])),
         purpose=CONVERTED,
-        everything=all_tensors,
+        everything=need_all,
         copy_code=copy_code,
     )
 
