@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 from hxaconv.errors import HxaconvError
 from hxaconv.layer_maps import default_count
 from hxaconv.selection.schedule import Rules
-from hxaconv.selection.scores import SPACED, STRATEGIES, Column, Pick, check_finite, pick
+from hxaconv.selection.scores import SPACED, STRATEGIES, Column, Pick, check_finite, check_request, pick
 
 if TYPE_CHECKING:
     import numpy as np
 
     from hxaconv.console import Progress
     from hxaconv.model import Model
+    from hxaconv.selection.cache import Cache
+    from hxaconv.selection.weights import Compute
 
 TEACHER_ONLY = ("influence", "entropy", "distance", "retrieval")
 BY_THE_WAY = ("mse", "influence", "entropy", "distance")
@@ -24,20 +26,24 @@ BY_THE_WAY = ("mse", "influence", "entropy", "distance")
 
 CONVERT_MEANING = "how far the teacher's distribution moves when this layer alone becomes RWKV"
 RANDOM_TOKENS = "scores were taken on random tokens, which no model was trained on: real text ranks layers better"
+CALIBRATE = (
+    "Calibrate first: `hxaconv init-from-teacher TEACHER all-rwkv/ --gqa-layers none --init calibrated --text FILE`,"
+    " then score all-rwkv/ with --teacher TEACHER"
+)
 UNCALIBRATED = {
     "kl": (
         "{count} of {total} RWKV layers of the student still hold their initial values, and KL scores of such a student"
         " MISLEAD: in a small study the rank correlation of restore-one KL with the outcome after training was"
-        " negative, against +0.94 on a calibrated student. Calibrate first: `hxaconv calibrate`"
+        f" negative, against +0.94 on a calibrated student. {CALIBRATE}"
     ),
     "mse": (
         "{count} of {total} RWKV layers of the student still hold their initial values: mse shows what the initial"
-        " values lose, not what training would leave. Calibrate first: `hxaconv calibrate`"
+        f" values lose, not what training would leave. {CALIBRATE}"
     ),
 }
 HARMFUL = (
     "putting attention back makes the student worse in {count} of {total} layers: its RWKV layers compensate for"
-    " each other, so that restore-one KL says little. Calibrate first (`hxaconv calibrate`)"
+    f" each other, so that restore-one KL says little. {CALIBRATE}"
 )
 
 
@@ -56,7 +62,9 @@ class Request:
     device: str = "cpu"
     seed: int = 0
     cache: Path | None = None
-    """Where an interrupted sweep leaves its state; removed at the end."""
+    """Where an interrupted pass leaves its state, and a finished one its scores; the caller removes it."""
+    check: Callable[[], None] = lambda: None
+    """Called between steps; raises KeyboardInterrupt when somebody asks to stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +123,7 @@ def advise(
     if missing:
         raise HxaconvError(f"--strategy {request.strategy} needs: {', '.join(missing)}")
     count = default_count(num_layers) if request.count is None else request.count
+    check_request(request.strategy, num_layers, count, request.rules, allow_layer_0=request.allow_layer_0)
     columns: list[Column] = []
     facts: dict[str, float] = {}
     heads: tuple[tuple[float, ...], ...] = ()
@@ -155,15 +164,29 @@ def _log_column(path: Path, num_layers: int) -> Column:
 def _retrieval_column(
     teacher: Model, ids: np.ndarray, request: Request, progress: Progress | None
 ) -> tuple[Column, tuple[tuple[float, ...], ...]]:
+    from hxaconv.selection.retrieval import retrieval, separator_of, sequences
+
+    text = ids if request.tokens_are_text else None
+    separator = separator_of(teacher)
+    asked, expected = sequences(teacher.config.vocab_size, text, separator=separator, seed=request.seed)
+    cache = _cache(request, {"teacher": teacher}, asked.numpy(), ["retrieval"])
+    found = retrieval(teacher, asked, expected, compute=_compute(request), cache=cache, progress=progress)
+    return Column("retrieval", found.scores, warnings=found.warnings), found.heads
+
+
+def _compute(request: Request) -> Compute:
     import torch
 
-    from hxaconv.selection.retrieval import retrieval
     from hxaconv.selection.weights import Compute
 
-    compute = Compute(getattr(torch, request.dtype), request.device)
-    text = ids if request.tokens_are_text else None
-    found = retrieval(teacher, text, seed=request.seed, compute=compute, progress=progress)
-    return Column("retrieval", found.scores, warnings=found.warnings), found.heads
+    return Compute(getattr(torch, request.dtype), request.device)
+
+
+def _cache(request: Request, models: Mapping[str, Model], ids: np.ndarray, names: list[str]) -> Cache:
+    from hxaconv.selection.cache import Cache, fingerprint
+
+    settings = {"strategies": names, "kl_mode": request.kl_mode, "dtype": request.dtype}
+    return Cache(request.cache, fingerprint(models, ids, settings) if request.cache else "", request.check)
 
 
 def _swept(
@@ -171,9 +194,7 @@ def _swept(
 ) -> tuple[list[Column], dict[str, float], list[str]]:
     import torch
 
-    from hxaconv.selection.cache import Cache, fingerprint
     from hxaconv.selection.streaming import NEEDS_STUDENT, Sweep
-    from hxaconv.selection.weights import Compute
 
     along = {name for name in BY_THE_WAY if student is not None or name not in NEEDS_STUDENT}
     names = sorted(along | {request.strategy}, key=lambda name: (name != request.strategy, name))
@@ -182,13 +203,11 @@ def _swept(
         student=student,
         strategies=frozenset(names),
         kl_mode=request.kl_mode,
-        compute=Compute(getattr(torch, request.dtype), request.device),
+        compute=_compute(request),
     )
     models = {"teacher": teacher} | ({"student": student} if student is not None else {})
-    settings = {"strategies": names, "kl_mode": request.kl_mode, "dtype": request.dtype}
-    cache = Cache(request.cache, fingerprint(models, ids, settings) if request.cache else "")
     warnings = _uncalibrated(student, request)
-    scores = sweep.run(torch.as_tensor(ids, dtype=torch.int64), cache, progress)
+    scores = sweep.run(torch.as_tensor(ids, dtype=torch.int64), _cache(request, models, ids, names), progress)
     columns = [Column(name, tuple(scores[name])) for name in names]
     facts = {"kl total": scores["kl total"][0]} if "kl total" in scores else {}
     if facts:

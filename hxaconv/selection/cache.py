@@ -7,7 +7,7 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from hxaconv.model import Model
 from hxaconv.plan import Recipe, source_files
 
 SECONDS_BETWEEN_SAVES = 10.0
-_FORMAT = 1
+SHARE_OF_SAVING = 0.1
+"""Of the time, what saving may take: streams of a large model are a gigabyte."""
+_FORMAT = 2
 
 
 def fingerprint(models: Mapping[str, Model], ids: np.ndarray, settings: Mapping[str, Any]) -> str:
@@ -41,15 +43,24 @@ def _recipe(recipe: Recipe) -> list[Any]:
     return [recipe.dtype, recipe.shape, recipe.make.kind, recipe.origin, where]
 
 
-class Cache:
-    """One file that holds the state of one sweep; `path` None keeps nothing."""
+def _nothing() -> None:
+    pass
 
-    def __init__(self, path: Path | None, key: str) -> None:
+
+class Cache:
+    """One file that holds the state of one pass; `path` None keeps nothing.
+
+    `check` raises KeyboardInterrupt when somebody asks to stop.
+    """
+
+    def __init__(self, path: Path | None, key: str, check: Callable[[], None] = _nothing) -> None:
         self.path, self.key = path, key
+        self._check = check
         self._saved = time.monotonic()
+        self._wait = SECONDS_BETWEEN_SAVES
 
     def load(self) -> dict[str, np.ndarray] | None:
-        """The state of an interrupted sweep with the same key, else None."""
+        """The state of an interrupted pass with the same key, else None."""
         if self.path is None or not self.path.is_file():
             return None
         try:
@@ -60,9 +71,20 @@ class Cache:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None  # half a file of another program or of a full disk: start over
 
-    def due(self) -> bool:
-        """Whether it is time to save again."""
-        return self.path is not None and time.monotonic() - self._saved >= SECONDS_BETWEEN_SAVES
+    def pause(self, arrays: Callable[[], Mapping[str, np.ndarray]]) -> None:
+        """Between two steps: save the state if that is due, and end here if somebody asks to stop.
+
+        Raises:
+            KeyboardInterrupt: from `check`; the state is saved.
+            HxaconvError: when the file cannot be written.
+        """
+        try:
+            self._check()
+        except KeyboardInterrupt:
+            self.save(arrays())
+            raise
+        if self.path is not None and time.monotonic() - self._saved >= self._wait:
+            self.save(arrays())
 
     def save(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Replace the file.
@@ -72,21 +94,17 @@ class Cache:
         """
         if self.path is None:
             return
+        begun = time.monotonic()
         beside = self.path.with_name(f"{self.path.name}.part")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(beside, "wb") as file:
                 np.savez(file, **{**arrays, "key": np.array(self.key)})  # type: ignore[arg-type]
             os.replace(beside, self.path)
         except OSError as error:
             beside.unlink(missing_ok=True)
             raise HxaconvError(
-                f"{self.path}: the scoring cache cannot be written: {error.strerror}",
+                f"{self.path}: the state of the scoring cannot be kept: {error.strerror}",
                 hint="Free some space or write the result elsewhere.",
             ) from None
         self._saved = time.monotonic()
-
-    def clear(self) -> None:
-        """The sweep is done: remove the file."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        self._wait = max(SECONDS_BETWEEN_SAVES, (self._saved - begun) / SHARE_OF_SAVING)

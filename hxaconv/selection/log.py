@@ -62,22 +62,52 @@ def read_log(path: Path) -> Log:
         raise HxaconvError(f"training log {path} is not a CSV file: {error}") from None
     if not rows:
         raise HxaconvError(f"training log {path} is empty")
-    header = [cell.strip() for cell in rows[0]]
+    header = _without_end([cell.strip() for cell in rows[0]])
     columns = {kind: _columns(header, kind) for kind in _NEEDED}
     _check_columns(path, header, columns)
-    table, warnings = _table(rows[1:], header, path)
+    cells, warnings = _cells(rows[1:], header, columns, path)
     layers = sorted(columns["rawMSE"])
-    raw, scale = (table[:, [header.index(columns[kind][i]) for i in layers]] for kind in _NEEDED)
-    steps = table[:, header.index("step")]
+    where = np.array([[header.index(columns[kind][i]) for i in layers] for kind in _NEEDED])
+    table = np.array([[_number(cell) for cell in row] for row in cells]).reshape(-1, len(header))
+    layers, where, unknown = _known(layers, where, table, header, cells, path)
+    steps, (raw, scale) = table[:, header.index("step")], (table[:, columns] for columns in where)
     usable = np.isfinite(raw).all(axis=1) & np.isfinite(scale).all(axis=1) & np.isfinite(steps)
     if not usable.all():
         warnings.append(f"{int((~usable).sum())} of {len(usable)} rows hold missing or infinite numbers: left out")
     order = np.flatnonzero(usable)[np.argsort(steps[usable], kind="stable")]
     if len(order) < 2:
-        raise HxaconvError(f"training log {path} has {len(order)} usable rows, at least 2 are needed")
+        raise HxaconvError(
+            f"training log {path} has {len(order)} usable rows, at least 2 are needed",
+            hint="A row needs its step, and rawMSE and scale of every layer as finite numbers.",
+        )
     if (np.diff(steps[usable]) <= 0).any():
         warnings.append("steps go back: the log of a run that was resumed; rows are sorted by step")
-    return Log(tuple(layers), steps[order], raw[order], scale[order], tuple(warnings))
+    return Log(tuple(layers), steps[order], raw[order], scale[order], (*warnings, *unknown))
+
+
+def _without_end(cells: list[str]) -> list[str]:
+    """Cells without the empty ones at the end, which spreadsheets and closing commas add."""
+    while cells and not cells[-1]:
+        cells = cells[:-1]
+    return cells
+
+
+def _known(
+    layers: list[int], where: np.ndarray, table: np.ndarray, header: list[str], cells: list[list[str]], path: Path
+) -> tuple[list[int], np.ndarray, list[str]]:
+    """Layers and columns (2, layers) without those that have no finite number in any row; a warning of them."""
+    finite = np.isfinite(table).any(axis=0)[where]
+    for kind, found in zip(_NEEDED, finite, strict=True):
+        if len(table) and not found.any():
+            column = int(where[_NEEDED.index(kind), 0])
+            raise HxaconvError(
+                f"training log {path}: no layer has a finite {kind} in any row; {header[column]} is"
+                f" {cells[0][column]!r} in the first"
+            )
+    known = finite.all(axis=0) if len(table) else np.ones(len(layers), dtype=bool)
+    lost = [layer for layer, found in zip(layers, known, strict=True) if not found]
+    warnings = [f"layers {lost} have no finite rawMSE or scale in any row: they cannot be picked"] if lost else []
+    return [layer for layer in layers if layer not in lost], where[:, known], warnings
 
 
 def _columns(header: Sequence[str], kind: str) -> dict[int, str]:
@@ -99,39 +129,43 @@ def _check_columns(path: Path, header: Sequence[str], columns: dict[str, dict[in
     raise_all(f"training log {path}:", problems, hint="Is this the CSV that stage-1 training writes?")
 
 
-def _table(rows: Sequence[Sequence[str]], header: list[str], path: Path) -> tuple[np.ndarray, list[str]]:
-    """Rows as numbers under the header, (T, columns); missing ones are NaN."""
+def _cells(
+    rows: Sequence[Sequence[str]], header: list[str], columns: dict[str, dict[int, str]], path: Path
+) -> tuple[list[list[str]], list[str]]:
+    """(rows with one cell per name of the header, warnings)."""
     # Some trainers write a header of 3L+1 names over rows of 2L+1 numbers: step, raw MSE and scale, the scaled
     # MSE left out. Read by position, the scales land under scaledMSE and the scale columns stay empty.
     short = [name for name in header if not name.endswith("_scaledMSE")]
-    table = np.full((len(rows), len(header)), np.nan)
-    remapped, ragged, repeated = 0, 0, 0
-    for number, row in enumerate(rows):
-        if [cell.strip() for cell in row] == header:
-            repeated += 1
-            continue
-        cells = list(row)
-        while cells and not cells[-1].strip():
-            cells.pop()
-        names = header
-        if len(cells) == len(short) < len(header):
-            names, remapped = short, remapped + 1
-        elif len(cells) != len(header):
-            ragged += 1
-            continue
-        for name, cell in zip(names, cells, strict=True):
-            table[number, header.index(name)] = _number(cell)
+    trimmed = [_without_end([cell.strip() for cell in row]) for row in rows]
+    trimmed = [row for row in trimmed if row != header]
+    scales = [header.index(name) for name in columns["scale"].values()]
+    if trimmed and all(_ends_without(row, scales, len(header), len(short)) for row in trimmed):
+        trimmed = [row[: len(short)] for row in trimmed]
+    faulty = sum(len(row) == len(short) < len(header) for row in trimmed)
+    ragged = sum(len(row) not in (len(short), len(header)) for row in trimmed)
+    if faulty and max(map(header.index, columns["rawMSE"].values())) > min(scales):
+        raise HxaconvError(
+            f"training log {path}: {faulty} rows have {len(short)} fields under a header of {len(header)}, whose names"
+            " do not stand in the order rawMSE, scale: which field is which cannot be told",
+            hint="Give the header one name per field, in the order of the rows.",
+        )
     warnings = []
-    if remapped:
+    if faulty:
         warnings.append(
-            f"{remapped} rows of {path.name} have {len(short)} fields under a header of {len(header)}: the known"
+            f"{faulty} rows of {path.name} have {len(short)} fields under a header of {len(header)}: the known"
             " fault of these logs, the scaledMSE columns were never written. The scales that would be read as"
             " scaledMSE have been put under scale"
         )
     if ragged:
         warnings.append(f"{ragged} rows of {path.name} have neither {len(header)} nor {len(short)} fields: left out")
-    keep = [i for i, row in enumerate(rows) if [cell.strip() for cell in row] != header]
-    return table[keep], warnings
+    names = {len(short): short, len(header): header}
+    by_name = [dict(zip(names[len(row)], row, strict=True)) for row in trimmed if len(row) in names]
+    return [[row.get(name, "") for name in header] for row in by_name], warnings
+
+
+def _ends_without(row: Sequence[str], scales: Sequence[int], whole: int, short: int) -> bool:
+    """Whether a row is one of the faulty ones that a table program has filled up: no scale, all before."""
+    return len(row) == whole and all(row[i].lower() in ("", "nan") for i in scales) and min(scales) >= short
 
 
 def _number(cell: str) -> float:

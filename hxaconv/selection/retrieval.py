@@ -13,6 +13,8 @@ from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.reference import llama
 from hxaconv.selection.attention import copying
+from hxaconv.selection.cache import Cache
+from hxaconv.selection.streaming import bar
 from hxaconv.selection.weights import Compute, bytes_of_layer, embed, layer_names
 
 LENGTH = 128
@@ -42,8 +44,7 @@ def sequences(
 ) -> tuple[Tensor, Tensor]:
     """(ids, expected), both (count, 2*length+1): half of random vocabulary, half of real text where there is any.
 
-    `expected` is the position right behind the token's first occurrence, -1 outside the second copy and for
-    tokens that u holds more than once: their first occurrence says nothing about where the copy goes on.
+    `expected` is the position right behind the token's first occurrence, -1 outside the second copy.
     """
     rng = np.random.default_rng(seed)
     pool = np.setdiff1d(np.arange(vocab_size), [separator])
@@ -52,10 +53,8 @@ def sequences(
     rows, expected = [], []
     for u in [*drawn, *real]:
         rows.append(np.concatenate([u, [separator], u]))
-        values, counts = np.unique(u, return_counts=True)
-        once = np.isin(u, values[counts == 1])
-        wanted = np.where(once, np.arange(length) + 1, -1)
-        expected.append(np.concatenate([np.full(length + 1, -1), wanted]))
+        _, first, inverse = np.unique(u, return_index=True, return_inverse=True)
+        expected.append(np.concatenate([np.full(length + 1, -1), first[inverse] + 1]))
     return torch.from_numpy(np.stack(rows).astype(np.int64)), torch.from_numpy(np.stack(expected))
 
 
@@ -81,37 +80,38 @@ def separator_of(model: Model) -> int:
 
 def retrieval(
     teacher: Model,
-    text: np.ndarray | None,
+    ids: Tensor,
+    expected: Tensor,
     *,
-    seed: int = 0,
-    length: int = LENGTH,
-    count: int = SEQUENCES,
     compute: Compute | None = None,
+    cache: Cache | None = None,
     progress: Progress | None = None,
 ) -> Retrieval:
-    """A layer scores the sum of its best max(1, H // 16) heads; one layer's weights at a time."""
-    compute, config = compute or Compute(), teacher.config
-    ids, expected = sequences(
-        config.vocab_size, text, separator=separator_of(teacher), seed=seed, length=length, count=count
-    )
-    expected, shares = expected.to(compute.device), []
-    if progress is not None:
-        progress.start(
-            "looking for copying heads", sum(bytes_of_layer(teacher, i) for i in range(config.num_hidden_layers))
-        )
-    try:
-        with torch.inference_mode():
-            x = embed(teacher, ids, compute)
-            for layer in range(config.num_hidden_layers):
-                get = compute.load(teacher, layer_names(teacher, layer)).__getitem__
-                normed = llama.input_norm(x, get, config, layer)
-                shares.append(copying(normed, get, config, layer, expected))
-                x = torch.cat([llama.layer(s[None], get, config, layer) for s in x])
-                if progress is not None:
-                    progress.advance(bytes_of_layer(teacher, layer), f"layer {layer}")
-    finally:
-        if progress is not None:
-            progress.stop()
+    """A layer scores the sum of its best max(1, H // 16) heads; one layer's weights at a time.
+
+    Args:
+        ids, expected: as `sequences` makes them.
+        cache: where an interrupted pass goes on.
+    """
+    compute, cache = compute or Compute(), cache or Cache(None, "")
+    config, sizes = teacher.config, [bytes_of_layer(teacher, i) for i in range(teacher.config.num_hidden_layers)]
+    saved, expected = cache.load(), expected.to(compute.device)
+    shares = list(torch.from_numpy(saved["shares"])) if saved else []
+    x = torch.from_numpy(saved["x"]).to(compute.device) if saved else embed(teacher, ids, compute)
+
+    def state() -> dict[str, np.ndarray]:
+        return {"shares": torch.stack(shares).numpy(), "x": x.cpu().numpy()}
+
+    with torch.inference_mode(), bar(progress, "looking for copying heads", sum(sizes)) as advance:
+        advance(sum(sizes[: len(shares)]), "resumed" if saved else "")
+        for layer in range(len(shares), config.num_hidden_layers):
+            get = compute.load(teacher, layer_names(teacher, layer)).__getitem__
+            found = copying(llama.input_norm(x, get, config, layer), get, config, layer, expected)
+            x = torch.cat([llama.layer(s[None], get, config, layer) for s in x])
+            shares.append(found)
+            advance(sizes[layer], f"layer {layer}")
+            cache.pause(state)
+    cache.save(state())
     return _summary(torch.stack(shares), config.num_attention_heads)
 
 

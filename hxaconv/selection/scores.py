@@ -73,7 +73,7 @@ def check_finite(column: Column) -> Column:
     if bad:
         raise HxaconvError(
             f"the {column.strategy} score of layers {', '.join(map(str, bad))} is not a finite number",
-            hint="Do the weights hold NaN or Inf? `hxaconv lint` finds them.",
+            hint="Do the weights hold NaN or Inf? `hxaconv inspect PATH --stats` counts them, tensor by tensor.",
         )
     return column
 
@@ -101,6 +101,36 @@ class Pick:
         return len(set(self.layers) & set(self.uniform))
 
 
+def check_request(
+    strategy: str, num_layers: int, count: int, rules: Rules | None, *, allow_layer_0: bool = False
+) -> None:
+    """Refuse, before anything is scored, what no scores could answer.
+
+    Raises:
+        HxaconvError: for an unknown strategy, an impossible count, or rules that no choice keeps to.
+    """
+    if strategy not in STRATEGIES:
+        raise HxaconvError(f"unknown strategy {strategy!r}", hint=f"Strategies: {', '.join(STRATEGIES)}.")
+    most = num_layers - 1
+    if not 1 <= count <= most:
+        reason = "one layer has to become RWKV" if allow_layer_0 else LAYER_0_REASON
+        beyond = f" ({reason})" if count == num_layers else ""
+        raise HxaconvError(f"--count {count}: between 1 and {most} of {num_layers} layers can stay attention{beyond}")
+    if strategy not in SPACED:
+        choose([0.0] * num_layers, count, _without_layer_0(strategy, rules, allow_layer_0), margins=False)
+    elif rules is not None and rules != SOFT_RULES:
+        raise HxaconvError(
+            f"--strategy {strategy} has no scores, so --min-gap, --max-gap, --max-consecutive and --exclude"
+            " have nothing to decide by",
+            hint="Choose a strategy with scores, or name the layers: --layers.",
+        )
+
+
+def _without_layer_0(strategy: str, rules: Rules | None, allow_layer_0: bool) -> Rules:
+    rules = rules or STRATEGIES[strategy].rules
+    return replace(rules, exclude=rules.exclude | (set() if allow_layer_0 else {0}))
+
+
 def pick(
     strategy: str,
     num_layers: int,
@@ -115,26 +145,15 @@ def pick(
     Raises:
         HxaconvError: for an unknown strategy, an impossible count, or rules that no choice keeps to.
     """
-    if strategy not in STRATEGIES:
-        raise HxaconvError(f"unknown strategy {strategy!r}", hint=f"Strategies: {', '.join(STRATEGIES)}.")
-    available = num_layers if allow_layer_0 else num_layers - 1
-    if not 1 <= count <= available:
-        reason = "" if count != num_layers or allow_layer_0 else f" ({LAYER_0_REASON})"
-        raise HxaconvError(f"--count {count}: between 1 and {available} of {num_layers} layers can stay{reason}")
+    check_request(strategy, num_layers, count, rules, allow_layer_0=allow_layer_0)
     even = uniform(num_layers, count)
     if strategy in SPACED:
-        if rules is not None and rules != SOFT_RULES:
-            raise HxaconvError(
-                f"--strategy {strategy} has no scores, so --min-gap, --max-gap, --max-consecutive and --exclude"
-                " have nothing to decide by",
-                hint="Choose a strategy with scores, or name the layers: --layers.",
-            )
         layers = even if strategy == "uniform" else tuple(range(num_layers - count, num_layers))
         return Pick(strategy, layers, SOFT_RULES, uniform=even)
     assert column is not None and column.strategy == strategy
-    rules = rules or STRATEGIES[strategy].rules
+    rules = _without_layer_0(strategy, rules, allow_layer_0)
     unknown = {layer for layer, value in enumerate(column.values) if value is None}
-    rules = replace(rules, exclude=rules.exclude | unknown | (set() if allow_layer_0 else {0}))
+    rules = replace(rules, exclude=rules.exclude | unknown)
     found = column.scores(rules.exclude)
     scores = [0.0 if value is None else value for value in found]
     choice = choose(scores, count, rules)

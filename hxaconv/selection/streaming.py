@@ -14,12 +14,11 @@ beside one layer's weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from hxaconv.reference import hxa079, llama
 from hxaconv.reference.chunked import chunked
 from hxaconv.selection.attention import entropy_and_distance
 from hxaconv.selection.cache import Cache
+from hxaconv.selection.state import First, State, score_arrays, scores_of
 from hxaconv.selection.weights import (
     Compute,
     Get,
@@ -45,60 +45,8 @@ NEEDS_STUDENT = frozenset({"mse", "kl"})
 STREAMED = ("mse", "influence", "entropy", "distance", "kl")
 """Strategies that a sweep computes, any number of them in one pass."""
 
-First = tuple[Tensor, Tensor] | None
-"""v_first and k_first, (B, T, G, N) each; None before the first RWKV layer."""
-
-
-@dataclass(slots=True)
-class State:
-    """A sweep between two layers."""
-
-    layer: int
-    """The next one."""
-    teacher: Tensor
-    base: Tensor | None = None
-    forks: dict[int, Tensor] = field(default_factory=dict)
-    first: First = None
-    """v_first and k_first of layer 0, which base and all forks after layer 0 share."""
-    first_of_fork_0: First = None
-    """Those of layer 1, the first RWKV layer where layer 0 is GQA."""
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    room: Tensor | None = None
-    """Memory of all forks, taken at once: streams that live long among short-lived tensors split the heap."""
-
-    def fork(self, layer: int, values: Tensor, num_layers: int) -> None:
-        """A new stream."""
-        if self.room is None:
-            self.room = values.new_empty(num_layers, *values.shape)
-        self.forks[layer] = self.room[layer].copy_(values)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The state as plain arrays, for a file."""
-        found: dict[str, Tensor | None] = {"teacher": self.teacher, "base": self.base}
-        found |= {f"fork {i}": x for i, x in self.forks.items()}
-        for name in ("first", "first_of_fork_0"):
-            pair = getattr(self, name)
-            found |= {f"{name} {i}": x for i, x in enumerate(pair or ())}
-        arrays = {name: x.cpu().numpy() for name, x in found.items() if x is not None}
-        arrays |= {f"score {name}": np.array(values) for name, values in self.scores.items()}
-        return {**arrays, "layer": np.array(self.layer)}
-
-    @classmethod
-    def of_arrays(cls, arrays: dict[str, np.ndarray], device: str) -> State:
-        """The inverse of `arrays`."""
-
-        def pair(name: str) -> First:
-            return (x[f"{name} 0"], x[f"{name} 1"]) if f"{name} 0" in x else None
-
-        scores = {name[6:]: list(map(float, values)) for name, values in arrays.items() if name.startswith("score ")}
-        x = {
-            name: torch.from_numpy(values).to(device)
-            for name, values in arrays.items()
-            if values.dtype.kind == "f" and not name.startswith("score ")
-        }
-        forks = {int(name[5:]): values for name, values in x.items() if name.startswith("fork ")}
-        firsts = pair("first"), pair("first_of_fork_0")
-        return cls(int(arrays["layer"]), x["teacher"], x.get("base"), forks, *firsts, scores)
+Step = Callable[[int, str], None]
+"""Called between two steps with the bytes of weights that the last one applied: moves the bar, saves, stops."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,19 +71,25 @@ class Sweep:
         of the all-RWKV student (restore)."""
         cache = cache or Cache(None, "")
         saved = cache.load()
+        if saved and "teacher" not in saved:
+            return scores_of(saved)
         state = State.of_arrays(saved, self.compute.device) if saved else self._start(ids)
-        with torch.inference_mode(), _bar(progress, "scoring layers", self._work(0)) as advance:
-            advance(self._work(0) - self._work(state.layer), "resumed" if saved else "")
+        resumes, saved = bool(saved), None
+        total = self._work(self.num_layers) + self._head_work
+        with torch.inference_mode(), bar(progress, "scoring layers", total) as advance:
+            moved = bytes_of_layer(self.teacher, state.layer) * state.moved if state.moved else 0
+            advance(self._work(state.layer) + moved, "resumed" if resumes else "")
+
+            def step(done: int, what: str) -> None:
+                advance(done, what)
+                cache.pause(state.arrays)
+
             while state.layer < self.num_layers:
-                before = self._work(state.layer)
-                self._layer(state)
-                advance(before - self._work(state.layer), f"layer {state.layer - 1}")
-                if cache.due():
-                    cache.save(state.arrays())
+                self._layer(state, step)
             self.compute.release()
             if "kl" in self.strategies:
-                self._divergences(state)
-        cache.clear()
+                self._divergences(state, step)
+        cache.save(score_arrays(state.scores))
         return state.scores
 
     @property
@@ -143,10 +97,16 @@ class Sweep:
         """L."""
         return self.teacher.config.num_hidden_layers
 
-    def _work(self, done: int) -> int:
+    def _work(self, layers: int) -> int:
         # In bytes of weights applied: what time goes with, whatever the strategies.
-        streams = [1 + (self._restores + i + 1 if "kl" in self.strategies else 0) for i in range(self.num_layers)]
-        return sum(bytes_of_layer(self.teacher, i) * streams[i] for i in range(done, self.num_layers))
+        streams = [1 + (self._restores + i + 1 if "kl" in self.strategies else 0) for i in range(layers)]
+        return sum(bytes_of_layer(self.teacher, i) * streams[i] for i in range(layers))
+
+    @property
+    def _head_work(self) -> int:
+        plan = self.teacher.plan
+        head = plan.get("lm_head.weight", plan["model.embed_tokens.weight"])
+        return head.nbytes * (self.num_layers + 1 + self._restores) if "kl" in self.strategies else 0
 
     @property
     def _restores(self) -> bool:
@@ -160,7 +120,7 @@ class Sweep:
             base = embed(self.student, ids, self.compute)
         return State(0, x, base)
 
-    def _layer(self, state: State) -> None:
+    def _layer(self, state: State, step: Step) -> None:
         """One layer further, every stream in its place."""
         layer, x, config = state.layer, state.teacher, self.teacher.config
         weights = self.compute.load(self.teacher, layer_names(self.teacher, layer))
@@ -175,20 +135,29 @@ class Sweep:
         if self.strategies & {"entropy", "distance"}:
             found["entropy"], found["distance"] = entropy_and_distance(normed, get, config, layer)
         if self._converts:
-            for stream in state.forks.values():
-                stream.copy_(_each(lambda s: llama.layer(s, get, config, layer), stream))
+            self._move(state, step, lambda _, x: _each(lambda s: llama.layer(s, get, config, layer), x))
         if self.strategies & NEEDS_STUDENT:
-            found |= self._student_layer(state, weights, normed, attended)
+            found |= self._student_layer(state, step, weights, normed, attended)
         for name in self.strategies & found.keys():
             state.scores.setdefault(name, []).append(found[name])
-        state.teacher, state.layer = after, layer + 1
+        rest = self._work(layer + 1) - self._work(layer) - state.moved * bytes_of_layer(self.teacher, layer)
+        state.teacher, state.layer, state.moved = after, layer + 1, 0
+        step(rest, f"layer {layer}")
+
+    def _move(self, state: State, step: Step, forward: Callable[[int, Tensor], Tensor]) -> None:
+        """All forks pass the layer, but for those that have before an interruption."""
+        size = bytes_of_layer(self.teacher, state.layer)
+        for i in sorted(state.forks)[state.moved :]:
+            state.forks[i].copy_(forward(i, state.forks[i]))
+            state.moved += 1
+            step(size, f"layer {state.layer}, candidate {i}")
 
     @property
     def _converts(self) -> bool:
         return "kl" in self.strategies and self.kl_mode == "convert"
 
     def _student_layer(
-        self, state: State, teacher: dict[str, Tensor], normed: Tensor, attended: Tensor
+        self, state: State, step: Step, teacher: dict[str, Tensor], normed: Tensor, attended: Tensor
     ) -> dict[str, float]:
         assert self.student is not None
         layer, config, found = state.layer, self.student.student, {}
@@ -210,10 +179,10 @@ class Sweep:
             plans = self.teacher.plan, self.student.plan
             shared = {name: teacher[name] for name in rest if same_bytes(plans[0][name], plans[1][name])}
             others = self.compute.load(self.student, rest, shared)
-            self._restore(state, {**others, **mixer}.__getitem__, {**others, **attention}.__getitem__)
+            self._restore(state, step, {**others, **mixer}.__getitem__, {**others, **attention}.__getitem__)
         return found
 
-    def _restore(self, state: State, rwkv: Get, gqa: Get) -> None:
+    def _restore(self, state: State, step: Step, rwkv: Get, gqa: Get) -> None:
         assert self.student is not None and state.base is not None
         layer, config = state.layer, self.student.student
 
@@ -223,19 +192,21 @@ class Sweep:
         def mix(x: Tensor, settings: StudentConfig, first: First) -> tuple[Tensor, First]:
             return time_mix(hxa079.input_norm(x, rwkv, config, layer), rwkv, settings, layer, first)
 
-        for i, stream in state.forks.items():
+        def passed(i: int, stream: Tensor) -> Tensor:
             if i == 0:
                 mixed, state.first_of_fork_0 = mix(stream, replace(config, gqa_layers=(0,)), state.first_of_fork_0)
             else:
                 mixed, _ = mix(stream, config, state.first)
-            stream.copy_(finish(stream + mixed))
+            return finish(stream + mixed)
+
+        self._move(state, step, passed)
         normed = hxa079.input_norm(state.base, gqa, config, layer)
         mixed = _each(lambda s: hxa079.attention(s, gqa, config, layer, hxa079.Carry()), normed)
         state.fork(layer, finish(state.base + mixed), self.num_layers)
         mixed, state.first = mix(state.base, config, None if layer == 0 else state.first)
         state.base.copy_(finish(state.base + mixed))
 
-    def _divergences(self, state: State) -> None:
+    def _divergences(self, state: State, step: Step) -> None:
         """The KLs, from the final streams; these are normed in their place and not streams afterwards."""
         assert self.student is not None
         model = self.student if self._restores else self.teacher
@@ -244,10 +215,17 @@ class Sweep:
             streams.append(state.base)
         for owner, x in [(self.teacher, state.teacher), *((model, stream) for stream in streams)]:
             weight = self.compute.make(owner.plan["model.norm.weight"])
-            for sequence in x:
+            for sequence in x if not state.normed else ():
                 sequence.copy_(llama.rmsnorm(sequence, weight, owner.config.rms_norm_eps))
+        state.normed = True
         heads = Head(self.teacher, self.compute), Head(model, self.compute)
-        values = divergences(state.teacher.flatten(0, 1), heads[0], [x.flatten(0, 1) for x in streams], heads[1])
+        values = divergences(
+            state.teacher.flatten(0, 1),
+            heads[0],
+            [x.flatten(0, 1) for x in streams],
+            heads[1],
+            lambda share: step(int(share * self._head_work), "head"),
+        )
         if self._restores:
             total = values.pop()
             state.scores["kl total"] = [total]
@@ -274,9 +252,10 @@ def _each(function: Any, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _bar(progress: Progress | None, title: str, total: int) -> Iterator[Any]:
+def bar(progress: Progress | None, title: str, total: int) -> Iterator[Any]:
+    """A bar while inside; yields what moves it: called with what is done, and what was at work."""
     if progress is None:
-        yield lambda n, what="": None
+        yield lambda n, what: None
         return
     progress.start(title, total)
     try:

@@ -103,10 +103,17 @@ class Head:
         return self.compute.make(rows(self.recipe, start, stop, self.recipe.origin))
 
 
-def divergences(teacher: Tensor, teacher_head: Head, students: Iterable[Tensor], student_head: Head) -> list[float]:
+def divergences(
+    teacher: Tensor,
+    teacher_head: Head,
+    students: Iterable[Tensor],
+    student_head: Head,
+    step: Callable[[float], None] = lambda share: None,
+) -> list[float]:
     """KL(teacher || student) per token in nats for every student, from normed hidden states (tokens, C).
 
     Over blocks of the vocabulary, in one pass and float64: no logits of a whole vocabulary are ever held.
+    `step` is called after each with its share of the work.
     """
     others = list(students)
     shared = same_bytes(teacher_head.recipe, student_head.recipe)
@@ -114,10 +121,10 @@ def divergences(teacher: Tensor, teacher_head: Head, students: Iterable[Tensor],
     log_p = torch.full((tokens,), -torch.inf, dtype=torch.float64, device=teacher.device)
     log_q = [log_p.clone() for _ in others]
     moved = [torch.zeros_like(log_p) for _ in others]
-    step = max(1, LOGITS_AT_ONCE // tokens)
-    for start in range(0, teacher_head.size, step):
-        block = teacher_head.block(start, start + step)
-        other_block = block if shared else student_head.block(start, start + step)
+    height = max(1, LOGITS_AT_ONCE // tokens)
+    for start in range(0, teacher_head.size, height):
+        block = teacher_head.block(start, start + height)
+        other_block = block if shared else student_head.block(start, start + height)
         z = (teacher @ block.T).double()
         before, log_p = log_p, torch.logaddexp(log_p, z.logsumexp(dim=-1))
         shrink, p = (before - log_p).exp(), (z - log_p[:, None]).exp()
@@ -126,4 +133,5 @@ def divergences(teacher: Tensor, teacher_head: Head, students: Iterable[Tensor],
             log_q[i] = torch.logaddexp(log_q[i], y.logsumexp(dim=-1))
             # sum_v p_v (z_v - y_v) under the normaliser known so far
             moved[i] = moved[i] * shrink + (p * (z - y)).sum(dim=-1)
+        step(len(block) / teacher_head.size)
     return [float((m - log_p + q).mean()) for m, q in zip(moved, log_q, strict=True)]
