@@ -56,6 +56,15 @@ class Signals:
         """Whether a deferred signal waits."""
         return self.pending is not None
 
+    def stop_if_requested(self) -> None:
+        """End here if a deferred signal waits.
+
+        Raises:
+            Interrupted: for that signal.
+        """
+        if self.pending is not None:
+            raise Interrupted(self.pending)
+
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Inside, a first signal only sets `pending`; a second one raises."""
@@ -67,11 +76,11 @@ class Signals:
 
 
 @contextmanager
-def interruptible(kept: Callable[[], str]) -> Iterator[None]:
+def interruptible(kept: Callable[[], str]) -> Iterator[Signals]:
     """Inside, Ctrl-C and SIGTERM raise Interrupted with what `kept` says then: what is kept, how to go on."""
-    with Signals():
+    with Signals() as signals:
         try:
-            yield
+            yield signals
         except KeyboardInterrupt as stop:
             number = getattr(stop, "number", signal.SIGINT)
             raise Interrupted(number, f"Interrupted. {kept()}") from None
