@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -21,6 +22,7 @@ from hxaconv.options import (
     AllowNonfinite,
     CalDevice,
     CalIds,
+    CalPlot,
     CalText,
     CalTokens,
     Chunk,
@@ -63,8 +65,8 @@ from hxaconv.options import (
 )
 
 if TYPE_CHECKING:
-    from hxaconv.commands.fitting import CalibrateOptions
     from hxaconv.commands.common import Outcome, WriteOptions
+    from hxaconv.commands.fitting import CalibrateOptions
     from hxaconv.console import Talk
     from hxaconv.layer_maps import LayerMap
 
@@ -81,13 +83,24 @@ class Stopped(Exception):
 class Commands(TyperGroup):
     """The commands, so run that an interruption says what is kept."""
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Parse the words of the command line."""
+        with _stopping():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was named."""
-        try:
+        with _stopping():
             return super().invoke(ctx)
-        except KeyboardInterrupt as stop:
-            message = getattr(stop, "message", "Interrupted; nothing was published.")
-            raise Stopped(message, getattr(stop, "exit_code", 130)) from None
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        message = getattr(stop, "message", "Interrupted; nothing was published.")
+        raise Stopped(message, getattr(stop, "exit_code", 130)) from None
 
 
 app = typer.Typer(
@@ -147,6 +160,7 @@ def init_from_teacher(
     refine_steps: RefineSteps = 100,
     fold_rope: FoldRope = False,
     device: CalDevice = "cpu",
+    plot: CalPlot = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the output.", rich_help_panel=OUTPUT)] = "bfloat16",
     format: Annotated[str, typer.Option(help="hf, pth or training.", rich_help_panel=OUTPUT)] = "hf",
     max_shard_size: MaxShard = "5GB",
@@ -175,6 +189,9 @@ def init_from_teacher(
 
     talk = _talk(quiet, json)
     values = dict(locals())
+    if plot is not None and init != "calibrated":
+        raise HxaconvError("--plot draws a calibration", hint="Add --init calibrated.")
+    _check_plot(values)
     outcome = command.run(
         teacher,
         out,
@@ -198,6 +215,7 @@ def init_from_teacher(
         write=_write_options(values, talk),
     )
     _show_outcome(outcome, talk)
+    _plot_calibration(outcome, plot)
 
 
 def _calibration(values: dict[str, Any]) -> CalibrateOptions:
@@ -206,6 +224,25 @@ def _calibration(values: dict[str, Any]) -> CalibrateOptions:
     from hxaconv.commands.fitting import CalibrateOptions
 
     return CalibrateOptions(**{field.name: values[field.name] for field in fields(CalibrateOptions)})
+
+
+def _check_plot(values: dict[str, Any]) -> None:
+    if values["plot"] is not None:
+        from pathlib import Path
+
+        from hxaconv.calibration.plot import check_plot
+
+        check_plot(Path(values["plot"]), overwrite=values["overwrite"])
+
+
+def _plot_calibration(outcome: Outcome, plot: str | None) -> None:
+    published = outcome.written is not None and outcome.written.published
+    if plot is not None and published and outcome.calibration is not None:
+        from pathlib import Path
+
+        from hxaconv.calibration.plot import plot as draw
+
+        draw(outcome.calibration, Path(plot))
 
 
 @app.command("calibrate", no_args_is_help=True)
@@ -222,6 +259,7 @@ def calibrate(
     refine_steps: RefineSteps = 100,
     fold_rope: FoldRope = False,
     device: CalDevice = "cpu",
+    plot: CalPlot = None,
     layer_map: LayerMapSettings = None,
     rope_theta: RopeTheta = None,
     rms_norm_eps: Eps = None,
@@ -242,7 +280,7 @@ def calibrate(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fit the RWKV layers of an untrained student to its teacher, in closed form, from a few hundred tokens.
+    """Fit the RWKV layers of an untrained student to its teacher, layer by layer, on a few hundred tokens of text.
 
     [bold]Example[/bold]
 
@@ -252,6 +290,7 @@ def calibrate(
 
     talk = _talk(quiet, json)
     values = dict(locals())
+    _check_plot(values)
     outcome = command.run(
         source,
         out,
@@ -268,6 +307,7 @@ def calibrate(
         write=_write_options(values, talk),
     )
     _show_outcome(outcome, talk)
+    _plot_calibration(outcome, plot)
 
 
 def _convert(command: str, values: dict[str, Any]) -> None:
@@ -775,13 +815,8 @@ def _show_outcome(outcome: Outcome, talk: Talk) -> None:
         talk.say("Dry run: nothing was written.")
 
 
-def main() -> NoReturn:
-    """Run the command line; exits 0 done, 1 a check failed, 2 wrong use or bad input, 130 interrupted."""
-    sys.exit(guarded(app))
-
-
 def guarded(run: Callable[[], Any]) -> int:
-    """Run the app and turn what it raises into an exit code; a traceback only with --debug or for our faults."""
+    """Run the app: 0 done, 1 a check failed, 2 wrong use or bad input; a traceback with --debug or for our faults."""
     debug = "--debug" in sys.argv[1:]
     if debug:
         sys.argv.remove("--debug")
@@ -799,14 +834,8 @@ def guarded(run: Callable[[], Any]) -> int:
 
         Talk().say(stop.message)
         return stop.exit_code
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         return 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     return 0
-
-
-if __name__ == "__main__":
-    main()

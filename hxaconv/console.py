@@ -38,6 +38,12 @@ def _console(*, stderr: bool) -> Console:
     return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
 
 
+def _tell(text: str, style: str = "") -> None:
+    """Text on stderr; in logs and pipes its lines are left whole, so that paths can be found and copied."""
+    console = _console(stderr=True)
+    console.print(text, style=style if console.is_terminal else "", markup=False, soft_wrap=not console.is_terminal)
+
+
 class Talk:
     """One per command: `quiet` silences all but errors, `json_output` turns results into JSON."""
 
@@ -48,11 +54,11 @@ class Talk:
     def say(self, text: str) -> None:
         """One line of talk, on stderr."""
         if not self.quiet:
-            _console(stderr=True).print(text, markup=False)
+            _tell(text)
 
     def warn(self, text: str) -> None:
         """A warning, on stderr, quiet or not."""
-        _console(stderr=True).print(f"Warning: {text}", style="yellow", markup=False)
+        _tell(f"Warning: {text}", "yellow")
 
     def result(self, data: Mapping[str, Any], *renderables: RenderableType) -> None:
         """The command's result: JSON on stdout where asked for, else what people read."""
@@ -119,11 +125,10 @@ class Bars:
 
 def render_error(error: HxaconvError) -> None:
     """The one place that prints what went wrong: the problem, then what to do."""
-    console = _console(stderr=True)
     word = "Check failed" if error.exit_code == 1 else "Error"
-    console.print(f"{word}: {error.message}", style="bold red" if console.is_terminal else "", markup=False)
+    _tell(f"{word}: {error.message}", "bold red")
     if error.hint:
-        console.print(f"What to do: {error.hint}", markup=False)
+        _tell(f"What to do: {error.hint}")
 
 
 def human_bytes(count: float) -> str:

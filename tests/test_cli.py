@@ -87,7 +87,7 @@ def test_same_command_same_bytes_on_any_number_of_threads(tiny_teacher: Path, tm
     outputs = []
     for threads, workers in ((1, 1), (2, 2), (2, 3)):
         out = tmp_path / f"{threads}-{workers}"
-        command = [sys.executable, "-m", "hxaconv.cli", "init-from-teacher", str(tiny_teacher), str(out)]
+        command = [sys.executable, "-m", "hxaconv", "init-from-teacher", str(tiny_teacher), str(out)]
         options = ["--workers", str(workers), "--quiet", "--max-shard-size", "3MB"]
         subprocess.run([*command, *options], check=True, env=environment(OMP_NUM_THREADS=str(threads)))
         outputs.append(out)
@@ -326,7 +326,7 @@ def test_inspect_and_pure_conversions_never_import_torch(cli: Cli, golden: Path,
 
 
 def test_debug_shows_the_traceback(golden: Path) -> None:
-    command = [sys.executable, "-m", "hxaconv.cli", "to-hf", str(golden / "reka_tiny" / "student.pth"), "x", "--debug"]
+    command = [sys.executable, "-m", "hxaconv", "to-hf", str(golden / "reka_tiny" / "student.pth"), "x", "--debug"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "Traceback" in done.stderr
 

@@ -23,7 +23,7 @@ def hub() -> Iterator[HubServer]:
 
 def run(hub: HubServer, home: Path, *words: object, token: str | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **hub.environment(home, token)}
-    command = [sys.executable, "-m", "hxaconv.cli", *map(str, words)]
+    command = [sys.executable, "-m", "hxaconv", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 

@@ -21,7 +21,7 @@ OPTIONS = ["--max-shard-size", "1MB", "--quiet", "--no-verify"]
 
 
 def command(teacher: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "hxaconv.cli", "init-from-teacher", str(teacher), str(out), *OPTIONS, *more]
+    return [sys.executable, "-m", "hxaconv", "init-from-teacher", str(teacher), str(out), *OPTIONS, *more]
 
 
 def same_folders(one: Path, other: Path) -> bool:
