@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import open_checkpoint as open_checkpoint
-    from hxaconv.commands.calibrate import CalibrateOptions as CalibrateOptions
     from hxaconv.commands.calibrate import run as calibrate  # noqa: F401
     from hxaconv.commands.common import WriteOptions as WriteOptions
     from hxaconv.commands.convert import to_hf as to_hf
     from hxaconv.commands.convert import to_pth as to_pth
     from hxaconv.commands.convert import to_training as to_training
+    from hxaconv.commands.fitting import CalibrateOptions as CalibrateOptions
     from hxaconv.commands.init import run as init_from_teacher  # noqa: F401
     from hxaconv.commands.pick import run as pick_gqa_layers  # noqa: F401
     from hxaconv.commands.verify import VerifyOptions as VerifyOptions
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hxaconv.inspection import inspect as inspect
 
 _EXPORTS = {
-    "CalibrateOptions": ("hxaconv.commands.calibrate", "CalibrateOptions"),
+    "CalibrateOptions": ("hxaconv.commands.fitting", "CalibrateOptions"),
     "CheckFailed": ("hxaconv.errors", "CheckFailed"),
     "HxaconvError": ("hxaconv.errors", "HxaconvError"),
     "VerifyOptions": ("hxaconv.commands.verify", "VerifyOptions"),

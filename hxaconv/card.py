@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from hxaconv.config import StudentConfig
+
+if TYPE_CHECKING:
+    from hxaconv.calibration import CalibrationReport
 
 _TEMPLATE = """---
 {front_matter}
@@ -41,7 +44,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote
 ```
 
 {infer}
-
+{section}
 ## How it was made
 
 {how} Details, with the origin of every tensor, are in `hxaconv.json`.
@@ -52,16 +55,19 @@ UNTRAINED = (
     " it is the starting point of a distillation, not a finished model."
 )
 CALIBRATED = (
-    "Its RWKV layers are fitted to the teacher's attention in closed form and not trained yet:"
+    "Its RWKV layers are fitted to the teacher's attention on a short text, a layer at a time, and not trained yet:"
     " it is a better starting point of a distillation than the plain initialisation, not a finished model."
 )
 CONVERTED = "The weights are those of the checkpoint it was converted from."
 
 
 def model_card(
-    config: StudentConfig, *, base_model: str | None, purpose: str, how: str, raw: Mapping[str, Any]
+    config: StudentConfig, *, base_model: str | None, purpose: str, how: str, raw: Mapping[str, Any], section: str = ""
 ) -> bytes:
-    """README.md with the Hub's front matter; `base_model` is a Hub id or a bare folder name, never a path."""
+    """README.md with the Hub's front matter; `base_model` is a Hub id or a bare folder name, never a path.
+
+    `section` is Markdown that goes before the story of how it was made.
+    """
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
     if base_model and "/" in base_model:
         front.append(f"base_model: {base_model}")
@@ -90,8 +96,44 @@ def model_card(
         theta=config.rope_theta,
         eps=config.rms_norm_eps,
         how=how,
+        section=f"\n{section}\n" if section else "",
         infer=_infer_text(config),
     ).encode()
+
+
+def calibration_section(report: CalibrationReport) -> str:
+    """How near the student is to its teacher, and how the fit of every layer went."""
+    kl, judging = report.distances, report.tokens - report.fitted_tokens
+    text = (
+        f"Fitted to {report.fitted_tokens} of {report.tokens} tokens; the other {judging} judge. The error of a"
+        " layer's mixer, on the teacher's hidden states, is a share of the energy of the teacher's attention."
+    )
+    lines = ["## Calibration", "", text, ""]
+    if kl is not None:
+        lines += ["| KL(teacher \\|\\| student), nats per token | |", "|---|--:|"]
+        named = {"calibrated": kl.calibrated, "plain": kl.plain, "attention zeroed": kl.attention_zeroed}
+        lines += [*(f"| {name} | {value:.3g} |" for name, value in named.items()), ""]
+    lines += [
+        "| layer | | error before | after | decay by head | a by head | bonus clamped | output refitted |",
+        "|--:|---|--:|--:|---|---|--:|---|",
+    ]
+    for layer in report.layers:
+        cells = (
+            layer.layer,
+            layer.kind + (", kept plain" if layer.kept_plain else ""),
+            f"{layer.error_before:.3f}",
+            f"{layer.error_after:.3f}",
+            _spread(layer.decay),
+            _spread(layer.iclr),
+            f"{layer.clamped:.1%}",
+            "yes" if layer.output_refitted else "no",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{min(values):.3g} to {max(values):.3g}" if values else ""
 
 
 def _infer_text(config: StudentConfig) -> str:

@@ -1,4 +1,4 @@
-"""JSON files that come with a checkpoint: read within bounds, the values that we use of the right type."""
+"""JSON: files that come with a checkpoint, read within bounds, values of the right type; and figures to store."""
 
 from __future__ import annotations
 
@@ -53,6 +53,15 @@ def read_sidecar(file: SourceFile) -> dict[str, Any] | None:
     """
     raw = read_json(file)
     return _checked(raw, file.label) if raw.keys() & {"rwkv_architecture", "hxaconv"} else None
+
+
+def rounded(value: Any, digits: int) -> Any:
+    """Plain data to store: floats to so many significant digits, or as text if not finite; tuples as lists."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    return [rounded(item, digits) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _checked(raw: dict[str, Any], label: str) -> dict[str, Any]:

@@ -117,6 +117,12 @@ RefineSteps = Annotated[
 FoldRope = Annotated[
     bool, typer.Option("--fold-rope", help="Fit GQA layers to losing RoPE (changes them).", rich_help_panel=CALIBRATION)
 ]
+CalPlot = Annotated[
+    str | None,
+    typer.Option(
+        "--plot", help="Draw errors and decays by layer: NAME.png, .svg or .pdf.", rich_help_panel=CALIBRATION
+    ),
+]
 CalDevice = Annotated[str, typer.Option("--device", help="cpu or cuda.", rich_help_panel=CALIBRATION)]
 PadFfn = Annotated[
     int | None, typer.Option(help="256 or 512: widen MLPs with zeros to a multiple.", rich_help_panel=OUTPUT)

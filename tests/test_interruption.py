@@ -14,9 +14,14 @@ from hxaconv.writing.interruption import Interrupted, interruptible
 def test_both_signals_end_with_what_is_kept_then(number: int) -> None:
     before = signal.getsignal(signal.SIGTERM)
     done: list[int] = []
-    with pytest.raises(Interrupted) as stop, interruptible(lambda: f"{len(done)} layers are kept."):
+
+    @interruptible(lambda: f"{len(done)} layers are kept.")
+    def work() -> None:
         done.append(1)
         os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted) as stop:
+        work()
     assert stop.value.message == "Interrupted. 1 layers are kept."
     assert stop.value.exit_code == 128 + number
     assert signal.getsignal(signal.SIGTERM) is before

@@ -1,10 +1,19 @@
-"""Finished layers in a folder: a safetensors file each, and the pass's state, so that a run can go on."""
+"""Finished layers in a folder: a safetensors file each, and the pass's state, so that a run can go on.
+
+    OUT.calibration/layer-007.safetensors    the tensors that a layer replaces, its report in the metadata
+    OUT.calibration/stream.safetensors       the teacher's residual stream before the next layer
+    OUT.calibration/distances.json           the divergences, measured once: a second measurement may round otherwise
+
+Every file names the calibration that it belongs to. One process at a time writes them, see `locked`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hxaconv.calibration.report import LayerReport, Settings
+from hxaconv.calibration.report import Distances, LayerReport, Settings
+from hxaconv.console import Progress
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.selection import cache as selection_cache
-from hxaconv.selection.streaming import First
+from hxaconv.selection.state import First
+from hxaconv.writing import locks
 
-FORMAT = 1
+FORMAT = 2
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,30 +121,110 @@ class Cache:
             tensors |= {"v_first": first[0], "k_first": first[1]}
         self._write(self._stream, tensors, {"layer": str(state.layer)})
 
+    def load_distances(self) -> Distances | None:
+        """The divergences as they were measured first, or None."""
+        try:
+            held = json.loads(self._distances.read_bytes())
+            return Distances(**held["distances"]) if held["key"] == self.key else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save_distances(self, distances: Distances) -> None:
+        """Keep them for whoever goes on.
+
+        Raises:
+            HxaconvError: when the folder cannot be written.
+        """
+        data = json.dumps({"key": self.key, "distances": asdict(distances)}).encode()
+        self._replace(self._distances, lambda path: path.write_bytes(data))
+
+    @property
+    def _distances(self) -> Path:
+        return self.folder / "distances.json"
+
     def _write(self, path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        # A file without tensors is not read back by every version of safetensors.
+        held = {name: values.contiguous().cpu() for name, values in tensors.items()} or {"": torch.zeros(1)}
+        self._replace(path, lambda beside: save_file(held, beside, metadata={"key": self.key, **facts}))
+
+    def _replace(self, path: Path, write: Callable[[Path], object]) -> None:
         beside = path.with_name(f"{path.name}.part")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # A file without tensors is not read back by every version of safetensors.
-            held = {name: values.contiguous().cpu() for name, values in tensors.items()} or {"": torch.zeros(1)}
-            save_file(held, beside, metadata={"key": self.key, **facts})
+            self.folder.mkdir(exist_ok=True)
+            write(beside)
             os.replace(beside, path)
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
             raise HxaconvError(
                 f"{path}: a calibrated layer cannot be kept: {error}",
                 hint="Free some space, or give another folder.",
             ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
 
     def names(self, layer: int) -> list[str]:
-        """Canonical names of the tensors that a finished layer replaces."""
-        with safe_open(self.path(layer), "pt") as file:
+        """Canonical names of the tensors that a finished layer replaces.
+
+        Raises:
+            HxaconvError: when its file is gone, or of another calibration.
+        """
+        with self._open(layer) as file:
             return [name for name in file.keys() if name]  # noqa: SIM118
 
     def read(self, layer: int, name: str) -> Tensor:
-        """One of them."""
-        with safe_open(self.path(layer), "pt") as file:
+        """One of them; raises as `names`."""
+        with self._open(layer) as file:
             tensor = file.get_tensor(name)
         assert isinstance(tensor, Tensor)
         return tensor
+
+    @contextlib.contextmanager
+    def _open(self, layer: int) -> Iterator[Any]:
+        path, hint = self.path(layer), "Run the command again, without another one that calibrates to the same target."
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("key") != self.key:
+                    raise HxaconvError(f"{path} was replaced by another calibration", hint=hint)
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise HxaconvError(f"{path} can no longer be read: {error}", hint=hint) from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool, progress: Progress | None = None) -> Iterator[None]:
+    """One process at a time calibrates into a folder; with `wait`, others wait for their turn.
+
+    The lock is a file beside the folder, which is removed in the end.
+
+    Raises:
+        HxaconvError: when another process is at it (without `wait`), or nothing can be written there.
+    """
+    lock = _acquired(folder, wait, progress)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquired(folder: Path, wait: bool, progress: Progress | None) -> locks.Lock:
+    path, told = folder.with_name(f".{folder.name}.hxaconv-lock"), False
+    try:
+        while not isinstance(lock := locks.acquire(path, "calibrating"), locks.Lock):
+            holder = locks.describe_holder(lock)
+            if not wait:
+                raise HxaconvError(
+                    f"{folder}: {holder} is at work there for the same target",
+                    hint="Wait until it has finished, or stop it first; the same command takes over its layers.",
+                )
+            if progress is not None:
+                if not told:
+                    progress.start(f"waiting for {holder}", 0)
+                progress.advance(0)
+            told = True
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    except OSError as error:
+        raise HxaconvError(f"{path}: locking failed: {error.strerror or error}") from None
+    finally:
+        if told and progress is not None:
+            progress.stop()
+    return lock

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hxaconv.errors import raise_all
+from hxaconv.json_files import rounded
 
 REFIT_OUTPUT = ("auto", "never", "always")
 
@@ -32,20 +33,24 @@ class Settings:
     """Threads on a CPU; the result does not depend on them."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.chunk < 2:
-            problems.append(f"a chunk of {self.chunk} tokens: at least 2 are needed")
-        if self.refine_steps < 0:
-            problems.append(f"{self.refine_steps} refining steps: 0 or more are needed")
-        if self.refit_output not in REFIT_OUTPUT:
-            problems.append(f"refit_output {self.refit_output!r} is not one of {', '.join(REFIT_OUTPUT)}")
-        if self.workers < 1:
-            problems.append(f"{self.workers} workers: at least 1 is needed")
-        raise_all("these calibration settings are not usable:", problems)
+        raise_all("these calibration settings are not usable:", problems_of(asdict(self)))
 
     def of_result(self) -> dict[str, Any]:
         """The settings that the result depends on."""
         return {name: value for name, value in asdict(self).items() if name != "workers"}
+
+
+def problems_of(settings: Mapping[str, Any]) -> list[str]:
+    """What makes no sense in settings by name: those of Settings, and `tokens`, the number of all of them."""
+    at_least = {"tokens": 2, "chunk": 2, "refine_steps": 0, "workers": 1}
+    problems = [
+        f"--{name.replace('_', '-')} {settings[name]}: at least {least} is needed"
+        for name, least in at_least.items()
+        if settings.get(name, least) < least
+    ]
+    if settings["refit_output"] not in REFIT_OUTPUT:
+        problems.append(f"--refit-output {settings['refit_output']}: it takes {', '.join(REFIT_OUTPUT)}")
+    return problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +73,24 @@ class LayerReport:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Distances:
+    """KL(teacher || student) in nats per token, on tokens that nothing was fitted to."""
+
+    tokens: int
+    calibrated: float
+    plain: float
+    attention_zeroed: float
+
+    @property
+    def sentence(self) -> str:
+        """For the card and the terminal."""
+        return (
+            f"KL(teacher || student) on {self.tokens} held-out tokens: {self.calibrated:.3g} calibrated,"
+            f" {self.plain:.3g} with the plain initialisation, {self.attention_zeroed:.3g} with attention zeroed"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationReport:
     """A whole calibration."""
@@ -77,22 +100,11 @@ class CalibrationReport:
     settings: Mapping[str, Any]
     layers: tuple[LayerReport, ...]
     warnings: tuple[str, ...] = ()
+    distances: Distances | None = None
+    """None as long as nobody has measured them."""
 
     def json(self) -> dict[str, Any]:
-        """For hxaconv.json: numbers to four digits, since more would only be noise."""
-        return {
-            "tokens": self.tokens,
-            "fitted_tokens": self.fitted_tokens,
-            "settings": dict(self.settings),
-            "warnings": list(self.warnings),
-            "layers": [_rounded(asdict(layer)) for layer in self.layers],
-        }
-
-
-def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    def short(value: Any) -> Any:
-        if isinstance(value, float):
-            return float(f"{value:.4g}")
-        return [short(v) for v in value] if isinstance(value, tuple | list) else value
-
-    return {name: short(value) for name, value in values.items()}
+        """For hxaconv.json: numbers to four digits, KL to three, since more would only be noise."""
+        told = {name: value for name, value in asdict(self).items() if name != "distances"}
+        distances = asdict(self.distances) if self.distances else None
+        return {**rounded(told, 4), "kl_teacher_student": rounded(distances, 3)}

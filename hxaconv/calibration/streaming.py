@@ -8,6 +8,7 @@ k_first of the first RWKV layer. In memory: the residual stream, its normed copy
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,10 +25,17 @@ from hxaconv.calibration.time_mix import Attention, Fit, fit_layer
 from hxaconv.console import Progress
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.model import Model
-from hxaconv.plan import Plan, Recipe
+from hxaconv.names import layer_index
+from hxaconv.plan import Plan, Recipe, Scratch
 from hxaconv.reference import llama
 from hxaconv.selection.streaming import untouched_layers
 from hxaconv.selection.weights import Compute, bytes_of_layer, embed, layer_names
+from hxaconv.writing.finite import count_nonfinite
+
+NONFINITE_HINT = (
+    "The checkpoint is damaged, or its training diverged. --allow-nonfinite goes on: RWKV layers from there on"
+    " keep the plain initialisation."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,8 @@ class Calibration:
     replaced: Plan
     """Canonical name -> recipe; a subset of the student's plan with the same shapes and dtypes."""
     report: CalibrationReport
+    cache: Cache | None
+    """Where finished layers are kept, if anywhere."""
 
 
 def calibrate(
@@ -46,6 +56,7 @@ def calibrate(
     settings: Settings | None = None,
     *,
     folder: Path | None = None,
+    allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Calibration:
     """Fit the RWKV layers of an untrained student to its teacher on token ids (B, T).
@@ -53,25 +64,30 @@ def calibrate(
     The last quarter of the tokens decides, layer by layer, between the fit and what the student holds.
     With a `folder`, finished layers are kept there, an interrupted run goes on after them, and the
     replaced tensors are read from there when they are written; it has to outlive the result.
+    `allow_nonfinite` goes on after NaN: that layer and those after it keep what the student holds.
 
     Raises:
-        HxaconvError: when the two do not fit, the student has been trained, or ids are not its tokens.
+        HxaconvError: when the two do not fit, the student has been trained, or ids are not its tokens;
+            at the first layer that is not finite.
     """
     settings = settings or Settings()
-    _check(teacher, student, ids)
+    check(teacher, student, ids)
     ids, warnings = cut(ids, settings.chunk)
     cache = Cache(folder, fingerprint(teacher, student, ids, settings)) if folder is not None else None
     compute = Compute(device=settings.device)
     state = (cache and cache.load(settings.device)) or State(0, embed(teacher, ids, compute))
     fitted = fitted_tokens(ids).to(settings.device)
     total = sum(bytes_of_layer(teacher, i) for i in range(teacher.config.num_hidden_layers))
+    if not allow_nonfinite:
+        _refuse_nonfinite(teacher, [name for name in teacher.plan if layer_index(name) is None])
     if progress is not None:
         progress.start("calibrating", total)
         progress.advance(sum(bytes_of_layer(teacher, i) for i in range(state.layer)), "resumed")
     try:
         with torch.no_grad(), Pool(settings.workers, settings.device) as pool:
+            walk = _Walk(teacher, student, fitted, settings, compute, pool, allow_nonfinite)
             while state.layer < teacher.config.num_hidden_layers:
-                fit = _layer(teacher, student, state, fitted, settings, compute, pool)
+                fit = walk.layer(state)
                 prefix = f"model.layers.{state.layer}.self_attn."
                 tensors = {prefix + name: values.cpu() for name, values in fit.tensors.items()} if fit else {}
                 state.done.append(Done(state.layer, tensors, fit.report if fit else None))
@@ -92,7 +108,7 @@ def calibrate(
         layers=tuple(done.report for done in state.done if done.report is not None),
         warnings=warnings,
     )
-    return Calibration(_plan(student, state, cache), report)
+    return Calibration(_plan(student, state, cache), report, cache)
 
 
 def cut(ids: Tensor, chunk: int) -> tuple[Tensor, tuple[str, ...]]:
@@ -110,7 +126,12 @@ def fitted_tokens(ids: Tensor) -> Tensor:
     return (torch.arange(count) < count * 3 // 4).float().view(ids.shape)
 
 
-def _check(teacher: Model, student: Model, ids: Tensor) -> None:
+def check(teacher: Model, student: Model, ids: Tensor) -> None:
+    """Refuse what cannot be calibrated.
+
+    Raises:
+        HxaconvError: when the two do not fit, the student has been trained, or ids are not its tokens.
+    """
     problems = []
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     for name in names:
@@ -134,46 +155,71 @@ def _check(teacher: Model, student: Model, ids: Tensor) -> None:
         )
 
 
-def _layer(
-    teacher: Model,
-    student: Model,
-    state: State,
-    fitted: Tensor,
-    settings: Settings,
-    compute: Compute,
-    pool: Pool,
-) -> Fit | None:
-    """Fit one layer and let the teacher's residual stream pass it."""
-    config, layer = student.student, state.layer
-    rwkv = config.layer_kind(layer) == "rwkv"
-    prefix = f"model.layers.{layer}."
-    weights = _mixer(teacher, layer, compute)
-    norm = compute.make(teacher.plan[f"{prefix}input_layernorm.weight"])
-    x = llama.rmsnorm(state.x, norm, teacher.config.rms_norm_eps)
-    heads = teacher_pass.attend(teacher_pass.project(x, weights, teacher.config, pool), teacher.config, pool)
-    said = pool.linear(heads, weights["o_proj.weight"])
-    bias = weights.get("o_proj.bias")
-    fit = None
-    if rwkv or settings.fold_rope:
-        seen = Attention(x, heads, said, weights["o_proj.weight"], bias, fitted)
-        del weights
-        mixer = _mixer(student, layer, compute)
-        dtypes = {name: torch_dtype(student.plan[f"{prefix}self_attn.{name}"].dtype) for name in mixer}
-        if rwkv:
-            fit = fit_layer(seen, mixer, dtypes, state.first, config, layer, settings, pool)
-            state.first = fit.first
-        else:
-            fit = fold_rope(seen, mixer, dtypes, config, layer, pool)
-        del seen, mixer
-    else:
-        del weights
-    del x, heads
-    after = state.x + (said if bias is None else said + bias)
-    mlp = {name: compute.make(teacher.plan[name]) for name in layer_names(teacher, layer, mixer=False)}
-    pieces = torch.split(after.flatten(0, 1)[None], ROWS, dim=1)
-    moved = pool.map(lambda s: llama.feed_forward(s, mlp.__getitem__, teacher.config, layer), pieces)
-    state.x = torch.cat(moved, dim=1).view_as(after)
-    return fit
+def _refuse_nonfinite(model: Model, names: Iterable[str], summary: str = "its weights are not finite") -> None:
+    problems = []
+    for name in names:
+        recipe, scratch = model.plan[name], Scratch()
+        count = sum(count_nonfinite(piece, recipe.dtype) for piece in recipe.pieces(scratch))
+        if count:
+            problems.append(f"{name}: {count} of {recipe.numel} values are NaN or infinite")
+    raise_all(f"{model.label}: {summary}:", problems, hint=NONFINITE_HINT)
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """The pass over the layers."""
+
+    teacher: Model
+    student: Model
+    fitted: Tensor
+    settings: Settings
+    compute: Compute
+    pool: Pool
+    allow_nonfinite: bool
+
+    def layer(self, state: State) -> Fit | None:
+        """Fit one layer and let the teacher's residual stream pass it."""
+        config, layer, compute, pool = self.teacher.config, state.layer, self.compute, self.pool
+        weights = _mixer(self.teacher, layer, compute)
+        norm = compute.make(self.teacher.plan[f"model.layers.{layer}.input_layernorm.weight"])
+        x = llama.rmsnorm(state.x, norm, config.rms_norm_eps)
+        heads = teacher_pass.attend(teacher_pass.project(x, weights, config, pool), config, pool)
+        said = pool.linear(heads, weights["o_proj.weight"])
+        self._check_finite(said, layer)
+        bias = weights.get("o_proj.bias")
+        seen = Attention(x, heads, said, weights["o_proj.weight"], bias, self.fitted)
+        del weights, x, heads
+        fit = self._fit(seen, state)
+        del seen
+        after = state.x + (said if bias is None else said + bias)
+        names = layer_names(self.teacher, layer, mixer=False)
+        mlp = {name: compute.make(self.teacher.plan[name]) for name in names}
+        pieces = torch.split(after.flatten(0, 1)[None], ROWS, dim=1)
+        moved = pool.map(lambda s: llama.feed_forward(s, mlp.__getitem__, config, layer), pieces)
+        state.x = torch.cat(moved, dim=1).view_as(after)
+        self._check_finite(state.x, layer)
+        return fit
+
+    def _fit(self, seen: Attention, state: State) -> Fit | None:
+        config, layer = self.student.student, state.layer
+        rwkv = config.layer_kind(layer) == "rwkv"
+        if not rwkv and not self.settings.fold_rope:
+            return None
+        mixer, prefix = _mixer(self.student, layer, self.compute), f"model.layers.{layer}.self_attn."
+        dtypes = {name: torch_dtype(self.student.plan[prefix + name].dtype) for name in mixer}
+        if not rwkv:
+            return fold_rope(seen, mixer, dtypes, config, layer, self.pool)
+        fit = fit_layer(seen, mixer, dtypes, state.first, config, layer, self.settings, self.pool)
+        state.first = fit.first
+        return fit
+
+    def _check_finite(self, values: Tensor, layer: int) -> None:
+        """Stop at the first layer whose hidden states are not finite, with the weights that made them so."""
+        if self.allow_nonfinite or bool(torch.isfinite(values).all()):
+            return
+        _refuse_nonfinite(self.teacher, layer_names(self.teacher, layer), f"layer {layer} is not finite")
+        summary = f"the hidden states of layer {layer} are not finite, although its weights are"
+        raise HxaconvError(f"{self.teacher.label}: {summary}", hint=NONFINITE_HINT)
 
 
 def _mixer(model: Model, layer: int, compute: Compute) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hxaconv import layer_maps
 from hxaconv.config import StudentConfig
 from hxaconv.errors import HxaconvError
+from hxaconv.json_files import rounded
 from hxaconv.model import Model
 from hxaconv.output import Job, build_output
 
@@ -193,15 +194,17 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
     )
 
 
-def check_target(job: Job, write: WriteOptions) -> None:
+def check_target(job: Job, write: WriteOptions) -> bool:
     """Refuse now what would be refused after hours of computing: the target, its disk, the options.
+
+    False where there is nothing to compute for: this part has no files to write.
 
     Raises:
         HxaconvError: listing every problem.
     """
     from hxaconv.writing.writer import check
 
-    check(build_output(job), write.settings())
+    return check(build_output(job), write.settings())
 
 
 def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
@@ -243,19 +246,10 @@ def _staged_check(
             let_nonfinite_pass(report)
         report.raise_if_failed()
         reports.append(report)
-        verdict: Mapping[str, Any] = rounded(report.verdict())
+        verdict: Mapping[str, Any] = rounded(report.verdict(), VERDICT_DIGITS)
         return verdict
 
     return check
-
-
-def rounded(value: Any) -> Any:
-    """Floats anywhere in plain data to VERDICT_DIGITS significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.{VERDICT_DIGITS}g}")
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def open_teacher_source(

@@ -9,18 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_maps
 from hxaconv.card import UNTRAINED
-from hxaconv.commands.calibrate import (
-    CalibrateOptions,
-    calibrate_student,
-    calibration_warnings,
-    finish_calibration,
-    verify_calibrated,
-)
 from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
     base_model_name,
-    check_target,
     defaults_of,
     layer_0_warning,
     one_of,
@@ -28,6 +20,7 @@ from hxaconv.commands.common import (
     parse_size,
     perform,
 )
+from hxaconv.commands.fitting import CalibrateOptions, perform_calibrated, prepare
 from hxaconv.config import TeacherConfig, student_of
 from hxaconv.dtypes import parse_dtype
 from hxaconv.errors import HxaconvError
@@ -112,23 +105,16 @@ def run(
             "layer_choice": reason,
         },
     )
-    calibrated = None
-    if init == "calibrated" and not write.dry_run:
-        check_target(job, write)
-        calibrated = calibrate_student(model, student, fit, seed, checkpoint, write, out)
-        job = calibrated.told_in(job)
-        notes.append(calibrated.distances.sentence)
-        warnings += calibration_warnings(calibrated.report)
+    if init == "calibrated":
+        task = prepare(model, student, fit, seed, checkpoint, write)
+        return perform_calibrated(task, job, write, factors, warnings, notes)
 
     def verify(output: Model) -> Report:
         from hxaconv.verification import check_initialised
 
-        if calibrated is not None:
-            return verify_calibrated(calibrated, model, output, factors, fit.device)
         return check_initialised(model, output, factors=factors)
 
-    outcome = perform(job, write, verify, warnings, notes)
-    return finish_calibration(calibrated, outcome)
+    return perform(job, write, verify, warnings, notes)
 
 
 def choose_layers(

@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
+from hxaconv.calibration.report import Distances
 from hxaconv.model import Model
 from hxaconv.teacher import same_bytes
 from hxaconv.verification.compare import compare_models
 from hxaconv.verification.contracts import check_rwkv_layers, completed, listing
 from hxaconv.verification.report import Report
-
-
-@dataclass(frozen=True, slots=True)
-class Distances:
-    """KL(teacher || student) in nats per token, on tokens that nothing was fitted to."""
-
-    tokens: int
-    calibrated: float
-    plain: float
-    attention_zeroed: float
-
-    @property
-    def sentence(self) -> str:
-        """For the card and the terminal."""
-        return (
-            f"KL(teacher || student) on {self.tokens} held-out tokens: {self.calibrated:.3g} calibrated,"
-            f" {self.plain:.3g} with the plain initialisation, {self.attention_zeroed:.3g} with attention zeroed"
-        )
 
 
 def measure(teacher: Model, plain: Model, calibrated: Model, ids: Tensor, device: str = "cpu") -> Distances:

@@ -84,8 +84,10 @@ def write(
             raise Interrupted(number, f"Interrupted. {run.what_is_kept()}") from None
 
 
-def check(output: Output, settings: WriteSettings) -> None:
+def check(output: Output, settings: WriteSettings) -> bool:
     """Refuse what `write` would refuse before its first byte, for work that has to be done before there is a plan.
+
+    Whether there is anything to write: more parts than files leave some with none.
 
     Raises:
         HxaconvError: listing every problem.
@@ -94,7 +96,10 @@ def check(output: Output, settings: WriteSettings) -> None:
     files = layouts(output)
     staging = staging_of(output, plan_record(output, files, settings.digest))
     preflight.check_place(output, files, staging, overwrite=settings.overwrite)
+    if not files_of_part(files, settings.part):
+        return False
     preflight.check(output, files, staging, overwrite=settings.overwrite)
+    return True
 
 
 def _recover_all(target: Path, ours: Staging) -> bool:

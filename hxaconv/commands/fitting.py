@@ -1,0 +1,243 @@
+"""What `calibrate` and `init-from-teacher --init calibrated` share: fit a student's RWKV layers to its teacher."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hxaconv.card import CALIBRATED, calibration_section
+from hxaconv.commands.common import Outcome, WriteOptions, check_target, checked_device, perform
+from hxaconv.commands.tokens import TokenOptions, calibration_tokens
+from hxaconv.errors import raise_all
+from hxaconv.model import Model
+from hxaconv.output import Job
+from hxaconv.writing.interruption import interruptible
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hxaconv.calibration import CalibrationReport, Settings
+    from hxaconv.calibration.report import Distances
+    from hxaconv.calibration.streaming import Calibration
+    from hxaconv.checkpoint import Checkpoint
+    from hxaconv.verification import Report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrateOptions:
+    """What to fit to, and how; `random_tokens` allows tokens that are nobody's text."""
+
+    input_ids: str | None = None
+    text: str | None = None
+    tokens: int = 1024
+    chunk: int = 2048
+    random_tokens: bool = False
+    refit_output: str = "auto"
+    refine_steps: int = 100
+    fold_rope: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A calibration with everything it needs, checked; nothing has been computed."""
+
+    teacher: Model
+    plain: Model
+    ids: Tensor
+    settings: Settings
+
+    @property
+    def pieces(self) -> Tensor:
+        """The tokens in sequences as they are used, (B, T)."""
+        from hxaconv.calibration.streaming import cut
+
+        return cut(self.ids, self.settings.chunk)[0]
+
+    @property
+    def fitted(self) -> int:
+        """How many of them are fitted, from the first on."""
+        from hxaconv.calibration.streaming import fitted_tokens
+
+        return int(fitted_tokens(self.pieces).sum())
+
+    @property
+    def heldout(self) -> Tensor:
+        """The others, (B, T)."""
+        return heldout_rows(self.pieces, self.fitted)
+
+    @property
+    def note(self) -> str:
+        """What will be fitted to what."""
+        total, length = self.pieces.numel(), self.pieces.shape[1]
+        return (
+            f"Calibration: {total} tokens in sequences of {length}, {self.fitted} to fit and {total - self.fitted} to"
+            f" judge; no decay can know of lags beyond {length}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A calibrated student, not written yet, and the figures of how it went."""
+
+    task: Task
+    student: Model
+    replaced: tuple[str, ...]
+    report: CalibrationReport
+    folder: Path
+
+    def told_in(self, job: Job) -> Job:
+        """The job of the plain student, now with the calibrated one and its figures."""
+        return replace(
+            job,
+            student=self.student,
+            purpose=CALIBRATED,
+            section=calibration_section(self.report),
+            extra={**job.extra, "calibration": self.report.json()},
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """For people: how near the student is."""
+        return [self.report.distances.sentence] if self.report.distances else []
+
+    @property
+    def warnings(self) -> list[str]:
+        """Those of the whole run, those of layers with how many say so, and how many layers kept the plain values."""
+        layers = self.report.layers
+        counts = Counter(text for layer in layers for text in layer.warnings)
+        kept = sum(layer.kept_plain for layer in layers)
+        found = [*self.report.warnings, *(f"{count} of {len(layers)} layers: {text}" for text, count in counts.items())]
+        if kept:
+            found.append(f"{kept} of {len(layers)} layers keep the plain values: their fit was no better")
+        return found
+
+    def verify(self, output: Model, factors: Mapping[str, float] | None) -> Report:
+        """The check of the written student, on the held-out tokens."""
+        from hxaconv.verification.calibrated import check_calibrated
+
+        task = self.task
+        return check_calibrated(
+            task.teacher,
+            task.plain,
+            output,
+            replaced=self.replaced,
+            ids=task.heldout,
+            factors=factors,
+            device=task.settings.device,
+        )
+
+    def finish(self, outcome: Outcome) -> Outcome:
+        """The outcome with the calibration's report; finished layers are dropped once the output is published."""
+        if outcome.written is not None and outcome.written.published:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        return replace(outcome, calibration=self.report)
+
+
+def prepare(
+    teacher: Model, plain: Model, options: CalibrateOptions, seed: int, tokenizer: Checkpoint, write: WriteOptions
+) -> Task:
+    """Read the tokens and check the settings, all of them.
+
+    Raises:
+        HxaconvError: without tokens of real text, unless random ones are asked for; for settings without sense.
+    """
+    from hxaconv.calibration.report import Settings, problems_of
+
+    values = asdict(options) | {"workers": write.workers if write.workers is not None else 2}
+    problems = problems_of(values)
+    tokens = TokenOptions(input_ids=options.input_ids, text=options.text, tokens=options.tokens, seed=seed)
+    if not tokens.given and not options.random_tokens:
+        problems.append("calibration fits layers to text, and no text is given; pass --text FILE or --input-ids FILE")
+    raise_all("the calibration cannot be done:", problems, hint=RANDOM_HINT if not tokens.given else "")
+    checked_device(options.device)
+    names = ("chunk", "refine_steps", "refit_output", "fold_rope", "device", "workers")
+    settings = Settings(**{name: values[name] for name in names})
+    return Task(teacher, plain, calibration_tokens(tokens, teacher.config.vocab_size, tokenizer), settings)
+
+
+RANDOM_HINT = "--random-tokens goes on without a text (much worse)."
+
+
+def perform_calibrated(
+    task: Task,
+    job: Job,
+    write: WriteOptions,
+    factors: Mapping[str, float] | None,
+    warnings: list[str],
+    notes: list[str],
+) -> Outcome:
+    """Calibrate, then write and verify as `perform` does; `factors`, where known, are those of the initialisation.
+
+    Raises:
+        HxaconvError: when the calibration or the target is refused.
+        CheckFailed: when the output does not pass its verification.
+    """
+    calibrated = None if write.dry_run else calibrate_student(task, job, write)
+    if calibrated is None:
+        return perform(job, write, None, warnings, [*notes, task.note])
+    warnings, notes = warnings + calibrated.warnings, notes + calibrated.notes
+    outcome = perform(
+        calibrated.told_in(job), write, lambda output: calibrated.verify(output, factors), warnings, notes
+    )
+    return calibrated.finish(outcome)
+
+
+def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated | None:
+    """Fit the plain student; finished layers are kept beside the target until it is published.
+
+    Of several parts one calibrates, the others wait for what it finds. None where this part has nothing to write.
+
+    Raises:
+        HxaconvError: when the target cannot be written, or the teacher is not finite.
+    """
+    from hxaconv.calibration.cache import locked
+    from hxaconv.calibration.streaming import calibrate
+
+    folder = Path(f"{job.target.absolute()}.calibration")
+
+    def kept() -> str:
+        done = len(list(folder.glob("layer-*.safetensors")))
+        return f"{done} finished layers are kept in {folder}; the same command continues after them."
+
+    if not check_target(job, write):
+        return None
+    with interruptible(kept), locked(folder, wait=write.part is not None, progress=write.progress):
+        # While this part was waiting, another may have published.
+        if not check_target(job, write):
+            return None
+        done = calibrate(
+            task.teacher,
+            task.plain,
+            task.ids,
+            task.settings,
+            folder=folder,
+            allow_nonfinite=write.allow_nonfinite,
+            progress=write.progress,
+        )
+        student = replace(task.plain, plan=task.plain.plan | done.replaced)
+        report = replace(done.report, distances=_distances(task, student, done))
+    return Calibrated(task, student, tuple(done.replaced), report, folder)
+
+
+def _distances(task: Task, student: Model, done: Calibration) -> Distances:
+    """As they were measured when the calibration was done, by whoever did it."""
+    from hxaconv.verification.calibrated import measure
+
+    assert done.cache is not None
+    found = done.cache.load_distances()
+    if found is None:
+        found = measure(task.teacher, task.plain, student, task.heldout, task.settings.device)
+        done.cache.save_distances(found)
+    return found
+
+
+def heldout_rows(ids: Tensor, fitted: int) -> Tensor:
+    """The part of token ids (B, T) after the first `fitted` of them: whole rows, or the end of the last one."""
+    row, column = divmod(fitted, ids.shape[1])
+    whole = ids[row + (column > 0) :]
+    return whole if len(whole) else ids[row:, column:]
