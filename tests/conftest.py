@@ -35,6 +35,14 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return call
 
 
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Journal lines after every few tensors, as a large output has them."""
+    from hxaconv.writing import fill
+
+    monkeypatch.setattr(fill, "BATCH_BYTES", 20_000)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Tiny tensors gain nothing from more threads, and lose much on a busy machine."""

@@ -7,9 +7,14 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hxaconv.files import SourceFile
 from hxaconv.plan import Plan, stored
-from hxaconv.writing.writer import Output
+from hxaconv.writing import fill
+from hxaconv.writing.writer import Output, WriteResult, WriteSettings, write
+
+TARGETS = ("out", "out.pth")
 
 
 def finite_floats(count: int, seed: int = 0) -> bytes:
@@ -56,3 +61,34 @@ def tree(target: Path) -> dict[str, bytes]:
 def leftovers(target: Path) -> list[str]:
     """Anything beside the target that a run left: work folders, locks."""
     return [path.name for path in target.parent.iterdir() if "partial-" in path.name or "lock" in path.name]
+
+
+def partials(folder: Path) -> list[Path]:
+    """Work folders in a folder."""
+    return [path for path in folder.iterdir() if ".partial-" in path.name]
+
+
+def verified(out: Output, **options: Any) -> WriteResult:
+    """Write with a verification that is content."""
+    return write(out, WriteSettings(**options), verify=lambda path: {"ok": True})
+
+
+def reference(folder: Path, name: str, **changes: Any) -> dict[str, bytes]:
+    """What an undisturbed run of the same output publishes."""
+    place = folder / "reference"
+    place.mkdir(exist_ok=True)
+    out = output(place / name, plan_over(source(folder)), **changes)
+    verified(out)
+    return tree(out.target)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, count: int, error: BaseException) -> None:
+    """Make the count-th write of a tensor's bytes fail."""
+    real, calls = fill.write_from, iter(range(10**9))
+
+    def write_from(fd: int, data: memoryview, offset: int) -> None:
+        if next(calls) >= count:
+            raise error
+        real(fd, data, offset)
+
+    monkeypatch.setattr(fill, "write_from", write_from)

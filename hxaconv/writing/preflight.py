@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hxaconv.containers.layout import FileLayout
-from hxaconv.errors import raise_all
+from hxaconv.errors import MAX_LISTED, HxaconvError, raise_all
+from hxaconv.files import SourceFile
+from hxaconv.json_files import read_sidecar
 from hxaconv.writing import diskio
 from hxaconv.writing.staging import Staging
 from hxaconv.writing.target import Output
 
 SLACK_BYTES = 4 * 1024 * 1024
 """For journal, index, provenance and the file system's own blocks."""
+_REPLACEABLE = re.compile(
+    r"(model|pytorch_model)((-\d{5}-of-\d{5})?\.(safetensors|bin)|\.(safetensors|bin)\.index\.json)"
+    r"|(hxaconv|config|generation_config|preprocessor_config|processor_config|chat_template)\.json"
+    r"|(tokenizer|vocab|merges|special_tokens|added_tokens)\w*\.(json|txt|model)|chat_template\.jinja"
+    r"|README\.md|(LICENSE|NOTICE|USE_POLICY)(\.\w+)?|\.gitattributes|\.cache|__pycache__"
+    r"|(configuration|modeling|tokenization|processing|image_processing)_\w+\.py"
+)
+"""Names in a checkpoint's folder: what this package, transformers and downloads from the Hub put there."""
 _LARGEST_FILE = {"vfat": 0xFFFFFFFF, "msdos": 0xFFFFFFFF, "fat": 0xFFFFFFFF}
 
 
@@ -99,21 +110,37 @@ def _existing_problems(output: Output, staging: Staging, overwrite: bool) -> lis
         elif final.is_symlink():
             problems.append(f"{final} is a symbolic link; name the place it points to, or remove it")
         elif final == output.target and output.container == "safetensors":
-            problems += _folder_problems(final)
+            problems += _folder_problems(final, {*output.documents, *output.copied_files})
         elif not final.is_file():
             problems.append(f"{final} is not a file")
+        elif final != output.target:
+            problems += _sidecar_problems(final)
     return problems
 
 
-def _folder_problems(folder: Path) -> list[str]:
-    """Only what is a checkpoint may be deleted by --overwrite."""
+def _folder_problems(folder: Path, new: Collection[str]) -> list[str]:
+    """--overwrite deletes the folder: it may hold the files of a checkpoint, `new` ones too, and nothing else."""
     if not folder.is_dir():
         return [f"{folder} is not a folder"]
-    names = os.listdir(folder)
-    known = any(name in ("hxaconv.json", "config.json") or name.endswith(".safetensors") for name in names)
-    if names and not known:
-        return [f"{folder} does not look like a checkpoint, and --overwrite would delete it; remove it by hand"]
-    return []
+    foreign = [
+        f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if entry.name not in new and not _REPLACEABLE.fullmatch(entry.name)
+    ]
+    if not foreign:
+        return []
+    shown = ", ".join(foreign[:MAX_LISTED]) + (f" and {len(foreign) - MAX_LISTED} more" if foreign[MAX_LISTED:] else "")
+    return [f"--overwrite would delete what is no part of a checkpoint in {folder}: {shown}; move that away"]
+
+
+def _sidecar_problems(path: Path) -> list[str]:
+    """What is no sidecar of ours may carry its name by chance."""
+    try:
+        if read_sidecar(SourceFile.local(path)) is not None:
+            return []
+    except HxaconvError:
+        pass
+    return [f"--overwrite would replace {path}, which is no sidecar of a .pth; move it away"]
 
 
 def _name_problems(output: Output, files: Sequence[FileLayout], staging: Staging) -> list[str]:

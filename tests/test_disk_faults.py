@@ -1,0 +1,125 @@
+"""Full disks and failing calls below the writer: a target is absent, or complete and right."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import subprocess
+
+import pytest
+from writing import TARGETS, leftovers, output, partials, plan_over, reference, source, tree, verified
+
+from hxaconv.errors import HxaconvError
+from hxaconv.writing import diskio
+from hxaconv.writing.journal import read_journals
+
+
+def error_of(out):
+    """What writing says if it fails; None if it does not."""
+    try:
+        verified(out)
+    except HxaconvError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("seed", range(7))
+def test_random_faults_below_leave_nothing_or_something_to_resume(tmp_path, monkeypatch, small_batches, name, seed):
+    rng = random.Random(seed)
+    call = ["pwrite", "write", "fsync", "fdatasync", "preadv", "rename", "ftruncate"][seed]
+    number = rng.choice([errno.EIO, errno.ENOSPC]) if call != "preadv" else errno.EIO
+    real, calls, failing = getattr(os, call), iter(range(10**9)), rng.randrange(0, 12)
+
+    def faulty(*arguments):
+        if next(calls) >= failing:
+            raise OSError(number, os.strerror(number))
+        return real(*arguments)
+
+    out = output(tmp_path / name, plan_over(source(tmp_path)))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, faulty)
+        message = error_of(out)
+    if out.target.exists():
+        assert message is None
+    else:
+        assert os.strerror(number) in message
+        verified(out, resume=True)
+    assert tree(out.target) == reference(tmp_path, name)
+    assert leftovers(out.target) == []
+
+
+def test_a_failed_sync_is_never_taken_for_a_success_later(tmp_path, monkeypatch, small_batches):
+    out = output(tmp_path / "out.pth", plan_over(source(tmp_path)))
+    real, calls = os.fdatasync, iter(range(10**9))
+
+    def fails_once(fd):
+        # The system reports lost pages to the first sync only.
+        if os.readlink(f"/proc/self/fd/{fd}").endswith("out.pth") and next(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fails_once)
+    with pytest.raises(HxaconvError, match="syncing failed"):
+        verified(out)
+    (partial,) = partials(tmp_path)
+    recorded = len(read_journals(partial).tensors)
+    assert next(calls) == 2
+    assert 0 < recorded < len(out.tensors)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_space_at_a_random_byte(tmp_path, monkeypatch, small_batches, name):
+    out = output(tmp_path / name, plan_over(source(tmp_path)))
+    budget = [random.Random(name).randrange(50_000, 200_000)]
+    real = os.pwrite
+
+    def pwrite(fd, data, offset):
+        if budget[0] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done = real(fd, data[: budget[0]], offset)
+        budget[0] -= done
+        return done
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(HxaconvError, match="No space left on device") as caught:
+        verified(out)
+    assert "bytes in all" in str(caught.value)
+    assert str(partials(tmp_path)[0] / "content") in str(caught.value)
+    assert not out.target.exists()
+    monkeypatch.undo()
+    verified(out, resume=True)
+    assert tree(out.target) == reference(tmp_path, name)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(options, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_full_disk_is_found_out_before_and_survived_meanwhile(tmp_path, monkeypatch, small_batches, small_disk, name):
+    monkeypatch.setattr("hxaconv.writing.preflight.SLACK_BYTES", 0)
+    out = output(small_disk / name, plan_over(source(tmp_path, count=150_000)))
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(700_000))
+    with pytest.raises(HxaconvError, match=r"[\d,]+ bytes are needed; [\d,]+ are free"):
+        verified(out)
+    assert leftovers(out.target) == []
+    monkeypatch.setattr(diskio, "free_bytes", lambda folder: 10**9)
+    with pytest.raises(HxaconvError, match="No space left on device"):
+        verified(out)
+    assert not out.target.exists()
+    ballast.unlink()
+    verified(out, resume=True)
+    assert out.target.exists()
+    assert leftovers(out.target) == []
