@@ -530,7 +530,7 @@ def test_nothing_is_computed_for_a_target_that_cannot_be(
     def computed(*_: object, **__: object) -> None:
         raise AssertionError("calibration began")
 
-    monkeypatch.setattr("hxaconv.commands.init.calibrate_student", computed)
+    monkeypatch.setattr("hxaconv.calibration.streaming.calibrate", computed)
     (tmp_path / "o").mkdir()
     words = ["--init", "calibrated", "--random-tokens", "--quiet"]
     assert cli("init-from-teacher", tiny_teacher, tmp_path / "o", *words) == 2
