@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hxaconv.errors import HxaconvError
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import TaskID
 
+SECONDS_BETWEEN_LINES = 30.0
+SECONDS_OF_ESTIMATE = 3600.0
 WIDTH = 100
 """Columns that every table fits into."""
 
@@ -74,8 +77,8 @@ class Talk:
                     console.print(renderable)
 
     def progress(self) -> Progress | None:
-        """A byte bar on stderr; None when quiet or when stderr is no terminal."""
-        return None if self.quiet or not sys.stderr.isatty() else Bars()
+        """A byte bar on stderr, now and then a line where stderr is no terminal; None when quiet."""
+        return None if self.quiet else Bars() if sys.stderr.isatty() else Lines(self.say)
 
 
 class Bars:
@@ -100,6 +103,8 @@ class Bars:
             TextColumn("{task.fields[what]}"),
             console=_console(stderr=True),
             transient=True,
+            # A step may take minutes: from the last half minute alone no time left could be told.
+            speed_estimate_period=SECONDS_OF_ESTIMATE,
         )
         self._task: TaskID | None = None
 
@@ -121,6 +126,42 @@ class Bars:
             self._bars.remove_task(self._task)
             self._task = None
         self._bars.stop()
+
+
+class Lines:
+    """Progress for logs: nothing about short work, about long work a line now and then."""
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._say, self._clock = say, clock
+
+    def start(self, title: str, total: int) -> None:
+        """Remember what begins."""
+        self._title, self._total, self._done = title, total, 0
+        # What is done before any time has passed (by an earlier run) says nothing about the speed.
+        self._before: int | None = None
+        self._began = self._told = self._clock()
+
+    def advance(self, n: int, what: str = "") -> None:
+        """A line, if the last one is long ago."""
+        now = self._clock()
+        self._done += n
+        if self._before is None:
+            self._before, self._began = self._done, now
+        if now - self._told < SECONDS_BETWEEN_LINES:
+            return
+        self._told = now
+        parts = [self._title]
+        if self._total:
+            parts.append(f"{self._done / self._total:.0%}")
+        parts += [what] if what else []
+        done = self._done - self._before
+        if done and self._done < self._total:
+            left = (now - self._began) * (self._total - self._done) / done
+            parts.append(f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left")
+        self._say(", ".join(parts))
+
+    def stop(self) -> None:
+        """Nothing: what comes next speaks for itself."""
 
 
 def render_error(error: HxaconvError) -> None:

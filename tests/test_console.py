@@ -1,0 +1,60 @@
+"""Progress where nobody watches a bar, and time left where steps are long."""
+
+from __future__ import annotations
+
+import pytest
+
+from hxaconv.console import Bars, Lines, Talk
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_long_work_leaves_a_line_in_a_log_now_and_then() -> None:
+    clock, said = Clock(), list[str]()
+    lines = Lines(said.append, clock)
+    lines.start("calibrating", 100)
+    lines.advance(20, "resumed")
+    for layer in range(6):
+        clock.now += 20
+        lines.advance(10, f"layer {layer}")
+    lines.stop()
+    # 20 were there already: 20 of 80 took 40 seconds.
+    assert said == [
+        "calibrating, 40%, layer 1, about 2 min left",
+        "calibrating, 60%, layer 3, about 80 s left",
+        "calibrating, 80%, layer 5, about 40 s left",
+    ]
+    lines.start("waiting for somebody", 0)
+    clock.now += 31
+    lines.advance(0)
+    assert said[3:] == ["waiting for somebody"]
+
+
+def test_short_work_is_silent_in_a_log_and_quiet_work_everywhere() -> None:
+    clock, said = Clock(), list[str]()
+    lines = Lines(said.append, clock)
+    lines.start("Writing", 100)
+    clock.now += 29
+    lines.advance(100)
+    assert not said
+    assert Talk(quiet=True).progress() is None
+    assert isinstance(Talk().progress(), Lines)
+
+
+def test_a_bar_knows_the_time_left_of_steps_that_take_minutes() -> None:
+    clock, bars = Clock(), Bars()
+    bars._bars.get_time = clock
+    bars.start("calibrating", 4000)
+    for _ in range(2):
+        clock.now += 120
+        bars.advance(1000)
+    assert bars._bars.tasks[0].time_remaining == pytest.approx(240, abs=1)
+    bars.stop()
