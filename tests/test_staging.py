@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -215,12 +216,36 @@ def test_resuming_another_plan_is_refused_with_what_differs(tmp_path, monkeypatc
     tensors = out.tensors | {"t.3": with_origin(out.tensors["t.3"], "elsewhere")}
     with pytest.raises(HxaconvError) as caught:
         verified(replace(out, tensors=tensors), resume=True)
-    assert "t.3: was F32" in str(caught.value)
-    assert "elsewhere" in str(caught.value)
+    assert "tensors, t.3: F32" in str(caught.value)
+    assert "elsewhere now" in str(caught.value)
     assert "t.4" not in str(caught.value)
-    os.utime(file.path, ns=(5, 5))
-    with pytest.raises(HxaconvError, match=r"sources, 0 source-0\.bin: was .* modified"):
+    os.utime(file.path, ns=(5, 5_000_000))
+    with pytest.raises(HxaconvError, match=r"source-0\.bin: modified 20.* then, 1970-01-01 .*\.005 now"):
         verified(output(tmp_path / "out", plan_over(source(tmp_path))), resume=True)
+    file.path.write_bytes(bytes(240_400))
+    with pytest.raises(HxaconvError, match=r"source-0\.bin: 240,000 bytes then, 240,400 now; modified"):
+        verified(output(tmp_path / "out", plan_over(source(tmp_path))), resume=True)
+
+
+def test_resuming_with_other_options_names_them(tmp_path, monkeypatch, small_batches, tiny_teacher, cli, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_teacher, "teacher")
+    words = ["init-from-teacher", "teacher", "out", "--quiet", "--no-verify"]
+    stop_after(monkeypatch, 20, OSError(errno.EIO, "Input/output error"))
+    assert cli(*words) == 2
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    for options, expected in {
+        ("--dtype", "float16"): "--dtype: bfloat16 then, float16 now",
+        ("--seed", "1", "--scale", "key=0.4"): "--scale: not given then, key=0.4 now; --seed: 0 then, 1 now",
+        ("--allow-output-bias", "--digest", "none"): "--allow-output-bias: not given then, given now;"
+        " --digest: crc32 then, none now",
+    }.items():
+        capsys.readouterr()
+        assert cli(*words, *options, "--resume") == 2
+        said = capsys.readouterr().err.splitlines()
+        assert "; ".join(line.removeprefix("  - ") for line in said if line.startswith("  - ")) == expected
+    assert cli("init-from-teacher", "./teacher/", "out", "--quiet", "--no-verify", "--resume") == 0  # the same path
 
 
 def test_resuming_nothing_begins(tmp_path):

@@ -53,9 +53,11 @@ def wait_until(condition):
     raise AssertionError("waited a minute in vain")
 
 
-def test_a_second_command_on_a_target_names_the_first_one_and_takes_over_when_it_is_dead(tmp_path, golden, cli, capsys):
-    out, source = tmp_path / "out", golden / "reka_tiny" / "student_hf"
-    words = ["to-hf", str(source), str(out), "--no-verify", "--quiet"]
+def test_a_second_command_on_a_target_names_the_first_one_and_takes_over_when_it_is_dead(
+    tmp_path, tiny_teacher, cli, capsys
+):
+    out = tmp_path / "out"
+    words = ["init-from-teacher", str(tiny_teacher), str(out), "--no-verify", "--quiet"]
     first = subprocess.Popen([sys.executable, "-c", SLOW_COMMAND, *words])
     try:
         wait_until(lambda: partials(tmp_path))

@@ -132,9 +132,9 @@ def refuse_other_plans(staging: Staging, record: dict[str, Any]) -> None:
         recorded = read_record(other.path)
         if recorded is None or other.path == staging.path:
             continue
-        lines = differences(recorded["plan"], record["plan"])
+        lines = differences(recorded, record)
         raise HxaconvError(
-            f"{other.path} cannot be resumed: it was begun with another plan:\n{bullet_list(lines)}",
+            f"{other.path} cannot be resumed, something has changed since it was begun:\n{bullet_list(lines)}",
             hint=f"Use the options and sources of then, or delete {other.path} and start without --resume.",
         )
 
