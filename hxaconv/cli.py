@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from hxaconv.commands.fitting import CalibrateOptions
     from hxaconv.console import Talk
     from hxaconv.layer_maps import LayerMap
+    from hxaconv.selection.advice import Advice
 
 
 class Stopped(Exception):
@@ -515,79 +517,46 @@ def pick_gqa_layers(
     """
     talk = _talk(quiet, json)
     values = dict(locals())
-    if layers is None:
-        advised = _advise(values, talk)
-        if out is None:
-            return
-        layers = ",".join(map(str, advised))
-    elif out is None:
-        raise HxaconvError("--layers names the choice, but there is no OUT to write it to", hint="Add OUT.")
-    elif save or plot or log or count is not None or strategy != "uniform":
-        raise HxaconvError("--layers is a choice made; --count, --strategy, --log, --save and --plot are for advice")
-    from hxaconv.commands import pick
-
-    outcome = pick.run(
-        source,
-        out,
-        layers=layers,
-        teacher=teacher,
-        other=from_,
-        revision=revision,
-        layer_map=layer_map,
-        rope_theta=rope_theta,
-        rms_norm_eps=rms_norm_eps,
-        tie_word_embeddings=tie_word_embeddings,
-        preset=preset,
-        scale=scale,
-        seed=seed,
-        allow_gqa_layer_0=allow_gqa_layer_0,
-        max_shard_size=max_shard_size,
-        format=format,
-        write=_write_options(values, talk),
-    )
-    _show_outcome(outcome, talk)
-
-
-def _advise(values: dict[str, Any], talk: Talk) -> tuple[int, ...]:
-    from hxaconv.commands import advise
-    from hxaconv.commands.tokens import TokenOptions
-    from hxaconv.selection.advice import Request
+    from hxaconv.commands import advise, pick
+    from hxaconv.commands.advice_options import check_options
+    from hxaconv.commands.common import defaults_of
     from hxaconv.tables import show_advice
 
-    advise.check_results(values)
-    tokens = TokenOptions(
-        input_ids=values["input_ids"], text=values["text"], tokens=values["tokens"], seed=values["seed"]
-    )
-    request = Request(
-        strategy=values["strategy"],
-        count=values["count"],
-        kl_mode=values["kl_mode"],
-        allow_layer_0=values["allow_gqa_layer_0"],
-        tokens_are_text=tokens.given,
-        device=values["device"],
-        seed=values["seed"],
-        cache=advise.cache_path(values["save"] or values["out"]),
-    )
-    keys = ("rope_theta", "rms_norm_eps", "tie_word_embeddings")
-    advised = advise.run(
-        values["source"],
-        request,
-        tokens,
-        teacher=values["teacher"],
-        log=values["log"],
-        revision=values["revision"],
-        layer_map=values["layer_map"],
-        flags={key: values[key] for key in keys},
-        preset=values["preset"],
-        scale=values["scale"],
-        seed=values["seed"],
-        options=values,
-        applies=values["out"] is not None,
-        progress=talk.progress(),
-    )
-    advise.save(advised, values["save"], values["plot"])
-    show_advice(advised.advice, talk, json=values["json"] and values["out"] is None)
-    return advised.advice.pick.layers
+    check_options(values, defaults_of(pick_gqa_layers))
+    options = {name: values[name] for name in defaults_of(pick.run) if name in values}
+
+    def apply(chosen: str, write: WriteOptions) -> Outcome:
+        assert out is not None
+        return pick.run(source, out, **{**options, "layers": chosen, "other": from_, "write": write})
+
+    if layers is not None:
+        _show_outcome(apply(layers, _write_options(values, talk)), talk)
+        return
+    rehearse = None if out is None or resume else functools.partial(_rehearse, apply, _write_options(values, talk))
+    advised = advise.run(values, rehearse=rehearse, say=talk.say, progress=talk.progress())
+    show_advice(advised.advice, talk, json=json and out is None)
+    if out is None:
+        advised.save(save, plot)
+        advised.forget()
+        return
+    outcome = apply(",".join(map(str, advised.advice.pick.layers)), _write_options(values, talk))
+    if outcome.written is not None:
+        advised.save(save, plot)
+        advised.forget()
+    elif advised.cache is not None:
+        talk.say(f"The scores are kept in {advised.cache} for the run itself.")
+    _show_outcome(outcome, talk, advised.advice)
+
+
+def _rehearse(apply: Callable[[str, WriteOptions], Outcome], write: WriteOptions, layers: str) -> None:
+    """Refuse before hours of scoring what would be refused after them."""
+    from dataclasses import replace
+
+    from hxaconv.commands.common import check_target
+
+    outcome = apply(layers, replace(write, dry_run=True))
+    if not write.dry_run:
+        check_target(outcome.job, write)
 
 
 @app.command("verify", no_args_is_help=True)
@@ -802,15 +771,16 @@ def _write_options(values: dict[str, Any], talk: Talk) -> WriteOptions:
     )
 
 
-def _show_outcome(outcome: Outcome, talk: Talk) -> None:
-    from hxaconv.tables import outcome_json, outcome_tables
+def _show_outcome(outcome: Outcome, talk: Talk, advice: Advice | None = None) -> None:
+    from hxaconv.tables import advice_json, outcome_json, outcome_tables
 
     for warning in outcome.warnings:
         talk.warn(warning)
     for note in outcome.notes:
         talk.say(note)
     dry = outcome.written is None
-    talk.result(outcome_json(outcome, tensors=dry), *outcome_tables(outcome))
+    data = outcome_json(outcome, tensors=dry) | advice_json(advice)
+    talk.result(data, *outcome_tables(outcome))
     if dry:
         talk.say("Dry run: nothing was written.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -96,7 +97,7 @@ def load(name: str | Path) -> LayerMap:
     if text in names:
         return read(folder() / f"{text}.toml")
     path = Path(text)
-    if path.is_file():
+    if os.path.isfile(text):  # unlike Path's, no error for a name that is too long
         return read(path)
     if path.suffix == ".toml" or "/" in text or "\\" in text:
         raise HxaconvError(f"layer map {text}: there is no such file", hint="Shipped maps: hxaconv maps")
@@ -233,7 +234,8 @@ def parse_layers(
     word = text.strip()
     if word in ("none", "all"):
         return tuple(range(num_layers)) if word == "all" else ()
-    if word and not re.fullmatch(r"[-\d,\s]+", word) and "," not in word:
+    named = "," not in word or word.endswith(".toml") or os.path.isfile(word)
+    if word and named and not re.fullmatch(r"[-\d,\s]+", word):
         return from_map(load(word), num_layers, allow_layer_0=allow_layer_0)
     layers, problems = _numbers(word, num_layers)
     problems += check(layers, num_layers, allow_layer_0=allow_layer_0)

@@ -167,9 +167,14 @@ def config_facts(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def model_facts(config: ModelConfig) -> dict[str, Any]:
-    """What a teacher's config says of its students."""
+    """What a teacher's config says of its students, and theirs of each other."""
     keys = (*SIZES, "rms_norm_eps", "rope_theta", "tie_word_embeddings")
     return {key: getattr(config, key) for key in (*keys, "qk_norm", "attention_bias", "output_bias", "mlp_bias")}
+
+
+def student_facts(config: StudentConfig) -> dict[str, Any]:
+    """What a student's config says of others of its teacher: everything but the choice of layers."""
+    return model_facts(config) | {key: getattr(config.ranks, short) for short, key in RANK_KEYS.items()}
 
 
 def gather_facts(

@@ -170,7 +170,7 @@ def _changes(name: str, old: StudentConfig, new: StudentConfig) -> bool:
 
 def _mixer(plan: Plan, layer: int, prefix: str) -> Plan:
     inside = f"model.layers.{layer}.self_attn."
-    return {n: with_origin(r, f"{prefix}{n}") for n, r in plan.items() if n.startswith(inside)}
+    return {n: with_origin(r, f"{prefix}{r.origin}") for n, r in plan.items() if n.startswith(inside)}
 
 
 def pad_ffn(plan: Plan, config: StudentConfig, multiple: int) -> tuple[Plan, int]:

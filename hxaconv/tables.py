@@ -186,14 +186,14 @@ def maps_table(maps: Mapping[str, LayerMap]) -> RenderableType:
 
 def map_lines(found: LayerMap) -> list[RenderableType]:
     """One layer map, whole."""
-    count = found.model.get("num_hidden_layers", max(found.gqa_layers, default=0) + 1)
-    letters = "".join("G" if i in found.gqa_layers else "R" for i in range(count))
+    count = found.num_hidden_layers
+    letters = "".join("G" if i in found.gqa_layers else "R" for i in range(count or 0))
     return [
-        f"{found.name}: {found.title}",
+        f"{found.name}: {found.title or 'without a title'}",
         f"For {', '.join(found.model_ids) or 'no named model'}. Source: {found.source or 'not given'}",
-        *_strip_block(letters),
+        *(_strip_block(letters) if count else ["How many layers its model has, it does not say."]),
         f"GQA layers: {', '.join(map(str, found.gqa_layers))}",
-        table("", ("setting", "value"), list(found.model.items())),
+        *([table("", ("setting", "value"), list(found.model.items()))] if found.model else []),
     ]
 
 
@@ -204,6 +204,15 @@ def names_table() -> list[RenderableType]:
         table("", ("HF safetensors", "RWKV .pth"), rows, right=2),
         "Training checkpoints: model. before the HF name, and student_attn. (older: time_mixer.) after self_attn.",
     ]
+
+
+def advice_json(advice: Advice | None) -> dict[str, Any]:
+    """Advice beside an outcome as plain data, where there was any."""
+    if advice is None:
+        return {}
+    from hxaconv.selection.report import to_json
+
+    return {"advice": to_json(advice)}
 
 
 def show_advice(advice: Advice, talk: Talk, *, json: bool) -> None:

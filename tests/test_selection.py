@@ -284,22 +284,50 @@ def test_report(teacher, student, ids, tmp_path):
     data = json.loads(json.dumps(report.to_json(advice)))
     assert data["gqa_layers"] == list(advice.pick.layers)
     assert set(data["scores"]) == {"kl", "mse", "influence", "entropy", "distance"}
-    chosen = report.layer_map(advice, teacher.config, name="mine")
+    chosen = report.layer_map(advice, teacher.config, name="mine", model="demo")
     (tmp_path / "mine.toml").write_text(report.layer_map_text(advice, chosen, date="2025-01-31"), encoding="utf-8")
     assert layer_maps.parse_layers(str(tmp_path / "mine.toml"), 6) == advice.pick.layers
     assert "2025-01-31" in (tmp_path / "mine.toml").read_text()
     assert layer_maps.fits(layer_maps.load(tmp_path / "mine.toml"), teacher.config)
 
 
-def test_table_shows_every_layer_and_fits(teacher, ids):
+def shown(advice):
     from rich.console import Console
 
-    advice = advise(6, Request(strategy="influence", count=2), teacher=teacher, ids=ids)
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(report.table(advice))
-    lines = console.export_text().splitlines()
-    assert max(map(len, lines)) <= 100
-    assert sum(line.strip()[:1].isdigit() for line in lines) == 6
+    return console.export_text().splitlines()
+
+
+def long_log(path, num_layers, size=1.0):
+    rng = np.random.default_rng(0)
+    names = [f"layer_{i}_{kind}" for kind in ("rawMSE", "scale") for i in range(num_layers)]
+    rows = [[step, *rng.random(2 * num_layers) * size] for step in range(9)]
+    path.write_text("\n".join([",".join(["step", *names]), *(",".join(map(str, row)) for row in rows)]))
+    return path
+
+
+def test_table_shows_every_layer_and_fits(teacher, ids, tmp_path):
+    advice = advise(6, Request(strategy="influence", count=2), teacher=teacher, ids=ids)
+    from_log = advise(44, Request(strategy="log", count=6), log=long_log(tmp_path / "log.csv", 44))
+    for found in (advice, from_log):
+        lines = shown(found)
+        # Nothing is folded: a line for each layer, one for the names, one below, one before and after.
+        assert len([line for line in lines if line.strip()]) == found.num_layers + 2
+        assert sum(line.strip()[:1].isdigit() for line in lines) == found.num_layers
+        assert max(map(len, report.summary(found))) <= 100
+    for name in ("layer", "even", "log", "residue", "conv", "align", "scale", "unstable", "margin"):
+        assert name in "\n".join(shown(from_log)).split()
+
+
+def test_columns_that_do_not_fit_are_left_out(teacher, ids):
+    advice = advise(6, Request(strategy="influence", count=2), teacher=teacher, ids=ids)
+    wide = replace(advice, columns=(*advice.columns, *(Column(f"score number {i}", (1e20,) * 6) for i in range(20))))
+    lines = shown(wide)
+    assert len([line for line in lines if line.strip()]) == 6 + 2
+    assert "number 1 " in lines[1]
+    assert "number 19" not in lines[1]
+    assert "margin" in lines[1]
 
 
 def test_plot(teacher, ids, tmp_path):

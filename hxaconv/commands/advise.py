@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_maps
-from hxaconv.commands.common import checked_device, one_of, open_teacher_source
+from hxaconv.commands.advice_options import cache_path, rules
+from hxaconv.commands.common import base_model_name, checked_device, one_of
 from hxaconv.commands.convert import complete, main_dtype, open_student
+from hxaconv.commands.pick import in_dtype, open_donor
 from hxaconv.commands.tokens import TokenOptions, calibration_tokens
 from hxaconv.config import student_of
 from hxaconv.dtypes import FLOATS
@@ -18,159 +20,223 @@ from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.model import Model
 from hxaconv.student import looks_like_student
 from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale, repick
+from hxaconv.teacher import open_teacher
+from hxaconv.writing.interruption import interruptible
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from hxaconv.checkpoint import Checkpoint
     from hxaconv.console import Progress
     from hxaconv.selection.advice import Advice, Request
-    from hxaconv.selection.schedule import Rules
+
+FLAGS = ("rope_theta", "rms_norm_eps", "tie_word_embeddings")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is scored: `model`, whose layers are chosen, and what the strategy compares."""
+
+    model: Model
+    teacher: Model | None
+    student: Model | None
+    """Every layer RWKV."""
+    sources: tuple[Checkpoint, ...]
+    """SOURCE first, then its teacher."""
+
+    @property
+    def origin(self) -> Checkpoint:
+        """The teacher's checkpoint where there is one: it names the model that a choice is for."""
+        return self.sources[-1]
+
+    @property
+    def tokenizer(self) -> Checkpoint:
+        """The checkpoint with the tokenizer."""
+        return next((found for found in self.sources if "tokenizer.json" in found.companions), self.sources[0])
 
 
 @dataclass(frozen=True, slots=True)
 class Advised:
-    """The advice, and the model it is about."""
+    """The advice, what it is about, and the file that keeps its scores until they are used."""
 
     advice: Advice
-    model: Model
-    checkpoint: Checkpoint
+    subject: Subject
+    settings: tuple[str, ...]
+    cache: Path | None
+
+    def save(self, path: str | None, plot: str | None) -> None:
+        """Write the layer map and the picture that were asked for.
+
+        Raises:
+            HxaconvError: when a file cannot be written, or matplotlib is missing.
+        """
+        from hxaconv.selection import report
+
+        if path is not None:
+            repo = self.subject.origin.repo
+            chosen = report.layer_map(
+                self.advice,
+                self.subject.model.config,
+                name=Path(path).stem,
+                model=base_model_name(self.subject.origin),
+                model_ids=[repo] if repo else [],
+            )
+            text = report.layer_map_text(self.advice, chosen, date=date.today().isoformat(), settings=self.settings)
+            try:
+                Path(path).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise HxaconvError(f"{path}: {error.strerror}") from None
+        if plot is not None:
+            report.plot(self.advice, Path(plot))
+
+    def forget(self) -> None:
+        """Drop the scores: everything that was to be made of them is made."""
+        if self.cache is not None:
+            self.cache.unlink(missing_ok=True)
 
 
 def run(
-    source: str,
-    request: Request,
-    tokens: TokenOptions,
+    values: Mapping[str, Any],
     *,
-    teacher: str | None = None,
-    log: str | None = None,
-    revision: str | None = None,
-    layer_map: str | None = None,
-    flags: dict[str, Any] | None = None,
-    preset: str = "openmose-stage1",
-    scale: str | None = None,
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
-    applies: bool = False,
+    rehearse: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
     progress: Progress | None = None,
 ) -> Advised:
-    """Score the layers of `source`: a teacher (its plain initialisation is scored), or a student with `teacher`.
+    """Score the layers of SOURCE: a teacher (its plain initialisation is scored), or a student with its teacher.
+
+    Args:
+        values: the command's arguments and options by name.
+        rehearse: called with some choice of as many layers before anything is scored; refuses what could not
+            be written afterwards.
 
     Raises:
         HxaconvError: when the strategy needs something that is not given.
+        Interrupted: on Ctrl-C or SIGTERM; says what is kept.
+    """
+    from hxaconv.selection.advice import Request, advise, needs
+    from hxaconv.selection.scores import check_request
+
+    strategy, wanted = values["strategy"], needs(values["strategy"])
+    tokens = TokenOptions(
+        input_ids=values["input_ids"], text=values["text"], tokens=values["tokens"], seed=values["seed"]
+    )
+    request = Request(
+        strategy=strategy,
+        count=values["count"],
+        kl_mode=one_of("--kl-mode", values["kl_mode"], ("restore", "convert")),
+        allow_layer_0=values["allow_gqa_layer_0"],
+        tokens_are_text=tokens.given,
+        device=checked_device(values["device"]),
+        seed=values["seed"],
+        cache=cache_path(values) if "tokens" in wanted else None,
+    )
+    subject = open_subject(values, wanted)
+    num_layers = subject.model.config.num_hidden_layers
+    count = layer_maps.default_count(num_layers) if values["count"] is None else values["count"]
+    request = replace(request, count=count, rules=rules(values, num_layers))
+    check_request(strategy, num_layers, count, request.rules, allow_layer_0=request.allow_layer_0)
+    if rehearse is not None and "tokens" in wanted:
+        rehearse(",".join(map(str, layer_maps.uniform(num_layers, count))))
+    ids, settings = None, tuple[str, ...]()
+    if "tokens" in wanted:
+        ids = calibration_tokens(tokens, subject.model.config.vocab_size, subject.tokenizer).numpy()
+        settings = (_tokens_told(tokens, ids),)
+    if "tokens" in wanted and request.cache is None:
+        say("Scores are kept nowhere: with --save MAP.toml, interrupted scoring would go on where it stopped.")
+    with interruptible(lambda: _kept(request)) as signals, signals.deferred():
+        advice = advise(
+            num_layers,
+            replace(request, check=signals.stop_if_requested),
+            teacher=subject.teacher,
+            student=subject.student,
+            ids=ids,
+            log=Path(values["log"]) if values["log"] else None,
+            progress=progress,
+        )
+        signals.stop_if_requested()
+    return Advised(advice, subject, settings, request.cache)
+
+
+def _kept(request: Request) -> str:
+    if request.cache is not None and request.cache.is_file():
+        return f"Scores so far are kept in {request.cache}; run the same command again to continue."
+    return "Nothing is kept." if request.cache is None else "Nothing had been scored yet."
+
+
+def _tokens_told(tokens: TokenOptions, ids: np.ndarray) -> str:
+    given = tokens.input_ids or tokens.text
+    return f"scored on {ids.size} tokens" + (f" of {Path(given).name}" if given else f", random, seed {tokens.seed}")
+
+
+def open_subject(values: Mapping[str, Any], wanted: frozenset[str]) -> Subject:
+    """Open SOURCE and what belongs to it, each once; with `student` in `wanted`, every layer of it as RWKV.
+
+    Raises:
+        HxaconvError: when a teacher is missing, or options are given that have no use.
     """
     from hxaconv.checkpoint import open_checkpoint
-    from hxaconv.selection.advice import advise, needs
 
-    wanted = needs(request.strategy)
-    checked_device(request.device)
-    one_of("--kl-mode", request.kl_mode, ("restore", "convert"))
-    checkpoint = open_checkpoint(source, revision=revision)
-    factors = parse_scale(scale, preset)
-    student: Model | None = None
-    teacher_model: Model | None
+    checkpoint = open_checkpoint(values["source"], revision=values["revision"])
+    settings = InitSettings(parse_scale(values["scale"], values["preset"]), values["seed"], "")
     if looks_like_student(checkpoint.plan):
-        opened = open_student(source, revision=revision, teacher=teacher, layer_map=layer_map, flags=flags)
-        model, _, _ = complete(opened, need_all=bool(wanted & {"teacher", "student"}))
-        teacher_model = opened.teacher
-        if wanted & {"teacher", "student"} and teacher_model is None:
-            raise HxaconvError(f"--strategy {request.strategy} compares with the teacher", hint="Pass --teacher.")
-        if "student" in wanted and teacher_model is not None:
-            student = _all_rwkv(model, teacher_model, InitSettings(factors, seed, main_dtype(model.plan)))
-    elif applies:
+        return _student(checkpoint, values, wanted, settings)
+    _refuse_for_teachers(values)
+    teacher = open_teacher(
+        checkpoint,
+        rope_theta=values["rope_theta"],
+        rms_norm_eps=values["rms_norm_eps"],
+        allow_output_bias=True,
+    )
+    plain = None
+    if "student" in wanted:
+        settings = replace(settings, dtype=main_dtype(teacher.plan))
+        assert settings.dtype in FLOATS
+        config = student_of(teacher.config, ())
+        made = init_from_teacher(teacher.plan, config, settings)
+        plain = Model(config, made, f"plain student of {teacher.label}")
+    return Subject(teacher, teacher, plain, (checkpoint,))
+
+
+def _student(
+    checkpoint: Checkpoint, values: Mapping[str, Any], wanted: frozenset[str], settings: InitSettings
+) -> Subject:
+    flags, layer_map = {key: values[key] for key in FLAGS}, values["layer_map"]
+    opened = open_student(checkpoint, teacher=values["teacher"], layer_map=layer_map, flags=flags)
+    model, _, _ = complete(opened, need_all=bool(wanted & {"teacher", "student"}))
+    sources, teacher = tuple(opened.sources.values()), opened.teacher
+    if "teacher" not in wanted:
+        return Subject(model, teacher, None, sources)
+    if teacher is None:
+        raise HxaconvError(f"--strategy {values['strategy']} compares with the teacher", hint="Pass --teacher.")
+    if "student" not in wanted:
+        return Subject(model, teacher, None, sources)
+    settings = replace(settings, dtype=main_dtype(model.plan))
+    config = student_of(model.config, (), model.student.ranks)
+    donor = None
+    if values["from_"] is not None:
+        donor, _ = in_dtype(open_donor(values["from_"], model, flags)[1], settings.dtype)
+    plan = repick(
+        model.plan,
+        teacher.plan,
+        model.student,
+        config,
+        settings,
+        donor.plan if donor else None,
+        donor.student if donor else None,
+    )
+    return Subject(model, teacher, Model(config, plan, f"{model.label}, every layer RWKV"), sources)
+
+
+def _refuse_for_teachers(values: Mapping[str, Any]) -> None:
+    if values["out"] is not None:
         raise HxaconvError(
-            f"{source} is a teacher, whose layers are all attention: there is no choice to change",
+            f"{values['source']} is a teacher, whose layers are all attention: there is no choice to change",
             hint="Make a student of it: hxaconv init-from-teacher, with --layer-map for a saved choice.",
         )
-    else:
-        model = open_teacher_source(source, revision=revision, allow_output_bias=True)[1]
-        teacher_model = model
-        if "student" in wanted:
-            student = _initialised(model, InitSettings(factors, seed, main_dtype(model.plan)))
-    ids = calibration_tokens(tokens, model.config.vocab_size, checkpoint).numpy() if "tokens" in wanted else None
-    if options is not None:
-        request = replace(request, rules=rules(request.strategy, options, model.config.num_hidden_layers))
-    advice = advise(
-        model.config.num_hidden_layers,
-        request,
-        teacher=teacher_model,
-        student=student,
-        ids=ids,
-        log=Path(log) if log else None,
-        progress=progress,
+    without = {"--teacher": "teacher", "--from": "from_", "--layer-map": "layer_map"}
+    without["--tie-word-embeddings"] = "tie_word_embeddings"
+    raise_all(
+        f"{values['source']} is a teacher itself:",
+        [f"{option} has no use" for option, name in without.items() if values[name] is not None],
+        hint="To score a student, name it as SOURCE, and its teacher with --teacher.",
     )
-    return Advised(advice, model, checkpoint)
-
-
-def _all_rwkv(student: Model, teacher: Model, settings: InitSettings) -> Model:
-    """The student with its GQA layers initialised as RWKV, so that every layer can be scored."""
-    config = student_of(student.config, (), student.student.ranks)
-    plan = repick(student.plan, teacher.plan, student.student, config, settings)
-    return Model(config, plan, f"{student.label}, every layer RWKV")
-
-
-def _initialised(teacher: Model, settings: InitSettings) -> Model:
-    assert settings.dtype in FLOATS
-    config = student_of(teacher.config, ())
-    return Model(config, init_from_teacher(teacher.plan, config, settings), f"plain student of {teacher.label}")
-
-
-def rules(strategy: str, values: Mapping[str, Any], num_layers: int) -> Rules | None:
-    """The strategy's own rules with the options over them; None where no option is given.
-
-    Raises:
-        HxaconvError: for --exclude that names no layers of the model.
-    """
-    from hxaconv.selection.scores import STRATEGIES
-
-    given = {key: values[key] for key in ("min_gap", "max_gap", "max_consecutive") if values[key] is not None}
-    if values["exclude"]:
-        given["exclude"] = frozenset(layer_maps.parse_numbers(values["exclude"], num_layers, "--exclude"))
-    return replace(STRATEGIES[strategy].rules, **given) if given and strategy in STRATEGIES else None
-
-
-def check_results(values: Mapping[str, Any]) -> None:
-    """Refuse, before anything is scored, results that could not be written afterwards.
-
-    Raises:
-        HxaconvError: listing every file that exists already, or cannot be made.
-    """
-    problems = []
-    for option in ("save", "plot", "out"):
-        path = Path(values[option]) if values[option] else None
-        if path is None:
-            continue
-        if path.exists() and not values["overwrite"]:
-            problems.append(f"{path} exists; --overwrite replaces it")
-        if not path.absolute().parent.is_dir():
-            problems.append(f"{path.absolute().parent} is not a folder")
-    if values["plot"] and Path(values["plot"]).suffix not in (".png", ".svg", ".pdf"):
-        problems.append(f"--plot {values['plot']}: a plot is a .png, .svg or .pdf file")
-    if values["log"] and values["strategy"] != "log":
-        problems.append("--log is read by --strategy log only")
-    raise_all("the advice could not be given as asked for:", problems)
-
-
-def cache_path(beside: str | None) -> Path | None:
-    """Where an interrupted sweep keeps its state: beside what will be written, if anything is."""
-    return Path(f"{beside.rstrip('/')}.scores.npz") if beside else None
-
-
-def save(advised: Advised, path: str | None, plot: str | None) -> None:
-    """Write the layer map and the picture that were asked for.
-
-    Raises:
-        HxaconvError: when a file cannot be written, or matplotlib is missing.
-    """
-    from hxaconv.selection import report
-
-    if path is not None:
-        name = advised.checkpoint.repo
-        chosen = report.layer_map(
-            advised.advice, advised.model.config, name=Path(path).stem, model_ids=[name] if name else []
-        )
-        text = report.layer_map_text(advised.advice, chosen, date=date.today().isoformat())
-        try:
-            Path(path).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise HxaconvError(f"{path}: {error.strerror}") from None
-    if plot is not None:
-        report.plot(advised.advice, Path(plot))

@@ -105,7 +105,7 @@ class Opened:
 
 
 def open_student(
-    source: str,
+    source: str | Checkpoint,
     *,
     revision: str | None = None,
     teacher: str | None = None,
@@ -119,7 +119,7 @@ def open_student(
     """
     from hxaconv.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(source, revision=revision)
+    checkpoint = open_checkpoint(source, revision=revision) if isinstance(source, str) else source
     sources = {"source": checkpoint}
     teacher_model = None
     if teacher is not None:
@@ -202,7 +202,8 @@ def dtype_warnings(plan: Plan, command: str) -> list[str]:
     """Mixed dtypes, and a `.pth` that RWKV-Infer would not expect."""
     dtypes = sorted({recipe.dtype for recipe in plan.values() if recipe.dtype in FLOATS})
     if len(dtypes) > 1:
-        return [f"the output mixes {' and '.join(dtypes)}; --dtype bfloat16 makes it uniform"]
+        how = "--dtype bfloat16" if command in COMMANDS else "`hxaconv to-hf --dtype bfloat16`"
+        return [f"the output mixes {' and '.join(dtypes)}; {how} makes it uniform"]
     if command == "to-pth" and dtypes != ["BF16"]:
         return [f"RWKV-Infer expects bf16 in a .pth, this one holds {dtypes[0]}; --dtype bfloat16 casts"]
     return []

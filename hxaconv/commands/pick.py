@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +23,10 @@ from hxaconv.config import student_of
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.output import Job
-from hxaconv.plan import Plan, Recipe
+from hxaconv.plan import Plan, Recipe, total_bytes
+from hxaconv.student import Facts, student_facts, student_model
 from hxaconv.surgery import InitSettings, parse_scale, repick
+from hxaconv.teacher import EMBEDDING
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
@@ -70,21 +74,27 @@ def run(
     old = student.student
     new = student_of(old, chosen, old.ranks)
     changed = [i for i in range(old.num_hidden_layers) if old.layer_kind(i) != new.layer_kind(i)]
-    donor = open_student(other, teacher=teacher, layer_map=layer_map, flags=flags) if other else None
-    _check_donors(changed, new, opened.teacher, donor.student if donor else None)
+    checkpoint, donor = open_donor(other, student, flags) if other else (None, None)
+    _check_donors(changed, new, opened.teacher, donor)
     settings = InitSettings(parse_scale(scale, preset), seed, main_dtype(student.plan))
+    given, cast_from = in_dtype(donor, settings.dtype) if donor else (None, "")
     plan = repick(
         student.plan,
         opened.teacher.plan if opened.teacher else {},
         old,
         new,
         settings,
-        donor.student.plan if donor else None,
-        donor.student.student if donor else None,
+        given.plan if given else None,
+        given.student if given else None,
     )
     result = Model(new, plan, out, student.raw)
     notes.append(f"{len(changed)} layers change kind: {', '.join(map(str, changed)) or 'none'}")
-    sources = opened.sources | ({"from": donor.sources["source"]} if donor else {})
+    if donor is not None:
+        taken = [i for i in changed if donor.student.layer_kind(i) == new.layer_kind(i)]
+        cast = f", cast from {cast_from} to {settings.dtype}, the student's dtype" if cast_from else ""
+        notes += [f"layers {', '.join(map(str, taken))} come from {other}{cast}"] if taken else []
+        warnings += [] if taken else [f"--from {other} has none of the changed layers in its new kind: it is not used"]
+    sources = opened.sources | ({"from": checkpoint} if checkpoint else {})
     job = Job(
         command=COMMAND,
         options=options,
@@ -104,8 +114,7 @@ def run(
     def verify(output: Model) -> Report:
         from hxaconv.verification import check_repicked
 
-        donated = donor.student if donor else None
-        return check_repicked(student, opened.teacher, output, other=donated, factors=settings.factors)
+        return check_repicked(student, opened.teacher, output, other=donor, factors=settings.factors)
 
     return perform(
         job,
@@ -116,29 +125,56 @@ def run(
     )
 
 
+def open_donor(other: str, student: Model, flags: Mapping[str, Any]) -> tuple[Checkpoint, Model]:
+    """The trained checkpoint of `--from`; what it does not say of itself, it has in common with the student.
+
+    Raises:
+        HxaconvError: when it is no student, or of another shape.
+    """
+    from hxaconv.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(other)
+    common = student_facts(student.student)
+    if EMBEDDING in checkpoint.plan:
+        # Its mixers fit whatever its MLPs and vocabulary were padded to.
+        common = {key: value for key, value in common.items() if key not in ("intermediate_size", "vocab_size")}
+    return checkpoint, student_model(checkpoint, flags=flags, layer_map=Facts(f"SOURCE ({student.label})", common))
+
+
+def in_dtype(donor: Model, dtype: str) -> tuple[Model, str]:
+    """(the donor in the student's dtype, its own main dtype where that is another one, else "")."""
+    own = main_dtype(donor.plan)
+    if own == dtype:
+        return donor, ""
+    from hxaconv.arithmetic import cast
+
+    return replace(donor, plan={name: cast(recipe, dtype) for name, recipe in donor.plan.items()}), own
+
+
 def kept_shards(source: Checkpoint, before: Plan, after: Plan, max_shard_bytes: int) -> list[Shard] | None:
     """The source's own sharding for the new plan, so that shards without a change need not be written again.
 
-    None where the source is no local safetensors folder, or a shard would become larger than allowed.
+    A shard that became larger than allowed is split. None where the source is no local safetensors folder.
     """
-    from hxaconv.containers.safetensors_layout import Shard
+    from hxaconv.containers.safetensors_layout import Shard, shard_layouts
 
     ours = all(file in source.files for recipe in before.values() for file in recipe.make.sources())
     if source.container != "safetensors" or source.repo is not None or not ours:
         return None
-    groups: dict[str, list[str]] = {file.name: [] for file in source.files}
+    groups: dict[str, Plan] = {file.name: {} for file in source.files}
     for name, recipe in after.items():
-        groups[_home(name, recipe, before)].append(name)
+        groups[_home(name, recipe, before)][name] = recipe
     shards = []
     for file in source.files:
-        names = groups[file.name]
+        group = groups[file.name]
         held = {name for name, recipe in source.plan.items() if _file_of(recipe) is file}
-        same = set(names) == held and all(after[name] is before[name] for name in names)
-        if sum(after[name].nbytes for name in names) > max_shard_bytes:
-            return None
-        if names:
-            linkable = same and file.path is not None and not file.path.is_symlink()
-            shards.append(Shard(tuple(names), file if linkable else None))
+        same = set(group) == held and all(after[name] is before[name] for name in group)
+        if group and same and total_bytes(group) <= max_shard_bytes:
+            linkable = file.path is not None and not file.path.is_symlink()
+            shards.append(Shard(tuple(group), file if linkable else None))
+        elif group:
+            layouts = shard_layouts(group, max_shard_bytes)
+            shards += [Shard(tuple(fill.name for fill in layout.fills)) for layout in layouts]
     return shards
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hxaconv.console import WIDTH
 from hxaconv.errors import HxaconvError
 from hxaconv.layer_maps import LayerMap, dump, of_config
 from hxaconv.selection.scores import STRATEGIES, reasons
@@ -19,23 +21,44 @@ if TYPE_CHECKING:
 BARS = " ▁▂▃▄▅▆▇█"
 
 
+SHORT = {
+    "slow convergence": "conv",
+    "slow alignment": "align",
+    "scale mismatch": "scale",
+    "instability": "unstable",
+}
+"""What a table calls the parts of a score, where their names are too long."""
+
+
 def table(advice: Advice) -> RenderableType:
-    """Every layer with every score: taken or not, what uniform takes, the price of overruling."""
+    """Every layer with every score: taken or not, what uniform takes, the price of overruling.
+
+    What stands further to the right than WIDTH columns is left out, the price always stays.
+    """
     from hxaconv.console import table as plain_table
 
-    pick, decider = advice.pick, advice.decider
-    columns = ["layer", "", "even", *(column.strategy for column in advice.columns)]
-    parts = decider.parts if decider else {}
-    columns += [*parts, *(["0..1", "margin"] if pick.choice else [])]
-    rows = []
-    for layer in range(advice.num_layers):
-        row = [str(layer), "G" if layer in pick.layers else "R", "•" if layer in pick.uniform else ""]
-        row += [_figure(column.values[layer]) for column in advice.columns]
-        row += [_figure(values[layer]) for values in parts.values()]
-        if pick.choice:
-            row += [_figure(pick.scores[layer]), _figure(pick.choice.margins[layer])]
-        rows.append(row)
-    return plain_table("", columns, rows, right=3)
+    pick, layers = advice.pick, range(advice.num_layers)
+    columns = {
+        "layer": [str(layer) for layer in layers],
+        "": ["G" if layer in pick.layers else "R" for layer in layers],
+        "even": ["•" if layer in pick.uniform else "" for layer in layers],
+    }
+    last = {"margin": [_figure(margin) for margin in pick.choice.margins]} if pick.choice else {}
+    scores = {column.strategy: column.values for column in advice.columns}
+    parts = advice.decider.parts if advice.decider else {}
+    scores |= {SHORT.get(part, part): values for part, values in parts.items()}
+    if pick.choice and pick.strategy != "log":  # whose score is within 0..1 as it is
+        scores["0..1"] = pick.scores
+    for name, values in scores.items():
+        wider = columns | {name: [_figure(value) for value in values]}
+        if _width(wider | last) <= WIDTH:
+            columns = wider
+    columns |= last
+    return plain_table("", list(columns), list(zip(*columns.values(), strict=True)), right=3)
+
+
+def _width(columns: Mapping[str, Sequence[str]]) -> int:
+    return sum(max(map(len, (name, *cells))) + 3 for name, cells in columns.items())
 
 
 def _figure(value: float | None) -> str:
@@ -66,15 +89,19 @@ def _bar(share: float) -> str:
 
 
 def summary(advice: Advice) -> list[str]:
-    """The pick, its overlap with uniform, and why."""
-    pick = advice.pick
+    """What the columns say, the pick, its overlap with uniform, and why."""
+    pick, parts = advice.pick, bool(advice.decider and advice.decider.parts)
     lines = [
+        "G: stays attention; even: what uniform takes"
+        + ("; 0..1: what decides; margin: the price of overruling it" if pick.choice else ""),
+        *([f"Parts of log: {', '.join(f'{short} = {part}' for part, short in SHORT.items())}"] if parts else []),
         f"GQA layers ({len(pick.layers)} of {advice.num_layers}): {', '.join(map(str, pick.layers))}",
         f"uniform would take {', '.join(map(str, pick.uniform))}: {pick.overlap} of {len(pick.layers)} in common",
     ]
     if advice.facts:
         lines += [f"{name}: {value:.4f} nats per token" for name, value in advice.facts.items()]
-    return lines + [f"why: {line}" if i == 0 else f"     {line}" for i, line in enumerate(reasons(pick))]
+    lines += [("why: " if i == 0 else "     ") + line for i, line in enumerate(reasons(pick))]
+    return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="       ")]
 
 
 def to_json(advice: Advice) -> dict[str, Any]:
@@ -102,10 +129,16 @@ def to_json(advice: Advice) -> dict[str, Any]:
     return result
 
 
-def layer_map(advice: Advice, config: ModelConfig, *, name: str, model_ids: Sequence[str] = ()) -> LayerMap:
-    """The choice as a layer map for models like `config`."""
+def layer_map(advice: Advice, config: ModelConfig, *, name: str, model: str, model_ids: Sequence[str] = ()) -> LayerMap:
+    """The choice as a layer map for models like `config`; `model` is what its title calls them."""
+    pick = advice.pick
     return of_config(
-        name, config, advice.pick.layers, model_ids=tuple(model_ids), source=f"hxaconv, strategy {advice.pick.strategy}"
+        name,
+        config,
+        pick.layers,
+        title=f"{model}, {len(pick.layers)} of {advice.num_layers} layers by {pick.strategy}",
+        model_ids=tuple(model_ids),
+        source=f"hxaconv, strategy {pick.strategy}",
     )
 
 

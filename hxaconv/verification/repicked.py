@@ -32,8 +32,8 @@ def check_repicked(
     donated = {i for i in changed if other and other.student.layer_kind(i) == output.student.layer_kind(i)}
     if other is not None and donated:
         mixers = _mixers(output, donated)
-        wrong = [n for n in mixers if n not in other.plan or not same_bytes(mixers[n], other.plan[n])]
-        text = f"{len(donated)} layers have the bits of {other.label}"
+        wrong = [n for n in mixers if n not in other.plan or not is_scaled(mixers[n], other.plan[n], 1.0)]
+        text = f"{len(donated)} layers are those of {other.label}"
         report.check("layers taken over", not wrong, listing(wrong, "differ from the other checkpoint") or text)
     if teacher is not None:
         _check_from_teacher(report, teacher.plan, output, changed - donated, factors)

@@ -1,0 +1,351 @@
+"""`pick-gqa-layers`: what is said before scoring, what interruptions keep, what is written and what is linked."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hxaconv import cli as command_line
+from hxaconv import commands, layer_maps, selection
+from hxaconv.selection.streaming import Sweep
+from hxaconv.writing.interruption import Interrupted
+
+Cli = Callable[..., int]
+COMMAND = "pick-gqa-layers"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
+
+
+@pytest.fixture
+def make(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> Callable[..., Path]:
+    def student(name: str, layers: str, *options: object) -> Path:
+        words = ("init-from-teacher", tiny_teacher, tmp_path / name, "--gqa-layers", layers, *options)
+        assert cli(*words, "--quiet", "--no-verify") == 0
+        return tmp_path / name
+
+    return student
+
+
+@pytest.fixture
+def tokens(tiny_teacher: Path) -> list[object]:
+    return ["--input-ids", tiny_teacher / "calibration_tokens.npy", "--tokens", 48]
+
+
+class Layers:
+    """Which layers a sweep computes; a signal comes while it is at `stop`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[int] = []
+        self.stop: tuple[int, int] | None = None
+        real = Sweep._layer
+
+        def layer(sweep: Sweep, state: object, step: object) -> None:
+            self.seen.append(state.layer)  # type: ignore[attr-defined]
+            if self.stop is not None and self.stop[0] == self.seen[-1]:
+                os.kill(os.getpid(), self.stop[1])
+            real(sweep, state, step)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Sweep, "_layer", layer)
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> Layers:
+    return Layers(monkeypatch)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_advice_says_what_is_kept_and_goes_on(
+    cli: Cli,
+    tiny_teacher: Path,
+    tmp_path: Path,
+    tokens: list[object],
+    layers: Layers,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+) -> None:
+    words = [COMMAND, tiny_teacher, "--count", 2, "--strategy", "mse", *tokens]
+    assert cli(*words, "--save", tmp_path / "whole.toml", "--quiet") == 0
+    layers.stop, layers.seen = (3, number), []
+    assert cli(*words, "--save", tmp_path / "map.toml", "--quiet") == 128 + number
+    kept = tmp_path / "map.toml.scores.npz"
+    error = " ".join(capsys.readouterr().err.split())
+    assert "run the same command again to continue" in error
+    assert str(kept) in error.replace(" ", "")  # long paths are folded
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.toml", kept.name}
+    layers.stop, layers.seen = None, []
+    assert cli(*words, "--save", tmp_path / "map.toml", "--quiet") == 0
+    assert layers.seen == [4, 5]  # what was under way when the signal came was finished
+    assert tomllib.loads((tmp_path / "map.toml").read_text()) == tomllib.loads((tmp_path / "whole.toml").read_text())
+    assert not kept.exists()
+
+
+def test_advice_without_a_file_says_that_nothing_is_kept(
+    cli: Cli, tiny_teacher: Path, tokens: list[object], layers: Layers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers.stop = (1, signal.SIGINT)
+    assert cli(COMMAND, tiny_teacher, "--count", 2, "--strategy", "influence", *tokens) == 130
+    error = capsys.readouterr().err
+    assert "Scores are kept nowhere: with --save" in error
+    assert "Nothing is kept" in error
+
+
+def test_scores_outlive_a_failure_to_write(
+    cli: Cli,
+    make: Callable[..., Path],
+    tiny_teacher: Path,
+    tmp_path: Path,
+    tokens: list[object],
+    layers: Layers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    student, out, saved = make("a", "1,5"), tmp_path / "b", tmp_path / "map.toml"
+    words = [COMMAND, student, out, "--count", 2, "--strategy", "influence", "--teacher", tiny_teacher, *tokens]
+    words += ["--save", saved, "--quiet"]
+
+    def stop(*_: object, **__: object) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hxaconv.writing.writer.publish", stop)
+        assert cli(*words) == 143
+    assert not saved.exists()
+    assert (tmp_path / "map.toml.scores.npz").is_file()
+    layers.seen = []
+    assert cli(*words, "--resume") == 0
+    assert layers.seen == []
+    assert saved.is_file()
+    assert out.is_dir()
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_a_dry_run_keeps_its_scores_for_the_run(
+    cli: Cli,
+    make: Callable[..., Path],
+    tiny_teacher: Path,
+    tmp_path: Path,
+    tokens: list[object],
+    layers: Layers,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    student, out = make("a", "1,5"), tmp_path / "b"
+    words = [COMMAND, student, out, "--count", 2, "--strategy", "influence", "--teacher", tiny_teacher, *tokens]
+    assert cli(*words, "--dry-run", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    layers.seen = []
+    assert cli(*words, "--json") == 0
+    assert layers.seen == []
+    done = json.loads(capsys.readouterr().out)
+    assert not list(tmp_path.glob("*.npz"))
+    assert done["gqa_layers"] == planned["gqa_layers"] == done["advice"]["gqa_layers"]
+    assert done["advice"] == planned["advice"]
+    assert len(done["advice"]["scores"]["influence"]) == 6
+    assert done["advice"]["warnings"] == []
+
+
+def test_warnings_of_the_advice_are_in_the_json_of_both(
+    cli: Cli,
+    make: Callable[..., Path],
+    tiny_teacher: Path,
+    tmp_path: Path,
+    tokens: list[object],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [COMMAND, make("a", "1,5"), tmp_path / "b", "--count", 1, "--strategy", "mse", "--teacher", tiny_teacher]
+    assert cli(*words, *tokens, "--json") == 0
+    assert "initial values" in json.loads(capsys.readouterr().out)["advice"]["warnings"][0]
+
+
+REFUSED = [
+    (("--count", 6, "--allow-gqa-layer-0", "--strategy", "mse"), "between 1 and 5"),
+    (("--strategy", "mse", "--format", "pth"), "one file"),
+    (("--strategy", "mse", "--max-shard-size", "huge"), "not a size"),
+    (("--strategy", "mse", "--min-gap", 0, "--max-gap", -3, "--max-consecutive", 0), "--max-consecutive 0"),
+    (("--strategy", "mse", "--count", 3, "--min-gap", 3), "no choice of 3 of 6"),
+    (("--strategy", "mse", "--part", "1/2"), "every part would score"),
+    (("--strategy", "mse", "--kl-mode", "convert"), "only --strategy kl"),
+    (("--strategy", "log"), "--log FILE.csv"),
+    (("--strategy", "last", "--tokens", 5, "--log", "x"), "--tokens: --strategy last looks at no tokens"),
+    (("--layers", "1", "--count", 1, "--max-gap", 3), "--count, --max-gap: --layers is a choice made"),
+    (("--strategy", "mse", "--save", "no/such/folder/map.toml"), "is not a folder"),
+    (("--strategy", "mse", "--plot", "scores.gif"), ".png, .svg or .pdf"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_what_cannot_be_done_is_said_before_scoring(
+    cli: Cli,
+    make: Callable[..., Path],
+    tiny_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[object, ...],
+    message: str,
+) -> None:
+    monkeypatch.setattr(Sweep, "run", None)
+    student = make("a", "1,5")
+    assert cli(COMMAND, student, tmp_path / "b", "--teacher", tiny_teacher, *options) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_teacher_as_source_takes_no_options_of_students(
+    cli: Cli, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [COMMAND, tiny_teacher, "--count", 2, "--strategy", "mse", "--teacher", tiny_teacher]
+    assert cli(*words, "--from", "x", "--layer-map", "reka-flash-3", "--tie-word-embeddings") == 2
+    error = capsys.readouterr().err
+    for option in ("--teacher", "--from", "--layer-map", "--tie-word-embeddings"):
+        assert f"{option} has no use" in error
+
+
+def test_a_teacher_s_rope_theta_can_be_overridden(
+    cli: Cli, tiny_teacher: Path, tokens: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [COMMAND, tiny_teacher, "--count", 2, "--strategy", "influence", *tokens, "--json"]
+    found = []
+    for options in ([], ["--rope-theta", 10000.0], ["--rope-theta", 3.0]):
+        assert cli(*words, *options) == 0
+        found.append(json.loads(capsys.readouterr().out)["scores"])
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def test_advice_takes_trained_layers_from_another_checkpoint(
+    cli: Cli,
+    make: Callable[..., Path],
+    tiny_teacher: Path,
+    tmp_path: Path,
+    tokens: list[object],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A student with GQA layers is scored with these as RWKV: plain ones, or those of an all-RWKV sibling."""
+    student = make("a", "1,5")
+    words = [COMMAND, student, "--count", 1, "--strategy", "mse", "--teacher", tiny_teacher, *tokens, "--json"]
+
+    def mse(*options: object) -> list[float]:
+        assert cli(*words, *options) == 0
+        scores: list[float] = json.loads(capsys.readouterr().out)["scores"]["mse"]
+        return scores
+
+    plain, same, other = mse(), mse("--from", make("b", "none")), mse("--from", make("c", "none", "--scale", "value=1"))
+    assert plain == same
+    assert [i for i in range(6) if plain[i] != other[i]] == [1, 5]
+
+
+def test_a_donor_of_another_dtype_is_cast(
+    cli: Cli, make: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student, donor = make("a", "1,5"), make("b", "none", "--dtype", "float32", "--scale", "key=0.7")
+    assert cli(COMMAND, student, tmp_path / "c", "--layers", "5", "--from", donor, "--quiet") == 0
+    ours, theirs = weights(tmp_path / "c"), weights(donor)
+    assert {x.dtype for x in ours.values()} == {torch.bfloat16}
+    name = "model.layers.1.self_attn.key.weight"
+    assert torch.equal(ours[name], theirs[name].bfloat16())
+    assert not torch.equal(ours[name].float(), theirs[name])
+    story = json.loads((tmp_path / "c" / "hxaconv.json").read_text())
+    assert story["tensors"][name]["origin"] == f"trained {name} in model.safetensors, cast from F32"
+    capsys.readouterr()
+    words = [COMMAND, student, tmp_path / "d", "--layers", "1,3,5", "--from", donor, "--teacher", tiny_teacher]
+    assert cli(*words, "--quiet") == 0
+    assert "it is not used" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_donor_of_another_shape_is_refused(
+    cli: Cli, make: Callable[..., Path], golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = golden / "reka_tiny"
+    assert cli(COMMAND, make("a", "1,5"), tmp_path / "b", "--layers", "5", "--from", case / "student_hf") == 2
+    assert "hidden_size is" in " ".join(capsys.readouterr().err.split())
+
+
+def test_only_the_shard_that_outgrows_the_limit_is_split(
+    cli: Cli, make: Callable[..., Path], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """Layer 0's mixer becomes larger; the shards are full to the last tensor."""
+    first, second = make("a", "0,5", "--allow-gqa-layer-0", "--max-shard-size", "2MB"), tmp_path / "b"
+    before = sorted(first.glob("*.safetensors"))
+    limit = max(path.stat().st_size for path in before)
+    words = [COMMAND, first, second, "--layers", "5", "--teacher", tiny_teacher, "--max-shard-size", str(limit)]
+    assert cli(*words, "--quiet") == 0
+    after = sorted(second.glob("*.safetensors"))
+    assert len(after) == len(before) + 1
+    assert max(path.stat().st_size for path in after) <= limit
+    for old, new in zip(before[1:], after[2:], strict=True):
+        assert old.samefile(new)
+    index = json.loads((second / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index.values()) == {path.name for path in after}
+    direct = weights(make("c", "5"))
+    ours = weights(second)
+    assert ours.keys() == direct.keys()
+    assert all(torch.equal(ours[name], direct[name]) for name in direct)
+
+
+def test_layers_from_a_file_with_a_comma_in_its_path(
+    cli: Cli, make: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = make("a", "1,5")
+    file = tmp_path / "mine, and yours"
+    file.write_text("gqa_layers = [2, 3]")
+    assert cli(COMMAND, student, tmp_path / "b", "--layers", file, "--teacher", tiny_teacher, "--quiet") == 0
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["transformer_layers"] == [2, 3]
+    assert cli(COMMAND, student, tmp_path / "c", "--layers", "x,y.toml", "--teacher", tiny_teacher) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_a_saved_map_has_a_title_and_is_shown_whole(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "map.toml"
+    assert cli(COMMAND, tiny_teacher, "--count", 2, "--strategy", "last", "--save", path, "--quiet") == 0
+    assert layer_maps.load(path).title == "teacher, 2 of 6 layers by last"
+    assert cli("maps", path) == 0
+    assert "RRRRGG" in capsys.readouterr().out
+    path.write_text("gqa_layers = [1, 3]")
+    assert cli("maps", path) == 0
+    shown = capsys.readouterr().out
+    assert "RG" not in shown  # how far the strip goes is not known
+    assert "1, 3" in shown
+
+
+def test_every_source_is_opened_once(
+    cli: Cli, make: Callable[..., Path], tiny_teacher: Path, tokens: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hxaconv import checkpoint
+
+    opened: list[str] = []
+    real = checkpoint.open_checkpoint
+
+    def count(spec: object, **options: object) -> object:
+        opened.append(Path(str(spec)).name)
+        return real(spec, **options)  # type: ignore[arg-type]
+
+    student, donor = make("a", "1,5"), make("b", "none")
+    monkeypatch.setattr(checkpoint, "open_checkpoint", count)
+    words = [COMMAND, student, "--count", 1, "--strategy", "mse", "--teacher", tiny_teacher, "--from", donor, *tokens]
+    assert cli(*words, "--quiet") == 0
+    assert sorted(opened) == ["a", "b", "teacher"]
+
+
+def test_messages_name_commands_and_options_that_exist() -> None:
+    root = Path(command_line.__file__).parent
+    mine = [root / "commands" / f"{name}.py" for name in ("pick", "advise", "advice_options")]
+    text = "\n".join(path.read_text() for path in [*(root / "selection").glob("*.py"), *mine, root / "layer_maps.py"])
+    declared = (root / "cli.py").read_text() + (root / "options.py").read_text()
+    known = {info.name for info in command_line.app.registered_commands}
+    assert set(re.findall(r"[`:] ?hxaconv ([a-z][a-z-]+)", text)) <= known
+    for option in set(re.findall(r"--[a-z][a-z0-9-]+", text)):
+        name = option[2:].replace("-", "_")
+        assert re.search(rf"\b{name}_?: |\"{option}", declared), option
+    assert commands and selection
