@@ -6,7 +6,7 @@ A folder, a file or a Hub id becomes: canonical name -> where the bytes of that 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,22 +14,17 @@ from typing import Any
 from hxaconv.containers import Contents, read_contents
 from hxaconv.containers.contents import show
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.files import SourceFile
-from hxaconv.json_files import read_config, read_json, read_sidecar
+from hxaconv.files import SourceFile, kind_of
+from hxaconv.json_files import read_config, read_sidecar
 from hxaconv.names import detect_dialect, to_canonical
 from hxaconv.plan import Plan
+from hxaconv.weight_files import SHARD, WEIGHTS, Listing, check_index, select_weights
 
 COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json"),
 )
 """The only files that are copied along from a source."""
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
-_TRAINER_STATE = re.compile(
-    r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states|lr_scheduler|sampler)([._-].*)?\.(bin|pt|pth)$"
-    r"|^(optimizer|scheduler)_\d+\.(bin|pt|pth)$"
-)
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
 
@@ -68,29 +63,6 @@ class Checkpoint:
     """What downloads the files, for a Hub id."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listing:
-    """The files of a checkpoint, wherever they are, and how to open one."""
-
-    label: str
-    sizes: Mapping[str, int]
-    """File name (relative, `/`) -> bytes."""
-    open: Callable[[str], SourceFile]
-    read: Callable[[SourceFile], Contents] = read_contents
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """Which of the files hold the weights."""
-
-    names: tuple[str, ...]
-    weight_map: Mapping[str, str] | None = None
-    """Of the index: tensor name -> file name."""
-    index_metadata: Mapping[str, Any] | None = None
-    index_name: str | None = None
-    stray: tuple[str, ...] = ()
-
-
 def open_checkpoint(spec: str | Path, *, revision: str | None = None, progress: Any = None) -> Checkpoint:
     """Open a folder, a file or a Hub id (`org/name[@revision]`); a path that exists wins.
 
@@ -122,7 +94,7 @@ def _looks_like_path(text: str) -> bool:
     return (
         _HUB_ID.match(text) is None
         or text.startswith((".", "/", "~"))
-        or text.partition("@")[0].endswith((*_WEIGHTS, ".json"))
+        or text.partition("@")[0].endswith((*WEIGHTS, ".json"))
     )
 
 
@@ -134,9 +106,12 @@ def open_folder(path: Path, *, label: str, repo: str | None = None, revision: st
     """
     root = path.resolve()
     try:
-        sizes = {entry.name: entry.stat().st_size for entry in sorted(root.iterdir()) if entry.is_file()}
+        entries = sorted(root.iterdir())
+        sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
     except OSError as error:
         raise HxaconvError(f"{label}: {error.strerror}") from None
+    odd = [f"{entry.name} is {kind_of(entry)}" for entry in entries if entry.name not in sizes and _matters(entry)]
+    raise_all(f"{label}: these should be files:", odd, hint="Put the files themselves there; download again.")
 
     def open_local(name: str) -> SourceFile:
         target = _inside(root, name, label)
@@ -144,6 +119,13 @@ def open_folder(path: Path, *, label: str, repo: str | None = None, revision: st
 
     listing = Listing(label=label, sizes=sizes, open=open_local)
     return assemble(listing, root=root, repo=repo, revision=revision)
+
+
+def _matters(entry: Path) -> bool:
+    """Whether an entry that is no file stands where a checkpoint has one; folders may have any other name."""
+    if entry.name in (*COMPANIONS, "config.json") or entry.name.endswith(".index.json"):
+        return True
+    return entry.name.endswith(WEIGHTS) and (not entry.is_dir() or entry.name.startswith(("model", "pytorch_model")))
 
 
 def _inside(root: Path, name: str, label: str) -> Path:
@@ -161,7 +143,7 @@ def _inside(root: Path, name: str, label: str) -> Path:
 
 
 def _open_file(path: Path, label: str) -> Checkpoint:
-    shard = _SHARD.search(path.name)
+    shard = SHARD.search(path.name)
     if shard and int(shard[2]) > 1:
         raise HxaconvError(f"{label} is one of {int(shard[2])} shards", hint=f"Give the folder instead: {path.parent}")
     file = SourceFile.local(path, label=label)
@@ -199,7 +181,7 @@ def assemble(
     selection = select_weights(listing)
     opened = [(file, listing.read(file)) for file in map(listing.open, selection.names)]
     if selection.weight_map is not None:
-        _check_index(selection, opened, listing.label)
+        check_index(selection, opened, listing.label)
     sidecar = None
     if len(opened) == 1 and opened[0][1].container != "safetensors":
         beside = str(PurePosixPath(selection.names[0]).with_suffix(".json"))
@@ -217,94 +199,6 @@ def assemble(
         handle=handle,
         facts={"index": selection.index_metadata, "index_name": selection.index_name, "stray_files": selection.stray},
     )
-
-
-def select_weights(listing: Listing) -> Selection:
-    """Choose the files that hold the weights; safetensors win over pickles, an index over its absence.
-
-    Raises:
-        HxaconvError: when there are none, or the index is not usable.
-    """
-    weights = [n for n in listing.sizes if n.endswith(_WEIGHTS) and not _TRAINER_STATE.match(n)]
-    if not weights and not any(name.endswith(".index.json") for name in listing.sizes):
-        raise HxaconvError(
-            f"{listing.label} holds no weights ({len(listing.sizes)} other files)",
-            hint="Expected *.safetensors, *.bin, *.pth or *.pt in the folder itself.",
-        )
-    for suffixes, stem in (((".safetensors",), "model"), ((".bin", ".pth", ".pt"), "pytorch_model")):
-        of_kind = [name for name in weights if name.endswith(suffixes)]
-        single, index = f"{stem}{suffixes[0]}", f"{stem}{suffixes[0]}.index.json"
-        if index in listing.sizes and (single not in of_kind or _only_names(listing, index, single)):
-            return _from_index(listing, index, weights)
-        if of_kind:
-            chosen = [single] if single in of_kind else of_kind
-            _refuse_missing_parts(chosen, listing.label)
-            return Selection(names=tuple(chosen), stray=tuple(n for n in weights if n not in chosen))
-    raise HxaconvError(f"{listing.label} has an index of an unknown name, and no weights that stand alone")
-
-
-def _only_names(listing: Listing, index: str, single: str) -> bool:
-    weight_map = read_json(listing.open(index)).get("weight_map")
-    return isinstance(weight_map, dict) and set(map(str, weight_map.values())) == {single}
-
-
-def _refuse_missing_parts(names: Iterable[str], label: str) -> None:
-    numbers: dict[tuple[str, int], set[int]] = {}
-    for name in names:
-        part = _SHARD.search(name)
-        if part:
-            numbers.setdefault((name[: part.start()], int(part[2])), set()).add(int(part[1]))
-    missing = [
-        f"{stem}: {len(found)} of {total} parts are there"
-        for (stem, total), found in numbers.items()
-        if len(found) != total
-    ]
-    raise_all(f"{label}: shards are missing, and there is no index:", missing, hint="Download the folder again.")
-
-
-def _from_index(listing: Listing, index: str, weights: list[str]) -> Selection:
-    raw = read_json(listing.open(index))
-    weight_map, metadata = raw.get("weight_map"), raw.get("metadata")
-    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
-        raise HxaconvError(f"{listing.label}: weight_map of {index} does not map tensor names to file names")
-    if not weight_map:
-        raise HxaconvError(f"{listing.label}: weight_map of {index} is empty")
-    names = sorted(set(weight_map.values()))
-    outside = [show(name) for name in names if not _is_plain(name)]
-    raise_all(f"{listing.label}: {index} names files outside the folder:", outside)
-    missing = [f"{show(name)} is missing" for name in names if name not in listing.sizes]
-    raise_all(
-        f"{listing.label}: {index} names {len(names)} files, not all of them are there:",
-        missing,
-        hint="Download the missing files; an interrupted download leaves such folders.",
-    )
-    return Selection(
-        names=tuple(names),
-        weight_map=weight_map,
-        index_metadata=metadata if isinstance(metadata, dict) else {},
-        index_name=index,
-        stray=tuple(name for name in weights if name not in weight_map.values()),
-    )
-
-
-def _is_plain(name: str) -> bool:
-    return bool(name) and name.isprintable() and not re.search(r"[/\\:]|^\.\.?$", name)
-
-
-def _check_index(selection: Selection, opened: list[tuple[SourceFile, Contents]], label: str) -> None:
-    assert selection.weight_map is not None
-    held = {file.name: contents.tensors for file, contents in opened}
-    lacking = [
-        f"{show(name)}: not in {show(file)}" for name, file in selection.weight_map.items() if name not in held[file]
-    ]
-    raise_all(f"{label}: {selection.index_name} names tensors that its files lack:", lacking)
-    unlisted = [
-        f"{show(name)} in {file}"
-        for file, tensors in held.items()
-        for name in tensors
-        if selection.weight_map.get(name) != file
-    ]
-    raise_all(f"{label}: tensors that {selection.index_name} does not name:", unlisted)
 
 
 def _checkpoint(

@@ -37,6 +37,8 @@ def write_from(fd: int, buffer: memoryview, offset: int) -> None:
 
 
 _SEEK_LOCK = threading.Lock()
+_READING = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+"""Without waiting, should a pipe have taken the file's place."""
 
 
 def _seek_and_read(fd: int, count: int, offset: int) -> bytes:
@@ -44,6 +46,14 @@ def _seek_and_read(fd: int, count: int, offset: int) -> bytes:
     with _SEEK_LOCK:
         os.lseek(fd, offset, os.SEEK_SET)
         return os.read(fd, count)
+
+
+def kind_of(path: Path) -> str:
+    """In words, what stands there that is no regular file."""
+    if path.is_symlink() and not path.exists():
+        return f"a link to {os.readlink(path)}, which does not exist"
+    kinds = ((path.is_dir, "a folder"), (path.is_fifo, "a named pipe"), (path.is_socket, "a socket"))
+    return next((word for is_one, word in kinds if is_one()), "a device")
 
 
 @dataclass(eq=False, slots=True)
@@ -76,7 +86,7 @@ class SourceFile:
         except OSError as error:
             raise HxaconvError(f"{path}: {error.strerror}", hint="Check the path.") from None
         if not path.is_file():
-            raise HxaconvError(f"{path} is not a regular file")
+            raise HxaconvError(f"{path} is {kind_of(path)}, expected a file")
         return cls(name or path.name, label or str(path), stat.st_size, path, stat.st_mtime_ns)
 
     def open(self) -> int:
@@ -91,7 +101,7 @@ class SourceFile:
                     assert self.fetch is not None
                     self.path = self.fetch()
                 try:
-                    self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                    self._fd = os.open(self.path, _READING)
                 except OSError as error:
                     raise HxaconvError(f"{self.label}: {error.strerror}") from None
                 self._check_unchanged(self._fd)
@@ -117,7 +127,7 @@ class SourceFile:
             return
         if self._fd is not None:
             self._check_unchanged(self._fd)
-        fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        fd = os.open(self.path, _READING)
         try:
             self._check_unchanged(fd)
         finally:

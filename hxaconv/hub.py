@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from hxaconv.checkpoint import Checkpoint, Listing, assemble, open_folder
+from hxaconv.checkpoint import Checkpoint, assemble, open_folder
 from hxaconv.containers import Contents, read_contents
 from hxaconv.containers.safetensors_reader import header_length, parse_header
 from hxaconv.errors import HxaconvError
 from hxaconv.files import SourceFile
+from hxaconv.weight_files import Listing
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -39,7 +39,7 @@ if GUIDED:
 
 from hostile import corpus, forge  # noqa: E402
 
-from hxaconv.checkpoint import Listing, assemble  # noqa: E402
+from hxaconv.checkpoint import assemble  # noqa: E402
 from hxaconv.containers import Contents, read_contents  # noqa: E402
 from hxaconv.containers.unpickler import parse  # noqa: E402
 from hxaconv.dtypes import num_bytes  # noqa: E402
@@ -50,6 +50,7 @@ from hxaconv.json_files import read_json  # noqa: E402
 from hxaconv.plan import Plan, Ranges, Recipe, Scratch  # noqa: E402
 from hxaconv.student import looks_like_student, student_model  # noqa: E402
 from hxaconv.teacher import open_teacher  # noqa: E402
+from hxaconv.weight_files import Listing  # noqa: E402
 
 MAX_INPUT_BYTES = 16_384
 MEMORY_LIMIT = 1_500_000_000

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -576,10 +577,32 @@ def missing(folder: Path) -> Path:
     return folder / "missing.pth"
 
 
-@case("is not a regular file")
+@case("is a named pipe, expected a file")
 def fifo(folder: Path) -> Path:
     os.mkfifo(folder / "x.pth")
     return folder / "x.pth"
+
+
+def place_case(name: str, file: str, message: str, put: Callable[[Path], object]) -> None:
+    """Something else in the place of a file of a good folder."""
+
+    def build(folder: Path) -> Path:
+        good_folder(folder)
+        (folder / "config.json").write_text("{}")
+        (folder / file).unlink()
+        put(folder / file)
+        return folder
+
+    CASES.append(Case(f"place_{name}", build, f"these should be files:\n  - {file} is {message}"))
+
+
+place_case("shard_is_a_pipe", "a.safetensors", "a named pipe", os.mkfifo)
+place_case("shard_is_a_device", "b.safetensors", "a device", lambda path: path.symlink_to("/dev/zero"))
+place_case("shard_is_missing", "b.safetensors", "a link to blobs/1, which does not", lambda p: p.symlink_to("blobs/1"))
+place_case("shard_is_a_socket", "a.safetensors", "a socket", lambda p: os.mknod(p, stat.S_IFSOCK | 0o600))
+place_case("config_is_a_pipe", "config.json", "a named pipe", os.mkfifo)
+place_case("config_is_a_folder", "config.json", "a folder", os.mkdir)
+place_case("index_is_a_folder", "model.safetensors.index.json", "a folder", os.mkdir)
 
 
 @case("is one of 5 shards")
