@@ -442,6 +442,22 @@ def test_refitting_the_output_is_for_many_tokens():
     assert not refitted((8, 64), "never")
 
 
+def test_a_refitted_output_has_to_help_on_held_out_tokens(monkeypatch):
+    teacher = random_teacher(num_hidden_layers=1)
+    student, ids = plain_student(teacher), some_ids(teacher, (8, 64))
+
+    def layer(setting):
+        return calibrate(teacher, student, ids, Settings(refine_steps=0, refit_output=setting)).report.layers[0]
+
+    good = layer("auto")
+    assert good.output_refitted
+    assert good.error_after < layer("never").error_after
+    monkeypatch.setattr(output, "fit_output", lambda gated, target, weight, pool: (weight * 0.5, 1.0))
+    assert not layer("auto").output_refitted
+    assert layer("auto").error_after == layer("never").error_after
+    assert layer("always").output_refitted
+
+
 def test_folding_rope_lowers_the_error_of_kept_attention(proof):
     student = plain_student(proof.teacher, (2, 5))
     ids = tokens("calibration")[:2]

@@ -169,12 +169,19 @@ class _Fitting:
 
     def _fit_output(self, y: Tensor, weights: dict[str, Tensor], store: Callable[[str, Tensor], None]) -> None:
         fitted = self.seen.fitted.bool()
+        judged, wanted = y[~fitted], self.seen.output[~fitted]
         y, target, matrix = y[fitted], self.seen.output[fitted], weights["output.weight"]
         gain = output.fit_gate(y, target, matrix, self.pool)
-        tokens, columns = y.shape
-        enough = tokens >= output.TOKENS_PER_COLUMN * columns
-        if self.settings.refit_output == "always" or (self.settings.refit_output == "auto" and enough):
-            store("output.weight", output.fit_output(y * gain, target, matrix, self.pool)[0])
+
+        def missed(weight: Tensor) -> float:
+            return float((wanted - self.pool.linear(judged * gain, weight)).square().sum())
+
+        always = self.settings.refit_output == "always"
+        enough = y.shape[0] >= output.TOKENS_PER_COLUMN * y.shape[1]
+        if always or (self.settings.refit_output == "auto" and enough):
+            refitted, _ = output.fit_output(y * gain, target, matrix, self.pool)
+            if always or missed(refitted) < missed(matrix):
+                store("output.weight", refitted)
         said = self.pool.linear(y * gain, weights["output.weight"])
         gain = gain * output.restoring(said, target)
         store("g2", output.gate_weights(weights["g2"], gain, self.dtypes["g2"]))
