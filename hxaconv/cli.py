@@ -278,7 +278,9 @@ def calibrate(
     no_verify: NoVerify = False,
     workers: Workers = None,
     digest: Digest = "crc32",
+    part: Part = None,
     allow_nonfinite: AllowNonfinite = False,
+    push_to: PushTo = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -646,6 +648,7 @@ def finish(
     out: Annotated[str, typer.Argument(help="The OUT that the parts were given.")],
     overwrite: Overwrite = False,
     no_verify: NoVerify = False,
+    allow_nonfinite: AllowNonfinite = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -659,7 +662,13 @@ def finish(
     from hxaconv.commands.common import WriteOptions
 
     talk = _talk(quiet, json)
-    write = WriteOptions(finish_only=True, overwrite=overwrite, verify=not no_verify, progress=talk.progress())
+    write = WriteOptions(
+        finish_only=True,
+        overwrite=overwrite,
+        verify=not no_verify,
+        allow_nonfinite=allow_nonfinite,
+        progress=talk.progress(),
+    )
     _show_outcome(command.run(out, write), talk)
 
 

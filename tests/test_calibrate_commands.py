@@ -70,6 +70,18 @@ def test_every_number_without_sense_is_told_before_anything_is_done(
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]
 
 
+def test_options_of_a_calibration_that_is_not_done_are_refused(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["init-from-teacher", TINY_TEACHER, tmp_path / "o", "--dry-run", "--input-ids", TOKENS]
+    assert cli(*words, "--refine-steps", "5") == 2
+    assert "--input-ids, --refine-steps: these are for a calibration" in capsys.readouterr().err
+    assert cli(*words, "--init", "calibrated", "--gqa-layers", "all") == 2
+    assert "nothing to fit" in capsys.readouterr().err
+    assert cli(*words, "--init", "calibrated", "--gqa-layers", "all", "--fold-rope") == 0
+    assert cli(*words[:4]) == 0
+
+
 def test_the_card_and_the_provenance_tell_of_every_layer(whole: Path) -> None:
     card, story = (whole / "README.md").read_text(), json.loads((whole / "hxaconv.json").read_text())["calibration"]
     rows = [line.split(" | ") for line in card.splitlines() if "| rwkv |" in line]
@@ -153,6 +165,15 @@ def test_the_plot_of_a_command(cli: Cli, tmp_path: Path) -> None:
     assert (tmp_path / "o.svg").read_text().count("<path") > 20
     # It is nothing that the output depends on.
     assert "plot" not in (tmp_path / "o" / "hxaconv.json").read_text()
+
+
+def test_an_existing_student_is_calibrated_by_parts_too(cli: Cli, tmp_path: Path) -> None:
+    assert cli("init-from-teacher", TINY_TEACHER, tmp_path / "plain", "--gqa-layers", "none", "--quiet") == 0
+    words = ["calibrate", tmp_path / "plain", tmp_path / "o", "--teacher", TINY_TEACHER, *QUICK[2:-2], *PARTS]
+    assert cli(*words, "--part", "1/2") == 0
+    assert not (tmp_path / "o").exists()
+    assert cli(*words, "--part", "2/2") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o", "plain"]
 
 
 def test_parts_at_once_calibrate_once_and_give_the_bytes_of_one_machine(whole: Path, tmp_path: Path) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hxaconv.card import CALIBRATED, calibration_section
 from hxaconv.commands.common import Outcome, WriteOptions, check_target, checked_device, perform
 from hxaconv.commands.tokens import TokenOptions, calibration_tokens
-from hxaconv.errors import raise_all
+from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.model import Model
 from hxaconv.output import Job
 from hxaconv.writing.interruption import interruptible
@@ -40,6 +40,18 @@ class CalibrateOptions:
     refine_steps: int = 100
     fold_rope: bool = False
     device: str = "cpu"
+
+    def refuse_without_calibration(self) -> None:
+        """Stop where nothing is calibrated although options say how.
+
+        Raises:
+            HxaconvError: naming these options.
+        """
+        plain = CalibrateOptions()
+        given = [f.name for f in fields(self) if getattr(self, f.name) != getattr(plain, f.name)]
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise HxaconvError(f"{names}: these are for a calibration", hint="Add --init calibrated.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +165,8 @@ def prepare(
     tokens = TokenOptions(input_ids=options.input_ids, text=options.text, tokens=options.tokens, seed=seed)
     if not tokens.given and not options.random_tokens:
         problems.append("calibration fits layers to text, and no text is given; pass --text FILE or --input-ids FILE")
+    if not plain.student.rwkv_layers and not options.fold_rope:
+        problems.append("every layer stays attention: there is nothing to fit, except for --fold-rope")
     raise_all("the calibration cannot be done:", problems, hint=RANDOM_HINT if not tokens.given else "")
     checked_device(options.device)
     names = ("chunk", "refine_steps", "refit_output", "fold_rope", "device", "workers")
@@ -178,8 +192,9 @@ def perform_calibrated(
         CheckFailed: when the output does not pass its verification.
     """
     calibrated = None if write.dry_run else calibrate_student(task, job, write)
+    notes = [*notes, task.note]
     if calibrated is None:
-        return perform(job, write, None, warnings, [*notes, task.note])
+        return perform(job, write, None, warnings, notes)
     warnings, notes = warnings + calibrated.warnings, notes + calibrated.notes
     outcome = perform(
         calibrated.told_in(job), write, lambda output: calibrated.verify(output, factors), warnings, notes

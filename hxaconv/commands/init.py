@@ -86,6 +86,8 @@ def run(
     fit = calibration if isinstance(calibration, CalibrateOptions) else CalibrateOptions(**(calibration or {}))
     if init == "calibrated":
         options["calibration"] = asdict(fit)
+    else:
+        fit.refuse_without_calibration()
     job = Job(
         command=COMMAND,
         options=options,
