@@ -257,6 +257,10 @@ def test_a_donor_of_another_dtype_is_cast(
     story = json.loads((tmp_path / "c" / "hxaconv.json").read_text())
     assert story["tensors"][name]["origin"] == f"trained {name} in model.safetensors, cast from F32"
     capsys.readouterr()
+    assert cli(COMMAND, student, tmp_path / "e", "--layers", "3", "--from", donor, "--teacher", tiny_teacher) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"layers 1, 5: trained, from {donor}, cast from F32 to BF16" in told
+    assert "layers 3: GQA, the teacher's attention" in told
     words = [COMMAND, student, tmp_path / "d", "--layers", "1,3,5", "--from", donor, "--teacher", tiny_teacher]
     assert cli(*words, "--quiet") == 0
     assert "it is not used" in " ".join(capsys.readouterr().err.split())
@@ -290,6 +294,30 @@ def test_only_the_shard_that_outgrows_the_limit_is_split(
     ours = weights(second)
     assert ours.keys() == direct.keys()
     assert all(torch.equal(ours[name], direct[name]) for name in direct)
+
+
+@pytest.mark.parametrize("case", ["reka_tiny", "qwen3_tiny"])
+@pytest.mark.parametrize("suffix", ["", ".pth"])
+def test_layers_a_and_then_b_are_layers_b(cli: Cli, golden: Path, tmp_path: Path, case: str, suffix: str) -> None:
+    """The same bits as an initialisation with B, and the layer contract of verify, in both containers."""
+    teacher, options = golden / case / "teacher", ["--preset", "openmose-stage2", "--seed", 3, "--quiet"]
+    form = ["--format", "pth"] if suffix else ["--format", "hf"]
+    first, second, direct = (tmp_path / f"{name}{suffix}" for name in "abc")
+    for out, layers in ((first, "1,3"), (direct, "2-3")):
+        assert cli("init-from-teacher", teacher, out, "--gqa-layers", layers, *form, *options) == 0
+    assert cli(COMMAND, first, second, "--layers", "2-3", "--teacher", teacher, *options) == 0
+
+    def held(path: Path) -> dict[str, torch.Tensor]:
+        return torch.load(path, weights_only=True) if suffix else weights(path)
+
+    ours, theirs, before = held(second), held(direct), held(first)
+    assert ours.keys() == theirs.keys() != before.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # Negative control: the seed matters for the layer that became RWKV.
+    words = [COMMAND, first, tmp_path / f"d{suffix}", "--layers", "2-3", "--teacher", teacher, "--quiet"]
+    assert cli(*words, "--preset", "openmose-stage2", "--seed", 4) == 0
+    other = held(tmp_path / f"d{suffix}")
+    assert any(not torch.equal(other[name], theirs[name]) for name in theirs)
 
 
 def test_layers_from_a_file_with_a_comma_in_its_path(

@@ -88,12 +88,17 @@ def run(
         given.student if given else None,
     )
     result = Model(new, plan, out, student.raw)
-    notes.append(f"{len(changed)} layers change kind: {', '.join(map(str, changed)) or 'none'}")
-    if donor is not None:
-        taken = [i for i in changed if donor.student.layer_kind(i) == new.layer_kind(i)]
-        cast = f", cast from {cast_from} to {settings.dtype}, the student's dtype" if cast_from else ""
-        notes += [f"layers {', '.join(map(str, taken))} come from {other}{cast}"] if taken else []
-        warnings += [] if taken else [f"--from {other} has none of the changed layers in its new kind: it is not used"]
+    taken = [i for i in changed if donor and donor.student.layer_kind(i) == new.layer_kind(i)]
+    cast = f", cast from {cast_from} to {settings.dtype}, the student's dtype" if cast_from else ""
+    origins = {
+        f"trained, from {other}{cast}": taken,
+        "GQA, the teacher's attention": [i for i in new.gqa_layers if i in changed and i not in taken],
+        f"RWKV, initialised ({preset}, seed {seed})": [i for i in new.rwkv_layers if i in changed and i not in taken],
+    }
+    notes += [f"layers {', '.join(map(str, those))}: {what}" for what, those in origins.items() if those]
+    notes += [] if changed else ["these are the student's GQA layers already: no layer changes"]
+    if donor is not None and not taken:
+        warnings.append(f"--from {other} has none of the changed layers in its new kind: it is not used")
     sources = opened.sources | ({"from": checkpoint} if checkpoint else {})
     job = Job(
         command=COMMAND,

@@ -93,7 +93,8 @@ def summary(advice: Advice) -> list[str]:
     pick, parts = advice.pick, bool(advice.decider and advice.decider.parts)
     lines = [
         "G: stays attention; even: what uniform takes"
-        + ("; 0..1: what decides; margin: the price of overruling it" if pick.choice else ""),
+        + ("; 0..1: what decides" if pick.choice and not parts else "")
+        + ("; margin: the price of overruling it" if pick.choice else ""),
         *([f"Parts of log: {', '.join(f'{short} = {part}' for part, short in SHORT.items())}"] if parts else []),
         f"GQA layers ({len(pick.layers)} of {advice.num_layers}): {', '.join(map(str, pick.layers))}",
         f"uniform would take {', '.join(map(str, pick.uniform))}: {pick.overlap} of {len(pick.layers)} in common",

@@ -151,7 +151,7 @@ def describe(rules: Rules) -> str:
         f"gaps of at least {rules.min_gap}" if rules.min_gap > 1 else "",
         f"gaps of at most {rules.max_gap}" if rules.max_gap is not None else "",
         f"at most {rules.max_consecutive} adjacent layers" if rules.max_consecutive is not None else "",
-        f"leaving out layers {', '.join(map(str, sorted(rules.exclude)))}" if rules.exclude else "",
+        f"never layer {', '.join(map(str, sorted(rules.exclude)))}" if rules.exclude else "",
         f"{rules.gap_penalty:g} x |gap - ideal| / ideal for uneven gaps" if rules.gap_penalty else "",
         f"{rules.wide_gap_penalty:g} for every gap above {rules.wide_gap}" if rules.wide_gap_penalty else "",
     ]

@@ -174,12 +174,17 @@ def reasons(result: Pick) -> list[str]:
     for rank, layer in enumerate(order, 1):
         margin = result.choice.margins[layer]
         if rank <= count and layer not in result.layers:
-            cost = "break a rule" if margin == float("inf") else f"cost {margin:.3f} in gaps and better neighbours"
-            lines.append(f"layer {layer} ranks {rank}, but taking it would {cost}")
+            lines.append(f"layer {layer} ranks {rank}, but taking it would {_price(margin)}")
         elif rank > count and layer in result.layers:
-            lines.append(f"layer {layer} ranks {rank}: without it the choice is worth {margin:.3f} less")
+            lines.append(f"layer {layer} ranks {rank}, but leaving it would {_price(margin)}")
     if result.uniform_value is not None:
         broken = result.uniform_value == float("-inf")
         other = "would break a rule" if broken else f"would be worth {result.uniform_value:.3f}"
         lines.append(f"the choice is worth {result.choice.value:.3f}; uniform {other}")
     return lines
+
+
+def _price(margin: float) -> str:
+    if margin == float("inf"):
+        return "break a rule"
+    return f"cost {margin:.3f} of the total" if margin >= 5e-4 else "be worth as much"
