@@ -61,18 +61,36 @@ def test_finish_publishes_what_nobody_did(
     cli: Cli, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "parts"
+    options = [*OPTIONS, "--digest", "sha256"]
 
     def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    assert cli("init-from-teacher", tiny_teacher, out, *OPTIONS, "--part", "1/2") == 0
+    monkeypatch.chdir(tiny_teacher.parent)
+    assert cli("init-from-teacher", tiny_teacher.name, out, *options, "--part", "1/2") == 0
     with monkeypatch.context() as patch:
         patch.setattr("hxaconv.writing.writer.publish", die)
-        assert cli("init-from-teacher", tiny_teacher, out, *OPTIONS, "--part", "2/2") == 130
+        assert cli("init-from-teacher", tiny_teacher.name, out, *options, "--part", "2/2") == 130
     assert not out.exists()
-    assert cli("finish", out, "--quiet") == 0
+    monkeypatch.chdir(tmp_path)
+    assert cli("finish", out.name, "--quiet") == 0
     assert (out / "model.safetensors.index.json").exists()
+    assert '"digest": "sha256:' in (out / "hxaconv.json").read_text()
     assert cli("verify", out, "--digests", "--quiet") == 0
+
+
+def test_commands_say_what_is_still_to_do_and_what_lies_about(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, options = tmp_path / "out", ["--max-shard-size", "1MB", "--no-verify"]
+    assert cli("init-from-teacher", tiny_teacher, out, *options, "--part", "1/2") == 0
+    assert f"This part is complete; {out} appears once all parts are." in capsys.readouterr().err
+    assert cli("init-from-teacher", tiny_teacher, out, *options, "--seed", "1") == 0
+    (partial,) = tmp_path.glob("out.partial-*")
+    assert f"{partial} is left from an interrupted run with other options" in capsys.readouterr().err
+    partial.rename(tmp_path / "elsewhere")
+    assert cli("init-from-teacher", tiny_teacher, out, *options, "--seed", "1", "--overwrite") == 0
+    assert "is left from" not in capsys.readouterr().err
 
 
 def test_where_parts_come_from() -> None:

@@ -16,13 +16,13 @@ from hxaconv.errors import HxaconvError
 from hxaconv.json_files import rounded
 from hxaconv.model import Model
 from hxaconv.output import Job, build_output
+from hxaconv.writing.target import WriteSettings
 
 if TYPE_CHECKING:
     from hxaconv.calibration import CalibrationReport
     from hxaconv.console import Progress
     from hxaconv.files import SourceFile
     from hxaconv.verification import Report
-    from hxaconv.writing.target import WriteSettings
     from hxaconv.writing.writer import Output, WriteResult
 
 Verify = Callable[[Model], "Report"]
@@ -33,35 +33,13 @@ VERDICT_DIGITS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WriteOptions:
-    """How to write, whatever is written; none of this changes a byte of the result."""
+class WriteOptions(WriteSettings):
+    """How a command writes: what concerns the writer, and what is done before and after."""
 
     dry_run: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    workers: int | None = None
-    digest: str = "crc32"
-    part: tuple[int, int] | None = None
-    allow_nonfinite: bool = False
     verify: bool = True
-    finish_only: bool = False
     push_to: str | None = None
     progress: Progress | None = None
-
-    def settings(self) -> WriteSettings:
-        """What of this concerns the writer."""
-        from hxaconv.writing.checksums import DIGESTS
-        from hxaconv.writing.target import WriteSettings
-
-        return WriteSettings(
-            overwrite=self.overwrite,
-            resume=self.resume,
-            workers=self.workers,
-            digest=one_of("--digest", self.digest, DIGESTS),
-            part=self.part,
-            allow_nonfinite=self.allow_nonfinite,
-            finish_only=self.finish_only,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,12 +139,10 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
     """
     from hxaconv.writing.writer import write as write_output
 
-    write.settings()
     output = build_output(job)
     warnings += oversized(output, job.max_shard_bytes)
     if write.dry_run:
         return Outcome(job=job, output=output, written=None, warnings=warnings, notes=notes)
-    settings = write.settings()
     reports: list[Report] = []
     check = _staged_check(job, verify, reports, write.allow_nonfinite) if verify is not None and write.verify else None
 
@@ -177,7 +153,8 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
             if checkpoint.repo is not None:
                 download_weights(checkpoint, write.progress, needed=needed)
 
-    written = write_output(output, settings, verify=check, prepare=download, progress=write.progress)
+    written = write_output(output, write, verify=check, prepare=download, progress=write.progress)
+    notes += _what_remains(job.target, written)
     pushed = None
     if write.push_to and written.published:
         from hxaconv.hub import push_folder
@@ -194,6 +171,16 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
     )
 
 
+def _what_remains(target: Path, written: WriteResult) -> list[str]:
+    """What is still to be done, or lies about, after a write."""
+    if not written.published:
+        return [f"This part is complete; {target} appears once all parts are."]
+    return [
+        f"{path} is left from an interrupted run with other options or sources; delete it if nobody will resume it."
+        for path in written.leftovers
+    ]
+
+
 def check_target(job: Job, write: WriteOptions) -> bool:
     """Refuse now what would be refused after hours of computing: the target, its disk, the options.
 
@@ -204,7 +191,7 @@ def check_target(job: Job, write: WriteOptions) -> bool:
     """
     from hxaconv.writing.writer import check
 
-    return check(build_output(job), write.settings())
+    return check(build_output(job), write)
 
 
 def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from hxaconv.commands import calibrate, convert, init, pick
@@ -33,7 +34,8 @@ def run(out: str, write: WriteOptions) -> Outcome:
         )
     record = read_record(found[0].path)
     assert record is not None
-    command, options = record["command"], dict(record["options"])
+    command, options = record["command"], {**record["options"], "out": out}
+    write = replace(write, digest=record["plan"]["digest"])
     if command in convert.COMMANDS:
         return convert.run(command, **options, write=write)
     return RUNNERS[command](**options, write=write)

@@ -16,7 +16,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,11 @@ RECORD_NAME = "plan.json"
 _MARKER = "publishing"
 _REPLACED = "replaced"
 _CONTENT = "content"
+_PATHS = {
+    **dict.fromkeys(("source", "teacher", "other"), (os.path.isfile, os.path.isdir)),
+    **dict.fromkeys(("layer_map", "layers", "input_ids", "text"), (os.path.isfile,)),
+}
+"""Options that may name a file or a folder, and what it then is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,21 @@ class Staging:
 def plan_record(output: Output, files: Sequence[FileLayout], digest: str) -> dict[str, Any]:
     """What `plan.json` says."""
     plan = components(output, files, digest)
-    return {"command": output.command, "options": dict(output.options), "beside": _beside(output), "plan": plan}
+    options = _from_anywhere(output.options)
+    return {"command": output.command, "options": options, "beside": _beside(output), "plan": plan}
+
+
+def _from_anywhere(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that mean the same in any working directory: files and folders by their full paths."""
+    full: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            full[key] = _from_anywhere(value)
+        elif isinstance(value, str) and any(is_one(value) for is_one in _PATHS.get(key, ())):
+            full[key] = os.path.abspath(value)
+        else:
+            full[key] = value
+    return full
 
 
 def _beside(output: Output) -> list[str]:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 from hxaconv.containers import safetensors_layout, torchzip_layout
 from hxaconv.containers.layout import FileLayout
+from hxaconv.errors import HxaconvError
 from hxaconv.files import SourceFile
 from hxaconv.plan import Plan, source_files
+from hxaconv.writing.checksums import DIGESTS
 
 PROVENANCE_NAME = "hxaconv.json"
 
@@ -66,6 +68,10 @@ class WriteSettings:
     allow_nonfinite: bool = False
     finish_only: bool = False
     """Publish what parts have written; write nothing."""
+
+    def __post_init__(self) -> None:
+        if self.digest not in DIGESTS:
+            raise HxaconvError(f"--digest {self.digest!r} is not known", hint=f"It takes {', '.join(DIGESTS)}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
