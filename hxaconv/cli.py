@@ -473,7 +473,12 @@ def pick_gqa_layers(
     log: Annotated[
         str | None, typer.Option(help="Stage-1 training log (CSV), for --strategy log.", rich_help_panel=LAYERS)
     ] = None,
-    save: Annotated[str | None, typer.Option(help="Write the choice as a layer map.", rich_help_panel=LAYERS)] = None,
+    save: Annotated[
+        str | None,
+        typer.Option(
+            help="Write the choice as a layer map; interrupted scoring resumes beside it.", rich_help_panel=LAYERS
+        ),
+    ] = None,
     plot: Annotated[str | None, typer.Option(help="Draw the scores: NAME.png or .svg.", rich_help_panel=TALK)] = None,
     allow_gqa_layer_0: AllowLayer0 = False,
     teacher: TeacherOption = None,

@@ -12,7 +12,7 @@ from hxaconv import layer_maps
 from hxaconv.commands.advice_options import cache_path, rules
 from hxaconv.commands.common import base_model_name, checked_device, one_of
 from hxaconv.commands.convert import complete, main_dtype, open_student
-from hxaconv.commands.pick import in_dtype, open_donor
+from hxaconv.commands.donor import open_donor
 from hxaconv.commands.tokens import TokenOptions, calibration_tokens
 from hxaconv.config import student_of
 from hxaconv.dtypes import FLOATS
@@ -212,9 +212,7 @@ def _student(
         return Subject(model, teacher, None, sources)
     settings = replace(settings, dtype=main_dtype(model.plan))
     config = student_of(model.config, (), model.student.ranks)
-    donor = None
-    if values["from_"] is not None:
-        donor, _ = in_dtype(open_donor(values["from_"], model, flags)[1], settings.dtype)
+    donor = open_donor(values["from_"], model, flags).given if values["from_"] is not None else None
     plan = repick(
         model.plan,
         teacher.plan,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hxaconv import layer_maps
 from hxaconv.card import UNTRAINED
@@ -19,14 +17,13 @@ from hxaconv.commands.common import (
     perform,
 )
 from hxaconv.commands.convert import complete, dtype_warnings, main_dtype, open_student
-from hxaconv.config import student_of
+from hxaconv.commands.donor import open_donor
+from hxaconv.config import StudentConfig, student_of
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.output import Job
 from hxaconv.plan import Plan, Recipe, total_bytes
-from hxaconv.student import Facts, student_facts, student_model
 from hxaconv.surgery import InitSettings, parse_scale, repick
-from hxaconv.teacher import EMBEDDING
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
@@ -74,32 +71,25 @@ def run(
     old = student.student
     new = student_of(old, chosen, old.ranks)
     changed = [i for i in range(old.num_hidden_layers) if old.layer_kind(i) != new.layer_kind(i)]
-    checkpoint, donor = open_donor(other, student, flags) if other else (None, None)
-    _check_donors(changed, new, opened.teacher, donor)
+    donor = open_donor(other, student, flags) if other else None
+    taken = [i for i in changed if donor and donor.has(i, new)]
+    _check_origins(changed, taken, opened.teacher)
     settings = InitSettings(parse_scale(scale, preset), seed, main_dtype(student.plan))
-    given, cast_from = in_dtype(donor, settings.dtype) if donor else (None, "")
     plan = repick(
         student.plan,
         opened.teacher.plan if opened.teacher else {},
         old,
         new,
         settings,
-        given.plan if given else None,
-        given.student if given else None,
+        donor.given.plan if donor else None,
+        donor.given.student if donor else None,
     )
     result = Model(new, plan, out, student.raw)
-    taken = [i for i in changed if donor and donor.student.layer_kind(i) == new.layer_kind(i)]
-    cast = f", cast from {cast_from} to {settings.dtype}, the student's dtype" if cast_from else ""
-    origins = {
-        f"trained, from {other}{cast}": taken,
-        "GQA, the teacher's attention": [i for i in new.gqa_layers if i in changed and i not in taken],
-        f"RWKV, initialised ({preset}, seed {seed})": [i for i in new.rwkv_layers if i in changed and i not in taken],
-    }
-    notes += [f"layers {', '.join(map(str, those))}: {what}" for what, those in origins.items() if those]
-    notes += [] if changed else ["these are the student's GQA layers already: no layer changes"]
-    if donor is not None and not taken:
+    initialised = f"RWKV, initialised ({preset}, seed {seed})"
+    notes += _told_origins(changed, taken, new, initialised, donor.description if donor else "")
+    if donor and not taken:
         warnings.append(f"--from {other} has none of the changed layers in its new kind: it is not used")
-    sources = opened.sources | ({"from": checkpoint} if checkpoint else {})
+    sources = opened.sources | ({"from": donor.checkpoint} if donor else {})
     job = Job(
         command=COMMAND,
         options=options,
@@ -111,7 +101,7 @@ def run(
         max_shard_bytes=parse_size(max_shard_size),
         sources=sources,
         base_model=base_model_name(sources.get("teacher", sources["source"])),
-        purpose=UNTRAINED if changed else "",
+        purpose=UNTRAINED if len(taken) < len(changed) else "",
         shards=kept_shards(opened.sources["source"], student.plan, plan, parse_size(max_shard_size)),
         extra={"init": {"preset": preset, "factors": settings.factors, "seed": seed}, "changed_layers": changed},
     )
@@ -119,7 +109,9 @@ def run(
     def verify(output: Model) -> Report:
         from hxaconv.verification import check_repicked
 
-        return check_repicked(student, opened.teacher, output, other=donor, factors=settings.factors)
+        return check_repicked(
+            student, opened.teacher, output, other=donor.student if donor else None, factors=settings.factors
+        )
 
     return perform(
         job,
@@ -128,32 +120,6 @@ def run(
         [*warnings, *dtype_warnings(plan, ""), *layer_0_warning(new)],
         notes,
     )
-
-
-def open_donor(other: str, student: Model, flags: Mapping[str, Any]) -> tuple[Checkpoint, Model]:
-    """The trained checkpoint of `--from`; what it does not say of itself, it has in common with the student.
-
-    Raises:
-        HxaconvError: when it is no student, or of another shape.
-    """
-    from hxaconv.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(other)
-    common = student_facts(student.student)
-    if EMBEDDING in checkpoint.plan:
-        # Its mixers fit whatever its MLPs and vocabulary were padded to.
-        common = {key: value for key, value in common.items() if key not in ("intermediate_size", "vocab_size")}
-    return checkpoint, student_model(checkpoint, flags=flags, layer_map=Facts(f"SOURCE ({student.label})", common))
-
-
-def in_dtype(donor: Model, dtype: str) -> tuple[Model, str]:
-    """(the donor in the student's dtype, its own main dtype where that is another one, else "")."""
-    own = main_dtype(donor.plan)
-    if own == dtype:
-        return donor, ""
-    from hxaconv.arithmetic import cast
-
-    return replace(donor, plan={name: cast(recipe, dtype) for name, recipe in donor.plan.items()}), own
 
 
 def kept_shards(source: Checkpoint, before: Plan, after: Plan, max_shard_bytes: int) -> list[Shard] | None:
@@ -195,12 +161,25 @@ def _file_of(recipe: Recipe) -> SourceFile:
     return next(iter(recipe.make.sources()))
 
 
-def _check_donors(changed: list[int], new: Any, teacher: Model | None, donor: Model | None) -> None:
-    if teacher is not None:
-        return
-    lacking = [i for i in changed if donor is None or donor.student.layer_kind(i) != new.layer_kind(i)]
-    if lacking:
+def _check_origins(changed: list[int], taken: list[int], teacher: Model | None) -> None:
+    lacking = [i for i in changed if i not in taken]
+    if lacking and teacher is None:
         raise HxaconvError(
             f"layers {', '.join(map(str, lacking))} change kind, and nothing says what they become",
             hint="Pass --teacher TEACHER, or --from a trained checkpoint that has them in the new kind.",
         )
+
+
+def _told_origins(
+    changed: list[int], taken: list[int], new: StudentConfig, initialised: str, trained: str
+) -> list[str]:
+    """Where the layers that change kind come from, a line for each origin."""
+    if not changed:
+        return ["these are the student's GQA layers already: no layer changes"]
+    rest = [i for i in changed if i not in taken]
+    origins = {
+        trained: taken,
+        "GQA, the teacher's attention": [i for i in rest if i in new.gqa_layers],
+        initialised: [i for i in rest if i in new.rwkv_layers],
+    }
+    return [f"layers {', '.join(map(str, layers))}: {origin}" for origin, layers in origins.items() if layers]
