@@ -93,7 +93,13 @@ DROPPED = (
 )
 """Buffers that old checkpoints carry and every reader computes by itself: known, and left behind."""
 
-_ADAPTER = re.compile(r"\.(lora_|dora_|bone\b|bone_|pissa|vera_|base_layer\.)|lora_magnitude", re.IGNORECASE)
+_ADAPTER = re.compile(
+    r"\.(lora_|dora_|bone\b|bone_|pissa|vera_|base_layer\.|modules_to_save\.|original_module\.)|lora_magnitude",
+    re.IGNORECASE,
+)
+_INSIDE = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+_WRAPPERS = re.compile(rf"^(?:(?:module|_forward_module|base_model\.model)\.|{_INSIDE})+|(?<=\.){_INSIDE}")
+"""What DDP, FSDP, torch.compile, Lightning and PEFT put into the names of a model that they wrap: left off."""
 _NUMBERED = re.compile(r"^((?:.*\.)?(?:layers|blocks)\.)(\d{1,5})(\..*)$")
 
 
@@ -103,6 +109,11 @@ def template_of(name: str) -> tuple[str, int | None]:
     if match is None or (match[2] != "0" and match[2].startswith("0")):
         return name, None
     return f"{match[1]}{{i}}{match[3]}", int(match[2])
+
+
+def unwrapped(name: str) -> str:
+    """`module._orig_mod.model.norm.weight` -> `model.norm.weight`."""
+    return _WRAPPERS.sub("", name)
 
 
 def layer_index(name: str) -> int | None:
@@ -131,7 +142,7 @@ _READERS = {dialect: _reader(dialect) for dialect in DIALECTS}
 
 def detect_dialect(names: Iterable[str]) -> str:
     """`rwkv`, `training` or `hf`, from the names alone."""
-    names = list(names)
+    names = [unwrapped(name) for name in names]
     if any(n.startswith("blocks.") or n in ("emb.weight", "head.weight", "ln_out.weight") for n in names):
         return "rwkv"
     if any(n.startswith("model.model.") or ".student_attn." in n or ".time_mixer." in n for n in names):
@@ -158,11 +169,11 @@ def to_canonical(names: Iterable[str], dialect: str, where: str) -> dict[str, st
         HxaconvError: listing every unknown name with the nearest known one, and adapters by name.
     """
     names = list(names)
-    reader, kinds = _READERS[dialect], layer_kinds(names)
+    reader, kinds = _READERS[dialect], layer_kinds(map(unwrapped, names))
     result: dict[str, str | None] = {}
     unknown: list[str] = []
     for name in names:
-        template, index = template_of(name)
+        template, index = template_of(unwrapped(name))
         row = reader.get((template, None)) or reader.get((template, kinds.get(-1 if index is None else index)))
         if row is not None:
             result[name] = row.hf.replace("{i}", str(index))
@@ -204,7 +215,7 @@ def _refuse_collisions(result: Mapping[str, str | None], where: str) -> None:
 
 
 def _nearest(name: str, dialect: str) -> str:
-    template, index = template_of(name)
+    template, index = template_of(unwrapped(name))
     close = difflib.get_close_matches(template, [key[0] for key in _READERS[dialect]], n=1, cutoff=0.6)
     return f" (nearest: {close[0].replace('{i}', str(index))})" if close else ""
 

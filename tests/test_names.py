@@ -70,6 +70,34 @@ def test_adapters_are_refused_by_name() -> None:
     assert "Merge" in caught.value.hint
 
 
+@pytest.mark.parametrize("dialect", ["hf", "rwkv", "training"])
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "module._orig_mod.", "_forward_module.", "base_model.model.", "_orig_mod.module."],
+)
+def test_wrappers_are_left_off(dialect: str, prefix: str) -> None:
+    canonical = list(expected_tensors(CONFIG))
+    stored = [prefix + stored_name(name, dialect) for name in canonical]
+    assert detect_dialect(stored) == dialect
+    assert list(to_canonical(stored, dialect, "x").values()) == canonical
+
+
+def test_wrappers_within_names_are_left_off_and_clashes_found() -> None:
+    wrapped = "model.layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.mlp._orig_mod.up_proj.weight"
+    plain = "model.layers.0.mlp.up_proj.weight"
+    assert to_canonical([wrapped], "hf", "x") == {wrapped: plain}
+    with pytest.raises(HxaconvError, match="twice"):
+        to_canonical([wrapped, plain], "hf", "x")
+    with pytest.raises(HxaconvError, match="not known"):
+        to_canonical(["model.layers.0.module.mlp.up_proj.weight"], "hf", "x")
+
+
+@pytest.mark.parametrize("leaf", ["base_layer.weight", "modules_to_save.default.weight", "original_module.weight"])
+def test_adapters_in_wrappers_are_refused_as_adapters(leaf: str) -> None:
+    with pytest.raises(HxaconvError, match="adapter"):
+        to_canonical([f"base_model.model.model.layers.0.self_attn.q_proj.{leaf}"], "hf", "x")
+
+
 def test_rotary_buffers_are_known_and_dropped() -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     assert to_canonical([name], "hf", "x") == {name: None}

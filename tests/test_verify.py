@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import functools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -256,6 +259,26 @@ def test_logits_out_holds_everything(tmp_path: Path) -> None:
     for layer in range(5):
         assert (content[f"hidden.{layer}"] - golden["student_hidden"][layer]).abs().max() < AGREEMENT
     assert alone.read_bytes() == beside.read_bytes()
+
+
+def test_logits_out_on_a_full_disk_is_an_error_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = student("reka_tiny"), tmp_path / "logits.safetensors"
+    verify_model(model, ids=ids(model), logits_out=path)
+    before, calls, real = path.read_bytes(), iter(range(99)), os.pwrite
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        if next(calls) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    for run in (verify_model, functools.partial(compare_models, model)):
+        with pytest.raises(HxaconvError, match=r"logits\.safetensors: writing failed: No space left"):
+            run(model, ids=ids(model), logits_out=path)
+        assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+        assert path.read_bytes() == before
 
 
 def test_another_device_gives_the_same_logits() -> None:

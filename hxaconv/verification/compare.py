@@ -19,7 +19,7 @@ from hxaconv.names import layer_index
 from hxaconv.plan import Plan, total_bytes
 from hxaconv.reference import llama
 from hxaconv.reference.hxa079 import Carry
-from hxaconv.verification.dump import Dump
+from hxaconv.verification.dump import Dump, dumping
 from hxaconv.verification.expectations import Thresholds, config_differences, judge
 from hxaconv.verification.report import LayerResult, LogitResult, Report, TensorResult
 from hxaconv.verification.runner import Runner, Stream, compute_settings
@@ -73,12 +73,8 @@ def _forward(
     dtype, device = report.settings["dtype"], report.settings["device"]
     compute, device = compute_settings(dtype, device)
     left, right = (Runner(model, dtype=compute, device=device) for model in (source, other))
-    dump = Dump(logits_out, source.config, ids, compute) if logits_out else None
-    try:
+    with dumping(logits_out, source.config, ids, compute) as dump:
         _run(report, left, right, ids.to(device), dump, progress)
-    finally:
-        if dump:
-            dump.close()
 
 
 def _refuse_incomparable(source: ModelConfig, other: ModelConfig) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,8 +14,8 @@ from torch import Tensor
 from hxaconv.arithmetic import dtype_name
 from hxaconv.config import ModelConfig
 from hxaconv.dtypes import num_bytes
-from hxaconv.errors import HxaconvError
 from hxaconv.files import write_from
+from hxaconv.writing.diskio import output_error
 
 
 class Dump:
@@ -33,10 +35,7 @@ class Dump:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self._starts = {key: 8 + len(text) + start for key, start in starts.items()}
-        try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
-        except OSError as error:
-            raise HxaconvError(f"{path}: {error.strerror}", hint="Give a file in a folder that exists.") from None
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
         write_from(self._fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
         self.append("input_ids", ids)
 
@@ -47,5 +46,29 @@ class Dump:
         self._starts[name] += len(data)
 
     def close(self) -> None:
-        """The file is complete."""
+        """Nothing more comes."""
         os.close(self._fd)
+
+
+@contextmanager
+def dumping(path: Path | None, config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> Iterator[Dump | None]:
+    """A dump that gets the name `path` when it is complete; None without a path.
+
+    Raises:
+        HxaconvError: where the file cannot be written; it is not there then.
+    """
+    if path is None:
+        yield None
+        return
+    growing = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        dump = Dump(growing, config, ids, dtype)
+        try:
+            yield dump
+        finally:
+            dump.close()
+        os.replace(growing, path)
+    except OSError as error:
+        raise output_error(error, path, "writing") from error
+    finally:
+        growing.unlink(missing_ok=True)

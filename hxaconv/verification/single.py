@@ -19,7 +19,7 @@ from hxaconv.model import Model
 from hxaconv.names import layer_index
 from hxaconv.plan import Recipe, Scratch, total_bytes
 from hxaconv.verification.compare import layer_bytes
-from hxaconv.verification.dump import Dump
+from hxaconv.verification.dump import Dump, dumping
 from hxaconv.verification.report import Report
 from hxaconv.verification.runner import EMBEDDING, HEAD, Runner, compute_settings
 from hxaconv.verification.tensors import compare_tensor
@@ -51,12 +51,8 @@ def verify_model(
     if report.passed:
         compute, device = compute_settings(dtype, device)
         runner = Runner(model, dtype=compute, device=device)
-        dump = Dump(logits_out, model.config, ids, compute) if logits_out else None
-        try:
+        with dumping(logits_out, model.config, ids, compute) as dump:
             _run(report, runner, ids.to(device), dump, progress)
-        finally:
-            if dump:
-                dump.close()
     report.seconds = time.monotonic() - began
     return report
 
