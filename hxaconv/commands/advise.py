@@ -18,6 +18,7 @@ from hxaconv.config import student_of
 from hxaconv.dtypes import FLOATS
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.model import Model
+from hxaconv.plan import source_files
 from hxaconv.student import looks_like_student
 from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale, repick
 from hxaconv.teacher import open_teacher
@@ -42,7 +43,7 @@ class Subject:
     student: Model | None
     """Every layer RWKV."""
     sources: tuple[Checkpoint, ...]
-    """SOURCE first, then its teacher."""
+    """SOURCE first, its teacher last."""
 
     @property
     def origin(self) -> Checkpoint:
@@ -143,18 +144,32 @@ def run(
         settings = (_tokens_told(tokens, ids),)
     if "tokens" in wanted and request.cache is None:
         say("Scores are kept nowhere: with --save MAP.toml, interrupted scoring would go on where it stopped.")
-    with interruptible(lambda: _kept(request)) as signals, signals.deferred():
-        advice = advise(
-            num_layers,
-            replace(request, check=signals.stop_if_requested),
-            teacher=subject.teacher,
-            student=subject.student,
-            ids=ids,
-            log=Path(values["log"]) if values["log"] else None,
-            progress=progress,
-        )
+    with interruptible(lambda: _kept(request)) as signals:
+        if "tokens" in wanted:
+            _download(subject, progress)
+        with signals.deferred():
+            advice = advise(
+                num_layers,
+                replace(request, check=signals.stop_if_requested),
+                teacher=subject.teacher,
+                student=subject.student,
+                ids=ids,
+                log=Path(values["log"]) if values["log"] else None,
+                progress=progress,
+            )
         signals.stop_if_requested()
     return Advised(advice, subject, settings, request.cache)
+
+
+def _download(subject: Subject, progress: Progress | None) -> None:
+    """Have the weights here before scoring: it does not stop between two layers for as long as a download takes."""
+    from hxaconv.hub import download_weights
+
+    plans = [model.plan for model in (subject.teacher, subject.student) if model is not None]
+    needed = [file for plan in plans for file in source_files(plan)]
+    for checkpoint in subject.sources:
+        if checkpoint.repo is not None:
+            download_weights(checkpoint, progress, needed=needed)
 
 
 def _kept(request: Request) -> str:
@@ -212,16 +227,18 @@ def _student(
         return Subject(model, teacher, None, sources)
     settings = replace(settings, dtype=main_dtype(model.plan))
     config = student_of(model.config, (), model.student.ranks)
-    donor = open_donor(values["from_"], model, flags).given if values["from_"] is not None else None
+    donor = open_donor(values["from_"], model, flags) if values["from_"] is not None else None
     plan = repick(
         model.plan,
         teacher.plan,
         model.student,
         config,
         settings,
-        donor.plan if donor else None,
-        donor.student if donor else None,
+        donor.given.plan if donor else None,
+        donor.given.student if donor else None,
     )
+    if donor is not None:
+        sources = (sources[0], donor.checkpoint, *sources[1:])
     return Subject(model, teacher, Model(config, plan, f"{model.label}, every layer RWKV"), sources)
 
 
