@@ -68,9 +68,7 @@ JOBS = (
     Job("init-from-teacher --init calibrated", ((*INIT, *SHARDS, "--init", "calibrated", *FIT),)),
     Job("calibrate", (("calibrate", "{student}", "{out}", "--teacher", "{teacher}", *FIT),)),
     Job("to-hf", (("to-hf", "{pth}", "{out}", *SHARDS),)),
-    Job(
-        "to-hf --teacher --dtype", (("to-hf", "{attention}", "{out}", "--teacher", "{teacher}", "--dtype", "float16"),)
-    ),
+    Job("to-hf --teacher", (("to-hf", "{attention}", "{out}", "--teacher", "{teacher}", "--dtype", "float16"),)),
     Job("to-pth", (("to-pth", "{student}", "{out}"),), ".pth"),
     Job("to-training --all", (("to-training", "{student}", "{out}", "--all"),), ".pth"),
     Job("pick-gqa-layers", (("pick-gqa-layers", "{student}", "{out}", "--layers", "1,5", "--teacher", "{teacher}"),)),
@@ -82,11 +80,11 @@ JOBS = (
 # Processes
 
 
-def slowed(call: Any) -> Any:
+def slowed(call: Any, seconds: float) -> Any:
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        time.sleep(PAUSE_SECONDS)
+        time.sleep(seconds)
         result = call(*arguments, **options)
-        time.sleep(PAUSE_SECONDS)
+        time.sleep(seconds)
         return result
 
     return wrapped
@@ -105,8 +103,9 @@ def slow_down() -> None:
     from hxaconv.writing import fill
 
     fill.BATCH_BYTES = BATCH_BYTES
-    for name in ("fsync", "fdatasync", "rename", "replace", "unlink", "mkdir"):
-        setattr(os, name, slowed(getattr(os, name)))
+    for name in ("fsync", "fdatasync", "replace", "unlink", "mkdir"):
+        setattr(os, name, slowed(getattr(os, name), PAUSE_SECONDS))
+    os.rename = slowed(os.rename, 10 * PAUSE_SECONDS)  # there are few, and much hangs on them
     for name in ("pwrite", "write"):
         setattr(os, name, in_halves(getattr(os, name)))
 
