@@ -14,13 +14,14 @@ from pathlib import Path
 
 def initialise(teacher: str) -> None:
     """Make every initial value of the default student, and print how long it took."""
-    from hxaconv.commands.common import open_teacher_source
+    from hxaconv.checkpoint import open_checkpoint
     from hxaconv.config import student_of
     from hxaconv.initial import initial_parameters
     from hxaconv.layer_maps import uniform
     from hxaconv.plan import Scratch
+    from hxaconv.teacher import open_teacher
 
-    _, model = open_teacher_source(teacher)
+    model = open_teacher(open_checkpoint(teacher))
     config = student_of(model.config, uniform(model.config.num_hidden_layers))
     scratch, nbytes = Scratch(), 0
     start, busy = time.monotonic(), time.process_time()

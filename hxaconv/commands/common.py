@@ -20,6 +20,7 @@ from hxaconv.writing.target import WriteSettings
 
 if TYPE_CHECKING:
     from hxaconv.calibration import CalibrationReport
+    from hxaconv.checkpoint import Checkpoint
     from hxaconv.console import Progress
     from hxaconv.files import SourceFile
     from hxaconv.verification import Report
@@ -239,31 +240,7 @@ def _staged_check(
     return check
 
 
-def open_teacher_source(
-    teacher: str,
-    *,
-    revision: str | None = None,
-    rope_theta: float | None = None,
-    rms_norm_eps: float | None = None,
-    allow_output_bias: bool = False,
-    drop_rope_scaling: bool = False,
-) -> tuple[Any, Model]:
-    """(checkpoint, teacher) of a folder or Hub id."""
-    from hxaconv.checkpoint import open_checkpoint
-    from hxaconv.teacher import open_teacher
-
-    checkpoint = open_checkpoint(teacher, revision=revision)
-    model = open_teacher(
-        checkpoint,
-        rope_theta=rope_theta,
-        rms_norm_eps=rms_norm_eps,
-        allow_output_bias=allow_output_bias,
-        drop_rope_scaling=drop_rope_scaling,
-    )
-    return checkpoint, model
-
-
-def base_model_name(checkpoint: Any) -> str:
+def base_model_name(checkpoint: Checkpoint) -> str:
     """A Hub id, or the bare name of a folder."""
     return str(checkpoint.repo or Path(checkpoint.label).resolve().name)
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from hxaconv import layer_maps
 from hxaconv.architecture import expected_tensors
 from hxaconv.card import CONVERTED
+from hxaconv.checkpoint import Checkpoint, open_checkpoint
 from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
     base_model_name,
     defaults_of,
     layer_0_warning,
-    open_teacher_source,
     parse_size,
     perform,
 )
@@ -29,9 +29,9 @@ from hxaconv.output import Job
 from hxaconv.plan import Plan, check
 from hxaconv.student import Facts, student_model, with_intermediate_size
 from hxaconv.surgery import graft, pad_ffn
+from hxaconv.teacher import open_teacher
 
 if TYPE_CHECKING:
-    from hxaconv.checkpoint import Checkpoint
     from hxaconv.verification import Report
 
 COMMANDS = {"to-hf": "hf", "to-pth": "pth", "to-training": "training"}
@@ -117,13 +117,12 @@ def open_student(
     Raises:
         HxaconvError: when a setting is known from no source, or sources contradict each other.
     """
-    from hxaconv.checkpoint import open_checkpoint
-
     checkpoint = open_checkpoint(source, revision=revision) if isinstance(source, str) else source
     sources = {"source": checkpoint}
     teacher_model = None
     if teacher is not None:
-        sources["teacher"], teacher_model = open_teacher_source(teacher, allow_output_bias=True)
+        sources["teacher"] = open_checkpoint(teacher)
+        teacher_model = open_teacher(sources["teacher"], allow_output_bias=True)
     config = teacher_model.config if teacher_model else None
     assert config is None or isinstance(config, TeacherConfig)
     facts = map_facts(layer_map) if layer_map is not None else None

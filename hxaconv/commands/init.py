@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_maps
 from hxaconv.card import UNTRAINED
+from hxaconv.checkpoint import open_checkpoint
 from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
@@ -16,7 +17,6 @@ from hxaconv.commands.common import (
     defaults_of,
     layer_0_warning,
     one_of,
-    open_teacher_source,
     parse_size,
     perform,
 )
@@ -27,6 +27,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.output import FORMATS, Job
 from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale
+from hxaconv.teacher import open_teacher
 
 if TYPE_CHECKING:
     from hxaconv.verification import Report
@@ -70,9 +71,9 @@ def run(
     one_of("--init", init, INITS)
     factors = parse_scale(scale, preset)
     settings = InitSettings(factors, seed, parse_dtype(dtype))
-    checkpoint, model = open_teacher_source(
-        teacher,
-        revision=revision,
+    checkpoint = open_checkpoint(teacher, revision=revision)
+    model = open_teacher(
+        checkpoint,
         rope_theta=rope_theta,
         rms_norm_eps=rms_norm_eps,
         allow_output_bias=allow_output_bias,

@@ -30,17 +30,15 @@ class TokenOptions:
         return self.input_ids is not None or self.text is not None
 
 
-def calibration_tokens(options: TokenOptions, vocab_size: int, checkpoint: Checkpoint) -> Tensor:
-    """Token ids (sequences, length), at most `options.tokens` of them; the text's tokenizer is the checkpoint's.
+def tokens_of(options: TokenOptions, vocab_size: int, checkpoint: Checkpoint) -> Tensor:
+    """Token ids (sequences, length): a file's as they are, or as many as asked for; the tokenizer is the checkpoint's.
 
     Raises:
         HxaconvError: for files that hold no token ids, and ids outside the vocabulary.
     """
     from hxaconv.verification import probe_tokens
 
-    if options.tokens < 2:
-        raise HxaconvError(f"--tokens {options.tokens} is too few", hint="A few hundred are a beginning.")
-    ids = probe_tokens(
+    return probe_tokens(
         vocab_size,
         tokens=options.tokens,
         batch=options.batch,
@@ -49,5 +47,16 @@ def calibration_tokens(options: TokenOptions, vocab_size: int, checkpoint: Check
         text=Path(options.text) if options.text else None,
         tokenizer=checkpoint.companions.get("tokenizer.json"),
     )
+
+
+def calibration_tokens(options: TokenOptions, vocab_size: int, checkpoint: Checkpoint) -> Tensor:
+    """As `tokens_of`, but at most `options.tokens` of them.
+
+    Raises:
+        HxaconvError: for too few, for files that hold no token ids, and ids outside the vocabulary.
+    """
+    if options.tokens < 2:
+        raise HxaconvError(f"--tokens {options.tokens} is too few", hint="A few hundred are a beginning.")
+    ids = tokens_of(options, vocab_size, checkpoint)
     length = min(ids.shape[1], options.tokens)
     return ids[: max(1, options.tokens // length), :length]

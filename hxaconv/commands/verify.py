@@ -7,19 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.commands.common import checked_device, one_of, open_teacher_source
+from hxaconv.checkpoint import Checkpoint, open_checkpoint
+from hxaconv.commands.common import checked_device, one_of
 from hxaconv.commands.convert import complete, open_student
-from hxaconv.commands.tokens import TokenOptions
+from hxaconv.commands.tokens import TokenOptions, tokens_of
 from hxaconv.config import ModelConfig
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.model import Model
 from hxaconv.student import looks_like_student
+from hxaconv.teacher import open_teacher
 from hxaconv.writing.target import PROVENANCE_NAME
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hxaconv.checkpoint import Checkpoint
     from hxaconv.console import Progress
     from hxaconv.digests import DigestReport
     from hxaconv.verification import Report
@@ -71,7 +70,8 @@ def run(
         refuse_logits_path(logits_out, [source, against, teacher])
     checkpoint, model = open_any(source, teacher, layer_map, revision, flags)
     other = open_any(against, teacher, layer_map, None, flags, model.config)[1] if against else None
-    ids = _probe(options.tokens, checkpoint, model, other)
+    vocabulary = min(m.config.vocab_size for m in (model, other) if m is not None)
+    ids = tokens_of(options.tokens, vocabulary, checkpoint)
     if other is None:
         report = verify_model(
             model,
@@ -123,7 +123,6 @@ def digests(source: str, *, revision: str | None = None, progress: Progress | No
     """
     import json
 
-    from hxaconv.checkpoint import open_checkpoint
     from hxaconv.digests import check_digests
 
     checkpoint = open_checkpoint(source, revision=revision)
@@ -152,29 +151,12 @@ def open_any(
     Raises:
         HxaconvError: when it is neither, or a setting is known from no source.
     """
-    from hxaconv.checkpoint import open_checkpoint
-
     checkpoint = open_checkpoint(source, revision=revision)
     if looks_like_student(checkpoint.plan) or checkpoint.config is None:
         given = dict(flags or {})
         if beside is not None and checkpoint.config is None and checkpoint.sidecar is None and teacher is None:
             for key in ("rope_theta", "rms_norm_eps", "tie_word_embeddings"):
                 given[key] = given.get(key) if given.get(key) is not None else getattr(beside, key)
-        opened = open_student(source, revision=revision, teacher=teacher, layer_map=layer_map, flags=given)
+        opened = open_student(checkpoint, teacher=teacher, layer_map=layer_map, flags=given)
         return checkpoint, complete(opened, need_all=True)[0]
-    return open_teacher_source(source, revision=revision, allow_output_bias=True)
-
-
-def _probe(options: TokenOptions, checkpoint: Checkpoint, model: Model, other: Model | None) -> Tensor:
-    from hxaconv.verification import probe_tokens
-
-    vocabulary = min(m.config.vocab_size for m in (model, other) if m is not None)
-    return probe_tokens(
-        vocabulary,
-        tokens=options.tokens,
-        batch=options.batch,
-        seed=options.seed,
-        input_ids=Path(options.input_ids) if options.input_ids else None,
-        text=Path(options.text) if options.text else None,
-        tokenizer=checkpoint.companions.get("tokenizer.json"),
-    )
+    return checkpoint, open_teacher(checkpoint, allow_output_bias=True)
