@@ -1,9 +1,9 @@
 """How near calibration brings a student to its teacher: KL(teacher || student) of the demo's teacher.
 
-    python benchmarks/calibration_kl.py [rwkv/1024/default ...] [--list] [--workers 2] [--out FILE.jsonl]
+    python benchmarks/calibration_kl.py [rwkv/1024/default ...] [--list] [--workers 2] [--results FILE.jsonl]
 
 Students in bf16, fitted to the first sequences of calibration_tokens.npy, judged in nats per token on all 16 sequences
-of heldout_tokens.npy. Cases that the file holds are not run again. Prints the table of all results, in Markdown.
+of heldout_tokens.npy. Cases that the file holds are not run again. Ends by writing the table into CALIBRATION.md.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from hxaconv.teacher import open_teacher
 from hxaconv.verification.compare import compare_models
 
 TEACHER = Path(__file__).parents[1] / "hxaconv" / "demo" / "teacher"
+MARKS = ("<!-- written by calibration_kl.py -->", "<!-- until here -->")
 MAPS = {"rwkv": (), "gqa-2-5": (2, 5)}
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -101,26 +102,34 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write_table(rows: list[dict[str, Any]]) -> None:
+    """Between the two marks in CALIBRATION.md."""
+    path = Path(__file__).parent / "CALIBRATION.md"
+    before, _, rest = path.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    path.write_text(f"{before}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{after}")
+
+
 def main() -> None:
-    """Run what is missing, print what is there."""
+    """Run what is missing, write down what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration_kl.jsonl")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "calibration_kl.jsonl")
     options = parser.parse_args()
     if options.list:
         print("\n".join(CASES))
         return
     torch.set_num_threads(1)
-    lines = options.out.read_text().splitlines() if options.out.exists() else []
+    lines = options.results.read_text().splitlines() if options.results.exists() else []
     rows = [json.loads(line) for line in lines]
     for case in options.cases:
         if case not in {row["case"] for row in rows}:
             rows.append(measure(case, options.workers))
-            with options.out.open("a") as file:
+            with options.results.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
-    print(table(rows))
+    write_table(rows)
 
 
 if __name__ == "__main__":
