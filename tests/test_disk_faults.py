@@ -94,6 +94,26 @@ def test_no_space_at_a_random_byte(tmp_path, monkeypatch, small_batches, name):
     assert tree(out.target) == reference(tmp_path, name)
 
 
+def test_small_files_that_do_not_fit_are_named(tmp_path, monkeypatch, small_batches):
+    out = output(tmp_path / "out", plan_over(source(tmp_path)))
+    real, unlucky = os.write, ["config.json", "hxaconv.json", "index.json", "lock"]
+
+    def write(fd, data):
+        if unlucky[0] in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    while unlucky[0] != "lock":  # whose text is for messages only
+        with pytest.raises(HxaconvError, match=rf"{unlucky[0]}: writing failed: No space.*\n.*bytes in all") as caught:
+            verified(out, resume=True)
+        assert "--resume" in str(caught.value)
+        assert not out.target.exists()
+        del unlucky[0]
+    assert verified(out, resume=True).published
+    assert tree(out.target) == reference(tmp_path, "out")
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A real file system of 1 MiB."""
@@ -109,6 +129,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_full_disk_is_found_out_before_and_survived_meanwhile(tmp_path, monkeypatch, small_batches, small_disk, name):
     monkeypatch.setattr("hxaconv.writing.preflight.SLACK_BYTES", 0)
+    monkeypatch.setattr("hxaconv.writing.preflight.SLACK_BYTES_PER_TENSOR", 0)
     out = output(small_disk / name, plan_over(source(tmp_path, count=150_000)))
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(700_000))

@@ -17,7 +17,7 @@ from hxaconv.containers.layout import FileLayout
 from hxaconv.dtypes import BY_NAME
 from hxaconv.errors import HxaconvError
 from hxaconv.files import Extent
-from hxaconv.plan import Literal, Ranges, Recipe
+from hxaconv.plan import Literal, Ranges, Recipe, Scratch
 from hxaconv.writing import behind, diskio, fill, writer
 from hxaconv.writing.finite import count_nonfinite
 from hxaconv.writing.writer import WriteSettings, describe, write
@@ -26,7 +26,7 @@ TARGETS = ("out", "out.pth")
 
 
 def expected_bytes(plan):
-    return {name: b"".join(bytes(p) for p in r.pieces(writer.Scratch())) for name, r in plan.items()}
+    return {name: b"".join(bytes(p) for p in r.pieces(Scratch())) for name, r in plan.items()}
 
 
 def written_bytes(result_output):
@@ -237,7 +237,7 @@ import sys
 from pathlib import Path
 import rich.progress, typer
 from hxaconv.files import SourceFile
-from hxaconv.plan import stored
+from hxaconv.plan import Scratch, stored
 from hxaconv.writing.writer import Output, WriteSettings, write
 file = SourceFile.local(Path(sys.argv[1]))
 step = 6_000_000

@@ -55,9 +55,14 @@ def acquire(path: Path, doing: str, *, shared: bool = False) -> Lock | dict[str,
         os.close(fd)
     if not shared or not holder:
         owner = {"doing": doing, "pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
-        os.ftruncate(fd, 0)
-        os.lseek(fd, 0, os.SEEK_SET)
-        os.write(fd, json.dumps(owner).encode())
+        try:
+            os.ftruncate(fd, 0)
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.write(fd, json.dumps(owner).encode())
+        except OSError:  # on a full disk the lock is held without saying by whom, if the system keeps it
+            if locked is None:
+                os.close(fd)
+                raise
     return Lock(path, fd, shared)
 
 

@@ -15,7 +15,7 @@ from hxaconv.writing import diskio
 from hxaconv.writing.staging import Staging
 from hxaconv.writing.target import Output
 
-SLACK_BYTES = 4 * 1024 * 1024
+SLACK_BYTES, SLACK_BYTES_PER_TENSOR = 256 * 1024, 1024
 """For journal, index, provenance and the file system's own blocks."""
 _REPLACEABLE = re.compile(
     r"(model|pytorch_model)((-\d{5}-of-\d{5})?\.(safetensors|bin)|\.(safetensors|bin)\.index\.json)"
@@ -32,7 +32,8 @@ def bytes_needed(output: Output, files: Sequence[FileLayout]) -> int:
     """Disk space that writing an output takes."""
     documents = sum(len(data) for data in output.documents.values())
     copied = sum(file.size for file in output.copied_files.values())
-    return sum(layout.size for layout in files) + documents + copied + SLACK_BYTES
+    slack = SLACK_BYTES + SLACK_BYTES_PER_TENSOR * len(output.tensors)
+    return sum(layout.size for layout in files) + documents + copied + slack
 
 
 def check_place(output: Output, files: Sequence[FileLayout], staging: Staging, *, overwrite: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,18 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.containers.layout import FileLayout
-from hxaconv.containers.safetensors_layout import INDEX_NAME, index_json
 from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, raise_all
 from hxaconv.files import SourceFile
-from hxaconv.plan import Recipe, Scratch
+from hxaconv.plan import Recipe
 from hxaconv.writing import diskio, locks, preflight
 from hxaconv.writing.checksums import Finished
+from hxaconv.writing.documents import write_documents, write_provenance
 from hxaconv.writing.fill import FillSettings, fill_files
 from hxaconv.writing.interruption import Interrupted, Signals
 from hxaconv.writing.journal import Journal, journal_path, lock_path, read_journals
 from hxaconv.writing.staging import Staging, plan_record, publish, recover, refuse_other_plans, staging_of, stagings_at
 from hxaconv.writing.target import (
-    PROVENANCE_NAME,
     FileDescription,
     Output,
     WriteResult,
@@ -253,9 +251,15 @@ class _Run:
         except CheckFailed as error:
             error.hint = f"What was written is kept in {self.staging.path} for a look; delete it before another run."
             raise
-        except HxaconvError as error:
-            error.hint = f"{error.hint} {self.what_is_kept()}".strip()
-            raise
+        except (HxaconvError, OSError) as error:
+            told = error if isinstance(error, HxaconvError) else self._told(error)
+            told.hint = f"{told.hint} {self.what_is_kept()}".strip()
+            raise told from error.__cause__
+
+    def _told(self, error: OSError) -> HxaconvError:
+        """What the system refuses of the small things around the tensors: locks, folders, documents."""
+        path = Path(error.filename or self.staging.path)
+        return diskio.output_error(error, path, "writing", preflight.bytes_needed(self.output, self.files))
 
     def what_is_kept(self) -> str:
         """Drop the staging folder if nothing in it is worth keeping; say how to go on."""
@@ -317,9 +321,10 @@ class _Run:
         """Everything but the tensors, and the verdict on them; returns it."""
         self._refuse_nonfinite(tensors)
         self._check_sources()
-        self._write_documents()
+        write_documents(self.staging, self.output, self.files)
         verification = None if verify is None else dict(verify(self.staging.checkpoint))
-        self._write_provenance(tensors, verification)
+        digests = {name: tensors[name].digest(self.settings.digest) for name in self.output.tensors}
+        write_provenance(self.staging, self.output, digests, _nonfinite(tensors), verification)
         self._check_sources()
         return verification
 
@@ -344,41 +349,6 @@ class _Run:
             except OSError as error:
                 raise HxaconvError(f"{file.label} has vanished: {error.strerror or error}") from error
 
-    def _write_documents(self) -> None:
-        """Documents, files taken over, and last of all the index."""
-        for name, data in self.output.documents.items():
-            self._write_small(name, data)
-        scratch = Scratch()
-        for name, file in self.output.copied_files.items():
-            data = b"".join(bytes(piece) for piece in file.pieces(0, file.size, scratch.read))
-            self._write_small(name, data)
-        if self.output.container == "safetensors" and len(self.files) > 1:
-            self._write_small(INDEX_NAME, index_json(self.output.tensors, self.files))
-
-    def _write_small(self, name: str, data: bytes) -> None:
-        path = self.staging.content / name
-        try:
-            diskio.write_file(path, data, self.staging.path)
-        except OSError as error:
-            doing = f"writing {len(data)} bytes"
-            raise diskio.output_error(error, path, doing, preflight.bytes_needed(self.output, self.files)) from error
-
-    def _write_provenance(self, tensors: Mapping[str, Finished], verification: Mapping[str, Any] | None) -> None:
-        """hxaconv.json, or the sidecar's key `hxaconv`: what was done, and what every tensor is."""
-        entries: dict[str, dict[str, str]] = {}
-        for name, recipe in self.output.tensors.items():
-            digest = tensors[name].digest(self.settings.digest)
-            entries[name] = {"origin": recipe.origin} | ({"digest": digest} if digest else {})
-        provenance = {**self.output.provenance, "verification": verification, "tensors": entries}
-        nonfinite = _nonfinite(tensors)
-        if nonfinite:
-            provenance["nonfinite"] = nonfinite
-        if self.output.container == "safetensors":
-            self._write_small(PROVENANCE_NAME, _json(provenance))
-            return
-        sidecar = json.loads(self.output.documents.get(self.output.sidecar_name, b"{}"))
-        self._write_small(self.output.sidecar_name, _json({**sidecar, "hxaconv": provenance}))
-
 
 def _nonfinite(tensors: Mapping[str, Finished]) -> dict[str, int]:
     return {name: tensor.nonfinite for name, tensor in tensors.items() if tensor.nonfinite}
@@ -388,7 +358,3 @@ def _nonfinite_hint(recipes: Sequence[Recipe]) -> str:
     if any(recipe.dtype == "F16" and recipe.make.kind in ("cast", "scale") for recipe in recipes):
         return "float16 ends at 65504: use --dtype bfloat16 or float32, or add --allow-nonfinite."
     return "The source is damaged or its training diverged. To convert it all the same, add --allow-nonfinite."
-
-
-def _json(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
