@@ -176,10 +176,22 @@ def test_an_existing_student_is_calibrated_by_parts_too(cli: Cli, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o", "plain"]
 
 
-def test_parts_at_once_calibrate_once_and_give_the_bytes_of_one_machine(whole: Path, tmp_path: Path) -> None:
+def test_parts_at_once_take_over_from_one_that_is_killed_and_give_the_bytes_of_one_machine(
+    whole: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "student"
-    processes = [subprocess.Popen(command(out, "--part", f"{part}/3"), env=environment()) for part in (1, 2, 3)]
-    assert [process.wait() for process in processes] == [0, 0, 0]
+    parts = {
+        part: subprocess.Popen(command(out, "--part", f"{part}/3"), env=environment(), stderr=subprocess.DEVNULL)
+        for part in (1, 2, 3)
+    }
+    while not (tmp_path / "student.calibration" / "layer-000.safetensors").exists():
+        time.sleep(0.01)
+    calibrating = json.loads((tmp_path / ".student.calibration.hxaconv-lock").read_text())["pid"]
+    killed = next(part for part, process in parts.items() if process.pid == calibrating)
+    parts[killed].kill()
+    assert {part: process.wait() for part, process in parts.items()} == {1: 0, 2: 0, 3: 0, killed: -signal.SIGKILL}
+    assert not out.exists()
+    subprocess.run(command(out, "--part", f"{killed}/3"), check=True, env=environment())
     assert files(out) == files(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
