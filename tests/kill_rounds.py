@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,10 +143,19 @@ def start(words: Sequence[str], log: Path, *, publishing: bool = True) -> int:
         os._exit(99)
 
 
-def run(steps: Sequence[Sequence[str]], log: Path, *, kill_after: float | None = None, publishing: bool = True) -> bool:
-    """The command lines one after the other; False if one of them was killed, which ends it."""
+def run(
+    steps: Sequence[Sequence[str]],
+    log: Path,
+    *,
+    kill_after: float | None = None,
+    publishing: bool = True,
+    finished: Callable[[], bool] = lambda: False,
+) -> bool:
+    """The command lines one after the other until `finished`; False if one of them was killed, which ends it."""
     end = None if kill_after is None else time.monotonic() + kill_after
     for words in steps:
+        if finished():
+            break
         pid = start(words, log, publishing=publishing)
         while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             if end is not None and time.monotonic() >= end:
@@ -226,14 +235,18 @@ class Rounds:
         options = self.begin(job, target, verified=verified, replacing=replacing)
         before = tree(target) if replacing else {}
         again, steps = (self.steps(s, target, *options) for s in (job.resumed(), job.steps))
+
+        def finished() -> bool:  # of parts, the first may publish what a killed one left complete
+            return self.state(target, before, after) == "published"
+
         for number in range(kills):
-            run(again if number else steps, self.log, kill_after=self.rng.uniform(0, 1.02 * seconds))
+            moment = self.rng.uniform(0, 1.02 * seconds)
+            run(again if number else steps, self.log, kill_after=moment, finished=finished)
             found = self.state(target, before, after)
             self.found.setdefault(job.name, collections.Counter())[found] += 1
             if found == "published":
                 break
-        else:
-            run(again, self.log)
+        run(again, self.log, finished=finished)
         assert self.state(target, {}, after) == "published", f"{job.name}: {target} is not complete"
         self.tidy(steps, target, after, options)
         clear(self.place)

@@ -27,13 +27,13 @@ def check_repicked(
     # A .pth writes out the head that a tied source leaves to its embedding.
     before = with_head(source)
     wrong = [n for n in kept if n not in before or not same_bytes(output.plan[n], before[n])]
-    text = f"{len(kept)} tensors have the bits of {source.label}"
+    text = f"{len(kept)} tensors have the bits of the source"
     report.check("kept tensors", not wrong, listing(wrong, "differ from the source") or text)
     donated = {i for i in changed if other and other.student.layer_kind(i) == output.student.layer_kind(i)}
     if other is not None and donated:
         mixers = _mixers(output, donated)
         wrong = [n for n in mixers if n not in other.plan or not is_scaled(mixers[n], other.plan[n], 1.0)]
-        text = f"{len(donated)} layers are those of {other.label}"
+        text = f"{len(donated)} layers are those of --from"
         report.check("layers taken over", not wrong, listing(wrong, "differ from the other checkpoint") or text)
     if teacher is not None:
         _check_from_teacher(report, teacher.plan, output, changed - donated, factors)
