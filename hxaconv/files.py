@@ -48,6 +48,10 @@ def _seek_and_read(fd: int, count: int, offset: int) -> bytes:
         return os.read(fd, count)
 
 
+class SourceChanged(HxaconvError):
+    """A source is no longer the one that was planned with: what was made of it so far is of no use."""
+
+
 def kind_of(path: Path) -> str:
     """In words, what stands there that is no regular file."""
     if path.is_symlink() and not path.exists():
@@ -93,7 +97,7 @@ class SourceFile:
         """The file's descriptor, opened at first use; downloads the file where it is not here yet.
 
         Raises:
-            HxaconvError: when the file cannot be opened, or has changed since it was parsed.
+            HxaconvError: when the file cannot be opened, or (SourceChanged) has changed since it was parsed.
         """
         with self._lock:
             if self._fd is None:
@@ -111,7 +115,7 @@ class SourceFile:
         stat = os.fstat(fd)
         changed = stat.st_size != self.size or (self.mtime_ns is not None and stat.st_mtime_ns != self.mtime_ns)
         if changed:
-            raise HxaconvError(
+            raise SourceChanged(
                 f"{self.label} changed while it was being read: expected {self.size} bytes,"
                 f" found {stat.st_size}{'' if stat.st_size != self.size else ' with a new modification time'}",
                 hint="Wait until whatever writes it has finished, then start again.",
@@ -121,13 +125,16 @@ class SourceFile:
         """Fail if the file on disk is no longer the one that was parsed (also when it was replaced).
 
         Raises:
-            HxaconvError: when size or modification time differ.
+            SourceChanged: when size or modification time differ, or it is gone.
         """
         if self.path is None:
             return
         if self._fd is not None:
             self._check_unchanged(self._fd)
-        fd = os.open(self.path, _READING)
+        try:
+            fd = os.open(self.path, _READING)
+        except OSError as error:
+            raise SourceChanged(f"{self.label} has vanished: {error.strerror}") from None
         try:
             self._check_unchanged(fd)
         finally:
@@ -171,6 +178,7 @@ class SourceFile:
                         hint="The disk or the network file system reports an error; check it, then use --resume.",
                     ) from None
                 if got == 0:
+                    self._check_unchanged(fd)
                     raise HxaconvError(
                         f"{self.label} ends at byte {offset + filled}, expected {end}",
                         hint="The file is truncated; download or copy it again.",

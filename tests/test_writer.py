@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from writing import leftovers, output, plan_over, source, tree
+from writing import leftovers, output, partials, plan_over, source, tree, verified
 
 from hxaconv.containers.layout import FileLayout
 from hxaconv.dtypes import BY_NAME
@@ -217,9 +217,22 @@ def test_a_source_that_changes_meanwhile_stops_the_run(tmp_path, how):
             file.path.unlink()
         return {}
 
-    with pytest.raises(HxaconvError, match=r"changed while|vanished"):
+    with pytest.raises(HxaconvError, match=r"changed while|vanished") as caught:
         write(out, WriteSettings(), verify=tamper)
-    assert not out.target.exists()
+    assert "--resume" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ([] if how == "removed" else [file.name])
+
+
+def test_parts_of_others_are_kept_when_a_source_changes(tmp_path):
+    file = source(tmp_path)
+    out = output(tmp_path / "out", plan_over(file))
+    verified(out, part=(0, 2))
+    (partial,) = partials(tmp_path)
+    file.open()
+    os.utime(file.path, ns=(1, 1))
+    with pytest.raises(HxaconvError, match=f"changed while(.|\n)*is in {partial}; delete it"):
+        verified(out, part=(1, 2))
+    assert partial.is_dir()
 
 
 def test_a_source_truncated_before_it_is_read_is_named(tmp_path):
@@ -227,9 +240,9 @@ def test_a_source_truncated_before_it_is_read_is_named(tmp_path):
     out = output(tmp_path / "out", plan_over(file))
     file.open()
     os.truncate(file.path, 1000)
-    with pytest.raises(HxaconvError, match=r"source-0\.bin ends at byte 1000"):
+    with pytest.raises(HxaconvError, match=r"source-0\.bin changed while .* expected 240000 bytes, found 1000"):
         write(out, WriteSettings(workers=1))
-    assert not out.target.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 CONVERT = """

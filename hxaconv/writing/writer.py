@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.containers.layout import FileLayout
 from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, raise_all
-from hxaconv.files import SourceFile
+from hxaconv.files import SourceChanged, SourceFile
 from hxaconv.plan import Recipe
 from hxaconv.writing import diskio, locks, preflight
 from hxaconv.writing.checksums import Finished
@@ -248,6 +248,12 @@ class _Run:
         except NonfiniteError:
             self.staging.remove()
             raise
+        except SourceChanged as error:
+            if self.settings.part is None:
+                self.staging.remove()
+            else:  # others may still write there
+                error.hint = f"{error.hint} What the parts have written is in {self.staging.path}; delete it."
+            raise
         except CheckFailed as error:
             error.hint = f"What was written is kept in {self.staging.path} for a look; delete it before another run."
             raise
@@ -344,10 +350,7 @@ class _Run:
 
     def _check_sources(self) -> None:
         for file in self.output.sources():
-            try:
-                file.check_unchanged()
-            except OSError as error:
-                raise HxaconvError(f"{file.label} has vanished: {error.strerror or error}") from error
+            file.check_unchanged()
 
 
 def _nonfinite(tensors: Mapping[str, Finished]) -> dict[str, int]:
