@@ -16,7 +16,7 @@ from models import GOLDEN
 from hxaconv.architecture import expected_tensors
 from hxaconv.arithmetic import tensor
 from hxaconv.calibration import Settings, folding, heads, output
-from hxaconv.calibration.cache import Cache, locked
+from hxaconv.calibration.cache import Cache, fingerprint, locked
 from hxaconv.calibration.pool import Pool
 from hxaconv.calibration.report import Distances
 from hxaconv.calibration.streaming import calibrate, cut, fitted_tokens
@@ -103,8 +103,8 @@ def proof():
 
 @pytest.fixture(scope="module")
 def thousand(proof):
-    """1024 tokens and a fifth of the default's steps."""
-    return proof.calibrated(2, refine_steps=20)
+    """1024 tokens and a tenth of the default's steps."""
+    return proof.calibrated(2, refine_steps=10)
 
 
 def test_a_thousand_tokens_remove_three_quarters_of_the_divergence(proof, thousand):
@@ -203,6 +203,12 @@ def some_ids(teacher, shape=(3, 70), seed=0):
 QUICK = Settings(refine_steps=3)
 
 
+def kept(teacher, student, ids, folder, settings=QUICK, **more):
+    """Calibrated with finished layers in a folder."""
+    cache = Cache(folder, fingerprint(teacher, student, cut(ids, settings.chunk)[0], settings))
+    return calibrate(teacher, student, ids, settings, cache=cache, **more)
+
+
 def never_worse(calibration, student):
     for layer in calibration.report.layers:
         assert layer.kept_plain or layer.error_after < layer.error_before
@@ -287,10 +293,10 @@ def test_an_interrupted_run_goes_on_after_the_last_finished_layer(small, tmp_pat
     ids, folder = some_ids(teacher), tmp_path / "calibration"
     stopping = Stopping(1)
     with pytest.raises(Stop):
-        calibrate(teacher, student, ids, QUICK, folder=folder, progress=stopping)
+        kept(teacher, student, ids, folder, progress=stopping)
     assert stopping.stopped
     again = Stopping(None)
-    found = calibrate(teacher, student, ids, QUICK, folder=folder, progress=again)
+    found = kept(teacher, student, ids, folder, progress=again)
     assert [what for _, what in again.told] == ["resumed", "layer 2"]
     assert sum(n for n, _ in again.told) == again.total
     assert stored_bytes(found) == stored_bytes(calibrate(teacher, student, ids, QUICK))
@@ -299,7 +305,7 @@ def test_an_interrupted_run_goes_on_after_the_last_finished_layer(small, tmp_pat
     for other_ids, settings in ((some_ids(teacher, seed=1), QUICK), (ids, replace(QUICK, refine_steps=2))):
         afresh = Stopping(0)
         with pytest.raises(Stop):
-            calibrate(teacher, student, other_ids, settings, folder=folder, progress=afresh)
+            kept(teacher, student, other_ids, folder, settings, progress=afresh)
         assert afresh.told[0] == (0, "resumed")
     (folder / "stream.safetensors").write_bytes(b"half")
     assert Cache(folder, "").load("cpu") is None
@@ -309,15 +315,15 @@ def test_an_interrupted_run_goes_on_after_the_last_finished_layer(small, tmp_pat
 def test_a_folder_that_cannot_be_made_is_named_and_nothing_else_is_made(small, tmp_path, parent):
     (tmp_path / "file").write_text("")
     with pytest.raises(HxaconvError, match="cannot be kept"):
-        calibrate(*small, some_ids(small[0]), QUICK, folder=tmp_path / parent / "calibration")
+        kept(*small, some_ids(small[0]), tmp_path / parent / "calibration")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_layers_that_another_calibration_has_replaced_are_not_taken_for_ours(small, tmp_path):
     teacher, student = small
-    ours = calibrate(teacher, student, some_ids(teacher), QUICK, folder=tmp_path / "c")
+    ours = kept(teacher, student, some_ids(teacher), tmp_path / "c")
     assert stored_bytes(ours)
-    calibrate(teacher, student, some_ids(teacher, seed=1), QUICK, folder=tmp_path / "c")
+    kept(teacher, student, some_ids(teacher, seed=1), tmp_path / "c")
     with pytest.raises(HxaconvError, match="replaced by another calibration"):
         stored_bytes(ours)
     shutil.rmtree(tmp_path / "c")

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_TEACHER
+from conftest import GOLDEN, TINY_TEACHER
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 import hxaconv
@@ -64,6 +65,8 @@ def test_every_number_without_sense_is_told_before_anything_is_done(
     assert "--random-tokens" in told
     assert cli("init-from-teacher", TINY_TEACHER, tmp_path / "plain", "--gqa-layers", "none", "--quiet") == 0
     more = ["--teacher", TINY_TEACHER, "--input-ids", TOKENS, "--dry-run"]
+    other = GOLDEN / "reka_tiny" / "student_hf"
+    assert cli("calibrate", other, tmp_path / "o", *more) == 2
     assert cli("calibrate", tmp_path / "plain", tmp_path / "o", *more, "--chunk", "0") == 2
     assert cli("calibrate", tmp_path / "plain", tmp_path / "o", *more) == 0
     assert "1024 tokens in sequences of 512, 768 to fit and 256 to judge" in capsys.readouterr().err
@@ -194,6 +197,29 @@ def test_parts_at_once_take_over_from_one_that_is_killed_and_give_the_bytes_of_o
     subprocess.run(command(out, "--part", f"{killed}/3"), check=True, env=environment())
     assert files(out) == files(whole)
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.slow
+def test_parts_with_a_teacher_from_the_hub_share_layers_whatever_they_have_downloaded(
+    golden: Path, tmp_path: Path
+) -> None:
+    words = ["init-from-teacher", "org/teacher", tmp_path / "o", "--init", "calibrated", "--random-tokens"]
+    words += ["--tokens", 32, "--refine-steps", 1, "--gqa-layers", 1, "--max-shard-size", "100kB", "--quiet"]
+
+    def run(home: str, *more: str) -> None:
+        line = [sys.executable, "-m", "hxaconv", *map(str, words), *more]
+        subprocess.run(line, check=True, env=environment() | hub.environment(tmp_path / home, None))
+
+    with HubServer() as hub:
+        hub.add_folder("org/teacher", golden / "reka_tiny" / "teacher")
+        run("one", "--dry-run")
+        assert all(ranged is not None for ranged in hub.downloaded(".safetensors"))
+        layers = tmp_path / "o.calibration"
+        run("one", "--part", "1/3")
+        times = {path.name: path.stat().st_mtime_ns for path in layers.iterdir()}
+        assert "layer-002.safetensors" in times
+        run("two", "--part", "2/3")
+        assert {path.name: path.stat().st_mtime_ns for path in layers.iterdir()} == times
 
 
 def test_a_part_without_files_does_not_calibrate(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

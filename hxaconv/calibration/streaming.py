@@ -10,14 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hxaconv.arithmetic import Computed, torch_dtype
 from hxaconv.calibration import teacher as teacher_pass
-from hxaconv.calibration.cache import Cache, Done, State, fingerprint
+from hxaconv.calibration.cache import Cache, Done, State
 from hxaconv.calibration.folding import fold_rope
 from hxaconv.calibration.pool import ROWS, Pool
 from hxaconv.calibration.report import CalibrationReport, Settings
@@ -45,8 +44,6 @@ class Calibration:
     replaced: Plan
     """Canonical name -> recipe; a subset of the student's plan with the same shapes and dtypes."""
     report: CalibrationReport
-    cache: Cache | None
-    """Where finished layers are kept, if anywhere."""
 
 
 def calibrate(
@@ -55,15 +52,15 @@ def calibrate(
     ids: Tensor,
     settings: Settings | None = None,
     *,
-    folder: Path | None = None,
+    cache: Cache | None = None,
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Calibration:
     """Fit the RWKV layers of an untrained student to its teacher on token ids (B, T).
 
     The last quarter of the tokens decides, layer by layer, between the fit and what the student holds.
-    With a `folder`, finished layers are kept there, an interrupted run goes on after them, and the
-    replaced tensors are read from there when they are written; it has to outlive the result.
+    With a `cache`, finished layers are kept there, an interrupted run goes on after them, and the
+    replaced tensors are read from there when they are written: its folder has to outlive the result.
     `allow_nonfinite` goes on after NaN: that layer and those after it keep what the student holds.
 
     Raises:
@@ -71,9 +68,8 @@ def calibrate(
             at the first layer that is not finite.
     """
     settings = settings or Settings()
-    check(teacher, student, ids)
+    _check(teacher, student, ids)
     ids, warnings = cut(ids, settings.chunk)
-    cache = Cache(folder, fingerprint(teacher, student, ids, settings)) if folder is not None else None
     compute = Compute(device=settings.device)
     state = (cache and cache.load(settings.device)) or State(0, embed(teacher, ids, compute))
     fitted = fitted_tokens(ids).to(settings.device)
@@ -108,7 +104,7 @@ def calibrate(
         layers=tuple(done.report for done in state.done if done.report is not None),
         warnings=warnings,
     )
-    return Calibration(_plan(student, state, cache), report, cache)
+    return Calibration(_plan(student, state, cache), report)
 
 
 def cut(ids: Tensor, chunk: int) -> tuple[Tensor, tuple[str, ...]]:
@@ -126,11 +122,11 @@ def fitted_tokens(ids: Tensor) -> Tensor:
     return (torch.arange(count) < count * 3 // 4).float().view(ids.shape)
 
 
-def check(teacher: Model, student: Model, ids: Tensor) -> None:
-    """Refuse what cannot be calibrated.
+def check_sizes(teacher: Model, student: Model) -> None:
+    """Refuse two models that do not belong together, without reading a weight.
 
     Raises:
-        HxaconvError: when the two do not fit, the student has been trained, or ids are not its tokens.
+        HxaconvError: listing the sizes that differ.
     """
     problems = []
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -139,6 +135,10 @@ def check(teacher: Model, student: Model, ids: Tensor) -> None:
         if wanted != found:
             problems.append(f"{name} is {found} in {student.label}, {wanted} in {teacher.label}")
     raise_all("student and teacher do not belong together:", problems)
+
+
+def _check(teacher: Model, student: Model, ids: Tensor) -> None:
+    check_sizes(teacher, student)
     trained = sorted(set(student.student.rwkv_layers) - set(untouched_layers(student)))
     if trained:
         raise HxaconvError(

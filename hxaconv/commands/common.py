@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,14 +147,10 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
     reports: list[Report] = []
     check = _staged_check(job, verify, reports, write.allow_nonfinite) if verify is not None and write.verify else None
 
-    def download(needed: Sequence[SourceFile]) -> None:
-        from hxaconv.hub import download_weights
+    def prepare(needed: Sequence[SourceFile]) -> None:
+        download(job.sources.values(), needed, write.progress)
 
-        for checkpoint in job.sources.values():
-            if checkpoint.repo is not None:
-                download_weights(checkpoint, write.progress, needed=needed)
-
-    written = write_output(output, write, verify=check, prepare=download, progress=write.progress)
+    written = write_output(output, write, verify=check, prepare=prepare, progress=write.progress)
     notes += _what_remains(job.target, written)
     pushed = None
     if write.push_to and written.published:
@@ -170,6 +166,15 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
         notes=notes,
         pushed_to=pushed,
     )
+
+
+def download(checkpoints: Iterable[Checkpoint], needed: Sequence[SourceFile], progress: Progress | None) -> None:
+    """Have these files of the checkpoints here, where they come from the Hub."""
+    from hxaconv.hub import download_weights
+
+    for checkpoint in checkpoints:
+        if checkpoint.repo is not None:
+            download_weights(checkpoint, progress, needed=needed)
 
 
 def _what_remains(target: Path, written: WriteResult) -> list[str]:

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hxaconv.card import CALIBRATED, calibration_section
-from hxaconv.commands.common import Outcome, WriteOptions, check_target, checked_device, perform
+from hxaconv.commands.common import Outcome, WriteOptions, check_target, checked_device, download, perform
 from hxaconv.commands.tokens import TokenOptions, calibration_tokens
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.model import Model
 from hxaconv.output import Job
+from hxaconv.plan import source_files
 from hxaconv.writing.interruption import interruptible
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hxaconv.calibration import CalibrationReport, Settings
-    from hxaconv.calibration.report import Distances
-    from hxaconv.calibration.streaming import Calibration
     from hxaconv.checkpoint import Checkpoint
+    from hxaconv.files import SourceFile
     from hxaconv.verification import Report
 
 
@@ -62,6 +62,11 @@ class Task:
     plain: Model
     ids: Tensor
     settings: Settings
+
+    @property
+    def files(self) -> list[SourceFile]:
+        """Those that are read."""
+        return [*source_files(self.teacher.plan), *source_files(self.plain.plan)]
 
     @property
     def pieces(self) -> Tensor:
@@ -159,6 +164,7 @@ def prepare(
         HxaconvError: without tokens of real text, unless random ones are asked for; for settings without sense.
     """
     from hxaconv.calibration.report import Settings, problems_of
+    from hxaconv.calibration.streaming import check_sizes
 
     values = asdict(options) | {"workers": write.workers if write.workers is not None else 2}
     problems = problems_of(values)
@@ -168,6 +174,7 @@ def prepare(
     if not plain.student.rwkv_layers and not options.fold_rope:
         problems.append("every layer stays attention: there is nothing to fit, except for --fold-rope")
     raise_all("the calibration cannot be done:", problems, hint=RANDOM_HINT if not tokens.given else "")
+    check_sizes(teacher, plain)
     checked_device(options.device)
     names = ("chunk", "refine_steps", "refit_output", "fold_rope", "device", "workers")
     settings = Settings(**{name: values[name] for name in names})
@@ -210,8 +217,9 @@ def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated |
     Raises:
         HxaconvError: when the target cannot be written, or the teacher is not finite.
     """
-    from hxaconv.calibration.cache import locked
+    from hxaconv.calibration.cache import Cache, fingerprint, locked
     from hxaconv.calibration.streaming import calibrate
+    from hxaconv.verification.calibrated import measure
 
     folder = Path(f"{job.target.absolute()}.calibration")
 
@@ -225,30 +233,25 @@ def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated |
         # While this part was waiting, another may have published.
         if not check_target(job, write):
             return None
+        cache = Cache(folder, fingerprint(task.teacher, task.plain, task.pieces, task.settings))
+        distances = cache.load_distances()
+        if distances is None:
+            download(job.sources.values(), task.files, write.progress)
         done = calibrate(
             task.teacher,
             task.plain,
             task.ids,
             task.settings,
-            folder=folder,
+            cache=cache,
             allow_nonfinite=write.allow_nonfinite,
             progress=write.progress,
         )
         student = replace(task.plain, plan=task.plain.plan | done.replaced)
-        report = replace(done.report, distances=_distances(task, student, done))
-    return Calibrated(task, student, tuple(done.replaced), report, folder)
-
-
-def _distances(task: Task, student: Model, done: Calibration) -> Distances:
-    """As they were measured when the calibration was done, by whoever did it."""
-    from hxaconv.verification.calibrated import measure
-
-    assert done.cache is not None
-    found = done.cache.load_distances()
-    if found is None:
-        found = measure(task.teacher, task.plain, student, task.heldout, task.settings.device)
-        done.cache.save_distances(found)
-    return found
+        if distances is None:
+            distances = measure(task.teacher, task.plain, student, task.heldout, task.settings.device)
+            # A second measurement may round otherwise: whoever goes on, and other parts, tell what this one found.
+            cache.save_distances(distances)
+    return Calibrated(task, student, tuple(done.replaced), replace(done.report, distances=distances), folder)
 
 
 def heldout_rows(ids: Tensor, fitted: int) -> Tensor:
