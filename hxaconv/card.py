@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ def model_card(
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
     if base_model and "/" in base_model:
         front.append(f"base_model: {base_model}")
-    if raw.get("license"):
+    if re.fullmatch(r"[\w.+-]+", str(raw.get("license", ""))):
         front.append(f"license: {raw['license']}")
     front += ["tags:", *(f"- {tag}" for tag in ("linear-attention", "rwkv", "hybrid", "knowledge-distillation"))]
     layers, gqa = config.num_hidden_layers, len(config.gqa_layers)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hxaconv.containers.contents import show
 from hxaconv.errors import CheckFailed, HxaconvError, bullet_list
 from hxaconv.plan import Recipe, Scratch, total_bytes
 from hxaconv.writing.checksums import DIGESTS, Checks
@@ -60,7 +61,7 @@ def check_digests(
     Raises:
         HxaconvError: when no digests were recorded.
     """
-    recorded = {name: entry.get("digest") for name, entry in (provenance.get("tensors") or {}).items()}
+    recorded = _recorded(provenance, checkpoint.label)
     if not any(recorded.values()):
         raise HxaconvError(
             f"{checkpoint.label} has no recorded digests",
@@ -73,13 +74,25 @@ def check_digests(
     if progress:
         progress.start("digests", total_bytes({name: plan[name] for name in names}))
     for name in names:
-        expected = str(recorded[name])
+        expected = recorded[name] or ""
         found = digest(plan[name], expected.partition(":")[0], progress, name)
         if found != expected:
             problems.append(f"{name} has {found}, recorded is {expected}")
     if progress:
         progress.stop()
     return DigestReport(len(names), total_bytes({name: plan[name] for name in names}), tuple(problems))
+
+
+def _recorded(provenance: Mapping[str, Any], label: str) -> dict[str, str | None]:
+    """Tensor name -> recorded digest, None where there is none."""
+    entries = provenance.get("tensors") or {}
+    recorded: dict[str, str | None] = {}
+    for name, entry in entries.items() if isinstance(entries, dict) else [("tensors", entries)]:
+        digest = entry.get("digest") if isinstance(entry, dict) else entry
+        if not isinstance(digest, str | None) or not isinstance(entry, dict):
+            raise HxaconvError(f"{label}: what is recorded of {show(name)} is not what hxaconv writes")
+        recorded[name] = digest
+    return recorded
 
 
 def digest(recipe: Recipe, algorithm: str, progress: Progress | None = None, what: str = "") -> str:

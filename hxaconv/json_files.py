@@ -125,6 +125,8 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("dtype", "torch_dtype"), _TEXT),
     **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
     "transformer_layers": _LAYERS,
+    "auto_map": {},
+    "hxaconv": {},
     **dict.fromkeys(("rope_parameters", "rope_scaling"), _ROPE),
     "quantization_config": {"quant_method": _TEXT},
 }

@@ -34,6 +34,15 @@ def test_digests_find_a_changed_byte(algorithm: str, tmp_path: Path) -> None:
         check_digests(checkpoint, {})
 
 
+@pytest.mark.parametrize(
+    "tensors", [[], [1], {"a": 1}, {"a": []}, {"a": {"digest": 5}}, {"a": {"digest": ["crc32:00000000"]}}, 7, "text"]
+)
+def test_records_of_another_form_are_refused(tensors: object) -> None:
+    checkpoint = open_checkpoint(Path(__file__).parent / "golden/reka_tiny/student_hf/model.safetensors")
+    with pytest.raises(HxaconvError, match=r"not what hxaconv writes|no recorded digests"):
+        check_digests(checkpoint, {"tensors": tensors})
+
+
 def test_neither_digests_nor_the_lint_need_torch() -> None:
     code = "import sys, hxaconv.digests, hxaconv.lint; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

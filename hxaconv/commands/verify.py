@@ -121,18 +121,15 @@ def digests(source: str, *, revision: str | None = None, progress: Progress | No
         HxaconvError: when none were recorded.
         CheckFailed: when a tensor is not what was written.
     """
-    import json
-
     from hxaconv.digests import check_digests
+    from hxaconv.files import SourceFile
+    from hxaconv.json_files import read_json
 
     checkpoint = open_checkpoint(source, revision=revision)
     provenance: Mapping[str, Any] = (checkpoint.sidecar or {}).get("hxaconv", {})
     beside = checkpoint.root / PROVENANCE_NAME if checkpoint.root is not None else None
     if beside is not None and beside.is_file():
-        try:
-            provenance = json.loads(beside.read_bytes())
-        except ValueError as error:
-            raise HxaconvError(f"{beside} is not JSON: {error}") from None
+        provenance = read_json(SourceFile.local(beside))
     report = check_digests(checkpoint, provenance, progress)
     report.raise_if_failed(checkpoint.label)
     return report

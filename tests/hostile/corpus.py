@@ -529,6 +529,7 @@ config_case("rope_list", "rope_scaling is a list, expected an object", rope_scal
 config_case("rope_inside", "rope_parameters.rope_type is an object, expected text", rope_parameters={"rope_type": {}})
 config_case("model_type_list", "model_type is a list, expected text", model_type=["llama"])
 config_case("layer_list", "transformer_layers is a list, expected layer numbers only", transformer_layers=[1, -1])
+config_case("auto_map", "auto_map is 5, expected an object", auto_map=5)
 config_case("control_characters", r"hidden_size is '\x1b[2J'", hidden_size="\x1b[2J")
 
 
