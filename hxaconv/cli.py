@@ -193,7 +193,7 @@ def init_from_teacher(
     values = dict(locals())
     if plot is not None and init != "calibrated":
         raise HxaconvError("--plot draws a calibration", hint="Add --init calibrated.")
-    _check_plot(values)
+    _check_plot(plot, overwrite=overwrite)
     outcome = command.run(
         teacher,
         out,
@@ -228,13 +228,13 @@ def _calibration(values: dict[str, Any]) -> CalibrateOptions:
     return CalibrateOptions(**{field.name: values[field.name] for field in fields(CalibrateOptions)})
 
 
-def _check_plot(values: dict[str, Any]) -> None:
-    if values["plot"] is not None:
+def _check_plot(plot: str | None, *, overwrite: bool) -> None:
+    if plot is not None:
         from pathlib import Path
 
-        from hxaconv.calibration.plot import check_plot
+        from hxaconv.plots import check_plot
 
-        check_plot(Path(values["plot"]), overwrite=values["overwrite"])
+        check_plot(Path(plot), overwrite=overwrite)
 
 
 def _plot_calibration(outcome: Outcome, plot: str | None) -> None:
@@ -294,7 +294,7 @@ def calibrate(
 
     talk = _talk(quiet, json)
     values = dict(locals())
-    _check_plot(values)
+    _check_plot(plot, overwrite=overwrite)
     outcome = command.run(
         source,
         out,
@@ -621,6 +621,7 @@ def verify(
     talk = _talk(quiet, json)
     if plot and not against:
         raise HxaconvError("--plot draws a comparison", hint="Add --against OTHER.")
+    _check_plot(plot, overwrite=True)
     if digests and (against or logits_out or expect):
         raise HxaconvError("--digests only re-reads the tensors of SOURCE", hint="Leave the other options out.")
     if digests:

@@ -256,6 +256,7 @@ def test_verify_finds_what_was_changed(
         ("verify", "{teacher}", "--dtype", "int8"),
         ("verify", "{teacher}", "--expect", "sure"),
         ("verify", "{teacher}", "--max-kl", "0.1"),
+        ("verify", "{teacher}", "--against", "no/such/teacher", "--plot", "depth.bmp"),
         ("verify", "{teacher}", "--revision", "main"),
         ("inspect", "{teacher}", "--revision", "main"),
         ("inspect", "org/name@one", "--revision", "two"),

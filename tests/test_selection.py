@@ -336,5 +336,5 @@ def test_plot(teacher, ids, tmp_path):
     for name in ("a.png", "b.png"):
         report.plot(advice, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    with pytest.raises(HxaconvError, match="cannot be written"):
+    with pytest.raises(HxaconvError, match="is not a folder"):
         report.plot(advice, tmp_path / "no" / "folder.png")

@@ -6,30 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.calibration.report import CalibrationReport
-from hxaconv.errors import HxaconvError
+from hxaconv.plots import check_plot, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-SUFFIXES = (".png", ".svg", ".pdf")
-
-
-def check_plot(path: Path, *, overwrite: bool) -> None:
-    """Refuse, before anything is computed, a plot that could not be made afterwards.
-
-    Raises:
-        HxaconvError: for another suffix, a missing folder, a file that is there, or without matplotlib.
-    """
-    if path.suffix not in SUFFIXES:
-        raise HxaconvError(f"--plot {path}: a plot is one of {', '.join(SUFFIXES)}")
-    if not path.absolute().parent.is_dir():
-        raise HxaconvError(f"--plot {path}: {path.absolute().parent} is not a folder")
-    if path.exists() and not overwrite:
-        raise HxaconvError(f"--plot {path} exists", hint="--overwrite replaces it.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise HxaconvError("--plot needs matplotlib", hint="pip install 'hxaconv[plot]'") from None
 
 
 def plot(report: CalibrationReport, path: Path) -> None:
@@ -39,7 +19,6 @@ def plot(report: CalibrationReport, path: Path) -> None:
         HxaconvError: as `check_plot`, and when the file cannot be written.
     """
     check_plot(path, overwrite=True)
-    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(7.0, len(report.layers) * 0.17), 5), layout="constrained")
@@ -55,12 +34,7 @@ def plot(report: CalibrationReport, path: Path) -> None:
             f" (plain {kl.plain:.3g}, attention zeroed {kl.attention_zeroed:.3g})",
             fontsize=10,
         )
-    # A fixed salt and no date: the same report gives the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "hxaconv"}):
-        try:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except (OSError, ValueError) as error:
-            raise HxaconvError(f"{path}: the plot cannot be written: {error}") from None
+    save_figure(figure, path)
 
 
 def _errors(report: CalibrationReport, axes: Axes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hxaconv import layer_maps
 from hxaconv.commands.common import resolve_part
 from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.plots import plot_problems
 
 if TYPE_CHECKING:
     from hxaconv.selection.schedule import Rules
@@ -22,7 +22,6 @@ WRITING = (
     *("max_shard_size", "format", "dry_run", "resume", "no_verify", "workers", "digest", "part"),
     *("allow_nonfinite", "push_to"),
 )
-PLOTS = (".png", ".svg", ".pdf")
 
 
 def check_options(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -77,7 +76,7 @@ def _told(given: set[str], names: tuple[str, ...], reason: str) -> list[str]:
 
 def _unwritable(values: Mapping[str, Any]) -> list[str]:
     problems = []
-    for option in ("save", "plot", "out"):
+    for option in ("save", "out"):
         path = Path(values[option]) if values[option] else None
         if path is None:
             continue
@@ -90,10 +89,8 @@ def _unwritable(values: Mapping[str, Any]) -> list[str]:
             problems.append(f"{folder} is not a folder")
         elif not os.access(folder, os.W_OK):
             problems.append(f"{folder}: nothing can be written there")
-    if values["plot"] and Path(values["plot"]).suffix not in PLOTS:
-        problems.append(f"--plot {values['plot']}: a plot is a .png, .svg or .pdf file")
-    elif values["plot"] and importlib.util.find_spec("matplotlib") is None:
-        problems.append("--plot needs matplotlib: pip install 'hxaconv[plot]'")
+    if values["plot"]:
+        problems += [f"--plot: {why}" for why in plot_problems(Path(values["plot"]), overwrite=values["overwrite"])]
     return problems
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.console import WIDTH
-from hxaconv.errors import HxaconvError
 from hxaconv.layer_maps import LayerMap, dump, of_config
+from hxaconv.plots import check_plot, save_figure
 from hxaconv.selection.scores import STRATEGIES, reasons
 
 if TYPE_CHECKING:
@@ -173,11 +173,9 @@ def plot(advice: Advice, path: Path) -> None:
     Raises:
         HxaconvError: when matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise HxaconvError("--plot needs matplotlib", hint="pip install 'hxaconv[plot]'") from None
+    check_plot(path, overwrite=True)
+    from matplotlib.figure import Figure
+
     pick, decider = advice.pick, advice.decider
     values = decider.values if decider else tuple(float(i in pick.layers) for i in range(advice.num_layers))
     figure = Figure(figsize=(max(6.0, advice.num_layers * 0.2), 3.0), layout="constrained")
@@ -187,9 +185,4 @@ def plot(advice: Advice, path: Path) -> None:
     axes.set_xlabel("layer (stays attention: orange)")
     axes.set_ylabel(pick.strategy)
     axes.set_xlim(-0.7, advice.num_layers - 0.3)
-    try:
-        # A fixed salt and no date: the same scores give the same file.
-        with rc_context({"svg.hashsalt": "hxaconv"}):
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    except (OSError, ValueError) as error:
-        raise HxaconvError(f"{path}: the plot cannot be written: {error}") from None
+    save_figure(figure, path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError
+from hxaconv.plots import check_plot, save_figure
 from hxaconv.verification.report import Report
 
 if TYPE_CHECKING:
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
 FLOOR = 1e-9
 """Where an error of 0 is drawn: a logarithmic axis has no place for it."""
 
-SUFFIXES = (".png", ".svg", ".pdf")
-
 
 def plot(report: Report, path: Path) -> None:
     """Draw a comparison into a .png, .svg or .pdf file; GQA layers are hatched, shapes tell lines apart.
@@ -23,15 +22,11 @@ def plot(report: Report, path: Path) -> None:
     Raises:
         HxaconvError: without matplotlib, for another suffix, or for a report without layers.
     """
-    if path.suffix not in SUFFIXES:
-        raise HxaconvError(f"{path}: a plot is one of {', '.join(SUFFIXES)}")
+    check_plot(path, overwrite=True)
     if not report.layers:
         raise HxaconvError("--plot draws a comparison by depth, and nothing was compared", hint="Use --against.")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise HxaconvError("--plot needs matplotlib", hint="pip install 'hxaconv[plot]'") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     _errors(report, upper)
@@ -40,12 +35,7 @@ def plot(report: Report, path: Path) -> None:
         _mark_gqa(report, axes)
         axes.grid(visible=True, axis="y", linewidth=0.3, color="0.6")
     figure.suptitle(f"{Path(report.source).name} against {Path(report.other or '').name}", fontsize=10)
-    # A fixed salt and no date: the same report gives the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "hxaconv"}):
-        try:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-        except (OSError, ValueError) as error:
-            raise HxaconvError(f"{path}: the plot cannot be written: {error}") from None
+    save_figure(figure, path)
 
 
 def _errors(report: Report, axes: Axes) -> None:
