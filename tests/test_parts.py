@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +79,35 @@ def test_finish_publishes_what_nobody_did(
     assert (out / "model.safetensors.index.json").exists()
     assert '"digest": "sha256:' in (out / "hxaconv.json").read_text()
     assert cli("verify", out, "--digests", "--quiet") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"command": "to-onnx"}, "of another version of hxaconv"),
+        ({"options": {"bits": 4}}, "of another version of hxaconv"),
+        ({"beside": ["../../elsewhere.json"]}, "no conversion is unfinished"),
+        ({"beside": [".."]}, "no conversion is unfinished"),
+        ({"options": []}, "no conversion is unfinished"),
+        ({"plan": {}}, "no conversion is unfinished"),
+    ],
+)
+def test_records_of_strangers_are_not_followed(
+    change: dict[str, Any],
+    message: str,
+    cli: Cli,
+    tiny_teacher: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    assert cli("init-from-teacher", tiny_teacher, out, *OPTIONS, "--part", "1/2") == 0
+    (record,) = tmp_path.glob("out.partial-*/plan.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    (record.parent / "publishing").touch()
+    assert cli("finish", out, "--quiet") == 2
+    assert message in capsys.readouterr().err
+    assert cli("init-from-teacher", tiny_teacher, out, *OPTIONS, "--seed", "1") == 0
 
 
 def test_commands_say_what_is_still_to_do_and_what_lies_about(

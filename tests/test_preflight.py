@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 
 import pytest
-from writing import leftovers, output, plan_over, source, verified
+from writing import leftovers, output, partials, plan_over, source, verified
 
 from hxaconv.errors import HxaconvError
 from hxaconv.writing import diskio
@@ -22,6 +22,15 @@ def test_all_problems_are_told_at_once(tmp_path, monkeypatch):
         verified(out)
     assert "exists" in str(caught.value)
     assert "1,000 are free" in str(caught.value)
+
+
+def test_a_full_disk_names_the_work_folder_that_could_go(tmp_path, monkeypatch):
+    out = output(tmp_path / "out", plan_over(source(tmp_path)))
+    verified(out, part=(0, 2))
+    (partial,) = partials(tmp_path)
+    monkeypatch.setattr(diskio, "free_bytes", lambda folder: 1000)
+    with pytest.raises(HxaconvError, match=rf"1,000 are free on .*; {partial.name} of another run takes [\d,]{{6,}}"):
+        verified(replace(out, provenance={"hxaconv": "other"}))
 
 
 def test_a_target_may_not_touch_its_sources(tmp_path):

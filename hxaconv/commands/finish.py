@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ RUNNERS: dict[str, Callable[..., Outcome]] = {
     init.COMMAND: init.run,
     pick.COMMAND: pick.run,
     calibrate.COMMAND: calibrate.run,
+    **{command: functools.partial(convert.run, command) for command in convert.COMMANDS},
 }
 
 
@@ -36,6 +39,11 @@ def run(out: str, write: WriteOptions) -> Outcome:
     assert record is not None
     command, options = record["command"], {**record["options"], "out": out}
     write = replace(write, digest=record["plan"]["digest"])
-    if command in convert.COMMANDS:
-        return convert.run(command, **options, write=write)
+    try:
+        inspect.signature(RUNNERS[command]).bind(**options, write=write)
+    except (KeyError, TypeError) as error:
+        raise HxaconvError(
+            f"{found[0].path}: its record is of another version of hxaconv ({command}: {error})",
+            hint="Use that version, or delete the folder and run the parts again.",
+        ) from None
     return RUNNERS[command](**options, write=write)

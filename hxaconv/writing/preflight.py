@@ -12,7 +12,7 @@ from hxaconv.errors import MAX_LISTED, HxaconvError, raise_all
 from hxaconv.files import SourceFile
 from hxaconv.json_files import read_sidecar
 from hxaconv.writing import diskio
-from hxaconv.writing.staging import Staging
+from hxaconv.writing.staging import Staging, stagings_at
 from hxaconv.writing.target import Output
 
 SLACK_BYTES, SLACK_BYTES_PER_TENSOR = 256 * 1024, 1024
@@ -201,4 +201,6 @@ def _space_problems(output: Output, files: Sequence[FileLayout], staging: Stagin
     if free >= needed - there:
         return []
     already = f", {there:,} of them taken by the interrupted run" if there else ""
-    return [f"{needed:,} bytes are needed{already}; {free:,} are free on the file system of {parent}"]
+    others = [other for other in stagings_at(staging.target) if other.path != staging.path]
+    could_go = "".join(f"; {o.path.name} of another run takes {o.allocated_bytes():,}" for o in others)
+    return [f"{needed:,} bytes are needed{already}; {free:,} are free on the file system of {parent}{could_go}"]

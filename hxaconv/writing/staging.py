@@ -133,12 +133,27 @@ def _escaped(name: str) -> str:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The `plan.json` of a staging folder; None if it has none that can be read."""
+    """The `plan.json` of a staging folder; None if it has none that can be read, or none of ours."""
     try:
         record = json.loads((path / RECORD_NAME).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and {"plan", "beside", "command", "options"} <= record.keys() else None
+    return record if _has(record, _RECORD_TYPES) and _has(record["plan"], _PLAN_TYPES) and _all_beside(record) else None
+
+
+_RECORD_TYPES: dict[str, type] = {"command": str, "options": dict, "beside": list, "plan": dict}
+_PLAN_TYPES: dict[str, type] = {"container": str, "digest": str, "sources": dict, "provenance": dict}
+
+
+def _has(value: Any, types: Mapping[str, type]) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in types.items())
+
+
+def _all_beside(record: Mapping[str, Any]) -> bool:
+    """Whether publishing would rename files of this folder into the one around it, and touch nothing else."""
+    return all(
+        isinstance(name, str) and name not in ("", "..") and Path(name).name == name for name in record["beside"]
+    )
 
 
 def refuse_other_plans(staging: Staging, record: dict[str, Any]) -> None:

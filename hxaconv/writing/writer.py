@@ -162,7 +162,9 @@ def _held(path: Path, part: tuple[int, int] | None, *, shared: bool = False) -> 
     try:
         lock = locks.acquire(path, doing, shared=shared)
     except OSError as error:
-        raise HxaconvError(f"{path}: locking failed: {error.strerror or error}") from error
+        raise HxaconvError(
+            f"{path}: locking failed: {error.strerror or error}", hint="Choose a folder that files can be made in."
+        ) from error
     if not isinstance(lock, locks.Lock):
         raise HxaconvError(
             f"{path.parent}: {locks.describe_holder(lock)} is writing the same target",
