@@ -63,6 +63,15 @@ def test_only_the_shards_that_are_needed_are_fetched(hub: HubServer, golden: Pat
     assert all(torch.equal(made[name], student[name]) for name in student)
 
 
+def test_a_failed_upload_says_that_the_output_is_complete(hub: HubServer, tiny_teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["init-from-teacher", tiny_teacher, out, "--no-verify", "--push-to", "me/student", "--quiet"]
+    done = run(hub, tmp_path / "home", *words)
+    assert done.returncode == 2
+    assert f"{out} is complete; `hf upload me/student {out}` sends it as well." in done.stderr
+    assert (out / "hxaconv.json").is_file()
+
+
 def test_the_finished_folder_is_uploaded_privately(hub: HubServer, tiny_teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["init-from-teacher", tiny_teacher, out, "--push-to", "me/student", "--json"]

@@ -16,6 +16,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.json_files import rounded
 from hxaconv.model import Model
 from hxaconv.output import Job, build_output
+from hxaconv.writing.interruption import interruptible
 from hxaconv.writing.target import WriteSettings
 
 if TYPE_CHECKING:
@@ -156,7 +157,13 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
     if write.push_to and written.published:
         from hxaconv.hub import push_folder
 
-        pushed = push_folder(written.path, write.push_to)
+        kept = f"{written.path} is complete; `hf upload {write.push_to} {written.path}` sends it as well."
+        with interruptible(lambda: kept):
+            try:
+                pushed = push_folder(written.path, write.push_to)
+            except HxaconvError as error:
+                error.hint = f"{error.hint} {kept}".strip()
+                raise
     return Outcome(
         job=job,
         output=output,
