@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from writing import TARGETS, leftovers, output, partials, plan_over, reference, source, tree, verified
@@ -16,10 +17,10 @@ from hxaconv.writing import diskio
 from hxaconv.writing.journal import read_journals
 
 
-def error_of(out):
+def error_of(out, **options):
     """What writing says if it fails; None if it does not."""
     try:
-        verified(out)
+        verified(out, **options)
     except HxaconvError as error:
         return str(error)
     return None
@@ -49,6 +50,42 @@ def test_random_faults_below_leave_nothing_or_something_to_resume(tmp_path, monk
         verified(out, resume=True)
     assert tree(out.target) == reference(tmp_path, name)
     assert leftovers(out.target) == []
+
+
+CALLS = (
+    *("open", "mkdir", "rename", "replace", "unlink", "rmdir", "scandir", "listdir", "stat", "fstat", "lseek"),
+    *("ftruncate", "fsync", "fdatasync", "read", "preadv", "write", "pwrite"),
+)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("call", CALLS)
+def test_any_call_that_fails_once_is_one_error_or_none(tmp_path, monkeypatch, small_batches, call, overwrite):
+    new = reference(tmp_path, "out")
+    real, failing = getattr(os, call), [0]
+
+    def faulty(*arguments, **options):
+        failing[0] -= 1
+        if failing[0] == -1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*arguments, **options)
+
+    for count in (0, 1, 2, 3, 4, 5, 7, 9, 13, 21):
+        out = output(tmp_path / f"{count}" / "out", plan_over(source(tmp_path)))
+        out.target.parent.mkdir()
+        if overwrite:
+            verified(replace(out, provenance={"hxaconv": "old"}))
+        old = tree(out.target) if overwrite else {}
+        failing[0] = count
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, faulty)
+            message = error_of(out, overwrite=overwrite)
+        now = tree(out.target) if out.target.exists() else {}
+        assert now in (old, new)
+        if now == old:
+            assert "Input/output error" in message
+            verified(out, resume=True, overwrite=overwrite)
+        assert tree(out.target) == new
 
 
 def test_a_failed_sync_is_never_taken_for_a_success_later(tmp_path, monkeypatch, small_batches):

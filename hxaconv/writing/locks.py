@@ -42,17 +42,33 @@ class Lock:
 
 
 def acquire(path: Path, doing: str, *, shared: bool = False) -> Lock | dict[str, Any]:
-    """The lock, or, if others hold it, what they wrote into it about themselves."""
+    """The lock, or, if others hold it, what they wrote into it about themselves.
+
+    Raises:
+        OSError: where the file cannot be made.
+    """
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        locked = _flock(fd, shared=shared)
-        holder = _read(fd)
-        if locked is False or (locked is None and _alive(holder) and not shared):
+        try:
+            found = _try(fd, path, doing, shared)
+        except BaseException:
             os.close(fd)
-            return holder or {"doing": "unknown"}
-        if _still_there(fd, path):
-            break
+            raise
+        if isinstance(found, Lock):
+            return found
         os.close(fd)
+        if found is not None:
+            return found
+
+
+def _try(fd: int, path: Path, doing: str, shared: bool) -> Lock | dict[str, Any] | None:
+    """The lock, or who holds it; None if its file is no longer the one at `path`."""
+    locked = _flock(fd, shared=shared)
+    holder = _read(fd)
+    if locked is False or (locked is None and _alive(holder) and not shared):
+        return holder or {"doing": "unknown"}
+    if not _still_there(fd, path):
+        return None
     if not shared or not holder:
         owner = {"doing": doing, "pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
         try:
@@ -61,7 +77,6 @@ def acquire(path: Path, doing: str, *, shared: bool = False) -> Lock | dict[str,
             os.write(fd, json.dumps(owner).encode())
         except OSError:  # on a full disk the lock is held without saying by whom, if the system keeps it
             if locked is None:
-                os.close(fd)
                 raise
     return Lock(path, fd, shared)
 

@@ -42,6 +42,19 @@ Verify = Callable[[Path], Mapping[str, Any]]
 """Takes the staged checkpoint; returns a verdict for the provenance, or raises CheckFailed."""
 
 
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """What the system refuses around the writing, as an error of ours; also a decorator."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or "the target's file system"
+        raise HxaconvError(
+            f"{where}: {error.strerror or error}", hint="Check the disk or the network file system."
+        ) from error
+
+
+@_system_errors()
 def write(
     output: Output,
     settings: WriteSettings,
@@ -81,6 +94,7 @@ def write(
             raise Interrupted(number, f"Interrupted. {run.what_is_kept()}") from None
 
 
+@_system_errors()
 def check(output: Output, settings: WriteSettings) -> bool:
     """Refuse what `write` would refuse before its first byte, for work that has to be done before there is a plan.
 
