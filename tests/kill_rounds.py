@@ -309,8 +309,8 @@ What the kills found:
 {table}
 
 In every case but "published" the target was absent or the old one, untouched ("while publishing": between the
-renames, the old one set aside); "published" was byte for byte the result of a run that nobody killed. Resuming ended in these bytes
-in every round, with nothing left beside the target. Any other case would have ended the run with an error.
+renames, the old one set aside); "published" was byte for byte the result of a run that nobody killed. Resuming ended
+in these bytes in every round, with nothing left beside the target. Anything else would have ended the run.
 
 CI kills {ci} times per run (`HXACONV_KILL_ROUNDS`).
 """
