@@ -201,6 +201,15 @@ def test_a_tensor_is_recorded_only_after_its_bytes_were_synced(tmp_path, monkeyp
     assert "recorded" in events
 
 
+def test_config_and_index_come_last(tmp_path, monkeypatch):
+    out = output(tmp_path / "out", plan_over(source(tmp_path)), copied_files={"tokenizer.json": source(tmp_path)})
+    written, real = [], diskio.write_file
+    monkeypatch.setattr(diskio, "write_file", lambda path, *rest: (written.append(path.name), real(path, *rest)))
+    verified(out)
+    last = ["tokenizer.json", "config.json", "model.safetensors.index.json", "hxaconv.json", "publishing"]
+    assert written == ["plan.json", *last]
+
+
 @pytest.mark.parametrize("how", ["truncated", "replaced", "removed"])
 def test_a_source_that_changes_meanwhile_stops_the_run(tmp_path, how):
     file = source(tmp_path)

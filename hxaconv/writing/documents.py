@@ -15,16 +15,16 @@ from hxaconv.writing.target import PROVENANCE_NAME, Output
 
 
 def write_documents(staging: Staging, output: Output, files: Sequence[FileLayout]) -> None:
-    """Documents, files taken over, and last of all the index.
+    """Files taken over, documents (config.json is the last of them), and then the index.
 
     Raises:
         OSError: naming the file.
     """
-    for name, data in output.documents.items():
-        _write(staging, name, data)
     scratch = Scratch()
     for name, file in output.copied_files.items():
         _write(staging, name, b"".join(bytes(piece) for piece in file.pieces(0, file.size, scratch.read)))
+    for name, data in output.documents.items():
+        _write(staging, name, data)
     if output.container == "safetensors" and len(files) > 1:
         _write(staging, INDEX_NAME, index_json(output.tensors, files))
 
