@@ -83,6 +83,10 @@ def build_output(job: Job) -> Output:
     if folder and job.target.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         other = "`hxaconv to-pth`" if job.command == "to-hf" else "--format pth"
         raise HxaconvError(f"{job.target}: an hf output is a folder", hint=f"Leave the suffix off, or use {other}.")
+    if not _is_text(command_line(job) + job.target.name):
+        raise HxaconvError(
+            "a file or folder has a name that is not UTF-8, and could not be recorded", hint="Rename it first."
+        )
     config = job.student.student
     document = student_json(config, job.student.raw, job.dtype)
     return Output(
@@ -99,6 +103,13 @@ def build_output(job: Job) -> Output:
         ordered_dict=job.format != "training",
         source_roots=[source.root for source in job.sources.values() if source.root is not None],
     )
+
+
+def _is_text(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def stored_plan(plan: Plan, format: str, *, everything: bool = True) -> Plan:

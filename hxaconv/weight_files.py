@@ -63,6 +63,8 @@ def select_weights(listing: Listing) -> Selection:
             return _from_index(listing, index, weights)
         if of_kind:
             chosen = [single] if single in of_kind else of_kind
+            odd = [show(name) for name in chosen if not name.isprintable()]
+            raise_all(f"{listing.label}: files whose names cannot be printed:", odd, hint="Rename them.")
             _refuse_missing_parts(chosen, listing.label)
             return Selection(names=tuple(chosen), stray=tuple(n for n in weights if n not in chosen))
     raise HxaconvError(f"{listing.label} has an index of an unknown name, and no weights that stand alone")

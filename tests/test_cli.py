@@ -477,6 +477,17 @@ def test_a_value_beyond_float16_is_not_called_damage(
     assert "65504" in capsys.readouterr().err
 
 
+def test_names_that_are_no_text_are_refused_in_words(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = tmp_path / "t\udcff"
+    odd.symlink_to(tiny_teacher)
+    for words in ((tiny_teacher, tmp_path / "o\udcff"), (odd, tmp_path / "o")):
+        assert cli("init-from-teacher", *words, "--no-verify", "--quiet") == 2
+        assert "a name that is not UTF-8" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [odd]
+
+
 def test_verify_replaces_nothing(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
     student = tmp_path / "s"
     assert cli("init-from-teacher", tiny_teacher, student, "--quiet", "--no-verify") == 0

@@ -606,6 +606,12 @@ place_case("config_is_a_folder", "config.json", "a folder", os.mkdir)
 place_case("index_is_a_folder", "model.safetensors.index.json", "a folder", os.mkdir)
 
 
+@case("files whose names cannot be printed:\n  - '\\x1b[2J.safetensors'")
+def file_name_escapes(folder: Path) -> Path:
+    good_safetensors(folder).rename(folder / "\x1b[2J.safetensors")
+    return folder
+
+
 @case("is one of 5 shards")
 def single_shard(folder: Path) -> Path:
     return good_safetensors(folder).rename(folder / "model-00002-of-00005.safetensors")
