@@ -145,7 +145,7 @@ def test_the_closed_form_alone_comes_close_and_the_steps_add_to_it(proof, thousa
 @pytest.mark.slow
 def test_four_thousand_tokens(proof):
     calibration, plan = proof.calibrated(8, refine_steps=40)
-    assert all(layer.output_refitted for layer in calibration.report.layers)
+    assert not any(layer.output_refitted for layer in calibration.report.layers)
     assert proof.kl(plan) <= 0.22 * proof.plain
 
 
@@ -442,15 +442,15 @@ def test_refitting_the_output_is_for_many_tokens():
         return any(name.endswith("output.weight") for name in found.replaced)
 
     assert refitted((3, 60), "always")
-    # A = 48: 384 fitted tokens are needed, 3/4 of 512.
-    assert not refitted((8, 63), "auto")
-    assert refitted((8, 64), "auto")
-    assert not refitted((8, 64), "never")
+    # A = 48: 1152 fitted tokens are needed, 3/4 of 1536.
+    assert not refitted((24, 63), "auto")
+    assert refitted((24, 64), "auto")
+    assert not refitted((24, 64), "never")
 
 
 def test_a_refitted_output_has_to_help_on_held_out_tokens(monkeypatch):
     teacher = random_teacher(num_hidden_layers=1)
-    student, ids = plain_student(teacher), some_ids(teacher, (8, 64))
+    student, ids = plain_student(teacher), some_ids(teacher, (24, 64))
 
     def layer(setting):
         return calibrate(teacher, student, ids, Settings(refine_steps=0, refit_output=setting)).report.layers[0]

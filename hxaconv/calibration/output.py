@@ -12,8 +12,9 @@ from torch import Tensor
 from hxaconv.calibration.heads import DAMPING
 from hxaconv.calibration.pool import Pool
 
-TOKENS_PER_COLUMN = 8
-"""Below that many tokens per column, a fitted output matrix learns the tokens by heart."""
+TOKENS_PER_COLUMN = 24
+"""Below that many tokens per column, a fitted output matrix learns the tokens by heart: with 16, each layer's error
+on held-out tokens falls a little and the divergence of the whole rises."""
 RIDGES = (1e-3, 1e-2, 0.1, 1.0)
 MAX_RESTORE = 2.0
 

@@ -25,7 +25,7 @@ class Settings:
     refine_steps: int = 100
     """Gradient steps on the few parameters of each head, after the closed-form fit; 0 leaves them out."""
     refit_output: str = "auto"
-    """Whether `output.weight` is fitted as well: `auto` does so with at least 8 tokens per column, in layers where
+    """Whether `output.weight` is fitted as well: `auto` does so with at least 24 tokens per column, in layers where
     the tokens not fitted agree."""
     fold_rope: bool = False
     """Fit the layers that stay attention to losing RoPE: their q_proj and o_proj change."""
