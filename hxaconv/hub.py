@@ -16,29 +16,23 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hxaconv.checkpoint import Checkpoint, assemble, open_folder
 from hxaconv.containers import Contents, read_contents
 from hxaconv.containers.safetensors_reader import header_length, parse_header
 from hxaconv.errors import HxaconvError
 from hxaconv.files import SourceFile
+from hxaconv.hub_client import bars_off, explain, hub_utils, network_errors, retried, status_of
 from hxaconv.weight_files import Listing
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
     from hxaconv.console import Progress
-
-T = TypeVar("T")
 
 FIRST_REQUEST_BYTES = 128 * 1024
 """Enough for most headers: a second request is rarely needed."""
 TIMEOUT_SECONDS = 30
 DOWNLOAD_WORKERS = 4
-ATTEMPTS = 3
-"""Of a request whose connection breaks."""
-_LOGIN = "Log in with `hf auth login` (or set HF_TOKEN)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +92,12 @@ class Repository:
 
     def _range(self, file: SourceFile, start: int, count: int) -> bytes:
         with self._explained():
-            return _retried(lambda: self._range_once(file, start, count))
+            return retried(lambda: self._range_once(file, start, count))
 
     def _range_once(self, file: SourceFile, start: int, count: int) -> bytes:
         from huggingface_hub import hf_hub_url
 
-        utils = _hub_utils()
+        utils = hub_utils()
         url = hf_hub_url(self.name, file.name, revision=self.commit)
         wanted = {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
         headers, session = utils.build_hf_headers() | wanted, utils.get_session()
@@ -158,7 +152,7 @@ class Repository:
                 f"{self.label}/{name} is not in the Hub's cache, and HF_HUB_OFFLINE is set",
                 hint=f"Without HF_HUB_OFFLINE, run: hf download {self.name} --revision {self.commit}",
             )
-        with self._explained(), _bars_off():
+        with self._explained(), bars_off():
             self._complete_blob(name)
             return Path(hf_hub_download(self.name, name, revision=self.commit))
 
@@ -176,11 +170,11 @@ class Repository:
         blobs.mkdir(parents=True, exist_ok=True)
         locks.mkdir(parents=True, exist_ok=True)
         blob, partial = blobs / expected.sha256, blobs / f"{expected.sha256}.incomplete"
-        with _hub_utils().WeakFileLock(locks / f"{expected.sha256}.lock"):  # the one that hf_hub_download takes
+        with hub_utils().WeakFileLock(locks / f"{expected.sha256}.lock"):  # the one that hf_hub_download takes
             if not blob.exists():
                 partial.touch()
                 self._report(min(partial.stat().st_size, expected.size), name)
-                _retried(lambda: self._complete(partial, name, expected.size))
+                retried(lambda: self._complete(partial, name, expected.size))
                 self._check_digest(partial, name, expected.sha256)
                 os.replace(partial, blob)
 
@@ -199,7 +193,7 @@ class Repository:
                     hint="Free some space, or set HF_HOME to a folder on a larger disk.",
                 )
             counted: Any = _Counted(raw, lambda n: self._report(n, name))
-            headers = _hub_utils().build_hf_headers() | {"Accept-Encoding": "identity"}
+            headers = hub_utils().build_hf_headers() | {"Accept-Encoding": "identity"}
             url = hf_hub_url(self.name, name, revision=self.commit)
             http_get(url, counted, resume_size=done, headers=headers, expected_size=size)
 
@@ -225,7 +219,7 @@ class Repository:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except _network_errors() as error:
+        except network_errors() as error:
             raise explain(error, self.name, self.commit) from None
 
 
@@ -254,8 +248,8 @@ def open_hub(repo: str, revision: str | None, *, label: str, progress: Progress 
 
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
-    except _network_errors() as error:
-        if _status(error) in range(400, 500):
+    except network_errors() as error:
+        if status_of(error) in range(400, 500):
             raise explain(error, repo, revision) from None
         return _open_cached(repo, revision, label, explain(error, repo, revision))
     except ValueError as error:  # raised for ids that cannot exist
@@ -342,138 +336,3 @@ def _download(files: list[SourceFile], repository: Repository, progress: Progres
         repository.advance = None
         if progress is not None:
             progress.stop()
-
-
-@contextlib.contextmanager
-def _bars_off() -> Iterator[None]:
-    """No bars of huggingface_hub's own: ours is on the screen, or none is wanted."""
-    utils = _hub_utils()
-    if utils.are_progress_bars_disabled():
-        yield
-        return
-    utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        utils.enable_progress_bars()
-
-
-def _hub_utils() -> Any:
-    """huggingface_hub.utils, which exports its functions without saying so to type checkers."""
-    from huggingface_hub import utils
-
-    return utils
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises: OSError covers requests, the other base httpx (huggingface_hub >= 1.0)."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return (OSError, HfHubHTTPError.__bases__[0])
-
-
-def _retried(action: Callable[[], T]) -> T:
-    """The action's result; it is tried again where the connection broke."""
-    for _ in range(ATTEMPTS - 1):
-        try:
-            return action()
-        except _network_errors() as error:
-            if _status(error) is not None or getattr(error, "errno", None) is not None:
-                raise
-    return action()
-
-
-def _status(error: Exception) -> int | None:
-    """The status that the Hub answered with, None where it did not answer."""
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def explain(error: Exception, repo: str, revision: str | None) -> HxaconvError:
-    """One sentence and the next step; the texts of HTTP errors are left out, as they may quote headers."""
-    from huggingface_hub import errors
-
-    page = f"https://huggingface.co/{repo}"
-    status = _status(error)
-    if isinstance(error, errors.GatedRepoError):
-        return HxaconvError(
-            f"{repo} is gated: its authors let in who accepts their conditions",
-            hint=f"Accept them at {page}, then log in: `hf auth login` (or set HF_TOKEN).",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return HxaconvError(
-            f"{repo}: no such path here, and no such model on the Hub, or a private one without access",
-            hint=f"Check the spelling. {_LOGIN} if it is private.",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return HxaconvError(
-            f"{repo} has no revision {revision!r}", hint=f"Branches, tags and commits are listed at {page}/tree/main."
-        )
-    if isinstance(error, errors.EntryNotFoundError) and status == 404:
-        return HxaconvError(f"{repo}: a file that the model lists is not there", hint=f"See {page}/tree/main.")
-    if status in (401, 403):
-        return HxaconvError(
-            f"The Hub refuses access to {repo} (status {status})",
-            hint=f"{_LOGIN}; the token needs the permission for this repository.",
-        )
-    if status is not None:
-        return HxaconvError(f"The Hub answers {status} for {repo}", hint="Try again in a few minutes.")
-    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
-        return HxaconvError(
-            f"{repo} is not in the Hub's cache, and the Hub is not used (HF_HUB_OFFLINE)",
-            hint=f"Unset HF_HUB_OFFLINE, or download it where there is network: hf download {repo}",
-        )
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-        return HxaconvError(f"{error.filename or repo}: {error.strerror}")
-    return HxaconvError(
-        f"{repo}: no such path here, and the Hub cannot be reached ({type(error).__name__})",
-        hint="Check the network (HTTPS_PROXY, HF_ENDPOINT); finished parts of a download are kept.",
-    )
-
-
-def push_folder(
-    path: Path,
-    repo_id: str,
-    *,
-    private: bool = True,
-    revision: str | None = None,
-    message: str | None = None,
-    quiet: bool = False,
-) -> str:
-    """Upload a finished folder, or a `.pth` with its sidecar, creating the repository where there is none.
-
-    Returns its address. An interrupted upload is continued by the same call: what has arrived is not
-    sent again.
-
-    Raises:
-        HxaconvError: when there is nothing finished at `path`, or the Hub refuses.
-    """
-    from huggingface_hub import HfApi
-
-    if ".partial-" in path.name or not (path.is_file() or (path / "config.json").is_file()):
-        raise HxaconvError(
-            f"{path} is no finished model: expected a folder with config.json, or a .pth",
-            hint="Complete it first: hxaconv finish.",
-        )
-    api = HfApi()
-    try:
-        with _bars_off() if quiet else contextlib.nullcontext():
-            _upload(api, path, repo_id, private, revision, message or f"Upload {path.name}")
-    except _network_errors() as error:
-        raise explain(error, repo_id, revision) from None
-    except ValueError as error:
-        raise HxaconvError(f"{repo_id!r} cannot be uploaded to: {str(error).splitlines()[0]}") from None
-    return f"{api.endpoint}/{repo_id}"
-
-
-def _upload(api: HfApi, path: Path, repo_id: str, private: bool, revision: str | None, message: str) -> None:
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo_id,
-        folder_path=path if path.is_dir() else path.parent,
-        revision=revision,
-        commit_message=message,
-        allow_patterns=None if path.is_dir() else [path.name, path.with_suffix(".json").name],
-        ignore_patterns=[".*", "*.partial-*", "__pycache__/*"],
-    )

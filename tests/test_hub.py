@@ -16,7 +16,7 @@ import torch
 from hub_server import TOKEN, HubServer
 
 from hxaconv.errors import HxaconvError
-from hxaconv.hub import push_folder
+from hxaconv.hub_push import push_folder
 
 ROOT = Path(__file__).parents[1]
 TEACHER = Path(__file__).parent / "golden" / "reka_tiny" / "teacher"
@@ -27,7 +27,8 @@ import sys
 from pathlib import Path
 from hxaconv.checkpoint import open_checkpoint
 from hxaconv.errors import HxaconvError
-from hxaconv.hub import download_weights, push_folder
+from hxaconv.hub import download_weights
+from hxaconv.hub_push import push_folder
 from hxaconv.plan import Scratch
 def digest(checkpoint):
     import hashlib

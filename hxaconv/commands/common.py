@@ -155,7 +155,7 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
     notes += _what_remains(job.target, written)
     pushed = None
     if write.push_to and written.published:
-        from hxaconv.hub import push_folder
+        from hxaconv.hub_push import push_folder
 
         kept = f"{written.path} is complete; `hf upload {write.push_to} {written.path}` sends it as well."
         with interruptible(lambda: kept):
