@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 
 from hxaconv.containers.contents import Contents, broken
+from hxaconv.containers.pickle_machine import MAX_PICKLE_BYTES, Pickled, Storage, Truncated
 from hxaconv.containers.state_dict import find_state_dict, recipes
-from hxaconv.containers.unpickler import MAX_PICKLE_BYTES, Pickled, Storage, Truncated, parse
+from hxaconv.containers.unpickler import parse
 from hxaconv.dtypes import BY_NAME
 from hxaconv.errors import HxaconvError
 from hxaconv.files import SourceFile

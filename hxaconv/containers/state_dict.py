@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hxaconv.containers.contents import check_names, show
+from hxaconv.containers.pickle_machine import Storage, Tensor
 from hxaconv.containers.strided import Strided, is_contiguous, overlaps_itself, span
-from hxaconv.containers.unpickler import Storage, Tensor
 from hxaconv.dtypes import BY_NAME
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.files import SourceFile

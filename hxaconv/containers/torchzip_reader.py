@@ -12,8 +12,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from hxaconv.containers.contents import Contents, broken, show
+from hxaconv.containers.pickle_machine import MAX_PICKLE_BYTES, Storage
 from hxaconv.containers.state_dict import find_state_dict, recipes
-from hxaconv.containers.unpickler import MAX_PICKLE_BYTES, Storage, parse
+from hxaconv.containers.unpickler import parse
 from hxaconv.dtypes import BY_NAME
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.files import SourceFile

@@ -1,7 +1,6 @@
-"""A pickle interpreter that can build a state dict and nothing else.
+"""A pickle interpreter that can build a state dict and nothing else: the opcodes that one needs, each a small step.
 
-It imports nothing and calls nothing that a pickle names: the few globals of a state dict are plain
-markers here, so there is no way from a file to code. Time and memory are bounded by the budget.
+Nothing is executed (see `pickle_machine`); an opcode that torch.save does not write is refused.
 """
 
 from __future__ import annotations
@@ -9,81 +8,16 @@ from __future__ import annotations
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from enum import Enum, auto
 from typing import Any
 
-from hxaconv.containers.contents import broken, show
-from hxaconv.dtypes import BY_STORAGE_CLASS
-from hxaconv.errors import HxaconvError
-
-MAX_PICKLE_BYTES = 64 * 1024 * 1024
-MAX_OPCODES = 1_000_000
-"""A tensor takes about 25 opcodes and an opcode at most about 100 bytes of memory."""
-MAX_DIMS = 16
-_MAX_TEXT_BYTES = 16 * 1024 * 1024
-_MAX_LONG_BYTES = 16
-_MAX_SIZE = 2**62
-
-
-class Truncated(HxaconvError):
-    """The data ended before the pickle did."""
-
-
-class Callee(Enum):
-    """The callables that a state dict needs; none is ever called."""
-
-    ORDERED_DICT = auto()
-    TENSOR = auto()
-    PARAMETER = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class StorageClass:
-    """A typed storage such as `torch.BFloat16Storage`, by the dtype of its elements."""
-
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """A run of elements somewhere else in the file: a zip record or a part of a legacy file."""
-
-    dtype: str
-    key: str
-    numel: int
-    view: tuple[str, int, int] | None = None
-    """Of legacy files: the view's own key, its first element and its number of elements."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A view of a storage; offset and strides count elements."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    parameter: bool = False
-
-
-_CALLEES = {
-    ("collections", "OrderedDict"): Callee.ORDERED_DICT,
-    ("torch._utils", "_rebuild_tensor_v2"): Callee.TENSOR,
-    ("torch._utils", "_rebuild_parameter"): Callee.PARAMETER,
-}
-_KEY_TYPES = frozenset({str, int, float, bool, bytes, type(None)})
-
-
-@dataclass(frozen=True, slots=True)
-class Pickled:
-    """What one pickle holds."""
-
-    value: Any
-    end: int
-    """Position behind the pickle."""
-    storages: dict[str, Storage]
-    """Every storage that is referred to, by key, as it was first seen."""
+from hxaconv.containers.pickle_machine import (
+    MAX_LONG_BYTES,
+    MAX_TEXT_BYTES,
+    Callee,
+    Machine,
+    Pickled,
+    StorageClass,
+)
 
 
 def parse(data: bytes, where: str, start: int = 0) -> Pickled:
@@ -93,207 +27,37 @@ def parse(data: bytes, where: str, start: int = 0) -> Pickled:
         Truncated: when the data ends first.
         HxaconvError: for a global that a state dict does not need, a malformed or an oversized pickle.
     """
-    machine = _Machine(data, where, start)
+    machine = Machine(data, where, start)
     try:
-        return Pickled(machine.run(), machine.position, machine.storages)
+        return Pickled(machine.run(_OPERATIONS), machine.position, machine.storages)
     except IndexError:
         raise machine.fail("takes from an empty stack") from None
 
 
-class _Machine:
-    """Stack, marks and memo of one pickle."""
-
-    def __init__(self, data: bytes, where: str, start: int) -> None:
-        self.data, self.where, self.position = data, where, start
-        self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-        self.storages: dict[str, Storage] = {}
-        self.budget = MAX_OPCODES
-
-    def fail(self, what: str) -> HxaconvError:
-        return broken(self.where, f"its pickle {what} (at byte {self.position})")
-
-    def charge(self, count: int) -> None:
-        self.budget -= count
-        if self.budget < 0:
-            raise HxaconvError(
-                f"{self.where}: its pickle takes more than {MAX_OPCODES} steps, which no state dict needs"
-            )
-
-    def run(self) -> Any:
-        data, operations = self.data, _OPERATIONS
-        while True:
-            self.budget -= 1
-            if self.budget < 0:
-                self.charge(0)
-            if self.position >= len(data):
-                raise self.truncated()
-            opcode = data[self.position]
-            self.position += 1
-            if opcode == 0x2E:  # STOP
-                if self.marked or len(self.stack) != 1:
-                    raise self.fail("leaves more or less than one value")
-                return self.stack[0]
-            operation = operations.get(opcode)
-            if operation is None:
-                raise self.fail(f"uses opcode 0x{opcode:02x}, which torch.save does not write")
-            operation(self)
-
-    def truncated(self) -> Truncated:
-        return Truncated(
-            f"{self.where} ends inside a pickle, at byte {len(self.data)}",
-            hint="The file is damaged or truncated; download or copy it again.",
-        )
-
-    def take(self, count: int) -> bytes:
-        start, self.position = self.position, self.position + count
-        if self.position > len(self.data):
-            raise self.truncated()
-        return self.data[start : self.position]
-
-    def number(self, width: int, signed: bool = False) -> int:
-        return int.from_bytes(self.take(width), "little", signed=signed)
-
-    def line(self) -> bytes:
-        end = self.data.find(b"\n", self.position, self.position + 1024)
-        if end < 0:
-            if self.position + 1024 > len(self.data):
-                raise self.truncated()
-            raise self.fail("holds a line of more than 1024 bytes")
-        start, self.position = self.position, end + 1
-        return self.data[start:end]
-
-    def text(self, width: int) -> str:
-        count = self.number(width)
-        if count > _MAX_TEXT_BYTES:
-            raise self.fail(f"holds a text of {count} bytes")
-        return self.decode(self.take(count))
-
-    def decode(self, raw: bytes) -> str:
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            raise self.fail("holds text that is not UTF-8") from None
-
-    def items_above_mark(self) -> list[Any]:
-        items = self.stack
-        self.stack = self.marked.pop()
-        return items
-
-    def top(self, kind: type) -> Any:
-        if not isinstance(self.stack[-1], kind):
-            raise self.fail(f"adds items to a {type(self.stack[-1]).__name__}")
-        return self.stack[-1]
-
-    def store_items(self, target: dict[Any, Any], flat: list[Any]) -> None:
-        if len(flat) % 2:
-            raise self.fail("has a key without a value")
-        keys = flat[::2]
-        # Other keys could be hashed only by recursion, which has no bound here.
-        if not all(type(key) in _KEY_TYPES for key in keys):
-            raise self.fail("has dictionary keys that are neither text nor numbers")
-        target.update(zip(keys, flat[1::2], strict=True))
-
-    def find_global(self, module: str, name: str) -> Callee | StorageClass:
-        if module == "torch" and name in BY_STORAGE_CLASS:
-            return StorageClass(BY_STORAGE_CLASS[name].name)
-        if (module, name) in _CALLEES:
-            return _CALLEES[module, name]
-        raise HxaconvError(
-            f"{self.where}: its pickle asks for {show(f'{module}.{name}')}, which a state dict does not need;"
-            " nothing of it was executed",
-            hint="If you trust its origin, load it with torch.load(..., weights_only=True) and save the plain"
-            " state dict (name -> dense tensor) again.",
-        )
-
-    def call(self, callee: Any, arguments: Any) -> Any:
-        if not isinstance(arguments, tuple):
-            raise self.fail("calls with arguments that are no tuple")
-        if callee is Callee.TENSOR:
-            return self.tensor(arguments)
-        if callee is Callee.PARAMETER:
-            if len(arguments) != 3 or not isinstance(arguments[0], Tensor):
-                raise self.fail("builds a parameter from something else than a tensor")
-            return replace(arguments[0], parameter=True)
-        if callee is Callee.ORDERED_DICT and len(arguments) <= 1:
-            return self.ordered_dict(arguments[0] if arguments else [])
-        raise self.fail(f"calls a {type(callee).__name__}")
-
-    def ordered_dict(self, pairs: Any) -> OrderedDict[Any, Any]:
-        # Python 2 hands the items over as one list of two-item lists.
-        if not isinstance(pairs, list):
-            raise self.fail("builds a dictionary from something else than a list")
-        self.charge(len(pairs))  # the list may be shared: what it costs is not bounded by the pickle's length
-        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-            raise self.fail("builds a dictionary from something else than pairs")
-        made: OrderedDict[Any, Any] = OrderedDict()
-        self.store_items(made, [item for pair in pairs for item in pair])
-        return made
-
-    def tensor(self, arguments: tuple[Any, ...]) -> Tensor:
-        if len(arguments) not in (6, 7) or not isinstance(arguments[0], Storage):
-            raise self.fail("builds a tensor from something else than a storage")
-        storage, offset, shape, strides = arguments[:4]
-        if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= MAX_DIMS):
-            raise self.fail("builds a tensor whose shape and strides do not fit together")
-        if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in (offset, *shape, *strides)):
-            raise self.fail("builds a tensor with a size, stride or offset that is no whole number from 0 to 2**62")
-        if len(arguments) == 7 and arguments[6]:
-            raise self.fail("marks a tensor as conjugated or negated, which is not supported")
-        return Tensor(storage, offset, shape, strides)
-
-    def storage(self, ident: Any) -> Storage:
-        if not isinstance(ident, tuple) or not ident or ident[0] not in ("storage", "module"):
-            raise self.fail("refers to something else than a storage")
-        if ident[0] == "module":
-            raise HxaconvError(
-                f"{self.where} holds a whole module with its code, not a state dict",
-                hint="Save module.state_dict() instead, where you trust the module's code.",
-            )
-        if len(ident) not in (5, 6):
-            raise self.fail("refers to a storage of unknown form")
-        kind, key, _device, numel, view = (*ident[1:], None)[:5]
-        if not (isinstance(kind, StorageClass) and isinstance(key, str)):
-            raise self.fail("refers to a storage of unknown form")
-        if not (type(numel) is int and 0 <= numel < _MAX_SIZE):
-            raise self.fail("refers to a storage with an impossible number of elements")
-        if view is not None and not (
-            isinstance(view, tuple)
-            and len(view) == 3
-            and isinstance(view[0], str)
-            and all(type(n) is int and 0 <= n < _MAX_SIZE for n in view[1:])
-        ):
-            raise self.fail("refers to a storage view of unknown form")
-        made = Storage(kind.dtype, key, numel, view)
-        self.storages.setdefault(key, made)
-        return made
-
-
-def _push(value: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
-    def operation(machine: _Machine) -> None:
+def _push(value: Callable[[Machine], Any]) -> Callable[[Machine], None]:
+    def operation(machine: Machine) -> None:
         made = value(machine)  # first: it may exchange the stack
         machine.stack.append(made)
 
     return operation
 
 
-def _skip(width: int) -> Callable[[_Machine], None]:
-    def operation(machine: _Machine) -> None:
+def _skip(width: int) -> Callable[[Machine], None]:
+    def operation(machine: Machine) -> None:
         machine.take(width)
 
     return operation
 
 
-def _put(index: Callable[[_Machine], int]) -> Callable[[_Machine], None]:
-    def operation(machine: _Machine) -> None:
+def _put(index: Callable[[Machine], int]) -> Callable[[Machine], None]:
+    def operation(machine: Machine) -> None:
         machine.memo[index(machine)] = machine.stack[-1]
 
     return operation
 
 
-def _get(width: int) -> Callable[[_Machine], None]:
-    def operation(machine: _Machine) -> None:
+def _get(width: int) -> Callable[[Machine], None]:
+    def operation(machine: Machine) -> None:
         index = machine.number(width)
         if index not in machine.memo:
             raise machine.fail(f"recalls value {index}, which it never stored")
@@ -302,8 +66,8 @@ def _get(width: int) -> Callable[[_Machine], None]:
     return operation
 
 
-def _tuple_of(count: int) -> Callable[[_Machine], None]:
-    def operation(machine: _Machine) -> None:
+def _tuple_of(count: int) -> Callable[[Machine], None]:
+    def operation(machine: Machine) -> None:
         if len(machine.stack) < count:
             raise IndexError
         machine.stack[-count:] = [tuple(machine.stack[-count:])]
@@ -311,17 +75,17 @@ def _tuple_of(count: int) -> Callable[[_Machine], None]:
     return operation
 
 
-def _long(width: int) -> Callable[[_Machine], None]:
-    def operation(machine: _Machine) -> None:
+def _long(width: int) -> Callable[[Machine], None]:
+    def operation(machine: Machine) -> None:
         count = machine.number(width)
-        if count > _MAX_LONG_BYTES:
+        if count > MAX_LONG_BYTES:
             raise machine.fail(f"holds a number of {count} bytes")
         machine.stack.append(machine.number(count, signed=True))
 
     return operation
 
 
-def _decimal(machine: _Machine) -> int | bool:
+def _decimal(machine: Machine) -> int | bool:
     line = machine.line()
     if line in (b"00", b"01"):  # how protocol 1 writes booleans
         return line == b"01"
@@ -331,76 +95,76 @@ def _decimal(machine: _Machine) -> int | bool:
     return int(digits)
 
 
-def _mark(machine: _Machine) -> None:
+def _mark(machine: Machine) -> None:
     machine.marked.append(machine.stack)
     machine.stack = []
 
 
-def _raw_bytes(width: int) -> Callable[[_Machine], bytes]:
-    def value(machine: _Machine) -> bytes:
+def _raw_bytes(width: int) -> Callable[[Machine], bytes]:
+    def value(machine: Machine) -> bytes:
         count = machine.number(width)
-        if count > _MAX_TEXT_BYTES:
+        if count > MAX_TEXT_BYTES:
             raise machine.fail(f"holds {count} bytes of text")
         return machine.take(count)
 
     return value
 
 
-def _protocol(machine: _Machine) -> None:
+def _protocol(machine: Machine) -> None:
     version = machine.number(1)
     if version > 5:
         raise machine.fail(f"is of protocol {version}, expected at most 5")
 
 
-def _setitem(machine: _Machine) -> None:
+def _setitem(machine: Machine) -> None:
     value, key = machine.stack.pop(), machine.stack.pop()
     machine.store_items(machine.top(dict), [key, value])
 
 
-def _setitems(machine: _Machine) -> None:
+def _setitems(machine: Machine) -> None:
     items = machine.items_above_mark()
     machine.store_items(machine.top(dict), items)
 
 
-def _append(machine: _Machine) -> None:
+def _append(machine: Machine) -> None:
     value = machine.stack.pop()
     machine.top(list).append(value)
 
 
-def _appends(machine: _Machine) -> None:
+def _appends(machine: Machine) -> None:
     items = machine.items_above_mark()
     machine.top(list).extend(items)
 
 
-def _dict(machine: _Machine) -> None:
+def _dict(machine: Machine) -> None:
     made: dict[Any, Any] = {}
     machine.store_items(made, machine.items_above_mark())
     machine.stack.append(made)
 
 
-def _reduce(machine: _Machine) -> None:
+def _reduce(machine: Machine) -> None:
     arguments, callee = machine.stack.pop(), machine.stack.pop()
     machine.stack.append(machine.call(callee, arguments))
 
 
-def _build(machine: _Machine) -> None:
+def _build(machine: Machine) -> None:
     machine.stack.pop()  # `_metadata` of a module's state dict: versions of modules, of no use here
     machine.top(OrderedDict)
 
 
-def _global(machine: _Machine) -> Callee | StorageClass:
+def _global(machine: Machine) -> Callee | StorageClass:
     module = machine.decode(machine.line())
     return machine.find_global(module, machine.decode(machine.line()))
 
 
-def _stack_global(machine: _Machine) -> None:
+def _stack_global(machine: Machine) -> None:
     name, module = machine.stack.pop(), machine.stack.pop()
     if not (isinstance(name, str) and isinstance(module, str)):
         raise machine.fail("names a global by something else than text")
     machine.stack.append(machine.find_global(module, name))
 
 
-_OPERATIONS: dict[int, Callable[[_Machine], None]] = {
+_OPERATIONS: dict[int, Callable[[Machine], None]] = {
     0x80: _protocol,
     0x95: _skip(8),  # FRAME
     ord("("): _mark,
