@@ -511,6 +511,21 @@ def test_decays_and_their_biases_are_inverse():
         assert float(heads.decay_of(torch.tensor(heads.decay_bias_of(decay)))) == pytest.approx(decay, abs=1e-6)
 
 
+def test_an_interruption_ends_what_other_threads_are_at():
+    deadline = time.monotonic() + 60
+
+    def work(item):
+        if item == "interrupted":
+            raise KeyboardInterrupt
+        while time.monotonic() < deadline:
+            pool.check()
+            time.sleep(0.001)
+
+    with pytest.raises(KeyboardInterrupt), Pool(2, "cpu") as pool:
+        pool.map(work, ["interrupted", "long"])
+    assert time.monotonic() < deadline
+
+
 def test_a_planted_gate_is_found():
     generator = torch.Generator().manual_seed(0)
     y, weight = torch.randn(300, 24, generator=generator), torch.randn(20, 24, generator=generator)

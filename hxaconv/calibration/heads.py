@@ -244,8 +244,11 @@ def fit_bonus(group: Group, p: Parameters) -> Parameters:
     return replace(p, gain=fit_gain(group, with_bonus(group, p)))
 
 
-def refine(group: Group, begin: Parameters, steps: int) -> Parameters:
-    """Adam on all parameters of the group, on its own error alone; the start where that came out no better."""
+def refine(group: Group, begin: Parameters, steps: int, check: Callable[[], None]) -> Parameters:
+    """Adam on all parameters of the group, on its own error alone; the start where that came out no better.
+
+    `check` is called before each step, and raises where the work is to end.
+    """
     scale = error(group, torch.zeros_like(group.target), group.fitted).sum()
     if not bool(scale > 0) or steps == 0:
         return begin
@@ -262,6 +265,7 @@ def refine(group: Group, begin: Parameters, steps: int) -> Parameters:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, STEP_SIZE * LAST_STEP_SIZE)
     with torch.enable_grad():
         for _ in range(steps):
+            check()
             p = current()
             loss = error(group, p.gain * with_bonus(group, p), group.fitted).sum() / scale
             loss = loss + penalty * (p.mix_q.square().sum() + p.mix_k.square().sum())

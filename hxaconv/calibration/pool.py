@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -24,6 +24,7 @@ class Pool:
 
     def __init__(self, workers: int, device: str) -> None:
         self._executor = ThreadPoolExecutor(workers) if workers > 1 and device == "cpu" else None
+        self._ended = False
 
     def __enter__(self) -> Pool:
         self._threads = torch.get_num_threads()
@@ -31,9 +32,15 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended = True
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
         torch.set_num_threads(self._threads)
+
+    def check(self) -> None:
+        """For long work on a thread: end it where nobody waits for it any more, after Ctrl-C or an error."""
+        if self._ended:
+            raise CancelledError
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """The results in the items' order."""

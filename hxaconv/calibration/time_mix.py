@@ -187,7 +187,8 @@ class _Fitting:
         store("g2", output.gate_weights(weights["g2"], gain, self.dtypes["g2"]))
 
     def _fit_group(self, group: heads.Group) -> heads.Parameters:
-        return heads.refine(group, heads.fit_bonus(group, heads.fit_grid(group)), self.settings.refine_steps)
+        begin = heads.fit_bonus(group, heads.fit_grid(group))
+        return heads.refine(group, begin, self.settings.refine_steps, self.pool.check)
 
     def _groups(self, weights: dict[str, Tensor]) -> list[heads.Group]:
         """The inputs of every group of heads that share a key, from these weights."""
