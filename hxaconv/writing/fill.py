@@ -10,20 +10,20 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from hxaconv.containers.layout import FileLayout, Fill, Segment
+from hxaconv.containers.layout import FileLayout, Fill
 from hxaconv.errors import HxaconvError
-from hxaconv.files import SourceFile, read_into, write_from
+from hxaconv.files import read_into, write_from
 from hxaconv.plan import Scratch
 from hxaconv.writing import diskio
 from hxaconv.writing.behind import WriteBehind
 from hxaconv.writing.checksums import Checks, Finished
+from hxaconv.writing.output_file import OutputFile, open_output
 
 if TYPE_CHECKING:
     from hxaconv.console import Progress
@@ -90,10 +90,10 @@ class _Filling:
         self.total = sum(layout.size for layout, _ in files)
         self._recorder = recorder
         self._progress = progress
-        self._files = [_File(layout, path, self.total) for layout, path in files]
+        self._files = [OutputFile(layout, path, self.total) for layout, path in files]
         self._jobs = iter([(file, fill) for file in self._files for fill in file.layout.fills])
         self._lock = threading.Lock()
-        self._results: queue.SimpleQueue[tuple[_File, Finished] | BaseException | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[OutputFile, Finished] | BaseException | None] = queue.SimpleQueue()
 
     def run(self, stop_requested: Callable[[], bool]) -> bool:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.settings.workers)]
@@ -158,7 +158,7 @@ class _Filling:
                 self._recorder.tensors_done(file.layout, file.unsynced)
                 file.unsynced = []
 
-    def _complete(self, file: _File) -> None:
+    def _complete(self, file: OutputFile) -> None:
         file.seal()
         self._record()
         self._recorder.file_done(file.layout)
@@ -183,7 +183,7 @@ class _Filling:
         finally:
             self._results.put(None)
 
-    def _next_job(self) -> tuple[_File, Fill] | None:
+    def _next_job(self) -> tuple[OutputFile, Fill] | None:
         with self._lock:
             return None if self.stop.is_set() else next(self._jobs, None)
 
@@ -194,125 +194,17 @@ class _Filling:
                 self._progress.advance(count, what)
 
 
-class _File:
-    """One output file while it is being filled."""
-
-    def __init__(self, layout: FileLayout, path: Path, total: int) -> None:
-        self.layout = layout
-        self.path = path
-        self.waiting = {fill.name for fill in layout.fills}
-        self.unsynced: list[Finished] = []
-        self.failed = False
-        """Whether a sync has failed: a later one that succeeds says nothing about these bytes."""
-        self._bytes = {fill.name: fill.recipe.nbytes for fill in layout.fills}
-        self._crcs: dict[str, int] = {}
-        self._total = total
-        self._lock = threading.Lock()
-        self._fd: int | None = None
-
-    def open(self) -> int:
-        """The descriptor through which the file is created, sealed and synced."""
-        with self._lock:
-            if self._fd is None:
-                self._fd = self._create()
-            return self._fd
-
-    def _create(self) -> int:
-        if self.layout.mirror is not None:
-            with self.errors("linking or copying"):
-                mirror_file(self.layout.mirror, self.path)
-                return open_output(self.path, write=False)
-        existed = self.path.exists()
-        with self.errors(f"reserving {self.layout.size} bytes"):
-            fd = open_output(self.path)
-            try:
-                diskio.reserve(fd, self.layout.size)
-            except OSError:
-                os.close(fd)
-                if not existed:
-                    # A failed reservation keeps all the free space it found.
-                    self.path.unlink()
-                raise
-        self.write_segments(fd, self.layout.segments)
-        return fd
-
-    def write_segments(self, fd: int, segments: Iterable[Segment]) -> None:
-        for offset, data in segments:
-            with self.errors(f"writing {len(data)} bytes at {offset}"):
-                write_from(fd, memoryview(data), offset)
-
-    @property
-    def unsynced_bytes(self) -> int:
-        return sum(self._bytes[finished.name] for finished in self.unsynced)
-
-    def finished(self, finished: Finished) -> None:
-        """Take note of a tensor."""
-        self.waiting.discard(finished.name)
-        self.unsynced.append(finished)
-        if finished.crc32 is not None:
-            self._crcs[finished.name] = finished.crc32
-
-    def seal(self) -> None:
-        """Write what depends on the tensors' checksums."""
-        if self.layout.seal is not None:
-            self.write_segments(self.open(), self.layout.seal(self._crcs))
-
-    def sync(self) -> None:
-        """Wait until everything written so far is on disk."""
-        fd = self.open()
-        self.failed = True
-        with self.errors("syncing"):
-            diskio.sync_file(fd)
-        self.failed = False
-
-    def close(self) -> None:
-        with self._lock:
-            if self._fd is not None:
-                os.close(self._fd)
-                self._fd = None
-
-    @contextlib.contextmanager
-    def errors(self, doing: str) -> Iterator[None]:
-        """Turn the system's errors into ours."""
-        try:
-            yield
-        except OSError as error:
-            raise diskio.output_error(error, self.path, doing, self._total) from error
-
-
-def open_output(path: Path, *, write: bool = True) -> int:
-    """A descriptor that writes into `path`, keeping what is in it; a mirror of a source is only read."""
-    flags = os.O_RDWR | os.O_CREAT if write else os.O_RDONLY
-    return os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
-
-
-def mirror_file(source: SourceFile, path: Path) -> None:
-    """Make `path` the same file as the source, or, where there are no links, a complete copy of it."""
-    source.open()
-    assert source.path is not None
-    if path.exists():
-        return
-    try:
-        os.link(source.path, path)
-    except OSError:
-        copy = path.with_name(f"{path.name}.copying")
-        shutil.copyfile(source.path, copy)
-        with open(copy, "rb+") as file:
-            diskio.sync_file(file.fileno())
-        os.replace(copy, path)
-
-
 class _Worker:
     """One thread's buffers, and its view of the file it writes into."""
 
     def __init__(self, filling: _Filling) -> None:
         self._filling = filling
         self._scratch = Scratch()
-        self._file: _File | None = None
+        self._file: OutputFile | None = None
         self._fd = -1
         self._behind = WriteBehind(keep_cache=filling.settings.keep_cache)
 
-    def tensor(self, file: _File, fill: Fill) -> Finished | None:
+    def tensor(self, file: OutputFile, fill: Fill) -> Finished | None:
         """Make one tensor, or find it there already; None if it was stopped on the way."""
         self._enter(file)
         earlier = self._filling.recorded.get(fill.name)
@@ -325,7 +217,7 @@ class _Worker:
             return checks.finished(fill.name) if checks else None
         return self._write(file, fill)
 
-    def _enter(self, file: _File) -> None:
+    def _enter(self, file: OutputFile) -> None:
         # A descriptor of its own: the calling thread closes its own one as soon as the file is complete.
         if file is not self._file:
             self.leave()
@@ -341,7 +233,7 @@ class _Worker:
             os.close(self._fd)
             self._file = None
 
-    def _write(self, file: _File, fill: Fill) -> Finished | None:
+    def _write(self, file: OutputFile, fill: Fill) -> Finished | None:
         settings = self._filling.settings
         checks = Checks(fill.recipe.dtype, crc32=settings.crc32, sha256=settings.sha256)
         position, told = fill.offset, fill.offset

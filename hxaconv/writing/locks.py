@@ -12,9 +12,12 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hxaconv.errors import HxaconvError
 
 if sys.platform != "win32":
     import fcntl
@@ -79,6 +82,31 @@ def _try(fd: int, path: Path, doing: str, shared: bool) -> Lock | dict[str, Any]
             if locked is None:
                 raise
     return Lock(path, fd, shared)
+
+
+@contextlib.contextmanager
+def held(path: Path, part: tuple[int, int] | None, *, shared: bool = False) -> Iterator[None]:
+    """Hold a lock for a whole run, or for part (i, n) of one, counted from 0.
+
+    Raises:
+        HxaconvError: naming who holds it.
+    """
+    doing = "a whole run" if part is None else f"part {part[0] + 1} of {part[1]}"
+    try:
+        lock = acquire(path, doing, shared=shared)
+    except OSError as error:
+        raise HxaconvError(
+            f"{path}: locking failed: {error.strerror or error}", hint="Choose a folder that files can be made in."
+        ) from error
+    if not isinstance(lock, Lock):
+        raise HxaconvError(
+            f"{path.parent}: {describe_holder(lock)} is writing the same target",
+            hint="Wait until it has finished, or stop it first; --resume takes over what it has done.",
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def describe_holder(holder: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ def write(
                 return _published(output, settings, files, done, None)
             preflight.check(output, files, staging, overwrite=settings.overwrite)
             _begin(settings, staging, files, record)
-            with _held(lock_path(staging.path, settings.part), settings.part):
+            with locks.held(lock_path(staging.path, settings.part), settings.part):
                 return run.write(verify, prepare)
         except KeyboardInterrupt as interruption:
             number = getattr(interruption, "number", signal.SIGINT)
@@ -166,28 +166,8 @@ def _published(
 @contextmanager
 def _target_locked(target: Path, part: tuple[int, int] | None) -> Iterator[None]:
     """One run at a time on a target; parts of one share it."""
-    with _held(target.with_name(f".{target.name}.hxaconv-lock"), part, shared=part is not None):
+    with locks.held(target.with_name(f".{target.name}.hxaconv-lock"), part, shared=part is not None):
         yield
-
-
-@contextmanager
-def _held(path: Path, part: tuple[int, int] | None, *, shared: bool = False) -> Iterator[None]:
-    doing = "a whole run" if part is None else f"part {part[0] + 1} of {part[1]}"
-    try:
-        lock = locks.acquire(path, doing, shared=shared)
-    except OSError as error:
-        raise HxaconvError(
-            f"{path}: locking failed: {error.strerror or error}", hint="Choose a folder that files can be made in."
-        ) from error
-    if not isinstance(lock, locks.Lock):
-        raise HxaconvError(
-            f"{path.parent}: {locks.describe_holder(lock)} is writing the same target",
-            hint="Wait until it has finished, or stop it first; --resume takes over what it has done.",
-        )
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _begin(settings: WriteSettings, staging: Staging, files: Sequence[FileLayout], record: dict[str, Any]) -> None:
