@@ -200,6 +200,27 @@ def test_parts_at_once_take_over_from_one_that_is_killed_and_give_the_bytes_of_o
 
 
 @pytest.mark.slow
+def test_finish_publishes_calibrated_parts_without_calibrating_again(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def computed(*_: object, **__: object) -> None:
+        raise AssertionError("a layer was fitted")
+
+    words = ["init-from-teacher", TINY_TEACHER, tmp_path / "student", *QUICK, *PARTS, "--part"]
+    assert cli(*words, "1/2") == 0
+    monkeypatch.setattr("hxaconv.calibration.streaming.fit_layer", computed)
+    with monkeypatch.context() as patch:
+        patch.setattr("hxaconv.writing.writer.publish", die)
+        assert cli(*words, "2/2") == 130
+    assert cli("finish", tmp_path / "student", "--quiet", "--no-verify") == 0
+    assert files(tmp_path / "student") == files(whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.slow
 def test_parts_with_a_teacher_from_the_hub_share_layers_whatever_they_have_downloaded(
     golden: Path, tmp_path: Path
 ) -> None:
