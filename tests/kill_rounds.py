@@ -314,7 +314,7 @@ in these bytes in every round, with nothing left beside the target. Anything els
 
 CI kills {ci} times per run (`HXACONV_KILL_ROUNDS`).
 """
-CI_ROUNDS = int(os.environ.get("HXACONV_KILL_ROUNDS", "6"))
+CI_ROUNDS = int(os.environ.get("HXACONV_KILL_ROUNDS", "4"))
 
 
 def main() -> None:
