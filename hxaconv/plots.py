@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.writing.diskio import write_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,8 +50,10 @@ def save_figure(figure: Figure, path: Path) -> None:
     """
     import matplotlib
 
+    drawn = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "hxaconv"}):
         try:
-            figure.savefig(path, dpi=150, metadata=_NO_DATE.get(path.suffix))
-        except (OSError, ValueError) as error:
-            raise HxaconvError(f"{path}: the plot cannot be written: {error}") from None
+            figure.savefig(drawn, format=path.suffix[1:], dpi=150, metadata=_NO_DATE.get(path.suffix))
+        except ValueError as error:
+            raise HxaconvError(f"{path}: the plot cannot be drawn: {error}") from None
+    write_result(path, drawn.getvalue())

@@ -151,6 +151,24 @@ def test_small_files_that_do_not_fit_are_named(tmp_path, monkeypatch, small_batc
     assert tree(out.target) == reference(tmp_path, "out")
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_map_or_plot_is_whole_or_as_before(tmp_path, monkeypatch, there):
+    path = tmp_path / "map.toml"
+    if there:
+        path.write_bytes(b"old")
+
+    def write(fd, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write)
+        with pytest.raises(HxaconvError, match=r"map\.toml: writing 3 bytes failed: No space left"):
+            diskio.write_result(path, b"new")
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == ([b"old"] if there else [])
+    diskio.write_result(path, b"new")
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"new"]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A real file system of 1 MiB."""

@@ -126,13 +126,30 @@ def write_file(path: Path, data: bytes, workplace: Path) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
     fd = os.open(temporary, flags, 0o666)
     try:
-        view = memoryview(data)
-        while len(view):
-            view = view[os.write(fd, view) :]
-        sync_file(fd)
-    finally:
-        os.close(fd)
-    os.replace(temporary, path)
+        try:
+            view = memoryview(data)
+            while len(view):
+                view = view[os.write(fd, view) :]
+            sync_file(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_result(path: Path, data: bytes) -> None:
+    """A small file that was asked for (a layer map, a plot), whole or not at all.
+
+    Raises:
+        HxaconvError: when it cannot be written.
+    """
+    try:
+        write_file(path, data, path.parent)
+    except OSError as error:
+        raise output_error(error, path, f"writing {len(data):,} bytes") from error
 
 
 def free_bytes(folder: Path) -> int:
