@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from hxaconv.verification import Report
 
 
+RANDOM_HINT = "--random-tokens goes on without a text (much worse)."
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrateOptions:
     """What to fit to, and how; `random_tokens` allows tokens that are nobody's text."""
@@ -181,9 +184,6 @@ def prepare(
     return Task(teacher, plain, calibration_tokens(tokens, teacher.config.vocab_size, tokenizer), settings)
 
 
-RANDOM_HINT = "--random-tokens goes on without a text (much worse)."
-
-
 def perform_calibrated(
     task: Task,
     job: Job,
@@ -225,7 +225,9 @@ def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated |
 
     def kept() -> str:
         done = len(list(folder.glob("layer-*.safetensors")))
-        return f"{done} finished layers are kept in {folder}; the same command continues after them."
+        return (
+            f"Layers are kept in {folder} ({done}); the same command continues." if done else "No layer was finished."
+        )
 
     if not check_target(job, write):
         return None
@@ -248,7 +250,7 @@ def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated |
         )
         student = replace(task.plain, plan=task.plain.plan | done.replaced)
         if distances is None:
-            distances = measure(task.teacher, task.plain, student, task.heldout, task.settings.device)
+            distances = measure(task.teacher, task.plain, student, task.heldout, task.settings.device, write.progress)
             # A second measurement may round otherwise: whoever goes on, and other parts, tell what this one found.
             cache.save_distances(distances)
     return Calibrated(task, student, tuple(done.replaced), replace(done.report, distances=distances), folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,11 +15,23 @@ from hxaconv.verification.compare import compare_models
 from hxaconv.verification.contracts import check_rwkv_layers, completed, listing
 from hxaconv.verification.report import Report
 
+if TYPE_CHECKING:
+    from hxaconv.console import Progress
 
-def measure(teacher: Model, plain: Model, calibrated: Model, ids: Tensor, device: str = "cpu") -> Distances:
+
+def measure(
+    teacher: Model,
+    plain: Model,
+    calibrated: Model,
+    ids: Tensor,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Distances:
     """Run teacher, plain and calibrated student over held-out token ids (B, T)."""
-    after = compare_models(completed(calibrated, teacher), teacher, ids=ids, device=device).logits
-    before = compare_models(completed(plain, teacher), teacher, ids=ids, device=device).logits
+    after, before = (
+        compare_models(completed(student, teacher), teacher, ids=ids, device=device, progress=progress).logits
+        for student in (calibrated, plain)
+    )
     assert after is not None
     assert before is not None
     zeroed = after.kl_attention_zeroed
