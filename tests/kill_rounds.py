@@ -111,6 +111,7 @@ def slow_down() -> None:
 
 
 def import_everything() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only get in each other's way on tensors this small
     import hxaconv
 
     for module in pkgutil.walk_packages(hxaconv.__path__, "hxaconv."):
