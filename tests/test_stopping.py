@@ -227,6 +227,21 @@ def test_finish_publishes_what_complete_parts_left(tmp_path, monkeypatch):
         verified(other, finish_only=True)
 
 
+def test_an_interrupted_finish_continues_by_itself(tmp_path, monkeypatch):
+    out = output(tmp_path / "out", plan_over(source(tmp_path)))
+    verified(out, part=(0, 2))
+    with monkeypatch.context() as patched:
+        patched.setattr(writer._Run, "_finish", lambda self, verify: writer._unpublished(self.staging))
+        verified(out, part=(1, 2))
+
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=r"24 finished tensors are in .*; the same command continues\.$"):
+        write(out, WriteSettings(finish_only=True), verify=interrupt)
+    assert verified(out, finish_only=True).published
+
+
 def test_a_part_without_files_has_nothing_to_do(tmp_path):
     out = output(tmp_path / "out.pth", plan_over(source(tmp_path)))
     assert not verified(out, part=(1, 2)).published

@@ -192,7 +192,7 @@ def publish(staging: Staging, *, overwrite: bool) -> None:
             _undo(staging)
         raise HxaconvError(
             f"{staging.target}: renaming the finished files into place failed: {error.strerror or error}",
-            hint=f"They are complete in {staging.path}; the same command with --resume publishes them.",
+            hint="Check the disk or the network file system. All files are complete.",
         ) from error
     staging.remove()
 

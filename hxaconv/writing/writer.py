@@ -267,7 +267,7 @@ class _Run:
         """Drop the staging folder if nothing in it is worth keeping; say how to go on."""
         path = self.staging.path
         count = len(read_journals(path).tensors)
-        if self.settings.part is not None:
+        if self.settings.part is not None or self.settings.finish_only:
             return f"{count} finished tensors are in {path}; the same command continues."
         if count == 0:
             self.staging.remove()
