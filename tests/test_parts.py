@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,11 @@ def test_commands_say_what_is_still_to_do_and_what_lies_about(
     out, options = tmp_path / "out", ["--max-shard-size", "1MB", "--no-verify"]
     assert cli("init-from-teacher", tiny_teacher, out, *options, "--part", "1/2") == 0
     assert f"This part is complete; {out} appears once all parts are." in capsys.readouterr().err
+    assert cli("init-from-teacher", tiny_teacher, out, *options, "--part", "2/2", "--seed", "2") == 0
+    said = capsys.readouterr().err
+    (mine,) = [path for path in tmp_path.glob("out.partial-*") if f"{path} was begun with other options" in said]
+    (other,) = {*tmp_path.glob("out.partial-*")} - {mine}
+    shutil.rmtree(other)
     assert cli("init-from-teacher", tiny_teacher, out, *options, "--seed", "1") == 0
     (partial,) = tmp_path.glob("out.partial-*")
     assert f"{partial} is left from an interrupted run with other options" in capsys.readouterr().err

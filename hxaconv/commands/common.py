@@ -187,7 +187,10 @@ def download(checkpoints: Iterable[Checkpoint], needed: Sequence[SourceFile], pr
 def _what_remains(target: Path, written: WriteResult) -> list[str]:
     """What is still to be done, or lies about, after a write."""
     if not written.published:
-        return [f"This part is complete; {target} appears once all parts are."]
+        return [
+            f"This part is complete; {target} appears once all parts are.",
+            *(f"{path} was begun with other options or sources: no part of this one." for path in written.leftovers),
+        ]
     return [
         f"{path} is left from an interrupted run with other options or sources; delete it if nobody will resume it."
         for path in written.leftovers

@@ -89,7 +89,7 @@ class WriteResult:
     """Tensor name -> NaN and infinite values, where there are any."""
     verification: Mapping[str, Any] | None
     leftovers: tuple[Path, ...] = ()
-    """Folders of other, interrupted runs on the same target, which nobody will need once it is right."""
+    """Folders of other runs on the same target, interrupted or parts of another plan."""
 
 
 @dataclass(frozen=True, slots=True)

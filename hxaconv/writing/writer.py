@@ -141,7 +141,15 @@ def _finishing(staging: Staging) -> Iterator[bool]:
 
 
 def _unpublished(staging: Staging) -> WriteResult:
-    return WriteResult(path=staging.path, published=False, nbytes=0, digests={}, nonfinite={}, verification=None)
+    return WriteResult(
+        path=staging.path,
+        published=False,
+        nbytes=0,
+        digests={},
+        nonfinite={},
+        verification=None,
+        leftovers=tuple(other.path for other in stagings_at(staging.target) if other.path != staging.path),
+    )
 
 
 def _published(
