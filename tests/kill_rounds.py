@@ -328,7 +328,7 @@ def main() -> None:
         found = all_rounds(arguments.rounds, arguments.seed, Path(scratch))
     print(table(found))
     if arguments.record:
-        rounds, today = sum(counter.total() for counter in found.values()), datetime.date.today().isoformat()
+        rounds, today = arguments.rounds, datetime.date.today().isoformat()
         text = RECORD.format(rounds=rounds, seed=arguments.seed, date=today, table=table(found), ci=CI_ROUNDS)
         arguments.record.write_text(text)
 
