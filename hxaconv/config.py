@@ -141,6 +141,14 @@ def rope_settings(raw: Mapping[str, Any]) -> tuple[float | None, str | None]:
     return (None if theta is None else float(theta)), kind
 
 
+def rope_contradiction(raw: Mapping[str, Any]) -> str | None:
+    """The two values of rope_theta, where a config.json gives two; readers disagree about which one counts."""
+    outer, nested = raw.get("rope_theta"), (raw.get("rope_parameters") or {}).get("rope_theta")
+    if outer is None or nested is None or outer == nested:
+        return None
+    return f"rope_theta is {outer!r} at top level, {nested!r} in rope_parameters"
+
+
 def stored_dtype(raw: Mapping[str, Any]) -> str | None:
     """`torch_dtype` or, as transformers 5 writes it, `dtype`."""
     value = raw.get("dtype", raw.get("torch_dtype"))
@@ -240,7 +248,9 @@ def teacher_config(
     sizes, problems = _integers(raw, _SIZES)
     theta = rope_theta if rope_theta is not None else rope_settings(raw)[0]
     eps = rms_norm_eps if rms_norm_eps is not None else raw.get("rms_norm_eps")
-    if theta is None:
+    if rope_theta is None and (two := rope_contradiction(raw)) is not None:
+        problems.append(f"{two}; pass the right one as --rope-theta")
+    elif theta is None:
         problems.append("rope_theta is not given; pass --rope-theta (10000 for Llama 1 and 2)")
     if eps is None:
         problems.append("rms_norm_eps is not given; pass --rms-norm-eps")

@@ -22,6 +22,10 @@ class HxaconvError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
 
+class Inconsistent(HxaconvError):
+    """A checkpoint whose tensors and settings do not make one model; `verify` reports it as a failed check."""
+
+
 class CheckFailed(HxaconvError):
     """A check ran to its end and found the checkpoint wrong."""
 
@@ -37,12 +41,14 @@ def bullet_list(problems: Iterable[str]) -> str:
     return "\n".join(shown)
 
 
-def raise_all(summary: str, problems: Iterable[str], *, hint: str = "") -> None:
+def raise_all(
+    summary: str, problems: Iterable[str], *, hint: str = "", kind: type[HxaconvError] = HxaconvError
+) -> None:
     """Report every problem of one kind in one error; do nothing when there is none.
 
     Raises:
-        HxaconvError: when `problems` is not empty.
+        HxaconvError: of this `kind`, when `problems` is not empty.
     """
     lines = list(problems)
     if lines:
-        raise HxaconvError(f"{summary}\n{bullet_list(lines)}", hint=hint)
+        raise kind(f"{summary}\n{bullet_list(lines)}", hint=hint)

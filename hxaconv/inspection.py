@@ -14,7 +14,7 @@ from hxaconv.plan import Plan, Recipe, Scratch, check, total_bytes
 from hxaconv.student import (
     ARCHITECTURE,
     MissingSettings,
-    looks_like_student,
+    is_student,
     other_variant,
     student_model,
     tensor_facts,
@@ -75,7 +75,7 @@ def describe_format(checkpoint: Checkpoint) -> str:
 
 def _config(checkpoint: Checkpoint) -> tuple[ModelConfig | None, str | None]:
     try:
-        if looks_like_student(checkpoint.plan):
+        if is_student(checkpoint):
             return student_model(checkpoint).config, None
         if checkpoint.config is not None:
             head = "lm_head.weight" in checkpoint.plan

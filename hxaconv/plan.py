@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Protocol
 
 from hxaconv.dtypes import BY_NAME, FLOATS, num_bytes, num_elements
-from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.files import PIECE_BYTES, Extent, SourceFile
 
 
@@ -192,7 +192,7 @@ def check(plan: Mapping[str, Recipe], expected: Mapping[str, tuple[int, ...]], w
     """Compare a plan's names, shapes and dtypes with what the architecture demands.
 
     Raises:
-        HxaconvError: listing every missing, unexpected, misshapen and quantized tensor at once.
+        Inconsistent: listing every missing, unexpected, misshapen and quantized tensor at once.
     """
     problems = [f"{name} is missing, expected shape {shape}" for name, shape in expected.items() if name not in plan]
     problems += [f"{name} is not part of the architecture" for name in plan if name not in expected]
@@ -210,4 +210,5 @@ def check(plan: Mapping[str, Recipe], expected: Mapping[str, tuple[int, ...]], w
         f"{what} does not match its config ({len(problems)} problems):",
         problems,
         hint="Is config.json from another model, or a shard missing?",
+        kind=Inconsistent,
     )

@@ -17,7 +17,7 @@ from hxaconv.config import (
     rope_settings,
     teacher_config,
 )
-from hxaconv.errors import HxaconvError, bullet_list, raise_all
+from hxaconv.errors import HxaconvError, Inconsistent, bullet_list, raise_all
 from hxaconv.model import Model
 from hxaconv.names import layer_kinds, template_of
 from hxaconv.plan import Plan
@@ -59,14 +59,25 @@ class MissingSettings(HxaconvError):
     def __init__(self, where: str, missing: list[str], lines: list[str]) -> None:
         super().__init__(
             f"{where} does not say everything that a student's config needs, and nothing is guessed:\n"
-            f"{bullet_list(lines)}"
+            f"{bullet_list(lines)}",
+            hint="A .pth that hxaconv wrote has them in NAME.json; put that file back beside it.",
         )
         self.missing = missing
+
+
+FIXED = {"nope_in_transformer": (True,), "nope_in_rwkv": (False,), "hidden_act": ("silu", "swish")}
+"""What hxa079 leaves no choice in; a config.json that says otherwise describes another model."""
 
 
 def looks_like_student(names: Iterable[str]) -> bool:
     """Whether canonical names hold a time-mix layer."""
     return any(name.endswith(".self_attn.r_k") for name in names)
+
+
+def is_student(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is a student by its tensors, or, with every layer GQA, by its config."""
+    raw = checkpoint.config or {}
+    return looks_like_student(checkpoint.plan) or ARCHITECTURE in (raw.get("rwkv_architecture"), raw.get("model_type"))
 
 
 def refuse_other_variants(plan: Plan, where: str) -> None:
@@ -77,7 +88,7 @@ def refuse_other_variants(plan: Plan, where: str) -> None:
     """
     reason = other_variant(plan)
     if reason:
-        raise HxaconvError(
+        raise Inconsistent(
             f"{where} looks like hxa07a, hxa07b or hxa07c, which this tool does not convert: {reason}",
             hint="hxa079 has k0 and a two-dimensional r_k in every RWKV layer, and v2 of width kv heads x head_dim.",
         )
@@ -85,13 +96,13 @@ def refuse_other_variants(plan: Plan, where: str) -> None:
 
 def other_variant(plan: Plan) -> str | None:
     """Why the time-mix layers are not hxa079's, or None."""
-    for layer, kind in layer_kinds(plan).items():
-        prefix = f"model.layers.{layer}.self_attn."
-        if kind != "rwkv":
+    layers = {i: f"model.layers.{i}.self_attn." for i, kind in layer_kinds(plan).items() if kind == "rwkv"}
+    nowhere = [name for name in ("k0", "r_k", "v2") if not any(prefix + name in plan for prefix in layers.values())]
+    if layers and nowhere:
+        return f"no layer has {', '.join(nowhere)}"
+    for layer, prefix in layers.items():
+        if prefix + "v2" not in plan or prefix + "r_k" not in plan:
             continue
-        missing = [name for name in ("k0", "r_k", "v2") if prefix + name not in plan]
-        if missing:
-            return f"layer {layer} has no {', '.join(missing)}"
         width, key = plan[prefix + "v2"].shape[-1], plan.get(prefix + "key.weight")
         if key is not None and width != key.shape[0]:
             return f"layer {layer}: v2 has width {width}, its key has {key.shape[0]}"
@@ -146,24 +157,42 @@ def config_facts(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What an hxa079 config.json says.
 
     Raises:
-        HxaconvError: when it is of another variant, or scales RoPE.
+        HxaconvError: listing what is not hxa079: another variant, scaled RoPE, layer kinds that do not add up.
     """
-    variant = raw.get("rwkv_architecture")
-    if variant != ARCHITECTURE:
-        raise HxaconvError(f"{where}: rwkv_architecture is {variant!r}, this tool converts {ARCHITECTURE!r} only")
-    theta, scaling = rope_settings(raw)
-    if scaling not in (None, "default"):
-        raise HxaconvError(f"{where}: rope_scaling {scaling!r} is not part of hxa079")
+    theta, problems = rope_settings(raw)[0], _config_problems(raw)
+    hint = "Correct the file if it is wrong; if it is right, this is another model, which this tool does not convert."
+    raise_all(f"{where}: config.json is not an hxa079 student's:", problems, hint=hint, kind=Inconsistent)
     keys = (*SIZES, "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias", *RANK_KEYS.values())
     facts = {key: raw[key] for key in keys if raw.get(key) is not None}
     if theta is not None:
         facts["rope_theta"] = theta
-    for key, ours in (("enable_qk_norm", "qk_norm"), ("attention_out_bias", "output_bias")):
+    renamed = {"enable_qk_norm": "qk_norm", "attention_out_bias": "output_bias", "has_layer_records": "layer_records"}
+    for key, ours in renamed.items():
         if raw.get(key) is not None:
             facts[ours] = bool(raw[key])
     if raw.get("transformer_layers") is not None:
         facts["gqa_layers"] = tuple(sorted(raw["transformer_layers"]))
     return facts
+
+
+def _config_problems(raw: Mapping[str, Any]) -> list[str]:
+    variant, scaling = raw.get("rwkv_architecture"), rope_settings(raw)[1]
+    problems = []
+    if variant is None:
+        problems.append(f'there is no rwkv_architecture; loaders need "rwkv_architecture": "{ARCHITECTURE}"')
+    elif variant != ARCHITECTURE:
+        problems.append(f"rwkv_architecture is {variant!r}, this tool converts {ARCHITECTURE!r} only")
+    if scaling not in (None, "default"):
+        problems.append(f"rope_scaling is {scaling!r}, hxa079 has the default frequencies")
+    problems += [
+        f"{key} is {raw[key]!r}, expected {allowed[0]!r}"
+        for key, allowed in FIXED.items()
+        if raw.get(key) is not None and raw[key] not in allowed
+    ]
+    gqa, rwkv, count = raw.get("transformer_layers"), raw.get("rwkv_layers"), raw.get("num_hidden_layers")
+    if gqa is not None and rwkv is not None and count is not None and sorted([*gqa, *rwkv]) != list(range(count)):
+        problems.append(f"rwkv_layers {rwkv} and transformer_layers {gqa} are not layers 0..{count - 1}, each once")
+    return problems
 
 
 def model_facts(config: ModelConfig) -> dict[str, Any]:
@@ -187,18 +216,26 @@ def gather_facts(
     """Every source that says something about a student's config, the strongest first."""
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     facts = [Facts("the options given", given), Facts("the tensors", tensor_facts(checkpoint.plan))]
-    if checkpoint.config is not None and checkpoint.config.get("rwkv_architecture"):
-        facts.append(Facts("config.json", config_facts(checkpoint.config, checkpoint.label)))
-    elif checkpoint.config is not None and checkpoint.config.get("model_type") in FAMILIES:
-        beside = teacher_config(checkpoint.config, where=checkpoint.label, allow_output_bias=True)
+    raw, sidecar = checkpoint.config or {}, checkpoint.sidecar
+    if raw.get("rwkv_architecture") or raw.get("model_type") == ARCHITECTURE:
+        facts += _file_facts("config.json", raw, checkpoint.label)
+    elif raw.get("model_type") in FAMILIES:
+        beside = teacher_config(raw, where=checkpoint.label, allow_output_bias=True)
         facts.append(Facts("config.json", model_facts(beside)))
-    if checkpoint.sidecar is not None:
-        facts.append(Facts("the sidecar", config_facts(checkpoint.sidecar, f"sidecar of {checkpoint.label}")))
+    if sidecar is not None:
+        facts += _file_facts("the sidecar", sidecar, f"sidecar of {checkpoint.label}")
     if teacher is not None:
         facts.append(Facts("the teacher", model_facts(teacher)))
     if layer_map is not None:
         facts.append(layer_map)
     return facts
+
+
+def _file_facts(source: str, raw: Mapping[str, Any], where: str) -> list[Facts]:
+    """What a file says; a second rope_theta in it is a source of its own, which has to agree."""
+    nested = (raw.get("rope_parameters") or {}).get("rope_theta")
+    inner = [Facts(f"rope_parameters in {source}", {"rope_theta": float(nested)})] if nested is not None else []
+    return [Facts(source, config_facts(raw, where)), *inner]
 
 
 def resolve(sources: list[Facts], where: str) -> StudentConfig:
@@ -220,7 +257,7 @@ def resolve(sources: list[Facts], where: str) -> StudentConfig:
     hint = "Give the right value as an option."
     if not keys <= FLAGS.keys():
         hint = "One of them belongs to another model, or the checkpoint holds tensors that it should not."
-    raise_all(f"{where}: its sources contradict each other:", problems, hint=hint)
+    raise_all(f"{where}: its sources contradict each other:", problems, hint=hint, kind=Inconsistent)
     _refuse_gaps(values, where)
     raise_all(f"{where}:", number_problems({key: values[key] for key in ("rope_theta", "rms_norm_eps")}))
     ranks = Ranks(**{short: values[key] for short, key in RANK_KEYS.items()})
@@ -247,6 +284,7 @@ def _refuse_gaps(values: dict[str, Any], where: str) -> None:
         f"{where} lacks low-rank tensors of its RWKV layers, and config.json does not give their sizes either:",
         [key for key in RANK_KEYS.values() if key not in values],
         hint="The checkpoint is incomplete; an hxa079 layer has w1, a1, v1, k1 and g1.",
+        kind=Inconsistent,
     )
     missing = [key for key in (*SIZES, *FLAGS) if key not in values]
     needs_teacher = [key for key in missing if key not in FLAGS]

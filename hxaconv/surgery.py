@@ -120,6 +120,12 @@ def graft(trained: Plan, teacher: Plan, config: StudentConfig) -> Grafted:
         HxaconvError: when a trained tensor would end up unused, or something is in neither.
     """
     expected = expected_tensors(config)
+    layers = {layer_index(name) for name in trained if is_attention(name)}
+    raise_all(
+        "the trained checkpoint holds these layers' attention only in part, and the teacher's was not trained with it:",
+        [f"{n} is missing" for n in expected if is_attention(n) and layer_index(n) in layers and n not in trained],
+        hint="Is the file whole? A layer's attention comes from one checkpoint.",
+    )
     unused = [f"{name} {trained[name].shape} ({trained[name].origin})" for name in trained if name not in expected]
     raise_all(
         f"{len(unused)} tensors of the trained checkpoint have no place in the result:",

@@ -234,7 +234,7 @@ def show_report(report: Report, talk: Talk, plot: str | None) -> None:
     from hxaconv.verification.render import render
 
     talk.result(report.to_json(), *render(report))
-    if plot is not None:
+    if plot is not None and report.layers:
         from hxaconv.verification.plot import plot as draw
 
         draw(report, Path(plot))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from hxaconv.architecture import expected_tensors
 from hxaconv.config import TeacherConfig, teacher_config
-from hxaconv.errors import HxaconvError
+from hxaconv.errors import HxaconvError, Inconsistent
 from hxaconv.model import Model
 from hxaconv.names import template_of
 from hxaconv.plan import Plan, Recipe, Scratch, check, rows
@@ -72,7 +72,7 @@ def split_fused(plan: Plan, config: TeacherConfig) -> Plan:
             continue
         if recipe.shape[0] != sum(size for _, size in pieces):
             sizes = " + ".join(str(size) for _, size in pieces)
-            raise HxaconvError(f"{name} has {recipe.shape[0]} rows, the config implies {sizes}")
+            raise Inconsistent(f"{name} has {recipe.shape[0]} rows, the config implies {sizes}")
         start, fused = 0, name.rsplit(".", 2)[1]
         for part, size in pieces:
             part_name = name.replace(fused, part)
@@ -85,12 +85,12 @@ def drop_tied_head(plan: Plan, where: str) -> Plan:
     """A plan of a tied model without the copy of the embedding that some files store as head.
 
     Raises:
-        HxaconvError: when the stored head is not the embedding.
+        Inconsistent: when the stored head is not the embedding.
     """
     if HEAD not in plan or EMBEDDING not in plan:
         return plan
     if not same_bytes(plan[HEAD], plan[EMBEDDING]):
-        raise HxaconvError(
+        raise Inconsistent(
             f"{where}: its settings tie the head to the embedding, but {HEAD} differs from {EMBEDDING}",
             hint="If the stored head is the right one: --no-tie-word-embeddings,"
             ' or "tie_word_embeddings": false in the config.json that says otherwise.',

@@ -324,12 +324,11 @@ def test_nan_in_the_teacher_ends_the_command_at_its_layer(
 
 
 def test_a_calibrated_student_in_transformers_is_as_near_as_the_report_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, modules_cache: None
 ) -> None:
     transformers = pytest.importorskip("transformers")
     from test_hf_modeling import DTYPE_KEY
 
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     calibration = hxaconv.CalibrateOptions(input_ids=str(TOKENS), tokens=1024, refine_steps=2)
     settings: dict[str, Any] = {"gqa_layers": "none", "format": "pth"}
     quiet = hxaconv.WriteOptions(verify=False)

@@ -47,7 +47,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def isolated(modules_cache: None) -> Iterator[None]:
     """No network; transformers' copies of the modelling code go to a temporary place."""
 
     def refuse(*_: Any) -> None:
@@ -55,8 +55,6 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
-        modules = tmp_path_factory.mktemp("modules")
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
         yield
 
 

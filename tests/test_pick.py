@@ -178,7 +178,7 @@ REFUSED = [
     (("--strategy", "last", "--tokens", 5, "--log", "x"), "--tokens: --strategy last looks at no tokens"),
     (("--layers", "1", "--count", 1, "--max-gap", 3), "--count, --max-gap: --layers is a choice made"),
     (("--strategy", "mse", "--save", "no/such/folder/map.toml"), "is not a folder"),
-    (("--strategy", "mse", "--plot", "scores.gif"), ".png, .svg or .pdf"),
+    (("--strategy", "mse", "--plot", "scores.gif"), ".png, .svg, .pdf"),
 ]
 
 
@@ -351,6 +351,7 @@ def test_every_source_is_opened_once(
     cli: Cli, make: Callable[..., Path], tiny_teacher: Path, tokens: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hxaconv import checkpoint
+    from hxaconv.commands import convert
 
     opened: list[str] = []
     real = checkpoint.open_checkpoint
@@ -360,7 +361,8 @@ def test_every_source_is_opened_once(
         return real(spec, **options)  # type: ignore[arg-type]
 
     student, donor = make("a", "1,5"), make("b", "none")
-    monkeypatch.setattr(checkpoint, "open_checkpoint", count)
+    for module in (checkpoint, convert):
+        monkeypatch.setattr(module, "open_checkpoint", count)
     words = [COMMAND, student, "--count", 1, "--strategy", "mse", "--teacher", tiny_teacher, "--from", donor, *tokens]
     assert cli(*words, "--quiet") == 0
     assert sorted(opened) == ["a", "b", "teacher"]

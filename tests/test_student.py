@@ -74,7 +74,7 @@ def test_config_json_is_read_back(golden: Path, tmp_path: Path) -> None:
 def test_a_config_that_lies_about_its_layers_is_caught(golden: Path, tmp_path: Path) -> None:
     config = student_model(open_checkpoint(golden / "reka_tiny" / "student.pth"), flags=FLAGS).student
     shutil.copy(golden / "reka_tiny" / "student_hf" / "model.safetensors", tmp_path)
-    raw = student_json(config, {}, "BF16") | {"transformer_layers": [1, 4]}
+    raw = student_json(config, {}, "BF16") | {"transformer_layers": [1, 4], "rwkv_layers": [0, 2, 3]}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(HxaconvError, match="gqa_layers"):
         student_model(open_checkpoint(tmp_path))

@@ -19,9 +19,10 @@ from hxaconv.dtypes import FLOATS
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.model import Model
 from hxaconv.plan import source_files
-from hxaconv.student import looks_like_student
+from hxaconv.student import is_student
 from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale, repick
 from hxaconv.teacher import open_teacher
+from hxaconv.writing.diskio import write_result
 from hxaconv.writing.interruption import interruptible
 
 if TYPE_CHECKING:
@@ -83,10 +84,7 @@ class Advised:
                 model_ids=[repo] if repo else [],
             )
             text = report.layer_map_text(self.advice, chosen, date=date.today().isoformat(), settings=self.settings)
-            try:
-                Path(path).write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise HxaconvError(f"{path}: {error.strerror}") from None
+            write_result(Path(path), text.encode())
         if plot is not None:
             report.plot(self.advice, Path(plot))
 
@@ -193,7 +191,7 @@ def open_subject(values: Mapping[str, Any], wanted: frozenset[str]) -> Subject:
 
     checkpoint = open_checkpoint(values["source"], revision=values["revision"])
     settings = InitSettings(parse_scale(values["scale"], values["preset"]), values["seed"], "")
-    if looks_like_student(checkpoint.plan):
+    if is_student(checkpoint):
         return _student(checkpoint, values, wanted, settings)
     _refuse_for_teachers(values)
     teacher = open_teacher(

@@ -22,7 +22,7 @@ from hxaconv.commands.common import (
 )
 from hxaconv.config import TeacherConfig
 from hxaconv.dtypes import FLOATS, parse_dtype
-from hxaconv.errors import HxaconvError, bullet_list
+from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.model import Model
 from hxaconv.names import is_attention
 from hxaconv.output import Job
@@ -153,9 +153,11 @@ def complete(opened: Opened, *, need_all: bool) -> tuple[Model, list[str], list[
         return student, [], []
     missing = [name for name in expected if name not in student.plan]
     if missing and opened.teacher is None:
-        raise HxaconvError(
-            f"{student.label} lacks {len(missing)} of {len(expected)} tensors:\n{bullet_list(missing)}",
-            hint="Pass --teacher FOLDER_OR_HUB_ID: a training checkpoint holds attention only, the rest is its.",
+        hint = "Pass --teacher FOLDER_OR_HUB_ID: a training checkpoint holds attention only, the rest is its."
+        if any(is_attention(name) for name in missing):
+            hint = "The checkpoint is incomplete: no other holds what was trained."
+        raise_all(
+            f"{student.label} lacks {len(missing)} of {len(expected)} tensors:", missing, hint=hint, kind=Inconsistent
         )
     if not missing:
         check(student.plan, expected, student.label)
@@ -165,7 +167,7 @@ def complete(opened: Opened, *, need_all: bool) -> tuple[Model, list[str], list[
     notes = [f"{len(grafted.from_teacher)} tensors come from the teacher"]
     if grafted.both:
         notes.append(f"{len(grafted.both)} tensors are in both, the trained ones are taken:")
-        notes.append(bullet_list(grafted.both))
+        notes += [f"  - {name}" for name in grafted.both]
     return Model(config, grafted.plan, student.label, student.raw), notes, []
 
 

@@ -12,9 +12,9 @@ from hxaconv.commands.common import checked_device, one_of
 from hxaconv.commands.convert import complete, open_student
 from hxaconv.commands.tokens import TokenOptions, tokens_of
 from hxaconv.config import ModelConfig
-from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.model import Model
-from hxaconv.student import looks_like_student
+from hxaconv.student import is_student
 from hxaconv.teacher import open_teacher
 from hxaconv.writing.target import PROVENANCE_NAME
 
@@ -68,8 +68,13 @@ def run(
     logits_out = Path(options.logits_out) if options.logits_out else None
     if logits_out is not None:
         refuse_logits_path(logits_out, [source, against, teacher])
-    checkpoint, model = open_any(source, teacher, layer_map, revision, flags)
-    other = open_any(against, teacher, layer_map, None, flags, model.config)[1] if against else None
+    checkpoint = open_checkpoint(source, revision=revision)
+    beside = open_checkpoint(against) if against else None
+    try:
+        model = whole_model(checkpoint, teacher, layer_map, flags)
+        other = whole_model(beside, teacher, layer_map, flags, model.config) if beside else None
+    except Inconsistent as error:
+        return inconsistent(checkpoint, beside, error)
     vocabulary = min(m.config.vocab_size for m in (model, other) if m is not None)
     ids = tokens_of(options.tokens, vocabulary, checkpoint)
     if other is None:
@@ -135,25 +140,39 @@ def digests(source: str, *, revision: str | None = None, progress: Progress | No
     return report
 
 
-def open_any(
-    source: str,
+def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: Inconsistent) -> Report:
+    """The report on a checkpoint that is no model at all: what does not fit, and what loaders would say."""
+    from hxaconv.lint import lint
+    from hxaconv.verification import Report
+
+    report = Report(source=checkpoint.label, other=other.label if other else None)
+    report.check("names, shapes and config", False, str(error))
+    if other is None:
+        report.findings = [finding.to_json() for finding in lint(checkpoint)]
+        report.notes.append(
+            "loaders are judged by files and names alone here: what failed above makes them stop, or compute wrongly"
+        )
+    return report
+
+
+def whole_model(
+    checkpoint: Checkpoint,
     teacher: str | None,
     layer_map: str | None,
-    revision: str | None,
     flags: Mapping[str, Any] | None,
     beside: ModelConfig | None = None,
-) -> tuple[Checkpoint, Model]:
-    """(checkpoint, whole model) of a teacher or student; `beside` fills in what a `.pth` cannot carry.
+) -> Model:
+    """A teacher or student with all its tensors; `beside` fills in what a `.pth` cannot carry.
 
     Raises:
         HxaconvError: when it is neither, or a setting is known from no source.
+        Inconsistent: when its tensors and its settings do not make one model.
     """
-    checkpoint = open_checkpoint(source, revision=revision)
-    if looks_like_student(checkpoint.plan) or checkpoint.config is None:
+    if is_student(checkpoint) or checkpoint.config is None:
         given = dict(flags or {})
         if beside is not None and checkpoint.config is None and checkpoint.sidecar is None and teacher is None:
             for key in ("rope_theta", "rms_norm_eps", "tie_word_embeddings"):
                 given[key] = given.get(key) if given.get(key) is not None else getattr(beside, key)
         opened = open_student(checkpoint, teacher=teacher, layer_map=layer_map, flags=given)
-        return checkpoint, complete(opened, need_all=True)[0]
-    return checkpoint, open_teacher(checkpoint, allow_output_bias=True)
+        return complete(opened, need_all=True)[0]
+    return open_teacher(checkpoint, allow_output_bias=True)
