@@ -33,6 +33,9 @@ Verify = Callable[[Model], "Report"]
 VERDICT_DIGITS = 3
 """Significant digits of what a verification measured in hxaconv.json: beyond them, sums depend on the machine."""
 
+SHOWN = 3
+"""Names of oversized tensors that a warning lists; the plan shows their files."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteOptions(WriteSettings):
@@ -221,7 +224,10 @@ def oversized(output: Output, max_shard_bytes: int) -> list[str]:
     if output.container != "safetensors":
         return []
     names = [name for name, recipe in output.tensors.items() if recipe.nbytes > max_shard_bytes]
-    return [f"larger than --max-shard-size, in files of their own: {', '.join(names)}"] if names else []
+    if not names:
+        return []
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return [f"larger than --max-shard-size, in files of their own: {', '.join(names[:SHOWN])}{rest}"]
 
 
 def let_nonfinite_pass(report: Report) -> None:

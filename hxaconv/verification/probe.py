@@ -61,6 +61,8 @@ def read_ids(path: Path) -> Tensor:
     readers = {".npy": _read_npy, ".safetensors": _read_safetensors, ".json": _read_json}
     if path.suffix not in readers:
         raise HxaconvError(f"{path}: token ids are read from {', '.join(readers)} files")
+    if not path.is_file():
+        raise HxaconvError(f"{path} is not a file; token ids are read from one")
     try:
         ids = readers[path.suffix](path)
     except HxaconvError:
@@ -80,7 +82,10 @@ def read_ids(path: Path) -> Tensor:
 def _read_npy(path: Path) -> Tensor:
     import numpy as np
 
-    values: Any = np.load(path, allow_pickle=False)
+    try:
+        values: Any = np.load(path, allow_pickle=False)
+    except ValueError:  # numpy's message recommends to unpickle it
+        raise HxaconvError(f"{path} could not be read as token ids: it is no .npy file of numbers") from None
     return torch.from_numpy(values.astype(np.int64) if values.dtype.kind in "iu" else values.astype(np.float64))
 
 
