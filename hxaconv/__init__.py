@@ -1,6 +1,6 @@
 """Turn Llama-style transformers into RWKV-7/GQA hybrids (hxa079), convert and verify them.
 
-Every command is a function here, with the command's own arguments:
+The commands that read and write models are functions here; their arguments are the command's options:
 
     import hxaconv
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from hxaconv.commands.convert import to_training as to_training
     from hxaconv.commands.fitting import CalibrateOptions as CalibrateOptions
     from hxaconv.commands.init import run as init_from_teacher  # noqa: F401
+    from hxaconv.commands.inspect import run as inspect  # noqa: F401
     from hxaconv.commands.pick import run as pick_gqa_layers  # noqa: F401
     from hxaconv.commands.verify import VerifyOptions as VerifyOptions
     from hxaconv.commands.verify import run as verify  # noqa: F401
     from hxaconv.errors import CheckFailed as CheckFailed
     from hxaconv.errors import HxaconvError as HxaconvError
-    from hxaconv.inspection import inspect as inspect
 
 _EXPORTS = {
     "CalibrateOptions": ("hxaconv.commands.fitting", "CalibrateOptions"),
@@ -37,7 +37,7 @@ _EXPORTS = {
     "WriteOptions": ("hxaconv.commands.common", "WriteOptions"),
     "calibrate": ("hxaconv.commands.calibrate", "run"),
     "init_from_teacher": ("hxaconv.commands.init", "run"),
-    "inspect": ("hxaconv.inspection", "inspect"),
+    "inspect": ("hxaconv.commands.inspect", "run"),
     "open_checkpoint": ("hxaconv.checkpoint", "open_checkpoint"),
     "pick_gqa_layers": ("hxaconv.commands.pick", "run"),
     "to_hf": ("hxaconv.commands.convert", "to_hf"),

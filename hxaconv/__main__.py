@@ -8,7 +8,8 @@ import sys
 def main() -> int:
     """Run the command line; returns 0 done, 1 a check failed, 2 wrong use or bad input, 130 interrupted."""
     try:
-        from hxaconv.cli import app, guarded
+        from hxaconv.cli import app
+        from hxaconv.exits import guarded
 
         return guarded(app)
     except KeyboardInterrupt:

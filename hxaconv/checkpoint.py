@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hxaconv.containers import Contents, read_contents
 from hxaconv.containers.contents import show
@@ -19,6 +19,9 @@ from hxaconv.json_files import read_config, read_sidecar
 from hxaconv.names import detect_dialect, to_canonical
 from hxaconv.plan import Plan
 from hxaconv.weight_files import SHARD, WEIGHTS, Listing, check_index, select_weights
+
+if TYPE_CHECKING:
+    from hxaconv.console import Progress
 
 COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -63,7 +66,7 @@ class Checkpoint:
     """What downloads the files, for a Hub id."""
 
 
-def open_checkpoint(spec: str | Path, *, revision: str | None = None, progress: Any = None) -> Checkpoint:
+def open_checkpoint(spec: str | Path, *, revision: str | None = None, progress: Progress | None = None) -> Checkpoint:
     """Open a folder, a file or a Hub id (`org/name[@revision]`); a path that exists wins.
 
     Raises:

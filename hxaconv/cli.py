@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from hxaconv.errors import HxaconvError
+from hxaconv.exits import Commands, guarded
 from hxaconv.options import (
     LAYERS,
     OUTPUT,
@@ -69,40 +68,7 @@ if TYPE_CHECKING:
     from hxaconv.commands.common import Outcome, WriteOptions
     from hxaconv.commands.fitting import CalibrateOptions
     from hxaconv.console import Talk
-    from hxaconv.layer_maps import LayerMap
     from hxaconv.selection.advice import Advice
-
-
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM, carried past Typer, which would swallow the message and the exit code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.message = message
-        self.exit_code = exit_code
-
-
-class Commands(TyperGroup):
-    """The commands, so run that an interruption says what is kept."""
-
-    def make_context(self, *arguments: Any, **options: Any) -> Any:
-        """Parse the words of the command line."""
-        with _stopping():
-            return super().make_context(*arguments, **options)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command that was named."""
-        with _stopping():
-            return super().invoke(ctx)
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        message = getattr(stop, "message", "Interrupted; nothing was published.")
-        raise Stopped(message, getattr(stop, "exit_code", 130)) from None
 
 
 app = typer.Typer(
@@ -314,28 +280,12 @@ def calibrate(
     _plot_calibration(outcome, plot)
 
 
-def _convert(command: str, values: dict[str, Any]) -> None:
-    from hxaconv.commands import convert
+def _convert(convert: Callable[..., Outcome], values: dict[str, Any]) -> None:
+    from hxaconv.commands.common import defaults_of
 
     talk = _talk(values["quiet"], values["json"])
-    outcome = convert.run(
-        command,
-        values["source"],
-        values["out"],
-        revision=values["revision"],
-        teacher=values["teacher"],
-        layer_map=values["layer_map"],
-        rope_theta=values["rope_theta"],
-        rms_norm_eps=values["rms_norm_eps"],
-        tie_word_embeddings=values["tie_word_embeddings"],
-        dtype=values["dtype"],
-        pad_ffn_to=values.get("pad_ffn"),
-        max_shard_size=values.get("max_shard_size", "5GB"),
-        all_tensors=values.get("all_tensors", False),
-        copy_code=values.get("copy_code", False),
-        write=_write_options(values, talk),
-    )
-    _show_outcome(outcome, talk)
+    options = {name: values[name] for name in defaults_of(convert) if name != "write"}
+    _show_outcome(convert(values["source"], values["out"], **options, write=_write_options(values, talk)), talk)
 
 
 @app.command("to-hf", no_args_is_help=True)
@@ -372,7 +322,10 @@ def to_hf(
 
     hxaconv to-hf trainable_only_weights.pth student-hf/ --teacher RekaAI/reka-flash-3
     """
-    _convert("to-hf", locals())
+    values = dict(locals())
+    from hxaconv.commands import convert
+
+    _convert(convert.to_hf, values)
 
 
 @app.command("to-pth", no_args_is_help=True)
@@ -405,7 +358,10 @@ def to_pth(
 
     hxaconv to-pth pytorch_model.bin student.pth --teacher RekaAI/reka-flash-3 --dtype bfloat16
     """
-    _convert("to-pth", locals())
+    values = dict(locals())
+    from hxaconv.commands import convert
+
+    _convert(convert.to_pth, values)
 
 
 @app.command("to-training", no_args_is_help=True)
@@ -438,7 +394,10 @@ def to_training(
 
     hxaconv to-training student-hf/ student-attention.pth
     """
-    _convert("to-training", locals())
+    values = dict(locals())
+    from hxaconv.commands import convert
+
+    _convert(convert.to_training, values)
 
 
 @app.command("pick-gqa-layers", no_args_is_help=True)
@@ -635,7 +594,9 @@ def verify(
         teacher=teacher,
         layer_map=layer_map,
         revision=revision,
-        flags={"rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps, "tie_word_embeddings": tie_word_embeddings},
+        rope_theta=rope_theta,
+        rms_norm_eps=rms_norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
         options=command.VerifyOptions(
             tokens=TokenOptions(input_ids=input_ids, text=text, tokens=tokens, batch=batch, seed=seed),
             dtype=dtype,
@@ -712,12 +673,11 @@ def inspect(
 
     hxaconv inspect student.pth --stats --json
     """
-    from hxaconv.checkpoint import open_checkpoint
-    from hxaconv.inspection import inspect as inspect_checkpoint
+    from hxaconv.commands import inspect as command
     from hxaconv.tables import inspection_tables
 
     talk = _talk(quiet, json)
-    report = inspect_checkpoint(open_checkpoint(path, revision=revision), stats=stats)
+    report = command.run(path, revision=revision, stats=stats, progress=talk.progress())
     talk.result(report, *inspection_tables(report))
 
 
@@ -746,21 +706,10 @@ def maps(
         talk.result({"names": [asdict(row) for row in TABLE]}, *tables.names_table())
     elif name is not None:
         found = layer_maps.load(name)
-        talk.result(_map_json(found), *tables.map_lines(found))
+        talk.result(tables.map_json(found), *tables.map_lines(found))
     else:
         shipped = layer_maps.shipped()
-        talk.result({key: _map_json(found) for key, found in shipped.items()}, tables.maps_table(shipped))
-
-
-def _map_json(found: LayerMap) -> dict[str, Any]:
-    return {
-        "name": found.name,
-        "title": found.title,
-        "model_ids": list(found.model_ids),
-        "gqa_layers": list(found.gqa_layers),
-        "source": found.source,
-        "model": dict(found.model),
-    }
+        talk.result({key: tables.map_json(found) for key, found in shipped.items()}, tables.maps_table(shipped))
 
 
 def _talk(quiet: bool, json: bool) -> Talk:
@@ -798,29 +747,3 @@ def _show_outcome(outcome: Outcome, talk: Talk, advice: Advice | None = None) ->
     talk.result(data, *outcome_tables(outcome))
     if dry:
         talk.say("Dry run: nothing was written.")
-
-
-def guarded(run: Callable[[], Any]) -> int:
-    """Run the app: 0 done, 1 a check failed, 2 wrong use or bad input; a traceback with --debug or for our faults."""
-    debug = "--debug" in sys.argv[1:]
-    if debug:
-        sys.argv.remove("--debug")
-    try:
-        run()
-    except HxaconvError as error:
-        if debug:
-            raise
-        from hxaconv.console import render_error
-
-        render_error(error)
-        return error.exit_code
-    except Stopped as stop:
-        from hxaconv.console import Talk
-
-        Talk().say(stop.message)
-        return stop.exit_code
-    except BrokenPipeError:
-        return 0
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
-    return 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hxaconv.errors import HxaconvError
@@ -31,6 +32,19 @@ class Progress(Protocol):
 
     def stop(self) -> None:
         """The stretch has ended."""
+
+
+@contextmanager
+def bar(progress: Progress | None, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A stretch of work, ended however the work ends; yields what is called with what is done, and what is at work."""
+    if progress is None:
+        yield lambda n, what: None
+        return
+    progress.start(title, total)
+    try:
+        yield progress.advance
+    finally:
+        progress.stop()
 
 
 def _console(*, stderr: bool) -> Console:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hxaconv.console import Progress, bar
 from hxaconv.containers.contents import show
 from hxaconv.errors import CheckFailed, HxaconvError, bullet_list
 from hxaconv.plan import Recipe, Scratch, total_bytes
@@ -13,7 +14,6 @@ from hxaconv.writing.checksums import DIGESTS, Checks
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
-    from hxaconv.console import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +71,14 @@ def check_digests(
     problems = [f"{name} is recorded and not there" for name in recorded if name not in plan]
     problems += [f"{name} is there and not recorded" for name in plan if name not in recorded]
     names = [name for name in plan if recorded.get(name)]
-    if progress:
-        progress.start("digests", total_bytes({name: plan[name] for name in names}))
-    for name in names:
-        expected = recorded[name] or ""
-        found = digest(plan[name], expected.partition(":")[0], progress, name)
-        if found != expected:
-            problems.append(f"{name} has {found}, recorded is {expected}")
-    if progress:
-        progress.stop()
-    return DigestReport(len(names), total_bytes({name: plan[name] for name in names}), tuple(problems))
+    total = total_bytes({name: plan[name] for name in names})
+    with bar(progress, "digests", total):
+        for name in names:
+            expected = recorded[name] or ""
+            found = digest(plan[name], expected.partition(":")[0], progress, name)
+            if found != expected:
+                problems.append(f"{name} has {found}, recorded is {expected}")
+    return DigestReport(len(names), total, tuple(problems))
 
 
 def _recorded(provenance: Mapping[str, Any], label: str) -> dict[str, str | None]:

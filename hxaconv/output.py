@@ -185,7 +185,7 @@ def command_line(job: Job) -> str:
     return shlex.join(words)
 
 
-OPTION_NAMES = {"pad_ffn_to": "pad-ffn", "other": "from", "all_tensors": "all"}
+OPTION_NAMES = {"other": "from", "all_tensors": "all"}
 """Arguments whose option is called otherwise, `from` being a word of Python's."""
 
 

@@ -239,3 +239,15 @@ def show_report(report: Report, talk: Talk, plot: str | None) -> None:
 
         draw(report, Path(plot))
     report.raise_if_failed()
+
+
+def map_json(found: LayerMap) -> dict[str, Any]:
+    """A layer map as plain data."""
+    return {
+        "name": found.name,
+        "title": found.title,
+        "model_ids": list(found.model_ids),
+        "gqa_layers": list(found.gqa_layers),
+        "source": found.source,
+        "model": dict(found.model),
+    }

@@ -26,7 +26,8 @@ def tiny_teacher() -> Path:
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Run the command line in this process; returns its exit code."""
-    from hxaconv.cli import app, guarded
+    from hxaconv.cli import app
+    from hxaconv.exits import guarded
 
     def call(*arguments: object) -> int:
         monkeypatch.setattr("sys.argv", ["hxaconv", *map(str, arguments)])

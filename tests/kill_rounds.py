@@ -125,7 +125,8 @@ def start(words: Sequence[str], log: Path, *, publishing: bool = True) -> int:
     if pid:
         return pid
     try:
-        from hxaconv.cli import app, guarded
+        from hxaconv.cli import app
+        from hxaconv.exits import guarded
         from hxaconv.writing import writer
 
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

@@ -296,7 +296,7 @@ def imported(arguments: list[str], names: list[str]) -> list[str]:
     script = (
         "import sys, json\n"
         f"sys.argv = ['hxaconv', *{arguments!r}]\n"
-        "from hxaconv.cli import app, guarded\n"
+        "from hxaconv.cli import app\nfrom hxaconv.exits import guarded\n"
         "code = guarded(app)\n"
         f"print(json.dumps([code, [n for n in {names!r} if n in sys.modules]]))\n"
     )

@@ -19,7 +19,7 @@ from hxaconv.dtypes import FLOATS
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.model import Model
 from hxaconv.plan import source_files
-from hxaconv.student import is_student
+from hxaconv.student import FLAGS, is_student
 from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale, repick
 from hxaconv.teacher import open_teacher
 from hxaconv.writing.diskio import write_result
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
     from hxaconv.console import Progress
     from hxaconv.selection.advice import Advice, Request
-
-FLAGS = ("rope_theta", "rms_norm_eps", "tie_word_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +127,7 @@ def run(
         seed=values["seed"],
         cache=cache_path(values) if "tokens" in wanted else None,
     )
-    subject = open_subject(values, wanted)
+    subject = open_subject(values, wanted, progress)
     num_layers = subject.model.config.num_hidden_layers
     count = layer_maps.default_count(num_layers) if values["count"] is None else values["count"]
     request = replace(request, count=count, rules=rules(values, num_layers))
@@ -181,7 +179,7 @@ def _tokens_told(tokens: TokenOptions, ids: np.ndarray) -> str:
     return f"scored on {ids.size} tokens" + (f" of {Path(given).name}" if given else f", random, seed {tokens.seed}")
 
 
-def open_subject(values: Mapping[str, Any], wanted: frozenset[str]) -> Subject:
+def open_subject(values: Mapping[str, Any], wanted: frozenset[str], progress: Progress | None) -> Subject:
     """Open SOURCE and what belongs to it, each once; with `student` in `wanted`, every layer of it as RWKV.
 
     Raises:
@@ -189,10 +187,10 @@ def open_subject(values: Mapping[str, Any], wanted: frozenset[str]) -> Subject:
     """
     from hxaconv.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(values["source"], revision=values["revision"])
+    checkpoint = open_checkpoint(values["source"], revision=values["revision"], progress=progress)
     settings = InitSettings(parse_scale(values["scale"], values["preset"]), values["seed"], "")
     if is_student(checkpoint):
-        return _student(checkpoint, values, wanted, settings)
+        return _student(checkpoint, values, wanted, settings, progress)
     _refuse_for_teachers(values)
     teacher = open_teacher(
         checkpoint,
@@ -211,11 +209,15 @@ def open_subject(values: Mapping[str, Any], wanted: frozenset[str]) -> Subject:
 
 
 def _student(
-    checkpoint: Checkpoint, values: Mapping[str, Any], wanted: frozenset[str], settings: InitSettings
+    checkpoint: Checkpoint,
+    values: Mapping[str, Any],
+    wanted: frozenset[str],
+    settings: InitSettings,
+    progress: Progress | None,
 ) -> Subject:
     flags, layer_map = {key: values[key] for key in FLAGS}, values["layer_map"]
-    opened = open_student(checkpoint, teacher=values["teacher"], layer_map=layer_map, flags=flags)
-    model, _, _ = complete(opened, need_all=bool(wanted & {"teacher", "student"}))
+    opened = open_student(checkpoint, teacher=values["teacher"], layer_map=layer_map, flags=flags, progress=progress)
+    model, _ = complete(opened, need_all=bool(wanted & {"teacher", "student"}))
     sources, teacher = tuple(opened.sources.values()), opened.teacher
     if "teacher" not in wanted:
         return Subject(model, teacher, None, sources)
@@ -225,7 +227,7 @@ def _student(
         return Subject(model, teacher, None, sources)
     settings = replace(settings, dtype=main_dtype(model.plan))
     config = student_of(model.config, (), model.student.ranks)
-    donor = open_donor(values["from_"], model, flags) if values["from_"] is not None else None
+    donor = open_donor(values["from_"], model, flags, progress) if values["from_"] is not None else None
     plan = repick(
         model.plan,
         teacher.plan,

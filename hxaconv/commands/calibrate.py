@@ -41,18 +41,33 @@ def run(
 ) -> Outcome:
     """Write `source`, an untrained student, calibrated to `teacher`, to `out`.
 
+    Args:
+        source: Folder, file or Hub id (`org/name@revision`) of the student.
+        out: The folder or NAME.pth to create.
+        teacher: Folder or Hub id of the teacher it was made of.
+        revision: Branch, tag or commit of a Hub `source`.
+        layer_map: Name or TOML file of a layer map that tells settings.
+        rope_theta, rms_norm_eps, tie_word_embeddings: Settings that no source tells, or that overrule it.
+        calibration: Tokens and how to fit.
+        seed: Of tokens, where they are random.
+        format: `hf`, `pth` or `training`; None: by the suffix of `out`.
+        max_shard_size: Of a weight file, such as `5GB`.
+        write: Overwriting, resuming, parts, verification, progress.
+
     Raises:
         HxaconvError: for a student that was trained, or does not belong to the teacher.
-        CheckFailed: when the output does not pass its verification.
+        CheckFailed: when the output does not pass its verification; it is left beside `out`.
     """
     write = write or WriteOptions()
     options = calibration if isinstance(calibration, CalibrateOptions) else CalibrateOptions(**(calibration or {}))
     recorded = {k: v for k, v in locals().items() if k not in ("write", "options")} | {"calibration": asdict(options)}
     flags = {"rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps, "tie_word_embeddings": tie_word_embeddings}
-    opened = open_student(source, revision=revision, teacher=teacher, layer_map=layer_map, flags=flags)
+    opened = open_student(
+        source, revision=revision, teacher=teacher, layer_map=layer_map, flags=flags, progress=write.progress
+    )
     checkpoint, model = opened.sources["teacher"], opened.teacher
     assert model is not None
-    plain, notes, warnings = complete(opened, need_all=True)
+    plain, notes = complete(opened, need_all=True)
     task = prepare(model, plain, options, seed, checkpoint, write)
     job = Job(
         command=COMMAND,
@@ -67,5 +82,5 @@ def run(
         base_model=base_model_name(checkpoint),
         purpose=CALIBRATED,
     )
-    warnings += [*dtype_warnings(plain.plan, ""), *layer_0_warning(plain.student)]
+    warnings = [*dtype_warnings(plain.plan, ""), *layer_0_warning(plain.student)]
     return perform_calibrated(task, job, write, None, warnings, notes)

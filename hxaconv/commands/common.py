@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from hxaconv.verification import Report
     from hxaconv.writing.writer import Output, WriteResult
 
-Verify = Callable[[Model], "Report"]
-"""Checks the student that was written."""
+Verify = Callable[[Model, "Progress | None"], "Report"]
+"""Checks the student that was written, and shows how far it is."""
 
 VERDICT_DIGITS = 3
 """Significant digits of what a verification measured in hxaconv.json: beyond them, sums depend on the machine."""
@@ -149,7 +149,7 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
     if write.dry_run:
         return Outcome(job=job, output=output, written=None, warnings=warnings, notes=notes)
     reports: list[Report] = []
-    check = _staged_check(job, verify, reports, write.allow_nonfinite) if verify is not None and write.verify else None
+    check = _staged_check(job, verify, reports, write) if verify is not None and write.verify else None
 
     def prepare(needed: Sequence[SourceFile]) -> None:
         download(job.sources.values(), needed, write.progress)
@@ -213,6 +213,11 @@ def check_target(job: Job, write: WriteOptions) -> bool:
     return check(build_output(job), write)
 
 
+def layers_text(layers: str | Iterable[int]) -> str:
+    """A choice of layers as the command line has it; from Python it may be numbers."""
+    return layers if isinstance(layers, str) else ",".join(map(str, layers)) or "none"
+
+
 def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Argument -> default of a command's function."""
     parameters = inspect.signature(function).parameters.values()
@@ -243,15 +248,15 @@ def let_nonfinite_pass(report: Report) -> None:
 
 
 def _staged_check(
-    job: Job, verify: Verify, reports: list[Report], allow_nonfinite: bool
+    job: Job, verify: Verify, reports: list[Report], write: WriteOptions
 ) -> Callable[[Path], Mapping[str, Any]]:
     def check(staged: Path) -> Mapping[str, Any]:
         from hxaconv.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(staged)
         student = Model(job.student.config, dict(checkpoint.plan), str(job.target), job.student.raw)
-        report = verify(student)
-        if allow_nonfinite:
+        report = verify(student, write.progress)
+        if write.allow_nonfinite:
             let_nonfinite_pass(report)
         report.raise_if_failed()
         reports.append(report)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +26,19 @@ from hxaconv.model import Model
 from hxaconv.names import is_attention
 from hxaconv.output import Job
 from hxaconv.plan import Plan, check
-from hxaconv.student import Facts, student_model, with_intermediate_size
+from hxaconv.student import FLAGS, Facts, student_model, with_intermediate_size
 from hxaconv.surgery import graft, pad_ffn
 from hxaconv.teacher import open_teacher
 
 if TYPE_CHECKING:
+    from hxaconv.console import Progress
     from hxaconv.verification import Report
 
 COMMANDS = {"to-hf": "hf", "to-pth": "pth", "to-training": "training"}
+"""Command -> format of its output."""
 
 
-def run(
-    command: str,
+def to_hf(
     source: str,
     out: str,
     *,
@@ -49,50 +49,121 @@ def run(
     rms_norm_eps: float | None = None,
     tie_word_embeddings: bool | None = None,
     dtype: str | None = None,
-    pad_ffn_to: int | None = None,
+    pad_ffn: int | None = None,
     max_shard_size: str = "5GB",
-    all_tensors: bool = False,
     copy_code: bool = False,
     write: WriteOptions | None = None,
 ) -> Outcome:
-    """Write the student in `source` to `out`; bits are copied unless `dtype` or `pad_ffn_to` changes them.
+    """Write the student in `source` as a Hugging Face folder; bits are copied unless `dtype` or `pad_ffn` changes them.
 
-    `to-training` writes the attention alone unless `all_tensors`; the others always write everything.
+    Args:
+        source: Folder, file or Hub id (`org/name@revision`), in any container and dialect.
+        out: The folder to create.
+        revision: Branch, tag or commit of a Hub `source`.
+        teacher: Completes a checkpoint that holds attention only, and tells settings that `source` does not.
+        layer_map: Name or TOML file of a layer map that tells settings.
+        rope_theta, rms_norm_eps, tie_word_embeddings: Settings that no source tells, or that overrule it.
+        dtype: `bfloat16`, `float16` or `float32`: every float tensor is cast, rounded once. None: as stored.
+        pad_ffn: 256 or 512: the MLP is padded with zeros to a multiple, which changes no result.
+        max_shard_size: Of a weight file, such as `5GB` or `500MB`.
+        copy_code: Copy the `.py` files of the source along.
+        write: Overwriting, resuming, parts, verification, progress.
 
     Raises:
         HxaconvError: when a setting is known from no source, a tensor is missing or would be unused.
-        CheckFailed: when the output does not pass its verification.
+        CheckFailed: when the output does not pass its verification; it is left beside `out`.
     """
-    options = {key: value for key, value in locals().items() if key not in ("write", "command")}
-    flags = {"rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps, "tie_word_embeddings": tie_word_embeddings}
-    opened = open_student(source, revision=revision, teacher=teacher, layer_map=layer_map, flags=flags)
-    need_all = command != "to-training" or all_tensors
-    student, notes, warnings = complete(opened, need_all=need_all)
-    changed, name = reshape(student, dtype, pad_ffn_to)
-    warnings += dtype_warnings(changed.plan, command) + layer_0_warning(changed.student)
+    return _convert("to-hf", to_hf, locals())
+
+
+def to_pth(
+    source: str,
+    out: str,
+    *,
+    revision: str | None = None,
+    teacher: str | None = None,
+    layer_map: str | None = None,
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
+    tie_word_embeddings: bool | None = None,
+    dtype: str | None = None,
+    pad_ffn: int | None = None,
+    write: WriteOptions | None = None,
+) -> Outcome:
+    """Write the student in `source` as a `.pth` for RWKV-Infer, with a sidecar of what that cannot carry.
+
+    The arguments are those of `to_hf`; `out` is a file, NAME.pth, and the sidecar becomes NAME.json.
+
+    Raises:
+        HxaconvError: when a setting is known from no source, a tensor is missing or would be unused.
+        CheckFailed: when the output does not pass its verification; it is left beside `out`.
+    """
+    return _convert("to-pth", to_pth, locals())
+
+
+def to_training(
+    source: str,
+    out: str,
+    *,
+    all_tensors: bool = False,
+    revision: str | None = None,
+    teacher: str | None = None,
+    layer_map: str | None = None,
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
+    tie_word_embeddings: bool | None = None,
+    dtype: str | None = None,
+    write: WriteOptions | None = None,
+) -> Outcome:
+    """Write the student in `source` under the names that published trainers load.
+
+    The arguments are those of `to_hf`; `out` is a file. Only attention is written, unless `all_tensors`.
+
+    Raises:
+        HxaconvError: when a setting is known from no source, a tensor is missing or would be unused.
+        CheckFailed: when the output does not pass its verification; it is left beside `out`.
+    """
+    return _convert("to-training", to_training, locals())
+
+
+def _convert(command: str, function: Callable[..., Outcome], given: Mapping[str, Any]) -> Outcome:
+    """What the three commands share; `given` are the arguments of `function`."""
+    write: WriteOptions = given["write"] or WriteOptions()
+    opened = open_student(
+        given["source"],
+        revision=given["revision"],
+        teacher=given["teacher"],
+        layer_map=given["layer_map"],
+        flags={key: given[key] for key in FLAGS},
+        progress=write.progress,
+    )
+    need_all = command != "to-training" or given["all_tensors"]
+    student, notes = complete(opened, need_all=need_all)
+    changed, name = reshape(student, given["dtype"], given.get("pad_ffn"))
     job = Job(
         command=command,
-        options=options,
-        defaults=defaults_of(run),
+        options={key: value for key, value in given.items() if key != "write"},
+        defaults=defaults_of(function),
         student=changed,
-        target=Path(out),
+        target=Path(given["out"]),
         format=COMMANDS[command],
         dtype=name,
-        max_shard_bytes=parse_size(max_shard_size),
+        max_shard_bytes=parse_size(given.get("max_shard_size", "5GB")),
         sources=opened.sources,
         base_model=base_model_name(opened.sources.get("teacher", opened.sources["source"])),
         purpose=CONVERTED,
         everything=need_all,
-        copy_code=copy_code,
+        copy_code=given.get("copy_code", False),
     )
 
-    def verify(output: Model) -> Report:
+    def verify(output: Model, progress: Progress | None) -> Report:
         from hxaconv.verification import check_converted
 
         before = student if need_all else Model(student.config, _attention(student.plan), student.label)
-        return check_converted(before, output)
+        return check_converted(before, output, progress=progress)
 
-    return perform(job, write or WriteOptions(), verify, warnings, notes)
+    warnings = dtype_warnings(changed.plan, command) + layer_0_warning(changed.student)
+    return perform(job, write, verify, warnings, notes)
 
 
 class Opened:
@@ -111,17 +182,18 @@ def open_student(
     teacher: str | None = None,
     layer_map: str | None = None,
     flags: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Opened:
     """Open a student (any container and dialect) with what may tell its settings.
 
     Raises:
         HxaconvError: when a setting is known from no source, or sources contradict each other.
     """
-    checkpoint = open_checkpoint(source, revision=revision) if isinstance(source, str) else source
+    checkpoint = open_checkpoint(source, revision=revision, progress=progress) if isinstance(source, str) else source
     sources = {"source": checkpoint}
     teacher_model = None
     if teacher is not None:
-        sources["teacher"] = open_checkpoint(teacher)
+        sources["teacher"] = open_checkpoint(teacher, progress=progress)
         teacher_model = open_teacher(sources["teacher"], allow_output_bias=True)
     config = teacher_model.config if teacher_model else None
     assert config is None or isinstance(config, TeacherConfig)
@@ -139,8 +211,8 @@ def map_facts(layer_map: str) -> Facts:
     return Facts(f"layer map {chosen.name}", values)
 
 
-def complete(opened: Opened, *, need_all: bool) -> tuple[Model, list[str], list[str]]:
-    """(the whole student, notes, warnings): attention-only checkpoints are grafted onto their teacher.
+def complete(opened: Opened, *, need_all: bool) -> tuple[Model, list[str]]:
+    """(the whole student, notes): attention-only checkpoints are grafted onto their teacher.
 
     Raises:
         HxaconvError: when tensors are missing and no teacher has them, or would end up unused.
@@ -150,7 +222,7 @@ def complete(opened: Opened, *, need_all: bool) -> tuple[Model, list[str], list[
     if not need_all:
         expected = {name: shape for name, shape in expected.items() if is_attention(name)}
         check(_attention(student.plan), expected, student.label)
-        return student, [], []
+        return student, []
     missing = [name for name in expected if name not in student.plan]
     if missing and opened.teacher is None:
         hint = "Pass --teacher FOLDER_OR_HUB_ID: a training checkpoint holds attention only, the rest is its."
@@ -161,23 +233,23 @@ def complete(opened: Opened, *, need_all: bool) -> tuple[Model, list[str], list[
         )
     if not missing:
         check(student.plan, expected, student.label)
-        return student, [], []
+        return student, []
     assert opened.teacher is not None
     grafted = graft(student.plan, opened.teacher.plan, config)
     notes = [f"{len(grafted.from_teacher)} tensors come from the teacher"]
     if grafted.both:
         notes.append(f"{len(grafted.both)} tensors are in both, the trained ones are taken:")
         notes += [f"  - {name}" for name in grafted.both]
-    return Model(config, grafted.plan, student.label, student.raw), notes, []
+    return Model(config, grafted.plan, student.label, student.raw), notes
 
 
-def reshape(student: Model, dtype: str | None, pad_ffn_to: int | None) -> tuple[Model, str]:
+def reshape(student: Model, dtype: str | None, multiple: int | None) -> tuple[Model, str]:
     """(the student padded and cast as asked for, the dtype its config names)."""
     plan, config = student.plan, student.student
-    if pad_ffn_to is not None:
-        if pad_ffn_to not in (256, 512):
-            raise HxaconvError(f"--pad-ffn {pad_ffn_to} is not possible", hint="Use 256 or 512.")
-        plan, size = pad_ffn(plan, config, pad_ffn_to)
+    if multiple is not None:
+        if multiple not in (256, 512):
+            raise HxaconvError(f"--pad-ffn {multiple} is not possible", hint="Use 256 or 512.")
+        plan, size = pad_ffn(plan, config, multiple)
         config = with_intermediate_size(config, size)
     if dtype is not None:
         name = parse_dtype(dtype)
@@ -212,8 +284,3 @@ def dtype_warnings(plan: Plan, command: str) -> list[str]:
 
 def _attention(plan: Plan) -> Plan:
     return {name: recipe for name, recipe in plan.items() if is_attention(name)}
-
-
-to_hf = functools.partial(run, "to-hf")
-to_pth = functools.partial(run, "to-pth")
-to_training = functools.partial(run, "to-training")

@@ -14,6 +14,7 @@ from hxaconv.teacher import EMBEDDING
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
+    from hxaconv.console import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Donor:
         return self.student.student.layer_kind(layer) == config.layer_kind(layer)
 
 
-def open_donor(other: str, student: Model, flags: Mapping[str, Any]) -> Donor:
+def open_donor(other: str, student: Model, flags: Mapping[str, Any], progress: Progress | None = None) -> Donor:
     """Open `other`; what it does not say of itself, it has in common with the student.
 
     Raises:
@@ -38,7 +39,7 @@ def open_donor(other: str, student: Model, flags: Mapping[str, Any]) -> Donor:
     """
     from hxaconv.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(other)
+    checkpoint = open_checkpoint(other, progress=progress)
     common = student_facts(student.student)
     if EMBEDDING in checkpoint.plan:
         # Its mixers fit whatever its MLPs and vocabulary were padded to.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,9 @@ RUNNERS: dict[str, Callable[..., Outcome]] = {
     init.COMMAND: init.run,
     pick.COMMAND: pick.run,
     calibrate.COMMAND: calibrate.run,
-    **{command: functools.partial(convert.run, command) for command in convert.COMMANDS},
+    "to-hf": convert.to_hf,
+    "to-pth": convert.to_pth,
+    "to-training": convert.to_training,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from hxaconv.calibration import CalibrationReport, Settings
     from hxaconv.checkpoint import Checkpoint
+    from hxaconv.console import Progress
     from hxaconv.files import SourceFile
     from hxaconv.verification import Report
 
@@ -136,7 +138,7 @@ class Calibrated:
             found.append(f"{kept} of {len(layers)} layers keep the plain values: their fit was no better")
         return found
 
-    def verify(self, output: Model, factors: Mapping[str, float] | None) -> Report:
+    def verify(self, factors: Mapping[str, float] | None, output: Model, progress: Progress | None) -> Report:
         """The check of the written student, on the held-out tokens."""
         from hxaconv.verification.calibrated import check_calibrated
 
@@ -149,6 +151,7 @@ class Calibrated:
             ids=task.heldout,
             factors=factors,
             device=task.settings.device,
+            progress=progress,
         )
 
     def finish(self, outcome: Outcome) -> Outcome:
@@ -203,10 +206,8 @@ def perform_calibrated(
     if calibrated is None:
         return perform(job, write, None, warnings, notes)
     warnings, notes = warnings + calibrated.warnings, notes + calibrated.notes
-    outcome = perform(
-        calibrated.told_in(job), write, lambda output: calibrated.verify(output, factors), warnings, notes
-    )
-    return calibrated.finish(outcome)
+    verify = functools.partial(calibrated.verify, factors)
+    return calibrated.finish(perform(calibrated.told_in(job), write, verify, warnings, notes))
 
 
 def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from hxaconv.commands.common import (
     base_model_name,
     defaults_of,
     layer_0_warning,
+    layers_text,
     one_of,
     parse_size,
     perform,
@@ -30,6 +31,7 @@ from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale
 from hxaconv.teacher import open_teacher
 
 if TYPE_CHECKING:
+    from hxaconv.console import Progress
     from hxaconv.verification import Report
 
 COMMAND = "init-from-teacher"
@@ -42,7 +44,7 @@ def run(
     *,
     revision: str | None = None,
     layer_map: str | None = None,
-    gqa_layers: str | None = None,
+    gqa_layers: str | Iterable[int] | None = None,
     preset: str = "openmose-stage1",
     scale: str | None = None,
     seed: int = 0,
@@ -59,19 +61,44 @@ def run(
     calibration: CalibrateOptions | Mapping[str, Any] | None = None,
     write: WriteOptions | None = None,
 ) -> Outcome:
-    """Make an hxa079 student of `teacher` (folder or Hub id) in `out`.
+    """Make an hxa079 student of `teacher`: RWKV layers initialised from its attention, the rest copied bit for bit.
+
+    Args:
+        teacher: Folder or Hub id (`org/name@revision`).
+        out: The folder to create, or with another `format` the file.
+        revision: Branch, tag or commit of a Hub id.
+        layer_map: Name or TOML file of a layer map: which layers stay GQA.
+        gqa_layers: The same as numbers, or as text: `8,15-17,-1`, `none`, `all`. Without either: the shipped
+            map of that teacher, else evenly spaced, anchored at the last layer.
+        preset: `openmose-stage1` or `openmose-stage2` (all factors 1): what q, k, v and o are multiplied by.
+        scale: Changes to the preset: `receptance=0.5,key=0.5,value=0.3,output=0.5`.
+        seed: Of the random matrices; each depends on it and on its own name alone.
+        dtype: Of the output: `bfloat16`, `float16` or `float32`.
+        format: `hf` (folder), `pth` (for RWKV-Infer) or `training` (attention alone, named as trainers load it).
+        max_shard_size: Of a weight file of a folder, such as `5GB` or `500MB`.
+        rope_theta, rms_norm_eps: Where the teacher's config does not give them, or gives two.
+        allow_gqa_layer_0, allow_output_bias, drop_rope_scaling: What is refused otherwise, with the reason.
+        copy_code: Copy the `.py` files of the teacher along.
+        init: `openmose` (published initial values) or `calibrated` (fitted to the teacher).
+        calibration: How to fit, for `calibrated`.
+        write: Overwriting, resuming, parts, verification, progress.
+
+    Returns:
+        What was written, what the verification found, and how the calibration went.
 
     Raises:
         HxaconvError: for a teacher that hxa079 cannot carry, or options that do not fit it.
-        CheckFailed: when the output does not pass its verification.
+        CheckFailed: when the output does not pass its verification; it is left beside `out`.
     """
+    if gqa_layers is not None:
+        gqa_layers = layers_text(gqa_layers)
     options = {key: value for key, value in locals().items() if key not in ("write", "calibration")}
     write = write or WriteOptions()
     one_of("--format", format, tuple(FORMATS))
     one_of("--init", init, INITS)
     factors = parse_scale(scale, preset)
     settings = InitSettings(factors, seed, parse_dtype(dtype))
-    checkpoint = open_checkpoint(teacher, revision=revision)
+    checkpoint = open_checkpoint(teacher, revision=revision, progress=write.progress)
     model = open_teacher(
         checkpoint,
         rope_theta=rope_theta,
@@ -112,10 +139,10 @@ def run(
         task = prepare(model, student, fit, seed, checkpoint, write)
         return perform_calibrated(task, job, write, factors, warnings, notes)
 
-    def verify(output: Model) -> Report:
+    def verify(output: Model, progress: Progress | None) -> Report:
         from hxaconv.verification import check_initialised
 
-        return check_initialised(model, output, factors=factors)
+        return check_initialised(model, output, factors=factors, progress=progress)
 
     return perform(job, write, verify, warnings, notes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from hxaconv.commands.common import (
     base_model_name,
     defaults_of,
     layer_0_warning,
+    layers_text,
     parse_size,
     perform,
 )
@@ -27,6 +29,7 @@ from hxaconv.surgery import InitSettings, parse_scale, repick
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
+    from hxaconv.console import Progress
     from hxaconv.containers.safetensors_layout import Shard
     from hxaconv.files import SourceFile
     from hxaconv.verification import Report
@@ -38,7 +41,7 @@ def run(
     source: str,
     out: str,
     *,
-    layers: str,
+    layers: str | Iterable[int],
     teacher: str | None = None,
     other: str | None = None,
     revision: str | None = None,
@@ -59,19 +62,38 @@ def run(
     A layer that changes kind comes from `other` (`--from`) where that has it in the new kind, else from
     the teacher: its attention as it is, or a time-mix initialised as `init-from-teacher` does.
 
+    Args:
+        source: Folder, file or Hub id (`org/name@revision`) of a student.
+        out: The folder or NAME.pth to create.
+        layers: The layers that become GQA: numbers, or text as `8,15-17,-1`, or the name or file of a layer map.
+        teacher: Gives changed layers their attention, or what their time-mix is initialised from.
+        other: A trained student of the same teacher to take changed layers from.
+        revision: Branch, tag or commit of a Hub `source`.
+        layer_map: Name or TOML file of a layer map that tells settings.
+        rope_theta, rms_norm_eps, tie_word_embeddings: Settings that no source tells, or that overrule it.
+        preset, scale, seed: As `init_from_teacher` takes them.
+        allow_gqa_layer_0: Layer 0 as GQA is refused otherwise, with the reason.
+        max_shard_size: Of a weight file that is written again.
+        format: `hf`, `pth` or `training`; None: by the suffix of `out`.
+        write: Overwriting, resuming, parts, verification, progress.
+
     Raises:
         HxaconvError: for layers that do not exist, or when no source has what a changed layer needs.
-        CheckFailed: when the output does not pass its verification.
+        CheckFailed: when the output does not pass its verification; it is left beside `out`.
     """
+    layers = layers_text(layers)
     options = {key: value for key, value in locals().items() if key != "write"}
+    write = write or WriteOptions()
     flags = {"rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps, "tie_word_embeddings": tie_word_embeddings}
-    opened = open_student(source, revision=revision, teacher=teacher, layer_map=layer_map, flags=flags)
-    student, notes, warnings = complete(opened, need_all=True)
+    opened = open_student(
+        source, revision=revision, teacher=teacher, layer_map=layer_map, flags=flags, progress=write.progress
+    )
+    student, notes = complete(opened, need_all=True)
     chosen = layer_maps.parse_layers(layers, student.config.num_hidden_layers, allow_layer_0=allow_gqa_layer_0)
     old = student.student
     new = student_of(old, chosen, old.ranks)
     changed = [i for i in range(old.num_hidden_layers) if old.layer_kind(i) != new.layer_kind(i)]
-    donor = open_donor(other, student, flags) if other else None
+    donor = open_donor(other, student, flags, write.progress) if other else None
     taken = [i for i in changed if donor and donor.has(i, new)]
     _check_origins(changed, taken, opened.teacher)
     settings = InitSettings(parse_scale(scale, preset), seed, main_dtype(student.plan))
@@ -87,6 +109,7 @@ def run(
     result = Model(new, plan, out, student.raw)
     initialised = f"RWKV, initialised ({preset}, seed {seed})"
     notes += _told_origins(changed, taken, new, initialised, donor.description if donor else "")
+    warnings = [*dtype_warnings(plan, ""), *layer_0_warning(new)]
     if donor and not taken:
         warnings.append(f"--from {other} has none of the changed layers in its new kind: it is not used")
     sources = opened.sources | ({"from": donor.checkpoint} if donor else {})
@@ -106,20 +129,19 @@ def run(
         extra={"init": {"preset": preset, "factors": settings.factors, "seed": seed}, "changed_layers": changed},
     )
 
-    def verify(output: Model) -> Report:
+    def verify(output: Model, progress: Progress | None) -> Report:
         from hxaconv.verification import check_repicked
 
         return check_repicked(
-            student, opened.teacher, output, other=donor.student if donor else None, factors=settings.factors
+            student,
+            opened.teacher,
+            output,
+            other=donor.student if donor else None,
+            factors=settings.factors,
+            progress=progress,
         )
 
-    return perform(
-        job,
-        write or WriteOptions(),
-        verify,
-        [*warnings, *dtype_warnings(plan, ""), *layer_0_warning(new)],
-        notes,
-    )
+    return perform(job, write, verify, warnings, notes)
 
 
 def kept_shards(source: Checkpoint, before: Plan, after: Plan, max_shard_bytes: int) -> list[Shard] | None:

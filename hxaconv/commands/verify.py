@@ -44,10 +44,23 @@ def run(
     teacher: str | None = None,
     layer_map: str | None = None,
     revision: str | None = None,
-    flags: Mapping[str, Any] | None = None,
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
+    tie_word_embeddings: bool | None = None,
     options: VerifyOptions | None = None,
 ) -> Report:
     """Verify `source` alone, or compare it with `against`, whatever their containers and names.
+
+    What is wrong with the checkpoint is in the report: see its `passed`, or call its `raise_if_failed`.
+
+    Args:
+        source: Folder, file or Hub id (`org/name@revision`) of a teacher or a student.
+        against: The checkpoint to compare with.
+        teacher: Completes a checkpoint that holds attention only, and tells settings.
+        layer_map: Name or TOML file of a layer map that tells settings.
+        revision: Branch, tag or commit of a Hub `source`.
+        rope_theta, rms_norm_eps, tie_word_embeddings: Settings that no source tells, or that overrule it.
+        options: Tokens, dtype, device, and what is expected of a comparison.
 
     Raises:
         HxaconvError: when a setting is known from no source, or the two cannot be fed the same input.
@@ -68,8 +81,9 @@ def run(
     logits_out = Path(options.logits_out) if options.logits_out else None
     if logits_out is not None:
         refuse_logits_path(logits_out, [source, against, teacher])
-    checkpoint = open_checkpoint(source, revision=revision)
-    beside = open_checkpoint(against) if against else None
+    flags = {"rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps, "tie_word_embeddings": tie_word_embeddings}
+    checkpoint = open_checkpoint(source, revision=revision, progress=options.progress)
+    beside = open_checkpoint(against, progress=options.progress) if against else None
     try:
         model = whole_model(checkpoint, teacher, layer_map, flags)
         other = whole_model(beside, teacher, layer_map, flags, model.config) if beside else None
@@ -130,7 +144,7 @@ def digests(source: str, *, revision: str | None = None, progress: Progress | No
     from hxaconv.files import SourceFile
     from hxaconv.json_files import read_json
 
-    checkpoint = open_checkpoint(source, revision=revision)
+    checkpoint = open_checkpoint(source, revision=revision, progress=progress)
     provenance: Mapping[str, Any] = (checkpoint.sidecar or {}).get("hxaconv", {})
     beside = checkpoint.root / PROVENANCE_NAME if checkpoint.root is not None else None
     if beside is not None and beside.is_file():
@@ -159,7 +173,7 @@ def whole_model(
     checkpoint: Checkpoint,
     teacher: str | None,
     layer_map: str | None,
-    flags: Mapping[str, Any] | None,
+    flags: Mapping[str, Any],
     beside: ModelConfig | None = None,
 ) -> Model:
     """A teacher or student with all its tensors; `beside` fills in what a `.pth` cannot carry.
@@ -169,10 +183,11 @@ def whole_model(
         Inconsistent: when its tensors and its settings do not make one model.
     """
     if is_student(checkpoint) or checkpoint.config is None:
-        given = dict(flags or {})
+        given = dict(flags)
         if beside is not None and checkpoint.config is None and checkpoint.sidecar is None and teacher is None:
             for key in ("rope_theta", "rms_norm_eps", "tie_word_embeddings"):
                 given[key] = given.get(key) if given.get(key) is not None else getattr(beside, key)
         opened = open_student(checkpoint, teacher=teacher, layer_map=layer_map, flags=given)
-        return complete(opened, need_all=True)[0]
+        model, _ = complete(opened, need_all=True)
+        return model
     return open_teacher(checkpoint, allow_output_bias=True)

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hxaconv.console import Progress
+from hxaconv.console import Progress, bar
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.reference import llama
 from hxaconv.selection.attention import copying
 from hxaconv.selection.cache import Cache
-from hxaconv.selection.streaming import bar
 from hxaconv.selection.weights import Compute, bytes_of_layer, embed, layer_names
 
 LENGTH = 128

@@ -14,8 +14,7 @@ beside one layer's weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hxaconv.config import StudentConfig
-from hxaconv.console import Progress
+from hxaconv.console import Progress, bar
 from hxaconv.model import Model
 from hxaconv.reference import hxa079, llama
 from hxaconv.reference.chunked import chunked
@@ -249,19 +248,6 @@ def time_mix(normed: Tensor, get: Get, config: StudentConfig, layer: int, first:
 def _each(function: Any, x: Tensor) -> Tensor:
     # A sequence at a time: what attention and MLP need in between does not grow with the batch.
     return torch.cat([function(x[i : i + 1]) for i in range(x.shape[0])])
-
-
-@contextmanager
-def bar(progress: Progress | None, title: str, total: int) -> Iterator[Any]:
-    """A bar while inside; yields what moves it: called with what is done, and what was at work."""
-    if progress is None:
-        yield lambda n, what: None
-        return
-    progress.start(title, total)
-    try:
-        yield progress.advance
-    finally:
-        progress.stop()
 
 
 def untouched_layers(student: Model) -> tuple[int, ...]:

@@ -48,12 +48,13 @@ def check_calibrated(
     ids: Tensor,
     factors: Mapping[str, float] | None = None,
     device: str = "cpu",
+    progress: Progress | None = None,
 ) -> Report:
     """Check the written student: tensors not in `replaced` are the plain student's, logits finite, KL reported.
 
     With `factors`, projections that were not replaced are checked against the teacher's as well.
     """
-    report = compare_models(completed(output, teacher), teacher, ids=ids, device=device)
+    report = compare_models(completed(output, teacher), teacher, ids=ids, device=device, progress=progress)
     kept = [name for name in output.plan if name not in replaced]
     wrong = [n for n in kept if n not in plain.plan or not same_bytes(output.plan[n], plain.plan[n])]
     text = f"{len(kept)} tensors are the plain student's, {len(replaced)} are fitted"

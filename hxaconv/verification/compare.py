@@ -6,13 +6,13 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from hxaconv.config import ModelConfig, StudentConfig, TeacherConfig
+from hxaconv.console import Progress, bar
 from hxaconv.errors import raise_all
 from hxaconv.model import Model
 from hxaconv.names import layer_index
@@ -24,9 +24,6 @@ from hxaconv.verification.expectations import Thresholds, config_differences, ju
 from hxaconv.verification.report import LayerResult, LogitResult, Report, TensorResult
 from hxaconv.verification.runner import Runner, Stream, compute_settings
 from hxaconv.verification.tensors import compare_tensor, with_head
-
-if TYPE_CHECKING:
-    from hxaconv.console import Progress
 
 NOISE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Relative error below which two layers count as the same: rounding in another order of summation."""
@@ -103,20 +100,16 @@ def _run(
     theirs = right.start(ids)
     yardstick = isinstance(left.config, StudentConfig) and isinstance(right.config, TeacherConfig)
     streams = _Streams(left.start(ids), theirs, Stream(theirs.x) if yardstick else None, Carry())
-    if progress:
-        progress.start("verify", total_bytes(plans[0]) + total_bytes(plans[1]))
-    report.tensors += compare_group(*plans, None)
-    for index in range(left.config.num_hidden_layers):
-        # The bytes are compared just before they are converted: the second reading finds them in memory.
-        report.tensors += compare_group(*plans, index)
-        report.layers.append(_layer(left, right, streams, index))
-        if dump:
-            dump.append(f"hidden.{index}", streams.source.x)
-        if progress:
-            progress.advance(sum(layer_bytes(plan, index) for plan in plans), f"layer {index}")
-    report.logits = _logits(left, right, streams, dump)
-    if progress:
-        progress.stop()
+    with bar(progress, "verifying", total_bytes(plans[0]) + total_bytes(plans[1])) as advance:
+        report.tensors += compare_group(*plans, None)
+        for index in range(left.config.num_hidden_layers):
+            # The bytes are compared just before they are converted: the second reading finds them in memory.
+            report.tensors += compare_group(*plans, index)
+            report.layers.append(_layer(left, right, streams, index))
+            if dump:
+                dump.append(f"hidden.{index}", streams.source.x)
+            advance(sum(layer_bytes(plan, index) for plan in plans), f"layer {index}")
+        report.logits = _logits(left, right, streams, dump)
 
 
 def compare_all(source: Model, other: Model) -> list[TensorResult]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from hxaconv.arithmetic import tensor, torch_dtype
 from hxaconv.errors import MAX_LISTED
@@ -42,9 +41,6 @@ def check_initialised(
     student: Model,
     *,
     factors: Mapping[str, float],
-    ids: Tensor | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
     progress: Progress | None = None,
 ) -> Report:
     """Check a freshly initialised student, whole or attention only, against its teacher.
@@ -54,9 +50,8 @@ def check_initialised(
     logits are finite, and KL divergences are reported. `factors`: receptance, key, value, output.
     """
     whole = completed(student, teacher)
-    if ids is None:
-        ids = probe_tokens(min(teacher.config.vocab_size, student.config.vocab_size))
-    report = compare_models(whole, teacher, ids=ids, dtype=dtype, device=device, progress=progress)
+    ids = probe_tokens(min(teacher.config.vocab_size, student.config.vocab_size))
+    report = compare_models(whole, teacher, ids=ids, progress=progress)
     _check_copies(report, whole, teacher)
     check_rwkv_layers(report, student, teacher.plan, factors)
     _check_gqa_layers(report)
@@ -177,22 +172,15 @@ def listing(names: list[str], what: str) -> str:
     return f"{len(names)} {what}: {', '.join(names[:MAX_LISTED])}{more}" if names else ""
 
 
-def check_converted(
-    source: Model,
-    output: Model,
-    *,
-    ids: Tensor | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> Report:
+def check_converted(source: Model, output: Model, *, progress: Progress | None = None) -> Report:
     """Check that a conversion kept the model: identical tensors and logits.
 
     Where the dtype was changed each tensor has to be the source's, rounded once, and the logits close; where the MLP
     was padded the new rows and columns have to be zero, and the logits the same but for rounding.
     """
     whole = completed(output, source)
-    if ids is None and any(not is_attention(name) for name in source.plan):
+    ids = None
+    if any(not is_attention(name) for name in source.plan):
         ids = probe_tokens(min(source.config.vocab_size, output.config.vocab_size))
     cast = any(recipe.dtype != output.plan[name].dtype for name, recipe in source.plan.items() if name in output.plan)
     padded = output.config.intermediate_size > source.config.intermediate_size
@@ -203,8 +191,6 @@ def check_converted(
         ids=ids,
         expect=expect,
         thresholds=PADDED if padded and not cast else Thresholds(),
-        dtype=dtype,
-        device=device,
         progress=progress,
     )
     if expect == "close":

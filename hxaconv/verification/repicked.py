@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from hxaconv.model import Model
 from hxaconv.names import is_attention, layer_index
@@ -15,12 +16,21 @@ from hxaconv.verification.report import Report
 from hxaconv.verification.single import verify_model
 from hxaconv.verification.tensors import with_head
 
+if TYPE_CHECKING:
+    from hxaconv.console import Progress
+
 
 def check_repicked(
-    source: Model, teacher: Model | None, output: Model, *, other: Model | None, factors: Mapping[str, float]
+    source: Model,
+    teacher: Model | None,
+    output: Model,
+    *,
+    other: Model | None,
+    factors: Mapping[str, float],
+    progress: Progress | None = None,
 ) -> Report:
     """Check `output` against the student it was made of, and its new layers against where they come from."""
-    report = verify_model(output, ids=probe_tokens(output.config.vocab_size))
+    report = verify_model(output, ids=probe_tokens(output.config.vocab_size), progress=progress)
     layers = range(output.config.num_hidden_layers)
     changed = {i for i in layers if source.student.layer_kind(i) != output.student.layer_kind(i)}
     kept = [name for name in output.plan if not (is_attention(name) and layer_index(name) in changed)]

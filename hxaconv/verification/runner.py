@@ -23,7 +23,7 @@ from hxaconv.verification.weights import Weights
 LOGIT_BYTES = 64 * 2**20
 """Memory for the logits of some tokens over the whole vocabulary."""
 
-LOOP_TOKENS = 32
+LOOP_TOKENS = 64
 """Longer inputs run on the chunked recurrence."""
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -6,13 +6,13 @@ import math
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hxaconv.architecture import expected_tensors
 from hxaconv.config import ModelConfig, StudentConfig
+from hxaconv.console import Progress, bar
 from hxaconv.dtypes import FLOATS
 from hxaconv.errors import MAX_LISTED
 from hxaconv.model import Model
@@ -25,9 +25,6 @@ from hxaconv.verification.runner import EMBEDDING, HEAD, Runner, compute_setting
 from hxaconv.verification.tensors import compare_tensor
 from hxaconv.verification.weights import Weights
 from hxaconv.writing.finite import count_nonfinite
-
-if TYPE_CHECKING:
-    from hxaconv.console import Progress
 
 
 def verify_model(
@@ -106,34 +103,36 @@ def _check_config(report: Report, config: ModelConfig) -> None:
 
 def _run(report: Report, runner: Runner, ids: Tensor, dump: Dump | None, progress: Progress | None) -> None:
     plan = runner.model.plan
-    if progress:
-        progress.start("verify", total_bytes(plan))
-    broken = [name for name in plan if layer_index(name) is None and not finite_on_disk(plan[name])]
-    stream, lost = runner.start(ids), None
-    for index in range(runner.config.num_hidden_layers):
+    with bar(progress, "verifying", total_bytes(plan)) as advance:
+        broken = [name for name in plan if layer_index(name) is None and not finite_on_disk(plan[name])]
+        stream, lost = runner.start(ids), None
+        for index in range(runner.config.num_hidden_layers):
+            runner.weights.release()
+            runner.layer(stream, index)
+            broken += _not_finite(runner.weights, index)
+            if lost is None and not stream.x.isfinite().all():
+                lost = index
+            if dump:
+                dump.append(f"hidden.{index}", stream.x)
+            advance(layer_bytes(plan, index), f"layer {index}")
         runner.weights.release()
-        runner.layer(stream, index)
-        broken += _not_finite(runner.weights, index)
-        if lost is None and not stream.x.isfinite().all():
-            lost = index
-        if dump:
-            dump.append(f"hidden.{index}", stream.x)
-        if progress:
-            progress.advance(layer_bytes(plan, index), f"layer {index}")
+        worst = _largest_logit(runner, stream.x, dump)
     report.check("finite weights", not broken, _listed(broken) or f"{len(plan)} tensors without NaN or infinity")
-    runner.weights.release()
-    worst = 0.0
-    for (logits,) in runner.logits([stream.x], runner.tokens_per_step):
-        if dump:
-            dump.append("logits", logits)
-        worst = max(worst, logits.abs().max().item()) if logits.isfinite().all() else math.nan
-        if math.isnan(worst):
-            break
     where = "" if lost is None else f"; the residual stream is lost in layer {lost}"
     text = f"NaN or infinite{where}" if math.isnan(worst) else f"{ids.numel()} tokens, largest |logit| {worst:.3g}"
     report.check("finite logits", not math.isnan(worst), text)
-    if progress:
-        progress.stop()
+
+
+def _largest_logit(runner: Runner, x: Tensor, dump: Dump | None) -> float:
+    """The largest |logit| at the end of the residual stream; NaN at the first that is not finite."""
+    worst = 0.0
+    for (logits,) in runner.logits([x], runner.tokens_per_step):
+        if dump:
+            dump.append("logits", logits)
+        if not logits.isfinite().all():
+            return math.nan
+        worst = max(worst, logits.abs().max().item())
+    return worst
 
 
 def _not_finite(weights: Weights, layer: int) -> list[str]:

@@ -72,6 +72,8 @@ class WriteSettings:
     def __post_init__(self) -> None:
         if self.digest not in DIGESTS:
             raise HxaconvError(f"--digest {self.digest!r} is not known", hint=f"It takes {', '.join(DIGESTS)}.")
+        if self.part is not None and not (isinstance(self.part, tuple) and 0 <= self.part[0] < self.part[1]):
+            raise HxaconvError(f"part is {self.part!r}", hint="It takes (i, n), i from 0: (0, 4) for --part 1/4.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
