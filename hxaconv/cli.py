@@ -89,7 +89,7 @@ def root(
 ) -> None:
     """Turn Llama-style transformers into RWKV-7/GQA hybrids (hxa079), convert them, and prove it."""
     if version:
-        from hxaconv.output import version as installed
+        from hxaconv.command_line import version as installed
 
         print(installed())
         raise typer.Exit

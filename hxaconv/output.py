@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.card import model_card
+from hxaconv.command_line import command_line, version
 from hxaconv.config import StudentConfig
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
@@ -17,12 +17,12 @@ from hxaconv.names import is_attention, stored_name
 from hxaconv.plan import Plan, with_origin
 from hxaconv.student_json import as_bytes, loadmodel_body, student_json
 from hxaconv.teacher import EMBEDDING, HEAD
+from hxaconv.writing.target import Output
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
     from hxaconv.containers.safetensors_layout import Shard
     from hxaconv.files import SourceFile
-    from hxaconv.writing.writer import Output
 
 FORMATS = {"hf": "hf", "pth": "rwkv", "training": "training"}
 """Output format -> dialect of its names."""
@@ -57,13 +57,10 @@ class Job:
     """For hf: a sharding to keep; None: by size."""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-
-def version() -> str:
-    """The installed version of the package."""
-    try:
-        return metadata.version("hxaconv")
-    except metadata.PackageNotFoundError:  # used from a source tree that was never installed
-        return "0+unknown"
+    @property
+    def command_line(self) -> str:
+        """The command as one could type it again, without local folders."""
+        return command_line(self.command, self.options, self.defaults)
 
 
 def build_output(job: Job) -> Output:
@@ -72,8 +69,6 @@ def build_output(job: Job) -> Output:
     Raises:
         HxaconvError: for a target that does not fit the format.
     """
-    from hxaconv.writing.writer import Output
-
     if job.format not in FORMATS:
         raise HxaconvError(f"--format {job.format!r} is not known", hint=f"It takes {', '.join(FORMATS)}.")
     folder = job.format == "hf"
@@ -83,7 +78,7 @@ def build_output(job: Job) -> Output:
     if folder and job.target.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         other = "`hxaconv to-pth`" if job.command == "to-hf" else "--format pth"
         raise HxaconvError(f"{job.target}: an hf output is a folder", hint=f"Leave the suffix off, or use {other}.")
-    if not _is_text(command_line(job) + job.target.name):
+    if not _is_text(job.command_line + job.target.name):
         raise HxaconvError(
             "a file or folder has a name that is not UTF-8, and could not be recorded", hint="Rename it first."
         )
@@ -130,7 +125,7 @@ def _folder_documents(job: Job, document: Mapping[str, Any]) -> dict[str, bytes]
         base_model=job.base_model,
         purpose=job.purpose,
         section=job.section,
-        how=f"`{command_line(job)}` with hxaconv {version()}.",
+        how=f"`{job.command_line}` with hxaconv {version()}.",
         raw=job.student.raw,
     )
     return documents | {"config.json": as_bytes(document)}
@@ -156,51 +151,11 @@ def _companions(job: Job) -> dict[str, SourceFile]:
     return found
 
 
-def bare(value: Any) -> Any:
-    """An option as it may be published: local paths as bare names, Hub ids and numbers as they are."""
-    if isinstance(value, str) and (value.startswith((".", "/", "~")) or "\\" in value or value.count("/") > 1):
-        return Path(value).name
-    if isinstance(value, str) and "/" in value and Path(value.partition("@")[0]).exists():
-        return Path(value).name
-    return value
-
-
-def command_line(job: Job) -> str:
-    """The command as one could type it again, without local folders and with OUT for the target."""
-    words = ["hxaconv", job.command]
-    for key, value in job.options.items():
-        if key == "out":
-            words.append("OUT")
-        elif key in ("source", "teacher") and words[-1] == job.command:
-            words.append(str(bare(value)))
-        elif key == "calibration":
-            words += [
-                word
-                for name, setting in (value or {}).items()
-                if setting != job.defaults.get(name)
-                for word in _option(name, setting)
-            ]
-        elif value != job.defaults.get(key):
-            words += _option(key, value)
-    return shlex.join(words)
-
-
-OPTION_NAMES = {"other": "from", "all_tensors": "all"}
-"""Arguments whose option is called otherwise, `from` being a word of Python's."""
-
-
-def _option(key: str, value: Any) -> list[str]:
-    name = OPTION_NAMES.get(key, key.replace("_", "-"))
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", str(bare(value))]
-
-
 def _provenance(job: Job) -> dict[str, Any]:
     config = job.student.student
     return {
         "hxaconv": version(),
-        "command_line": command_line(job),
+        "command_line": job.command_line,
         "sources": {role: _source(checkpoint) for role, checkpoint in job.sources.items()},
         "format": job.format,
         "variant": "hxa079",

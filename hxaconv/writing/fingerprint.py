@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from hxaconv.command_line import option_name
 from hxaconv.containers.layout import FileLayout
-from hxaconv.output import OPTION_NAMES
 from hxaconv.writing.target import Output
 
 Record = Mapping[str, Any]
@@ -83,7 +83,7 @@ def _same(then: Any, now: Any) -> bool:
 
 
 def _option(name: str) -> str:
-    return name if name in ("source", "teacher") else f"--{OPTION_NAMES.get(name, name).replace('_', '-')}"
+    return name if name in ("source", "teacher") else f"--{option_name(name)}"
 
 
 def _shown(value: Any) -> str:
