@@ -21,9 +21,9 @@ from torch import Tensor
 
 from hxaconv.calibration import Settings
 from hxaconv.calibration.streaming import calibrate
-from hxaconv.checkpoint import open_checkpoint
 from hxaconv.config import student_of
 from hxaconv.model import Model
+from hxaconv.opening import open_checkpoint
 from hxaconv.surgery import PRESETS, InitSettings, init_from_teacher
 from hxaconv.teacher import open_teacher
 from hxaconv.verification.compare import compare_models

@@ -22,10 +22,10 @@ from torch import Tensor
 from hxaconv.arithmetic import tensor
 from hxaconv.calibration import Settings
 from hxaconv.calibration.streaming import calibrate
-from hxaconv.checkpoint import open_checkpoint
 from hxaconv.config import StudentConfig, student_of
 from hxaconv.model import Model
 from hxaconv.names import is_attention
+from hxaconv.opening import open_checkpoint
 from hxaconv.plan import Plan
 from hxaconv.reference import hxa079, llama
 from hxaconv.reference.chunked import chunked

@@ -14,10 +14,10 @@ from pathlib import Path
 
 def initialise(teacher: str) -> None:
     """Make every initial value of the default student, and print how long it took."""
-    from hxaconv.checkpoint import open_checkpoint
     from hxaconv.config import student_of
     from hxaconv.initial import initial_parameters
     from hxaconv.layer_maps import uniform
+    from hxaconv.opening import open_checkpoint
     from hxaconv.plan import Scratch
     from hxaconv.teacher import open_teacher
 
@@ -43,7 +43,7 @@ def initialise(teacher: str) -> None:
 def scale(source: str, target: str) -> None:
     """Write `source` with every tensor halved."""
     from hxaconv.arithmetic import scaled
-    from hxaconv.checkpoint import open_checkpoint
+    from hxaconv.opening import open_checkpoint
     from hxaconv.writing.writer import Output, WriteSettings, write
 
     checkpoint = open_checkpoint(source)

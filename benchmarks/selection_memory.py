@@ -92,9 +92,9 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from hxaconv.checkpoint import open_checkpoint
     from hxaconv.config import student_of
     from hxaconv.model import Model
+    from hxaconv.opening import open_checkpoint
     from hxaconv.selection.advice import Request, advise
     from hxaconv.surgery import PRESETS, InitSettings, init_from_teacher
     from hxaconv.teacher import open_teacher

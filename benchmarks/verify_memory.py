@@ -119,8 +119,8 @@ def measure(paths: list[str], num_layers: int, tokens: int, threads: int, queue:
     import hxaconv.verification.runner as runner_module
     import hxaconv.verification.single as single_module
     import hxaconv.verification.weights as weights_module
-    from hxaconv.checkpoint import open_checkpoint
     from hxaconv.model import Model
+    from hxaconv.opening import open_checkpoint
     from hxaconv.reference import hxa079
     from hxaconv.verification import compare_models, probe_tokens, verify_model
 

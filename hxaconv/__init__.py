@@ -14,7 +14,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hxaconv.checkpoint import open_checkpoint as open_checkpoint
     from hxaconv.commands.calibrate import run as calibrate  # noqa: F401
     from hxaconv.commands.common import WriteOptions as WriteOptions
     from hxaconv.commands.convert import to_hf as to_hf
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from hxaconv.commands.verify import run as verify  # noqa: F401
     from hxaconv.errors import CheckFailed as CheckFailed
     from hxaconv.errors import HxaconvError as HxaconvError
+    from hxaconv.opening import open_checkpoint as open_checkpoint
 
 _EXPORTS = {
     "CalibrateOptions": ("hxaconv.commands.fitting", "CalibrateOptions"),
@@ -38,7 +38,7 @@ _EXPORTS = {
     "calibrate": ("hxaconv.commands.calibrate", "run"),
     "init_from_teacher": ("hxaconv.commands.init", "run"),
     "inspect": ("hxaconv.commands.inspect", "run"),
-    "open_checkpoint": ("hxaconv.checkpoint", "open_checkpoint"),
+    "open_checkpoint": ("hxaconv.opening", "open_checkpoint"),
     "pick_gqa_layers": ("hxaconv.commands.pick", "run"),
     "to_hf": ("hxaconv.commands.convert", "to_hf"),
     "to_pth": ("hxaconv.commands.convert", "to_pth"),

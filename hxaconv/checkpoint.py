@@ -1,7 +1,4 @@
-"""Open a checkpoint of any form as a plan: headers only, without torch.
-
-A folder, a file or a Hub id becomes: canonical name -> where the bytes of that tensor stand.
-"""
+"""A checkpoint as a plan: canonical name -> where the bytes of that tensor stand. Headers only, without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hxaconv.containers import Contents, read_contents
 from hxaconv.containers.contents import show
@@ -20,15 +17,11 @@ from hxaconv.names import detect_dialect, to_canonical
 from hxaconv.plan import Plan
 from hxaconv.weight_files import SHARD, WEIGHTS, Listing, check_index, select_weights
 
-if TYPE_CHECKING:
-    from hxaconv.console import Progress
-
 COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json"),
 )
 """The only files that are copied along from a source."""
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,41 +57,6 @@ class Checkpoint:
     one), `index_name`, `stray_files` (weight files that were not opened)."""
     handle: object = None
     """What downloads the files, for a Hub id."""
-
-
-def open_checkpoint(spec: str | Path, *, revision: str | None = None, progress: Progress | None = None) -> Checkpoint:
-    """Open a folder, a file or a Hub id (`org/name[@revision]`); a path that exists wins.
-
-    Raises:
-        HxaconvError: when there is nothing there, or it is damaged, ambiguous or of an unknown kind.
-    """
-    text = str(spec)
-    path = Path(text).expanduser()
-    if revision is not None and path.exists():
-        raise HxaconvError(f"--revision {revision} is for Hub ids; {text} is here", hint="Leave it out.")
-    if path.is_dir():
-        return open_folder(path, label=text)
-    if path.exists():
-        return _open_file(path, text)
-    if isinstance(spec, Path) or _looks_like_path(text):
-        raise HxaconvError(
-            f"{text} does not exist",
-            hint="Expected a folder, a .safetensors/.pth/.pt/.bin file, or a Hub id such as RekaAI/reka-flash-3.",
-        )
-    from hxaconv.hub import open_hub
-
-    name, _, pinned = text.partition("@")
-    if revision and pinned and revision != pinned:
-        raise HxaconvError(f"{text} and --revision {revision} name two revisions", hint="Leave one of them out.")
-    return open_hub(name, revision or pinned or None, label=text, progress=progress)
-
-
-def _looks_like_path(text: str) -> bool:
-    return (
-        _HUB_ID.match(text) is None
-        or text.startswith((".", "/", "~"))
-        or text.partition("@")[0].endswith((*WEIGHTS, ".json"))
-    )
 
 
 def open_folder(path: Path, *, label: str, repo: str | None = None, revision: str | None = None) -> Checkpoint:
@@ -145,7 +103,12 @@ def _inside(root: Path, name: str, label: str) -> Path:
     return root / name
 
 
-def _open_file(path: Path, label: str) -> Checkpoint:
+def open_file(path: Path, *, label: str) -> Checkpoint:
+    """Open one weight file, with the config or sidecar beside it.
+
+    Raises:
+        HxaconvError: when it is damaged, of an unknown kind, or one shard of several.
+    """
     shard = SHARD.search(path.name)
     if shard and int(shard[2]) > 1:
         raise HxaconvError(f"{label} is one of {int(shard[2])} shards", hint=f"Give the folder instead: {path.parent}")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hxaconv.arithmetic import computed, tensor
-from hxaconv.checkpoint import open_checkpoint
 from hxaconv.config import student_of
 from hxaconv.model import Model
+from hxaconv.opening import open_checkpoint
 from hxaconv.student import student_model
 from hxaconv.surgery import PRESETS, InitSettings, graft, init_from_teacher
 from hxaconv.teacher import open_teacher

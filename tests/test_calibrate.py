@@ -21,10 +21,10 @@ from hxaconv.calibration.pool import Pool
 from hxaconv.calibration.report import Distances
 from hxaconv.calibration.streaming import calibrate, cut, fitted_tokens
 from hxaconv.calibration.time_mix import mixed_rows
-from hxaconv.checkpoint import open_checkpoint
 from hxaconv.config import TeacherConfig, student_of
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
+from hxaconv.opening import open_checkpoint
 from hxaconv.plan import Literal, Recipe, check
 from hxaconv.reference import hxa079, llama
 from hxaconv.reference.chunked import chunked

@@ -11,10 +11,11 @@ import torch
 from hostile import corpus, forge
 
 from hxaconv.architecture import expected_tensors
-from hxaconv.checkpoint import Checkpoint, open_checkpoint
+from hxaconv.checkpoint import Checkpoint
 from hxaconv.config import teacher_config
 from hxaconv.errors import HxaconvError
 from hxaconv.names import stored_name
+from hxaconv.opening import open_checkpoint
 from hxaconv.plan import Scratch, pad_columns, pad_rows, rows, total_bytes
 
 GOLDEN = Path(__file__).parent / "golden"

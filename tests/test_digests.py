@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hxaconv.checkpoint import open_checkpoint
 from hxaconv.digests import check_digests, digest
 from hxaconv.errors import CheckFailed, HxaconvError
+from hxaconv.opening import open_checkpoint
 
 
 @pytest.mark.parametrize("algorithm", ["crc32", "sha256"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hxaconv.checkpoint import open_checkpoint
+from hxaconv.opening import open_checkpoint
 from hxaconv.reference import llama
 from hxaconv.teacher import open_teacher
 from hxaconv.verification.weights import Weights

@@ -25,7 +25,7 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 PRELUDE = """
 import sys
 from pathlib import Path
-from hxaconv.checkpoint import open_checkpoint
+from hxaconv.opening import open_checkpoint
 from hxaconv.errors import HxaconvError
 from hxaconv.hub import download_weights
 from hxaconv.hub_push import push_folder
@@ -82,7 +82,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def local_digest() -> str:
-    from hxaconv.checkpoint import open_checkpoint
+    from hxaconv.opening import open_checkpoint
     from hxaconv.plan import Scratch
 
     total = hashlib.sha256()

@@ -350,20 +350,20 @@ def test_a_saved_map_has_a_title_and_is_shown_whole(
 def test_every_source_is_opened_once(
     cli: Cli, make: Callable[..., Path], tiny_teacher: Path, tokens: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hxaconv import checkpoint
-    from hxaconv.commands import convert
+    from hxaconv import opening
+    from hxaconv.commands import advise, convert, donor
 
     opened: list[str] = []
-    real = checkpoint.open_checkpoint
+    real = opening.open_checkpoint
 
     def count(spec: object, **options: object) -> object:
         opened.append(Path(str(spec)).name)
         return real(spec, **options)  # type: ignore[arg-type]
 
-    student, donor = make("a", "1,5"), make("b", "none")
-    for module in (checkpoint, convert):
+    student, other = make("a", "1,5"), make("b", "none")
+    for module in (advise, convert, donor):
         monkeypatch.setattr(module, "open_checkpoint", count)
-    words = [COMMAND, student, "--count", 1, "--strategy", "mse", "--teacher", tiny_teacher, "--from", donor, *tokens]
+    words = [COMMAND, student, "--count", 1, "--strategy", "mse", "--teacher", tiny_teacher, "--from", other, *tokens]
     assert cli(*words, "--quiet") == 0
     assert sorted(opened) == ["a", "b", "teacher"]
 

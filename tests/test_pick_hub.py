@@ -14,7 +14,7 @@ from hub_server import HubServer
 
 FINGERPRINT = """
 import numpy as np
-from hxaconv.checkpoint import open_checkpoint
+from hxaconv.opening import open_checkpoint
 from hxaconv.hub import download_weights
 from hxaconv.selection.cache import fingerprint
 from hxaconv.teacher import open_teacher

@@ -12,10 +12,10 @@ from selection_models import TEACHER, as_if_trained, copying_teacher, literal
 
 from hxaconv import layer_maps
 from hxaconv.arithmetic import tensor
-from hxaconv.checkpoint import open_checkpoint
 from hxaconv.config import student_of
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
+from hxaconv.opening import open_checkpoint
 from hxaconv.reference import hxa079, llama
 from hxaconv.selection import report, streaming, weights
 from hxaconv.selection.advice import Request, advise, needs

@@ -7,7 +7,7 @@ import pytest
 import torch
 from selection_models import TEACHER, as_if_trained
 
-from hxaconv.checkpoint import open_checkpoint
+from hxaconv.opening import open_checkpoint
 from hxaconv.selection import cache as cache_module
 from hxaconv.selection import retrieval
 from hxaconv.selection.advice import Request, advise

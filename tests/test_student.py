@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hxaconv.checkpoint import open_checkpoint
 from hxaconv.dtypes import num_elements
 from hxaconv.errors import HxaconvError
+from hxaconv.opening import open_checkpoint
 from hxaconv.plan import Recipe
 from hxaconv.student import Facts, other_variant, student_model
 from hxaconv.student_json import as_bytes, student_json

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from hxaconv.architecture import expected_tensors
 from hxaconv.arithmetic import tensor
-from hxaconv.checkpoint import open_checkpoint
 from hxaconv.config import student_of, teacher_config
 from hxaconv.errors import HxaconvError
 from hxaconv.files import SourceFile
 from hxaconv.model import Model
 from hxaconv.names import layer_kinds
+from hxaconv.opening import open_checkpoint
 from hxaconv.output import stored_plan
 from hxaconv.plan import Plan, stored
 from hxaconv.surgery import PRESETS, InitSettings, graft, init_from_teacher, pad_ffn, parse_scale, repick

@@ -18,6 +18,7 @@ from hxaconv.config import student_of
 from hxaconv.dtypes import FLOATS
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.model import Model
+from hxaconv.opening import open_checkpoint
 from hxaconv.plan import source_files
 from hxaconv.student import FLAGS, is_student
 from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale, repick
@@ -185,8 +186,6 @@ def open_subject(values: Mapping[str, Any], wanted: frozenset[str], progress: Pr
     Raises:
         HxaconvError: when a teacher is missing, or options are given that have no use.
     """
-    from hxaconv.checkpoint import open_checkpoint
-
     checkpoint = open_checkpoint(values["source"], revision=values["revision"], progress=progress)
     settings = InitSettings(parse_scale(values["scale"], values["preset"]), values["seed"], "")
     if is_student(checkpoint):

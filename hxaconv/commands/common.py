@@ -251,7 +251,7 @@ def _staged_check(
     job: Job, verify: Verify, reports: list[Report], write: WriteOptions
 ) -> Callable[[Path], Mapping[str, Any]]:
     def check(staged: Path) -> Mapping[str, Any]:
-        from hxaconv.checkpoint import open_checkpoint
+        from hxaconv.opening import open_checkpoint
 
         checkpoint = open_checkpoint(staged)
         student = Model(job.student.config, dict(checkpoint.plan), str(job.target), job.student.raw)

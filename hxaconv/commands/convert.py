@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hxaconv import layer_maps
 from hxaconv.architecture import expected_tensors
 from hxaconv.card import CONVERTED
-from hxaconv.checkpoint import Checkpoint, open_checkpoint
+from hxaconv.checkpoint import Checkpoint
 from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
@@ -24,6 +24,7 @@ from hxaconv.dtypes import FLOATS, parse_dtype
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.model import Model
 from hxaconv.names import is_attention
+from hxaconv.opening import open_checkpoint
 from hxaconv.output import Job
 from hxaconv.plan import Plan, check
 from hxaconv.student import FLAGS, Facts, student_model, with_intermediate_size

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hxaconv.commands.convert import main_dtype
 from hxaconv.config import StudentConfig
 from hxaconv.model import Model
+from hxaconv.opening import open_checkpoint
 from hxaconv.student import Facts, student_facts, student_model
 from hxaconv.teacher import EMBEDDING
 
@@ -37,8 +38,6 @@ def open_donor(other: str, student: Model, flags: Mapping[str, Any], progress: P
     Raises:
         HxaconvError: when it is no student, or of another shape.
     """
-    from hxaconv.checkpoint import open_checkpoint
-
     checkpoint = open_checkpoint(other, progress=progress)
     common = student_facts(student.student)
     if EMBEDDING in checkpoint.plan:

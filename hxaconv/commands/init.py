@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_maps
 from hxaconv.card import UNTRAINED
-from hxaconv.checkpoint import open_checkpoint
 from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
@@ -26,6 +25,7 @@ from hxaconv.config import TeacherConfig, student_of
 from hxaconv.dtypes import parse_dtype
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
+from hxaconv.opening import open_checkpoint
 from hxaconv.output import FORMATS, Job
 from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale
 from hxaconv.teacher import open_teacher

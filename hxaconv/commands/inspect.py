@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.checkpoint import open_checkpoint
 from hxaconv.inspection import inspect
+from hxaconv.opening import open_checkpoint
 
 if TYPE_CHECKING:
     from hxaconv.console import Progress

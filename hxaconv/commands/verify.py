@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.checkpoint import Checkpoint, open_checkpoint
+from hxaconv.checkpoint import Checkpoint
 from hxaconv.commands.common import checked_device, one_of
 from hxaconv.commands.convert import complete, open_student
 from hxaconv.commands.tokens import TokenOptions, tokens_of
 from hxaconv.config import ModelConfig
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.model import Model
+from hxaconv.opening import open_checkpoint
 from hxaconv.student import is_student
 from hxaconv.teacher import open_teacher
 from hxaconv.writing.target import PROVENANCE_NAME
