@@ -11,7 +11,7 @@ import torch
 from hxaconv.dtypes import BY_NAME, BY_TORCH_NAME
 from hxaconv.files import SourceFile
 from hxaconv.one_thread import one_thread
-from hxaconv.plan import Bytes, Recipe, Scratch
+from hxaconv.plan import Bytes, Recipe, Scratch, rows
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -138,8 +138,6 @@ def _readonly(piece: memoryview, dtype: torch.dtype) -> torch.Tensor:
 
 def tensor_rows(recipe: Recipe, indices: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
     """Rows of a copied matrix by number, (len(indices), columns): only they are read."""
-    from hxaconv.plan import rows
-
     unique, inverse = torch.unique(indices, return_inverse=True)
     picked = [tensor(rows(recipe, int(i), int(i) + 1, recipe.origin), dtype=dtype) for i in unique]
     return torch.cat(picked)[inverse]

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.config import FAMILIES, ModelConfig, StudentConfig, rope_settings
+from hxaconv.names import layer_kinds
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
@@ -212,8 +213,6 @@ def _head(checkpoint: Checkpoint, why: str) -> Iterator[Finding]:
 
 def _infer_tensors(checkpoint: Checkpoint) -> Iterator[Finding]:
     """What RWKV-Infer asks of the tensors, whatever file they are in."""
-    from hxaconv.names import layer_kinds
-
     plan, kinds = checkpoint.plan, layer_kinds(checkpoint.plan)
     for layer, kind in kinds.items():
         prefix = f"model.layers.{layer}.self_attn."

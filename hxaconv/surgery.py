@@ -9,7 +9,7 @@ from hxaconv.architecture import expected_tensors
 from hxaconv.config import StudentConfig
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.names import is_attention, layer_index
-from hxaconv.plan import Plan, Recipe, check, with_origin
+from hxaconv.plan import Plan, Recipe, check, pad_columns, pad_rows, with_origin
 
 PRESETS: dict[str, dict[str, float]] = {
     "openmose-stage1": {"receptance": 0.5, "key": 0.5, "value": 0.3, "output": 0.5},
@@ -184,8 +184,6 @@ def pad_ffn(plan: Plan, config: StudentConfig, multiple: int) -> tuple[Plan, int
 
     silu(0) * 0 = 0, so that the logits do not change.
     """
-    from hxaconv.plan import pad_columns, pad_rows
-
     size = -(-config.intermediate_size // multiple) * multiple
     if size == config.intermediate_size:
         return plan, size

@@ -6,15 +6,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hxaconv import layer_maps
 from hxaconv.commands.common import resolve_part
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.plots import plot_problems
-
-if TYPE_CHECKING:
-    from hxaconv.selection.schedule import Rules
+from hxaconv.selection.advice import needs
+from hxaconv.selection.schedule import Rules
+from hxaconv.selection.scores import STRATEGIES
 
 CHOOSING = ("count", "strategy", "min_gap", "max_gap", "max_consecutive", "exclude", "kl_mode", "log", "save", "plot")
 TOKENS = ("input_ids", "text", "tokens", "device")
@@ -40,8 +40,6 @@ def check_options(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Non
 
 
 def _ignored(values: Mapping[str, Any], given: set[str]) -> list[str]:
-    from hxaconv.selection.advice import needs
-
     strategy, applies = values["strategy"], values["out"] is not None
     if values["layers"] is not None:
         return _told(given, (*CHOOSING, *TOKENS), "--layers is a choice made, nothing is to be scored")
@@ -106,8 +104,6 @@ def rules(values: Mapping[str, Any], num_layers: int) -> Rules | None:
     Raises:
         HxaconvError: for gaps below 1, and for --exclude that names no layers of the model.
     """
-    from hxaconv.selection.scores import STRATEGIES
-
     given = {key: values[key] for key in ("min_gap", "max_gap", "max_consecutive") if values[key] is not None}
     problems = [f"--{key.replace('_', '-')} {value}: from 1 on" for key, value in given.items() if value < 1]
     if not problems and {"min_gap", "max_gap"} <= given.keys() and given["min_gap"] > given["max_gap"]:

@@ -17,9 +17,13 @@ from hxaconv.commands.tokens import TokenOptions, calibration_tokens
 from hxaconv.config import student_of
 from hxaconv.dtypes import FLOATS
 from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.hub import download_weights
 from hxaconv.model import Model
 from hxaconv.opening import open_checkpoint
 from hxaconv.plan import source_files
+from hxaconv.selection import report
+from hxaconv.selection.advice import Advice, Request, advise, needs
+from hxaconv.selection.scores import check_request
 from hxaconv.student import FLAGS, is_student
 from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale, repick
 from hxaconv.teacher import open_teacher
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
 
     from hxaconv.checkpoint import Checkpoint
     from hxaconv.console import Progress
-    from hxaconv.selection.advice import Advice, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +74,6 @@ class Advised:
         Raises:
             HxaconvError: when a file cannot be written, or matplotlib is missing.
         """
-        from hxaconv.selection import report
-
         if path is not None:
             repo = self.subject.origin.repo
             chosen = report.layer_map(
@@ -111,9 +112,6 @@ def run(
         HxaconvError: when the strategy needs something that is not given.
         Interrupted: on Ctrl-C or SIGTERM; says what is kept.
     """
-    from hxaconv.selection.advice import Request, advise, needs
-    from hxaconv.selection.scores import check_request
-
     strategy, wanted = values["strategy"], needs(values["strategy"])
     tokens = TokenOptions(
         input_ids=values["input_ids"], text=values["text"], tokens=values["tokens"], seed=values["seed"]
@@ -160,8 +158,6 @@ def run(
 
 def _download(subject: Subject, progress: Progress | None) -> None:
     """Have the weights here before scoring: it does not stop between two layers for as long as a download takes."""
-    from hxaconv.hub import download_weights
-
     plans = [model.plan for model in (subject.teacher, subject.student) if model is not None]
     needed = [file for plan in plans for file in source_files(plan)]
     for checkpoint in subject.sources:

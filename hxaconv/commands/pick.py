@@ -21,6 +21,7 @@ from hxaconv.commands.common import (
 from hxaconv.commands.convert import complete, dtype_warnings, main_dtype, open_student
 from hxaconv.commands.donor import open_donor
 from hxaconv.config import StudentConfig, student_of
+from hxaconv.containers.safetensors_layout import Shard, shard_layouts
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.output import Job
@@ -30,7 +31,6 @@ from hxaconv.surgery import InitSettings, parse_scale, repick
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
     from hxaconv.console import Progress
-    from hxaconv.containers.safetensors_layout import Shard
     from hxaconv.files import SourceFile
     from hxaconv.verification import Report
 
@@ -149,8 +149,6 @@ def kept_shards(source: Checkpoint, before: Plan, after: Plan, max_shard_bytes: 
 
     A shard that became larger than allowed is split. None where the source is no local safetensors folder.
     """
-    from hxaconv.containers.safetensors_layout import Shard, shard_layouts
-
     ours = all(file in source.files for recipe in before.values() for file in recipe.make.sources())
     if source.container != "safetensors" or source.repo is not None or not ours:
         return None

@@ -12,7 +12,11 @@ from hxaconv.commands.common import checked_device, one_of
 from hxaconv.commands.convert import complete, open_student
 from hxaconv.commands.tokens import TokenOptions, tokens_of
 from hxaconv.config import ModelConfig
+from hxaconv.digests import DigestReport, check_digests
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
+from hxaconv.files import SourceFile
+from hxaconv.json_files import read_json
+from hxaconv.lint import lint
 from hxaconv.model import Model
 from hxaconv.opening import open_checkpoint
 from hxaconv.student import is_student
@@ -21,7 +25,6 @@ from hxaconv.writing.target import PROVENANCE_NAME
 
 if TYPE_CHECKING:
     from hxaconv.console import Progress
-    from hxaconv.digests import DigestReport
     from hxaconv.verification import Report
 
 
@@ -66,7 +69,6 @@ def run(
     Raises:
         HxaconvError: when a setting is known from no source, or the two cannot be fed the same input.
     """
-    from hxaconv.lint import lint
     from hxaconv.verification import EXPECTATIONS, Thresholds, compare_models, verify_model
 
     options = options or VerifyOptions()
@@ -141,10 +143,6 @@ def digests(source: str, *, revision: str | None = None, progress: Progress | No
         HxaconvError: when none were recorded.
         CheckFailed: when a tensor is not what was written.
     """
-    from hxaconv.digests import check_digests
-    from hxaconv.files import SourceFile
-    from hxaconv.json_files import read_json
-
     checkpoint = open_checkpoint(source, revision=revision, progress=progress)
     provenance: Mapping[str, Any] = (checkpoint.sidecar or {}).get("hxaconv", {})
     beside = checkpoint.root / PROVENANCE_NAME if checkpoint.root is not None else None
@@ -157,7 +155,6 @@ def digests(source: str, *, revision: str | None = None, progress: Progress | No
 
 def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: Inconsistent) -> Report:
     """The report on a checkpoint that is no model at all: what does not fit, and what loaders would say."""
-    from hxaconv.lint import lint
     from hxaconv.verification import Report
 
     report = Report(source=checkpoint.label, other=other.label if other else None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.console import WIDTH
+from hxaconv.console import table as plain_table
 from hxaconv.layer_maps import LayerMap, dump, of_config
 from hxaconv.plots import check_plot, save_figure
 from hxaconv.selection.scores import STRATEGIES, reasons
@@ -35,8 +36,6 @@ def table(advice: Advice) -> RenderableType:
 
     What stands further to the right than WIDTH columns is left out, the price always stays.
     """
-    from hxaconv.console import table as plain_table
-
     pick, layers = advice.pick, range(advice.num_layers)
     columns = {
         "layer": [str(layer) for layer in layers],
