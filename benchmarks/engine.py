@@ -44,7 +44,8 @@ def scale(source: str, target: str) -> None:
     """Write `source` with every tensor halved."""
     from hxaconv.arithmetic import scaled
     from hxaconv.opening import open_checkpoint
-    from hxaconv.writing.writer import Output, WriteSettings, write
+    from hxaconv.writing.target import Output, WriteSettings
+    from hxaconv.writing.writer import write
 
     checkpoint = open_checkpoint(source)
     plan = {name: scaled(recipe, 0.5, recipe.dtype, recipe.origin) for name, recipe in checkpoint.plan.items()}

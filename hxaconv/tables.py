@@ -12,6 +12,7 @@ from hxaconv.console import human_bytes, human_count, strip_lines, table
 from hxaconv.inspection import part_of, parts
 from hxaconv.names import TABLE, is_attention, layer_kinds
 from hxaconv.plan import Plan, total_bytes
+from hxaconv.writing.target import describe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:
     """An outcome as plain data; with `tensors`, every tensor's shape, dtype and origin."""
-    from hxaconv.writing.writer import describe
-
     job, student = outcome.job, outcome.job.student
     data: dict[str, Any] = {
         "command": job.command,
@@ -56,8 +55,6 @@ def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:
 
 def outcome_tables(outcome: Outcome) -> list[RenderableType]:
     """The plan of an outcome for people: layers, parts, files."""
-    from hxaconv.writing.writer import describe
-
     config = outcome.job.student.student
     files = describe(outcome.output)
     ranks, weights = config.ranks, total_bytes(outcome.output.tensors)

@@ -10,7 +10,8 @@ from writing import leftovers, output, partials, plan_over, source, verified
 
 from hxaconv.errors import HxaconvError
 from hxaconv.writing import diskio
-from hxaconv.writing.writer import WriteSettings, write
+from hxaconv.writing.target import WriteSettings
+from hxaconv.writing.writer import write
 
 
 def test_all_problems_are_told_at_once(tmp_path, monkeypatch):

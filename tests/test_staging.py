@@ -13,7 +13,8 @@ from writing import TARGETS, leftovers, output, partials, plan_over, reference, 
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.plan import with_origin
 from hxaconv.writing import fill, staging
-from hxaconv.writing.writer import WriteSettings, write
+from hxaconv.writing.target import WriteSettings
+from hxaconv.writing.writer import write
 
 # Existing targets
 

@@ -19,8 +19,8 @@ from hxaconv.errors import HxaconvError
 from hxaconv.writing import locks, writer
 from hxaconv.writing.interruption import Interrupted
 from hxaconv.writing.journal import read_journals
-from hxaconv.writing.target import files_of_part, layouts
-from hxaconv.writing.writer import WriteSettings, write
+from hxaconv.writing.target import WriteSettings, files_of_part, layouts
+from hxaconv.writing.writer import write
 
 HERE = Path(__file__).parent
 

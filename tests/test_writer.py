@@ -20,7 +20,8 @@ from hxaconv.files import Extent
 from hxaconv.plan import Literal, Ranges, Recipe, Scratch
 from hxaconv.writing import behind, diskio, fill, writer
 from hxaconv.writing.finite import count_nonfinite
-from hxaconv.writing.writer import WriteSettings, describe, write
+from hxaconv.writing.target import WriteSettings, describe
+from hxaconv.writing.writer import write
 
 TARGETS = ("out", "out.pth")
 
@@ -260,7 +261,8 @@ from pathlib import Path
 import rich.progress, typer
 from hxaconv.files import SourceFile
 from hxaconv.plan import Scratch, stored
-from hxaconv.writing.writer import Output, WriteSettings, write
+from hxaconv.writing.target import Output, WriteSettings
+from hxaconv.writing.writer import write
 file = SourceFile.local(Path(sys.argv[1]))
 step = 6_000_000
 plan = {f"t{i}": stored("BF16", (step // 2,), file, i * step, "x") for i in range(file.size // step)}

@@ -19,7 +19,8 @@ from writing import output, plan_over, source
 from hxaconv.errors import HxaconvError
 from hxaconv.writing import fill
 from hxaconv.writing.interruption import Interrupted
-from hxaconv.writing.writer import WriteSettings, write
+from hxaconv.writing.target import WriteSettings
+from hxaconv.writing.writer import write
 
 
 def slowed(call: Any, seconds: float) -> Any:

@@ -12,7 +12,8 @@ import pytest
 from hxaconv.files import SourceFile
 from hxaconv.plan import Plan, stored
 from hxaconv.writing import fill
-from hxaconv.writing.writer import Output, WriteResult, WriteSettings, write
+from hxaconv.writing.target import Output, WriteResult, WriteSettings
+from hxaconv.writing.writer import write
 
 TARGETS = ("out", "out.pth")
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hxaconv.console import Progress
     from hxaconv.files import SourceFile
     from hxaconv.verification import Report
-    from hxaconv.writing.writer import Output, WriteResult
+    from hxaconv.writing.target import Output, WriteResult
 
 Verify = Callable[[Model, "Progress | None"], "Report"]
 """Checks the student that was written, and shows how far it is."""

@@ -21,20 +21,10 @@ from hxaconv.writing.fill import FillSettings, fill_files
 from hxaconv.writing.interruption import Interrupted, Signals
 from hxaconv.writing.journal import Journal, journal_path, lock_path, read_journals
 from hxaconv.writing.staging import Staging, plan_record, publish, recover, refuse_other_plans, staging_of, stagings_at
-from hxaconv.writing.target import (
-    FileDescription,
-    Output,
-    WriteResult,
-    WriteSettings,
-    describe,
-    files_of_part,
-    layouts,
-)
+from hxaconv.writing.target import Output, WriteResult, WriteSettings, files_of_part, layouts
 
 if TYPE_CHECKING:
     from hxaconv.console import Progress
-
-__all__ = ["FileDescription", "Output", "WriteResult", "WriteSettings", "describe", "write"]
 
 Prepare = Callable[[Sequence[SourceFile]], None]
 """Gets source files ready to be read: downloads them."""
