@@ -23,12 +23,12 @@ from hxaconv.calibration.streaming import calibrate, cut, fitted_tokens
 from hxaconv.calibration.time_mix import mixed_rows
 from hxaconv.config import TeacherConfig, student_of
 from hxaconv.errors import HxaconvError
+from hxaconv.initial import untouched_layers
 from hxaconv.model import Model
 from hxaconv.opening import open_checkpoint
 from hxaconv.plan import Literal, Recipe, check
 from hxaconv.reference import hxa079, llama
 from hxaconv.reference.chunked import chunked
-from hxaconv.selection.streaming import untouched_layers
 from hxaconv.surgery import PRESETS, InitSettings, init_from_teacher
 from hxaconv.teacher import open_teacher
 

@@ -16,7 +16,7 @@ FINGERPRINT = """
 import numpy as np
 from hxaconv.opening import open_checkpoint
 from hxaconv.hub import download_weights
-from hxaconv.selection.cache import fingerprint
+from hxaconv.model_fingerprint import fingerprint
 from hxaconv.teacher import open_teacher
 checkpoint = open_checkpoint("org/teacher")
 download_weights(checkpoint)

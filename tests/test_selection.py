@@ -14,15 +14,16 @@ from hxaconv import layer_maps
 from hxaconv.arithmetic import tensor
 from hxaconv.config import student_of
 from hxaconv.errors import HxaconvError
+from hxaconv.initial import untouched_layers
+from hxaconv.layer_weights import Compute
 from hxaconv.model import Model
 from hxaconv.opening import open_checkpoint
 from hxaconv.reference import hxa079, llama
-from hxaconv.selection import report, streaming, weights
+from hxaconv.selection import divergences, report, streaming
 from hxaconv.selection.advice import Request, advise, needs
 from hxaconv.selection.schedule import Rules
 from hxaconv.selection.scores import Column, check_finite, pick
-from hxaconv.selection.streaming import Sweep, untouched_layers
-from hxaconv.selection.weights import Compute
+from hxaconv.selection.streaming import Sweep
 from hxaconv.surgery import PRESETS, InitSettings, init_from_teacher
 from hxaconv.teacher import open_teacher
 
@@ -221,9 +222,11 @@ def test_head_in_blocks_equals_head_whole(teacher, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     p, q = (torch.randn(5, 192, generator=generator, dtype=torch.float64) * 30 for _ in range(2))
     whole = tensor(teacher.plan["lm_head.weight"], dtype=torch.float64)
-    monkeypatch.setattr(weights, "LOGITS_AT_ONCE", 5 * 37)  # blocks of 37 rows, the last one shorter
-    head = weights.Head(teacher, EXACT)
-    assert weights.divergences(p, head, [q, p], head) == pytest.approx([kl(p @ whole.T, q @ whole.T), 0.0], abs=1e-9)
+    monkeypatch.setattr(divergences, "LOGITS_AT_ONCE", 5 * 37)  # blocks of 37 rows, the last one shorter
+    head = divergences.Head(teacher, EXACT)
+    assert divergences.divergences(p, head, [q, p], head) == pytest.approx(
+        [kl(p @ whole.T, q @ whole.T), 0.0], abs=1e-9
+    )
 
 
 def test_uncalibrated_students_are_found_and_warned_about(teacher, student, ids):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from selection_models import TEACHER, as_if_trained
 
+from hxaconv.model_fingerprint import fingerprint
 from hxaconv.opening import open_checkpoint
 from hxaconv.selection import cache as cache_module
 from hxaconv.selection import retrieval
 from hxaconv.selection.advice import Request, advise
-from hxaconv.selection.cache import Cache, fingerprint
+from hxaconv.selection.cache import Cache
 from hxaconv.selection.streaming import Sweep
 from hxaconv.teacher import open_teacher
 

@@ -27,8 +27,8 @@ from hxaconv.calibration.report import Distances, LayerReport, Settings
 from hxaconv.console import Progress
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
-from hxaconv.selection import cache as selection_cache
-from hxaconv.selection.state import First
+from hxaconv.model_fingerprint import fingerprint as fingerprint_of
+from hxaconv.reference.batches import First
 from hxaconv.writing import locks
 
 FORMAT = 2
@@ -62,7 +62,7 @@ def fingerprint(teacher: Model, student: Model, ids: Tensor, settings: Settings)
     """A digest of everything that a calibration depends on."""
     models = {"teacher": teacher, "student": student}
     used = {"format": FORMAT, **settings.of_result()}
-    return selection_cache.fingerprint(models, ids.cpu().numpy(), used)
+    return fingerprint_of(models, ids.cpu().numpy(), used)
 
 
 class Cache:

@@ -23,12 +23,12 @@ from hxaconv.calibration.report import CalibrationReport, Settings
 from hxaconv.calibration.time_mix import Attention, Fit, fit_layer
 from hxaconv.console import Progress
 from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.initial import untouched_layers
+from hxaconv.layer_weights import Compute, bytes_of_layer, embed, layer_names
 from hxaconv.model import Model
 from hxaconv.names import layer_index
 from hxaconv.plan import Plan, Recipe, Scratch
 from hxaconv.reference import llama
-from hxaconv.selection.streaming import untouched_layers
-from hxaconv.selection.weights import Compute, bytes_of_layer, embed, layer_names
 from hxaconv.writing.finite import count_nonfinite
 
 NONFINITE_HINT = (

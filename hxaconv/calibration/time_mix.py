@@ -20,8 +20,7 @@ from hxaconv.calibration import heads, output
 from hxaconv.calibration.pool import Pool
 from hxaconv.calibration.report import LayerReport, Settings
 from hxaconv.config import StudentConfig
-from hxaconv.selection.state import First
-from hxaconv.selection.streaming import time_mix
+from hxaconv.reference.batches import First, time_mix
 
 FIRST_LAYER_SHARE = -2.0
 FEW_TOKENS_PER_CHANNEL = 4

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from hxaconv.console import Progress
+    from hxaconv.layer_weights import Compute
     from hxaconv.model import Model
     from hxaconv.selection.cache import Cache
-    from hxaconv.selection.weights import Compute
 
 TEACHER_ONLY = ("influence", "entropy", "distance", "retrieval")
 BY_THE_WAY = ("mse", "influence", "entropy", "distance")
@@ -177,13 +177,14 @@ def _retrieval_column(
 def _compute(request: Request) -> Compute:
     import torch
 
-    from hxaconv.selection.weights import Compute
+    from hxaconv.layer_weights import Compute
 
     return Compute(getattr(torch, request.dtype), request.device)
 
 
 def _cache(request: Request, models: Mapping[str, Model], ids: np.ndarray, names: list[str]) -> Cache:
-    from hxaconv.selection.cache import Cache, fingerprint
+    from hxaconv.model_fingerprint import fingerprint
+    from hxaconv.selection.cache import Cache
 
     settings = {"strategies": names, "kl_mode": request.kl_mode, "dtype": request.dtype}
     return Cache(request.cache, fingerprint(models, ids, settings) if request.cache else "", request.check)
@@ -218,7 +219,7 @@ def _swept(
 
 
 def _uncalibrated(student: Model | None, request: Request) -> list[str]:
-    from hxaconv.selection.streaming import untouched_layers
+    from hxaconv.initial import untouched_layers
 
     if student is None or request.strategy not in UNCALIBRATED:
         return []

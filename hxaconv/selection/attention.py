@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from hxaconv.config import ModelConfig
-from hxaconv.reference.llama import rmsnorm, rotate
-from hxaconv.selection.weights import Get
+from hxaconv.reference.llama import Get, rmsnorm, rotate
 
 
 def head_weights(normed: Tensor, get: Get, config: ModelConfig, layer: int) -> Iterator[tuple[int, Tensor]]:

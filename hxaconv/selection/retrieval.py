@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hxaconv.console import Progress, bar
 from hxaconv.errors import HxaconvError
+from hxaconv.layer_weights import Compute, bytes_of_layer, embed, layer_names
 from hxaconv.model import Model
 from hxaconv.reference import llama
 from hxaconv.selection.attention import copying
 from hxaconv.selection.cache import Cache
-from hxaconv.selection.weights import Compute, bytes_of_layer, embed, layer_names
 
 LENGTH = 128
 """Tokens of u."""

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-First = tuple[Tensor, Tensor] | None
-"""v_first and k_first, (B, T, G, N) each; None before the first RWKV layer."""
+from hxaconv.reference.batches import First
 
 
 @dataclass(slots=True)

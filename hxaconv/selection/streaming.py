@@ -23,22 +23,15 @@ from torch import Tensor
 
 from hxaconv.config import StudentConfig
 from hxaconv.console import Progress, bar
+from hxaconv.layer_weights import Compute, bytes_of_layer, embed, layer_names, same_bytes
 from hxaconv.model import Model
 from hxaconv.reference import hxa079, llama
-from hxaconv.reference.chunked import chunked
+from hxaconv.reference.batches import First, time_mix
+from hxaconv.reference.hxa079 import Get
 from hxaconv.selection.attention import entropy_and_distance
 from hxaconv.selection.cache import Cache
-from hxaconv.selection.state import First, State, score_arrays, scores_of
-from hxaconv.selection.weights import (
-    Compute,
-    Get,
-    Head,
-    bytes_of_layer,
-    divergences,
-    embed,
-    layer_names,
-    same_bytes,
-)
+from hxaconv.selection.divergences import Head, divergences
+from hxaconv.selection.state import State, score_arrays, scores_of
 
 NEEDS_STUDENT = frozenset({"mse", "kl"})
 STREAMED = ("mse", "influence", "entropy", "distance", "kl")
@@ -232,33 +225,6 @@ class Sweep:
         state.scores["kl"] = values
 
 
-def time_mix(normed: Tensor, get: Get, config: StudentConfig, layer: int, first: First) -> tuple[Tensor, First]:
-    """An RWKV mixer on normed inputs (B, T, C), from an empty state: (output, (v_first, k_first) to hand on)."""
-    outputs, firsts = [], []
-    for i in range(normed.shape[0]):
-        carry = hxa079.Carry(first[0][i : i + 1], first[1][i : i + 1]) if first else hxa079.Carry()
-        outputs.append(hxa079.time_mix(normed[i : i + 1], get, config, layer, carry, chunked))
-        assert carry.v_first is not None and carry.k_first is not None
-        firsts.append((carry.v_first, carry.k_first))
-    if first is None:
-        first = torch.cat([v for v, _ in firsts]), torch.cat([k for _, k in firsts])
-    return torch.cat(outputs), first
-
-
 def _each(function: Any, x: Tensor) -> Tensor:
     # A sequence at a time: what attention and MLP need in between does not grow with the batch.
     return torch.cat([function(x[i : i + 1]) for i in range(x.shape[0])])
-
-
-def untouched_layers(student: Model) -> tuple[int, ...]:
-    """RWKV layers that still hold their published initial values, so were never calibrated or trained.
-
-    Initial layers have g1 = 0 and a constant r_k; training moves both at its first step.
-    """
-    found = []
-    for layer in student.student.rwkv_layers:
-        name = f"model.layers.{layer}.self_attn"
-        gate, bonus = (Compute().make(student.plan[f"{name}.{part}"]) for part in ("g1", "r_k"))
-        if not gate.any() and bool((bonus == bonus.flatten()[0]).all()):
-            found.append(layer)
-    return tuple(found)

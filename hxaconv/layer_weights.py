@@ -1,8 +1,8 @@
-"""Weights of a model as tensors, one layer at a time."""
+"""Weights of a model as tensors, one layer at a time, in memory that the next layer's take over."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,11 +11,7 @@ from torch import Tensor
 from hxaconv.arithmetic import tensor, tensor_rows
 from hxaconv.model import Model
 from hxaconv.names import is_attention, template_of
-from hxaconv.plan import Ranges, Recipe, rows
-
-Get = Callable[[str], Tensor]
-LOGITS_AT_ONCE = 2**20
-"""Elements of a block of logits: in float64, and with its temporaries, some 50 MB."""
+from hxaconv.plan import Ranges, Recipe
 
 
 @dataclass(slots=True, eq=False)
@@ -75,63 +71,12 @@ def bytes_of_layer(model: Model, layer: int) -> int:
 def embed(model: Model, ids: Tensor, compute: Compute) -> Tensor:
     """Token ids (B, T) -> (B, T, C); only the rows that are asked for are read."""
     recipe = model.plan["model.embed_tokens.weight"]
-    if _sliceable(recipe):
+    if sliceable(recipe):
         picked = tensor_rows(recipe, ids.reshape(-1).cpu(), dtype=compute.dtype)
     else:
         picked = tensor(recipe, dtype=compute.dtype)[ids.reshape(-1).cpu()]
     return picked.view(*ids.shape, -1).to(compute.device)
 
 
-def _sliceable(recipe: Recipe) -> bool:
+def sliceable(recipe: Recipe) -> bool:
     return isinstance(recipe.make, Ranges) and len(recipe.make.extents) == 1
-
-
-class Head:
-    """The output matrix of a model, (V, C), in blocks of rows."""
-
-    def __init__(self, model: Model, compute: Compute) -> None:
-        name = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
-        self.recipe, self.compute = model.plan[name], compute
-        self.size = self.recipe.shape[0]
-        self._whole = None if _sliceable(self.recipe) else tensor(self.recipe)
-
-    def block(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop), or as many of them as there are."""
-        stop = min(self.size, stop)
-        if self._whole is not None:
-            return self._whole[start:stop].to(self.compute.device, self.compute.dtype)
-        return self.compute.make(rows(self.recipe, start, stop, self.recipe.origin))
-
-
-def divergences(
-    teacher: Tensor,
-    teacher_head: Head,
-    students: Iterable[Tensor],
-    student_head: Head,
-    step: Callable[[float], None] = lambda share: None,
-) -> list[float]:
-    """KL(teacher || student) per token in nats for every student, from normed hidden states (tokens, C).
-
-    Over blocks of the vocabulary, in one pass and float64: no logits of a whole vocabulary are ever held.
-    `step` is called after each with its share of the work.
-    """
-    others = list(students)
-    shared = same_bytes(teacher_head.recipe, student_head.recipe)
-    tokens = teacher.shape[0]
-    log_p = torch.full((tokens,), -torch.inf, dtype=torch.float64, device=teacher.device)
-    log_q = [log_p.clone() for _ in others]
-    moved = [torch.zeros_like(log_p) for _ in others]
-    height = max(1, LOGITS_AT_ONCE // tokens)
-    for start in range(0, teacher_head.size, height):
-        block = teacher_head.block(start, start + height)
-        other_block = block if shared else student_head.block(start, start + height)
-        z = (teacher @ block.T).double()
-        before, log_p = log_p, torch.logaddexp(log_p, z.logsumexp(dim=-1))
-        shrink, p = (before - log_p).exp(), (z - log_p[:, None]).exp()
-        for i, hidden in enumerate(others):
-            y = (hidden @ other_block.T).double()
-            log_q[i] = torch.logaddexp(log_q[i], y.logsumexp(dim=-1))
-            # sum_v p_v (z_v - y_v) under the normaliser known so far
-            moved[i] = moved[i] * shrink + (p * (z - y)).sum(dim=-1)
-        step(len(block) / teacher_head.size)
-    return [float((m - log_p + q).mean()) for m, q in zip(moved, log_q, strict=True)]
