@@ -20,6 +20,7 @@ from hxaconv.config import StudentConfig
 from hxaconv.dtypes import num_bytes
 from hxaconv.files import Extent
 from hxaconv.model import Model
+from hxaconv.names import mixer_prefix
 from hxaconv.one_thread import one_thread
 from hxaconv.plan import Plan, Ranges, Recipe
 
@@ -97,7 +98,7 @@ def _maker(config: StudentConfig, layer: int, parameter: str, seed: int) -> Call
         return functools.partial(iclr_bias, width, head_dim)
     if parameter in RANDOM:
         rank, columns = shape
-        return functools.partial(orthogonal, (rank, columns), seed, f"model.layers.{layer}.self_attn.{parameter}")
+        return functools.partial(orthogonal, (rank, columns), seed, mixer_prefix(layer) + parameter)
     constants = {
         "v0": VALUE_AND_KEY_MIX,
         "k0": VALUE_AND_KEY_MIX,
@@ -114,7 +115,7 @@ def initial_parameters(config: StudentConfig, layer: int, seed: int, dtype: str)
     for parameter, shape in mixer_tensors(config, layer).items():
         if "." in parameter:
             continue
-        name = f"model.layers.{layer}.self_attn.{parameter}"
+        name = mixer_prefix(layer) + parameter
         origin = f"published initial value{f', seed {seed}' if parameter in RANDOM else ''}"
         if parameter in ZERO:
             plan[name] = Recipe(dtype, shape, Ranges((Extent(None, 0, num_bytes(dtype, shape)),), "init"), origin)
@@ -130,8 +131,8 @@ def untouched_layers(student: Model) -> tuple[int, ...]:
     """
     found = []
     for layer in student.student.rwkv_layers:
-        name = f"model.layers.{layer}.self_attn"
-        gate, bonus = (tensor(student.plan[f"{name}.{part}"], dtype=torch.float32) for part in ("g1", "r_k"))
+        prefix = mixer_prefix(layer)
+        gate, bonus = (tensor(student.plan[prefix + part], dtype=torch.float32) for part in ("g1", "r_k"))
         if not gate.any() and bool((bonus == bonus.flatten()[0]).all()):
             found.append(layer)
     return tuple(found)

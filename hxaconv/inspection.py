@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hxaconv.architecture import expected_tensors
 from hxaconv.config import RANK_KEYS, ModelConfig, StudentConfig, TeacherConfig, rope_settings, teacher_config
 from hxaconv.errors import HxaconvError
-from hxaconv.names import is_attention, layer_kinds, template_of
+from hxaconv.names import HEAD, is_attention, layer_kinds, template_of
 from hxaconv.plan import Plan, Recipe, Scratch, check, total_bytes
 from hxaconv.student import (
     ARCHITECTURE,
@@ -19,7 +19,7 @@ from hxaconv.student import (
     student_model,
     tensor_facts,
 )
-from hxaconv.teacher import HEAD, split_fused
+from hxaconv.teacher import split_fused
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
@@ -78,7 +78,7 @@ def _config(checkpoint: Checkpoint) -> tuple[ModelConfig | None, str | None]:
         if is_student(checkpoint):
             return student_model(checkpoint).config, None
         if checkpoint.config is not None:
-            head = "lm_head.weight" in checkpoint.plan
+            head = HEAD in checkpoint.plan
             return teacher_config(checkpoint.config, where=checkpoint.label, has_head=head), None
     except MissingSettings as error:
         return None, f"no file says {', '.join(error.missing)}"

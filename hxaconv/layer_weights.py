@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hxaconv.arithmetic import tensor, tensor_rows
 from hxaconv.model import Model
-from hxaconv.names import is_attention, template_of
+from hxaconv.names import EMBEDDING, is_attention, layer_prefix, template_of
 from hxaconv.plan import Ranges, Recipe
 
 
@@ -53,7 +53,7 @@ class Compute:
 
 def layer_names(model: Model, layer: int, *, mixer: bool | None = None) -> list[str]:
     """Names of one layer's tensors: all, the mixer's only, or all but the mixer's."""
-    prefix = f"model.layers.{layer}."
+    prefix = layer_prefix(layer)
     names = [name for name in model.plan if name.startswith(prefix)]
     return [name for name in names if mixer is None or is_attention(name) == mixer]
 
@@ -70,7 +70,7 @@ def bytes_of_layer(model: Model, layer: int) -> int:
 
 def embed(model: Model, ids: Tensor, compute: Compute) -> Tensor:
     """Token ids (B, T) -> (B, T, C); only the rows that are asked for are read."""
-    recipe = model.plan["model.embed_tokens.weight"]
+    recipe = model.plan[EMBEDDING]
     if sliceable(recipe):
         picked = tensor_rows(recipe, ids.reshape(-1).cpu(), dtype=compute.dtype)
     else:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.config import FAMILIES, ModelConfig, StudentConfig, rope_settings
-from hxaconv.names import layer_kinds
+from hxaconv.names import EMBEDDING, HEAD, layer_kinds, mixer_prefix
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
@@ -204,8 +204,8 @@ def _rope_scaling(raw: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _head(checkpoint: Checkpoint, why: str) -> Iterator[Finding]:
-    if "lm_head.weight" not in checkpoint.plan:
-        name = "head.weight" if checkpoint.dialect == "rwkv" else "lm_head.weight"
+    if HEAD not in checkpoint.plan:
+        name = "head.weight" if checkpoint.dialect == "rwkv" else HEAD
         yield Finding(
             f"{name} is missing, and {why}", _name(checkpoint), "Convert again with hxaconv, which writes it."
         )
@@ -215,25 +215,24 @@ def _infer_tensors(checkpoint: Checkpoint) -> Iterator[Finding]:
     """What RWKV-Infer asks of the tensors, whatever file they are in."""
     plan, kinds = checkpoint.plan, layer_kinds(checkpoint.plan)
     for layer, kind in kinds.items():
-        prefix = f"model.layers.{layer}.self_attn."
         if kind == "rwkv":
-            yield from _rwkv_layer(checkpoint, prefix)
+            yield from _rwkv_layer(checkpoint, mixer_prefix(layer))
     if kinds.get(0) == "gqa":
         yield Finding(
             "layer 0 is GQA: the engine takes v_first from the first RWKV layer, the published trainer mixes in zeros",
             "layer 0",
             "Choose other layers with `hxaconv pick-gqa-layers`.",
         )
-    if "model.embed_tokens.weight" not in plan:
+    if EMBEDDING not in plan:
         yield Finding(
             "the embedding is missing: only attention is stored",
             _name(checkpoint),
             "Convert it with --teacher, which has the rest.",
         )
-    elif plan["model.embed_tokens.weight"].shape[1] % PADDING:
-        size = plan["model.embed_tokens.weight"].shape[1]
+    elif plan[EMBEDDING].shape[1] % PADDING:
+        size = plan[EMBEDDING].shape[1]
         found = f"hidden_size {size} is no multiple of {PADDING}: MLP weights are padded on loading and do not fit"
-        yield Finding(found, "model.embed_tokens.weight", "Nothing: this teacher's size does not run there.")
+        yield Finding(found, EMBEDDING, "Nothing: this teacher's size does not run there.")
     yield from _dtypes(checkpoint)
     yield from _biases(checkpoint)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from hxaconv.errors import MAX_LISTED, HxaconvError, bullet_list
 
 DIALECTS = ("hf", "rwkv", "training")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,16 @@ def unwrapped(name: str) -> str:
 def layer_index(name: str) -> int | None:
     """The layer a canonical name belongs to, None for embedding, final norm and head."""
     return template_of(name)[1]
+
+
+def layer_prefix(layer: int) -> str:
+    """What the canonical names of one layer's tensors begin with."""
+    return f"model.layers.{layer}."
+
+
+def mixer_prefix(layer: int) -> str:
+    """What the canonical names of one layer's mixer begin with."""
+    return f"{layer_prefix(layer)}self_attn."
 
 
 _BY_HF = {row.hf: row for row in TABLE}

@@ -13,10 +13,9 @@ from hxaconv.command_line import command_line, version
 from hxaconv.config import StudentConfig
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
-from hxaconv.names import is_attention, stored_name
+from hxaconv.names import EMBEDDING, HEAD, is_attention, stored_name
 from hxaconv.plan import Plan, with_origin
 from hxaconv.student_json import as_bytes, loadmodel_body, student_json
-from hxaconv.teacher import EMBEDDING, HEAD
 from hxaconv.writing.target import Output
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from hxaconv.config import (
 )
 from hxaconv.errors import HxaconvError, Inconsistent, bullet_list, raise_all
 from hxaconv.model import Model
-from hxaconv.names import layer_kinds, template_of
+from hxaconv.names import EMBEDDING, HEAD, layer_kinds, mixer_prefix, template_of
 from hxaconv.plan import Plan
-from hxaconv.teacher import HEAD, drop_tied_head
+from hxaconv.teacher import drop_tied_head
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
@@ -96,7 +96,7 @@ def refuse_other_variants(plan: Plan, where: str) -> None:
 
 def other_variant(plan: Plan) -> str | None:
     """Why the time-mix layers are not hxa079's, or None."""
-    layers = {i: f"model.layers.{i}.self_attn." for i, kind in layer_kinds(plan).items() if kind == "rwkv"}
+    layers = {i: mixer_prefix(i) for i, kind in layer_kinds(plan).items() if kind == "rwkv"}
     nowhere = [name for name in ("k0", "r_k", "v2") if not any(prefix + name in plan for prefix in layers.values())]
     if layers and nowhere:
         return f"no layer has {', '.join(nowhere)}"
@@ -118,8 +118,8 @@ def tensor_facts(plan: Plan) -> dict[str, Any]:
         "num_hidden_layers": max(kinds) + 1 if kinds else 0,
         "gqa_layers": tuple(sorted(i for i, kind in kinds.items() if kind == "gqa")),
     }
-    if "model.embed_tokens.weight" in plan:
-        facts["vocab_size"] = plan["model.embed_tokens.weight"].shape[0]
+    if EMBEDDING in plan:
+        facts["vocab_size"] = plan[EMBEDDING].shape[0]
     for name, recipe in plan.items():
         template = template_of(name)[0]
         short = template.rsplit("self_attn.", 1)[-1] if ".self_attn." in template else template
@@ -309,7 +309,7 @@ def student_model(
     refuse_other_variants(checkpoint.plan, checkpoint.label)
     config = resolve(gather_facts(checkpoint, flags=flags, teacher=teacher, layer_map=layer_map), checkpoint.label)
     plan = checkpoint.plan
-    if config.tie_word_embeddings and HEAD in plan and "model.embed_tokens.weight" in plan:
+    if config.tie_word_embeddings and HEAD in plan and EMBEDDING in plan:
         plan = drop_tied_head(plan, checkpoint.label)
     return Model(config, plan, checkpoint.label, checkpoint.config or checkpoint.sidecar or {})
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hxaconv.architecture import expected_tensors
 from hxaconv.config import StudentConfig
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.names import is_attention, layer_index
+from hxaconv.names import is_attention, layer_index, mixer_prefix
 from hxaconv.plan import Plan, Recipe, check, pad_columns, pad_rows, with_origin
 
 PRESETS: dict[str, dict[str, float]] = {
@@ -74,7 +74,7 @@ def mixer_from_teacher(teacher: Plan, config: StudentConfig, layer: int, setting
     from hxaconv.arithmetic import cast, scaled
     from hxaconv.initial import initial_parameters
 
-    prefix = f"model.layers.{layer}.self_attn."
+    prefix = mixer_prefix(layer)
     source = {name: recipe for name, recipe in teacher.items() if name.startswith(prefix)}
     if config.layer_kind(layer) == "gqa":
         return {name: cast(recipe, settings.dtype) for name, recipe in source.items()}
@@ -175,7 +175,7 @@ def _changes(name: str, old: StudentConfig, new: StudentConfig) -> bool:
 
 
 def _mixer(plan: Plan, layer: int, prefix: str) -> Plan:
-    inside = f"model.layers.{layer}.self_attn."
+    inside = mixer_prefix(layer)
     return {n: with_origin(r, f"{prefix}{r.origin}") for n, r in plan.items() if n.startswith(inside)}
 
 

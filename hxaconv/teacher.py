@@ -8,13 +8,11 @@ from hxaconv.architecture import expected_tensors
 from hxaconv.config import TeacherConfig, teacher_config
 from hxaconv.errors import HxaconvError, Inconsistent
 from hxaconv.model import Model
-from hxaconv.names import template_of
+from hxaconv.names import EMBEDDING, HEAD, template_of
 from hxaconv.plan import Plan, Recipe, Scratch, check, rows
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
-
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def open_teacher(

@@ -26,7 +26,7 @@ from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.initial import untouched_layers
 from hxaconv.layer_weights import Compute, bytes_of_layer, embed, layer_names
 from hxaconv.model import Model
-from hxaconv.names import layer_index
+from hxaconv.names import layer_index, mixer_prefix
 from hxaconv.plan import Plan, Recipe, Scratch
 from hxaconv.reference import llama
 from hxaconv.writing.finite import count_nonfinite
@@ -84,7 +84,7 @@ def calibrate(
             walk = _Walk(teacher, student, fitted, settings, compute, pool, allow_nonfinite)
             while state.layer < teacher.config.num_hidden_layers:
                 fit = walk.layer(state)
-                prefix = f"model.layers.{state.layer}.self_attn."
+                prefix = mixer_prefix(state.layer)
                 tensors = {prefix + name: values.cpu() for name, values in fit.tensors.items()} if fit else {}
                 state.done.append(Done(state.layer, tensors, fit.report if fit else None))
                 state.layer += 1
@@ -205,7 +205,7 @@ class _Walk:
         rwkv = config.layer_kind(layer) == "rwkv"
         if not rwkv and not self.settings.fold_rope:
             return None
-        mixer, prefix = _mixer(self.student, layer, self.compute), f"model.layers.{layer}.self_attn."
+        mixer, prefix = _mixer(self.student, layer, self.compute), mixer_prefix(layer)
         dtypes = {name: torch_dtype(self.student.plan[prefix + name].dtype) for name in mixer}
         if not rwkv:
             return fold_rope(seen, mixer, dtypes, config, layer, self.pool)

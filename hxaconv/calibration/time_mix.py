@@ -20,6 +20,7 @@ from hxaconv.calibration import heads, output
 from hxaconv.calibration.pool import Pool
 from hxaconv.calibration.report import LayerReport, Settings
 from hxaconv.config import StudentConfig
+from hxaconv.names import mixer_prefix
 from hxaconv.reference.batches import First, time_mix
 
 FIRST_LAYER_SHARE = -2.0
@@ -128,7 +129,7 @@ class _Fitting:
 
     def judge(self, weights: dict[str, Tensor]) -> tuple[float, First]:
         """(relative error on held-out tokens, v_first and k_first), by the reference forward."""
-        prefix = f"model.layers.{self.layer}.self_attn."
+        prefix = mixer_prefix(self.layer)
         found, first = time_mix(
             self.seen.x, lambda name: weights[name.removeprefix(prefix)], self.config, self.layer, self.first
         )

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from hxaconv.commands.convert import main_dtype
 from hxaconv.config import StudentConfig
 from hxaconv.model import Model
+from hxaconv.names import EMBEDDING
 from hxaconv.opening import open_checkpoint
 from hxaconv.student import Facts, student_facts, student_model
-from hxaconv.teacher import EMBEDDING
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint

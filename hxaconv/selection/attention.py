@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from hxaconv.config import ModelConfig
+from hxaconv.names import mixer_prefix
 from hxaconv.reference.llama import Get, rmsnorm, rotate
 
 
 def head_weights(normed: Tensor, get: Get, config: ModelConfig, layer: int) -> Iterator[tuple[int, Tensor]]:
     """For one sequence (T, C): (kv group, attention of its heads (H/G, T, T)), a group at a time."""
-    name, n = f"model.layers.{layer}.self_attn", config.head_dim
-    q, k = (_projected(normed, get, config, name, part) for part in ("q", "k"))
+    prefix, n = mixer_prefix(layer), config.head_dim
+    q, k = (_projected(normed, get, config, prefix, part) for part in ("q", "k"))
     positions = torch.arange(normed.shape[0], device=normed.device)
     q, k = rotate(q[None], positions, config.rope_theta)[0], rotate(k[None], positions, config.rope_theta)[0]
     future = torch.ones(len(positions), len(positions), dtype=torch.bool, device=normed.device).triu(1)
@@ -25,13 +26,13 @@ def head_weights(normed: Tensor, get: Get, config: ModelConfig, layer: int) -> I
         yield group, scores.masked_fill_(future, -torch.inf).softmax(dim=-1)
 
 
-def _projected(normed: Tensor, get: Get, config: ModelConfig, name: str, part: str) -> Tensor:
-    bias = get(f"{name}.{part}_proj.bias") if config.attention_bias else None
-    heads: Tensor = linear(normed, get(f"{name}.{part}_proj.weight"), bias)
+def _projected(normed: Tensor, get: Get, config: ModelConfig, prefix: str, part: str) -> Tensor:
+    bias = get(f"{prefix}{part}_proj.bias") if config.attention_bias else None
+    heads: Tensor = linear(normed, get(f"{prefix}{part}_proj.weight"), bias)
     heads = heads.view(normed.shape[0], -1, config.head_dim).transpose(0, 1)
     if not config.qk_norm:
         return heads
-    return rmsnorm(heads, get(f"{name}.{part}_norm.weight"), config.rms_norm_eps)
+    return rmsnorm(heads, get(f"{prefix}{part}_norm.weight"), config.rms_norm_eps)
 
 
 def entropy_and_distance(normed: Tensor, get: Get, config: ModelConfig, layer: int) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from hxaconv.arithmetic import tensor
 from hxaconv.layer_weights import Compute, same_bytes, sliceable
 from hxaconv.model import Model
+from hxaconv.names import EMBEDDING, HEAD
 from hxaconv.plan import rows
 
 LOGITS_AT_ONCE = 2**20
@@ -20,7 +21,7 @@ class Head:
     """The output matrix of a model, (V, C), in blocks of rows."""
 
     def __init__(self, model: Model, compute: Compute) -> None:
-        name = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
+        name = EMBEDDING if model.config.tie_word_embeddings else HEAD
         self.recipe, self.compute = model.plan[name], compute
         self.size = self.recipe.shape[0]
         self._whole = None if sliceable(self.recipe) else tensor(self.recipe)

@@ -25,6 +25,7 @@ from hxaconv.config import StudentConfig
 from hxaconv.console import Progress, bar
 from hxaconv.layer_weights import Compute, bytes_of_layer, embed, layer_names, same_bytes
 from hxaconv.model import Model
+from hxaconv.names import EMBEDDING, HEAD
 from hxaconv.reference import hxa079, llama
 from hxaconv.reference.batches import First, time_mix
 from hxaconv.reference.hxa079 import Get
@@ -97,7 +98,7 @@ class Sweep:
     @property
     def _head_work(self) -> int:
         plan = self.teacher.plan
-        head = plan.get("lm_head.weight", plan["model.embed_tokens.weight"])
+        head = plan.get(HEAD, plan[EMBEDDING])
         return head.nbytes * (self.num_layers + 1 + self._restores) if "kl" in self.strategies else 0
 
     @property

@@ -11,13 +11,12 @@ import torch
 from hxaconv.arithmetic import tensor, torch_dtype
 from hxaconv.errors import MAX_LISTED
 from hxaconv.model import Model
-from hxaconv.names import is_attention, layer_index
+from hxaconv.names import HEAD, is_attention, layer_index
 from hxaconv.plan import Plan, Recipe
 from hxaconv.verification.compare import compare_models
 from hxaconv.verification.expectations import Thresholds
 from hxaconv.verification.probe import probe_tokens
 from hxaconv.verification.report import Report, TensorResult
-from hxaconv.verification.runner import HEAD
 from hxaconv.verification.single import finite_on_disk
 from hxaconv.verification.tensors import element_pairs, same_bits, with_head
 

@@ -16,6 +16,7 @@ from hxaconv.config import ModelConfig, StudentConfig
 from hxaconv.dtypes import parse_dtype
 from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
+from hxaconv.names import EMBEDDING, HEAD
 from hxaconv.reference import hxa079, llama
 from hxaconv.reference.chunked import chunked
 from hxaconv.verification.weights import Weights
@@ -25,8 +26,6 @@ LOGIT_BYTES = 64 * 2**20
 
 LOOP_TOKENS = 64
 """Longer inputs run on the chunked recurrence."""
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def reference_of(model: Model) -> ModuleType:

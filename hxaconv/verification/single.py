@@ -16,12 +16,12 @@ from hxaconv.console import Progress, bar
 from hxaconv.dtypes import FLOATS
 from hxaconv.errors import MAX_LISTED
 from hxaconv.model import Model
-from hxaconv.names import layer_index
+from hxaconv.names import EMBEDDING, HEAD, layer_index
 from hxaconv.plan import Recipe, Scratch, total_bytes
 from hxaconv.verification.compare import layer_bytes
 from hxaconv.verification.dump import Dump, dumping
 from hxaconv.verification.report import Report
-from hxaconv.verification.runner import EMBEDDING, HEAD, Runner, compute_settings
+from hxaconv.verification.runner import Runner, compute_settings
 from hxaconv.verification.tensors import compare_tensor
 from hxaconv.verification.weights import Weights
 from hxaconv.writing.finite import count_nonfinite

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hxaconv.arithmetic import SERIAL_BYTES, torch_dtype
 from hxaconv.model import Model
+from hxaconv.names import EMBEDDING, HEAD
 from hxaconv.plan import Plan, Recipe, Scratch
 from hxaconv.verification.report import TensorResult
-from hxaconv.verification.runner import EMBEDDING, HEAD
 
 
 def with_head(model: Model) -> Plan:
