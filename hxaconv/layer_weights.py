@@ -11,7 +11,7 @@ from torch import Tensor
 from hxaconv.arithmetic import tensor, tensor_rows
 from hxaconv.model import Model
 from hxaconv.names import EMBEDDING, is_attention, layer_prefix, template_of
-from hxaconv.plan import Ranges, Recipe
+from hxaconv.plan import Recipe, is_one_range
 
 
 @dataclass(slots=True, eq=False)
@@ -58,25 +58,11 @@ def layer_names(model: Model, layer: int, *, mixer: bool | None = None) -> list[
     return [name for name in names if mixer is None or is_attention(name) == mixer]
 
 
-def same_bytes(one: Recipe, other: Recipe | None) -> bool:
-    """Whether both are copies of the same ranges of the same opened files."""
-    return other is not None and isinstance(one.make, Ranges) and one.make == other.make and one.dtype == other.dtype
-
-
-def bytes_of_layer(model: Model, layer: int) -> int:
-    """Bytes of one layer as stored."""
-    return sum(model.plan[name].nbytes for name in layer_names(model, layer))
-
-
 def embed(model: Model, ids: Tensor, compute: Compute) -> Tensor:
     """Token ids (B, T) -> (B, T, C); only the rows that are asked for are read."""
     recipe = model.plan[EMBEDDING]
-    if sliceable(recipe):
+    if is_one_range(recipe):
         picked = tensor_rows(recipe, ids.reshape(-1).cpu(), dtype=compute.dtype)
     else:
         picked = tensor(recipe, dtype=compute.dtype)[ids.reshape(-1).cpu()]
     return picked.view(*ids.shape, -1).to(compute.device)
-
-
-def sliceable(recipe: Recipe) -> bool:
-    return isinstance(recipe.make, Ranges) and len(recipe.make.extents) == 1

@@ -14,6 +14,7 @@ from typing import Protocol
 from hxaconv.dtypes import BY_NAME, FLOATS, num_bytes, num_elements
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.files import PIECE_BYTES, Extent, SourceFile
+from hxaconv.names import layer_prefix
 
 
 class Scratch:
@@ -126,6 +127,16 @@ def stored(dtype: str, shape: tuple[int, ...], file: SourceFile, offset: int, or
     return Recipe(dtype, shape, Ranges((Extent(file, offset, num_bytes(dtype, shape)),)), origin)
 
 
+def is_one_range(recipe: Recipe) -> bool:
+    """Whether a tensor stands in its file as a whole, so that rows of it can be read alone."""
+    return isinstance(recipe.make, Ranges) and len(recipe.make.extents) == 1
+
+
+def same_ranges(one: Recipe, other: Recipe) -> bool:
+    """Whether both are copies of the same ranges of the same opened files."""
+    return isinstance(one.make, Ranges) and one.make == other.make and one.dtype == other.dtype
+
+
 def _extent(recipe: Recipe) -> Extent:
     """Where a tensor stands as a whole.
 
@@ -181,6 +192,12 @@ def with_origin(recipe: Recipe, origin: str) -> Recipe:
 def total_bytes(plan: Mapping[str, Recipe]) -> int:
     """Bytes of all tensors together."""
     return sum(recipe.nbytes for recipe in plan.values())
+
+
+def layer_bytes(plan: Mapping[str, Recipe], layer: int) -> int:
+    """Bytes of one layer."""
+    prefix = layer_prefix(layer)
+    return sum(recipe.nbytes for name, recipe in plan.items() if name.startswith(prefix))
 
 
 def source_files(plan: Mapping[str, Recipe]) -> list[SourceFile]:

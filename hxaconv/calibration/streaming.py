@@ -24,10 +24,10 @@ from hxaconv.calibration.time_mix import Attention, Fit, fit_layer
 from hxaconv.console import Progress
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.initial import untouched_layers
-from hxaconv.layer_weights import Compute, bytes_of_layer, embed, layer_names
+from hxaconv.layer_weights import Compute, embed, layer_names
 from hxaconv.model import Model
 from hxaconv.names import layer_index, mixer_prefix
-from hxaconv.plan import Plan, Recipe, Scratch
+from hxaconv.plan import Plan, Recipe, Scratch, layer_bytes
 from hxaconv.reference import llama
 from hxaconv.writing.finite import count_nonfinite
 
@@ -73,12 +73,12 @@ def calibrate(
     compute = Compute(device=settings.device)
     state = (cache and cache.load(settings.device)) or State(0, embed(teacher, ids, compute))
     fitted = fitted_tokens(ids).to(settings.device)
-    total = sum(bytes_of_layer(teacher, i) for i in range(teacher.config.num_hidden_layers))
+    total = sum(layer_bytes(teacher.plan, i) for i in range(teacher.config.num_hidden_layers))
     if not allow_nonfinite:
         _refuse_nonfinite(teacher, [name for name in teacher.plan if layer_index(name) is None])
     if progress is not None:
         progress.start("calibrating", total)
-        progress.advance(sum(bytes_of_layer(teacher, i) for i in range(state.layer)), "resumed")
+        progress.advance(sum(layer_bytes(teacher.plan, i) for i in range(state.layer)), "resumed")
     try:
         with torch.no_grad(), Pool(settings.workers, settings.device) as pool:
             walk = _Walk(teacher, student, fitted, settings, compute, pool, allow_nonfinite)
@@ -93,7 +93,7 @@ def calibrate(
                     # From now on they are read from their file.
                     state.done[-1] = replace(state.done[-1], tensors={})
                 if progress is not None:
-                    progress.advance(bytes_of_layer(teacher, state.layer - 1), f"layer {state.layer - 1}")
+                    progress.advance(layer_bytes(teacher.plan, state.layer - 1), f"layer {state.layer - 1}")
     finally:
         if progress is not None:
             progress.stop()

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from hxaconv.arithmetic import tensor
-from hxaconv.layer_weights import Compute, same_bytes, sliceable
+from hxaconv.layer_weights import Compute
 from hxaconv.model import Model
 from hxaconv.names import EMBEDDING, HEAD
-from hxaconv.plan import rows
+from hxaconv.plan import is_one_range, rows, same_ranges
 
 LOGITS_AT_ONCE = 2**20
 """Elements of a block of logits: in float64, and with its temporaries, some 50 MB."""
@@ -24,7 +24,7 @@ class Head:
         name = EMBEDDING if model.config.tie_word_embeddings else HEAD
         self.recipe, self.compute = model.plan[name], compute
         self.size = self.recipe.shape[0]
-        self._whole = None if sliceable(self.recipe) else tensor(self.recipe)
+        self._whole = None if is_one_range(self.recipe) else tensor(self.recipe)
 
     def block(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop), or as many of them as there are."""
@@ -47,7 +47,7 @@ def divergences(
     `step` is called after each with its share of the work.
     """
     others = list(students)
-    shared = same_bytes(teacher_head.recipe, student_head.recipe)
+    shared = same_ranges(teacher_head.recipe, student_head.recipe)
     tokens = teacher.shape[0]
     log_p = torch.full((tokens,), -torch.inf, dtype=torch.float64, device=teacher.device)
     log_q = [log_p.clone() for _ in others]

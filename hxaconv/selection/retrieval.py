@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hxaconv.console import Progress, bar
 from hxaconv.errors import HxaconvError
-from hxaconv.layer_weights import Compute, bytes_of_layer, embed, layer_names
+from hxaconv.layer_weights import Compute, embed, layer_names
 from hxaconv.model import Model
+from hxaconv.plan import layer_bytes
 from hxaconv.reference import llama
 from hxaconv.selection.attention import copying
 from hxaconv.selection.cache import Cache
@@ -93,7 +94,7 @@ def retrieval(
         cache: where an interrupted pass goes on.
     """
     compute, cache = compute or Compute(), cache or Cache(None, "")
-    config, sizes = teacher.config, [bytes_of_layer(teacher, i) for i in range(teacher.config.num_hidden_layers)]
+    config, sizes = teacher.config, [layer_bytes(teacher.plan, i) for i in range(teacher.config.num_hidden_layers)]
     saved, expected = cache.load(), expected.to(compute.device)
     shares = list(torch.from_numpy(saved["shares"])) if saved else []
     x = torch.from_numpy(saved["x"]).to(compute.device) if saved else embed(teacher, ids, compute)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from hxaconv.config import StudentConfig
 from hxaconv.console import Progress, bar
-from hxaconv.layer_weights import Compute, bytes_of_layer, embed, layer_names, same_bytes
+from hxaconv.layer_weights import Compute, embed, layer_names
 from hxaconv.model import Model
 from hxaconv.names import EMBEDDING, HEAD
+from hxaconv.plan import layer_bytes, same_ranges
 from hxaconv.reference import hxa079, llama
 from hxaconv.reference.batches import First, time_mix
 from hxaconv.reference.hxa079 import Get
@@ -70,7 +71,7 @@ class Sweep:
         resumes, saved = bool(saved), None
         total = self._work(self.num_layers) + self._head_work
         with torch.inference_mode(), bar(progress, "scoring layers", total) as advance:
-            moved = bytes_of_layer(self.teacher, state.layer) * state.moved if state.moved else 0
+            moved = layer_bytes(self.teacher.plan, state.layer) * state.moved if state.moved else 0
             advance(self._work(state.layer) + moved, "resumed" if resumes else "")
 
             def step(done: int, what: str) -> None:
@@ -93,7 +94,7 @@ class Sweep:
     def _work(self, layers: int) -> int:
         # In bytes of weights applied: what time goes with, whatever the strategies.
         streams = [1 + (self._restores + i + 1 if "kl" in self.strategies else 0) for i in range(layers)]
-        return sum(bytes_of_layer(self.teacher, i) * streams[i] for i in range(layers))
+        return sum(layer_bytes(self.teacher.plan, i) * streams[i] for i in range(layers))
 
     @property
     def _head_work(self) -> int:
@@ -133,13 +134,13 @@ class Sweep:
             found |= self._student_layer(state, step, weights, normed, attended)
         for name in self.strategies & found.keys():
             state.scores.setdefault(name, []).append(found[name])
-        rest = self._work(layer + 1) - self._work(layer) - state.moved * bytes_of_layer(self.teacher, layer)
+        rest = self._work(layer + 1) - self._work(layer) - state.moved * layer_bytes(self.teacher.plan, layer)
         state.teacher, state.layer, state.moved = after, layer + 1, 0
         step(rest, f"layer {layer}")
 
     def _move(self, state: State, step: Step, forward: Callable[[int, Tensor], Tensor]) -> None:
         """All forks pass the layer, but for those that have before an interruption."""
-        size = bytes_of_layer(self.teacher, state.layer)
+        size = layer_bytes(self.teacher.plan, state.layer)
         for i in sorted(state.forks)[state.moved :]:
             state.forks[i].copy_(forward(i, state.forks[i]))
             state.moved += 1
@@ -170,7 +171,7 @@ class Sweep:
             # Where they are not the same, the student's MLP takes the memory of the teacher's.
             attention = {name: teacher[name] for name in layer_names(self.teacher, layer, mixer=True)}
             plans = self.teacher.plan, self.student.plan
-            shared = {name: teacher[name] for name in rest if same_bytes(plans[0][name], plans[1][name])}
+            shared = {name: teacher[name] for name in rest if same_ranges(plans[0][name], plans[1][name])}
             others = self.compute.load(self.student, rest, shared)
             self._restore(state, step, {**others, **mixer}.__getitem__, {**others, **attention}.__getitem__)
         return found

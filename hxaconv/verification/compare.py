@@ -16,7 +16,7 @@ from hxaconv.console import Progress, bar
 from hxaconv.errors import raise_all
 from hxaconv.model import Model
 from hxaconv.names import layer_index
-from hxaconv.plan import Plan, total_bytes
+from hxaconv.plan import Plan, layer_bytes, total_bytes
 from hxaconv.reference import llama
 from hxaconv.reference.hxa079 import Carry
 from hxaconv.verification.dump import Dump, dumping
@@ -123,11 +123,6 @@ def compare_group(source: Plan, other: Plan, layer: int | None) -> list[TensorRe
     """The tensors of one layer of both plans, or (None) those outside the layers."""
     names = [name for name in dict.fromkeys([*source, *other]) if layer_index(name) == layer]
     return [compare_tensor(name, source.get(name), other.get(name)) for name in names]
-
-
-def layer_bytes(plan: Plan, layer: int) -> int:
-    """Bytes on disk of one layer."""
-    return sum(recipe.nbytes for name, recipe in plan.items() if layer_index(name) == layer)
 
 
 def _layer(left: Runner, right: Runner, streams: _Streams, index: int) -> LayerResult:

@@ -17,8 +17,7 @@ from hxaconv.dtypes import FLOATS
 from hxaconv.errors import MAX_LISTED
 from hxaconv.model import Model
 from hxaconv.names import EMBEDDING, HEAD, layer_index
-from hxaconv.plan import Recipe, Scratch, total_bytes
-from hxaconv.verification.compare import layer_bytes
+from hxaconv.plan import Recipe, Scratch, layer_bytes, total_bytes
 from hxaconv.verification.dump import Dump, dumping
 from hxaconv.verification.report import Report
 from hxaconv.verification.runner import Runner, compute_settings

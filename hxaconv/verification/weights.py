@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hxaconv.arithmetic import tensor, tensor_rows
 from hxaconv.names import layer_index
-from hxaconv.plan import Plan, Ranges, Recipe, rows
+from hxaconv.plan import Plan, Recipe, is_one_range, rows
 
 SLICE_BYTES = 128 * 2**20
 """Memory for a slice of the head: a whole one has 2.5 GB at Reka's vocabulary in float32."""
@@ -43,7 +43,7 @@ class Weights:
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """Rows of a matrix by number, (*indices.shape, columns); only they are read where it is a copy."""
         recipe, flat = self.plan[name], indices.reshape(-1)
-        if isinstance(recipe.make, Ranges) and len(recipe.make.extents) == 1:
+        if is_one_range(recipe):
             picked = tensor_rows(recipe, flat, dtype=self.dtype)
         else:
             picked = tensor(recipe, dtype=self.dtype)[flat]
@@ -54,7 +54,7 @@ class Weights:
         recipe = self.plan[name]
         num_rows, num_columns = recipe.shape
         step = max(1, SLICE_BYTES // (num_columns * self.dtype.itemsize))
-        if num_rows <= step or not (isinstance(recipe.make, Ranges) and len(recipe.make.extents) == 1):
+        if num_rows <= step or not is_one_range(recipe):
             yield tensor(recipe, dtype=self.dtype).to(self.device)
             return
         buffer = torch.empty(step * num_columns, dtype=self.dtype)
