@@ -41,6 +41,14 @@ def bullet_list(problems: Iterable[str]) -> str:
     return "\n".join(shown)
 
 
+def shortened(items: Iterable[str], separator: str = ", ") -> str:
+    """Items in one line, those beyond MAX_LISTED counted: `a, b and 3 more`, or `a; b; and 3 more`."""
+    found = list(items)
+    line = separator.join(found[:MAX_LISTED])
+    joint = " " if separator == ", " else separator
+    return f"{line}{joint}and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else line
+
+
 def raise_all(
     summary: str, problems: Iterable[str], *, hint: str = "", kind: type[HxaconvError] = HxaconvError
 ) -> None:

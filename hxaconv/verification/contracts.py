@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hxaconv.arithmetic import tensor, torch_dtype
-from hxaconv.errors import MAX_LISTED
+from hxaconv.errors import shortened
 from hxaconv.model import Model
 from hxaconv.names import HEAD, is_attention, layer_index
 from hxaconv.plan import Plan, Recipe
@@ -167,8 +167,7 @@ def _check_gqa_layers(report: Report) -> None:
 
 def listing(names: list[str], what: str) -> str:
     """`3 differ: a, b, c`, or nothing where no name is given."""
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return f"{len(names)} {what}: {', '.join(names[:MAX_LISTED])}{more}" if names else ""
+    return f"{len(names)} {what}: {shortened(names)}" if names else ""
 
 
 def check_converted(source: Model, output: Model, *, progress: Progress | None = None) -> Report:

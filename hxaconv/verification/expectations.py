@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from hxaconv.config import ModelConfig, StudentConfig
-from hxaconv.errors import MAX_LISTED
+from hxaconv.errors import shortened
 from hxaconv.verification.report import Report
 
 
@@ -65,9 +65,8 @@ def _same_tensors(report: Report, *, exactly: bool) -> None:
         text = f"{len(report.tensors)} tensors " + ("equal bits" if exactly else "on both sides, of the same shapes")
         report.check("tensors", True, text)
         return
-    shown = [f"{r.name} {r.status}{_amount(r.max_difference)} {r.detail}".rstrip() for r in wrong[:MAX_LISTED]]
-    more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
-    report.check("tensors", False, f"{len(wrong)} of {len(report.tensors)}: " + "; ".join(shown + more))
+    shown = [f"{r.name} {r.status}{_amount(r.max_difference)} {r.detail}".rstrip() for r in wrong]
+    report.check("tensors", False, f"{len(wrong)} of {len(report.tensors)}: {shortened(shown, '; ')}")
 
 
 def _amount(difference: float | None) -> str:

@@ -14,7 +14,7 @@ from hxaconv.architecture import expected_tensors
 from hxaconv.config import ModelConfig, StudentConfig
 from hxaconv.console import Progress, bar
 from hxaconv.dtypes import FLOATS
-from hxaconv.errors import MAX_LISTED
+from hxaconv.errors import shortened
 from hxaconv.model import Model
 from hxaconv.names import EMBEDDING, HEAD, layer_index
 from hxaconv.plan import Recipe, Scratch, layer_bytes, total_bytes
@@ -67,16 +67,13 @@ def _check_tensors(report: Report, model: Model) -> None:
         for name, shape in expected.items()
         if name in plan and plan[name].shape != shape
     ]
-    report.check("names and shapes", not problems, _listed(problems) or f"{len(expected)} tensors, all as expected")
+    report.check(
+        "names and shapes", not problems, shortened(problems, "; ") or f"{len(expected)} tensors, all as expected"
+    )
     odd = [f"{name} is {recipe.dtype}" for name, recipe in plan.items() if recipe.dtype not in FLOATS]
     counts = Counter(recipe.dtype for recipe in plan.values())
     found = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
-    report.check("dtypes", not odd, _listed(odd) or found)
-
-
-def _listed(problems: list[str]) -> str:
-    more = [f"and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-    return "; ".join(problems[:MAX_LISTED] + more)
+    report.check("dtypes", not odd, shortened(odd, "; ") or found)
 
 
 def _check_config(report: Report, config: ModelConfig) -> None:
@@ -97,7 +94,7 @@ def _check_config(report: Report, config: ModelConfig) -> None:
                 "Layer 0 is GQA: the published trainer mixes a zero v_first into the first RWKV layer, the inference"
                 " engine takes that layer's own v and k. The forward here follows the engine."
             )
-    report.check("config", not problems, _listed(problems) or "consistent")
+    report.check("config", not problems, shortened(problems, "; ") or "consistent")
 
 
 def _run(report: Report, runner: Runner, ids: Tensor, dump: Dump | None, progress: Progress | None) -> None:
@@ -116,7 +113,9 @@ def _run(report: Report, runner: Runner, ids: Tensor, dump: Dump | None, progres
             advance(layer_bytes(plan, index), f"layer {index}")
         runner.weights.release()
         worst = _largest_logit(runner, stream.x, dump)
-    report.check("finite weights", not broken, _listed(broken) or f"{len(plan)} tensors without NaN or infinity")
+    report.check(
+        "finite weights", not broken, shortened(broken, "; ") or f"{len(plan)} tensors without NaN or infinity"
+    )
     where = "" if lost is None else f"; the residual stream is lost in layer {lost}"
     text = f"NaN or infinite{where}" if math.isnan(worst) else f"{ids.numel()} tokens, largest |logit| {worst:.3g}"
     report.check("finite logits", not math.isnan(worst), text)

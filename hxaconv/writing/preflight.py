@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hxaconv.containers.layout import FileLayout
-from hxaconv.errors import MAX_LISTED, HxaconvError, raise_all
+from hxaconv.errors import HxaconvError, raise_all, shortened
 from hxaconv.files import SourceFile
 from hxaconv.json_files import read_sidecar
 from hxaconv.writing import diskio
@@ -130,8 +130,9 @@ def _folder_problems(folder: Path, new: Collection[str]) -> list[str]:
     ]
     if not foreign:
         return []
-    shown = ", ".join(foreign[:MAX_LISTED]) + (f" and {len(foreign) - MAX_LISTED} more" if foreign[MAX_LISTED:] else "")
-    return [f"--overwrite would delete what is no part of a checkpoint in {folder}: {shown}; move that away"]
+    return [
+        f"--overwrite would delete what is no part of a checkpoint in {folder}: {shortened(foreign)}; move that away"
+    ]
 
 
 def _sidecar_problems(path: Path) -> list[str]:
