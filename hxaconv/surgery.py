@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hxaconv.architecture import expected_tensors
 from hxaconv.config import StudentConfig
 from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.model import Model
 from hxaconv.names import is_attention, layer_index, mixer_prefix
 from hxaconv.plan import Plan, Recipe, check, pad_columns, pad_rows, with_origin
 
@@ -151,10 +152,9 @@ def repick(
     old: StudentConfig,
     new: StudentConfig,
     settings: InitSettings,
-    other: Plan | None = None,
-    other_config: StudentConfig | None = None,
+    donor: Model | None = None,
 ) -> Plan:
-    """Another choice of GQA layers: layers that change kind come from `other` or the teacher.
+    """Another choice of GQA layers: layers that change kind come from `donor` where it has that kind, else the teacher.
 
     All tensors of layers that keep their kind, and everything outside the mixers, stay as they are.
     """
@@ -162,8 +162,8 @@ def repick(
     for layer in range(new.num_hidden_layers):
         if old.layer_kind(layer) == new.layer_kind(layer):
             continue
-        if other is not None and other_config is not None and other_config.layer_kind(layer) == new.layer_kind(layer):
-            plan |= _mixer(other, layer, "trained ")
+        if donor is not None and donor.student.layer_kind(layer) == new.layer_kind(layer):
+            plan |= _mixer(donor.plan, layer, "trained ")
         else:
             plan |= mixer_from_teacher(teacher, new, layer, settings)
     return in_order(plan, new, "the student with the new layers")

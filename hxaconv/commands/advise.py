@@ -229,8 +229,7 @@ def _student(
         model.student,
         config,
         settings,
-        donor.given.plan if donor else None,
-        donor.given.student if donor else None,
+        donor.given if donor else None,
     )
     if donor is not None:
         sources = (sources[0], donor.checkpoint, *sources[1:])

@@ -103,8 +103,7 @@ def run(
         old,
         new,
         settings,
-        donor.given.plan if donor else None,
-        donor.given.student if donor else None,
+        donor.given if donor else None,
     )
     result = Model(new, plan, out, student.raw)
     initialised = f"RWKV, initialised ({preset}, seed {seed})"
