@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hxaconv.dtypes import BY_NAME, BY_TORCH_NAME
+from hxaconv.dtypes import BY_NAME, BY_TORCH_NAME, FLOATS
 from hxaconv.files import SourceFile
 from hxaconv.one_thread import one_thread
 from hxaconv.plan import Bytes, Recipe, Scratch, rows
@@ -50,7 +50,7 @@ class Scaled:
         products = torch.empty(len(scratch.read) // read_dtype.itemsize, dtype=_product_dtype(self.source_dtype))
         with one_thread():
             for piece in self.source.pieces(scratch):
-                values = _readonly(piece, read_dtype) if piece.readonly else torch.frombuffer(piece, dtype=read_dtype)
+                values = _values(piece, read_dtype)
                 out = room[: len(values)]
                 # bf16 to fp16 too goes by way of float32: torch is three times as fast there.
                 if self.factor != 1.0 or (values.dtype != products.dtype != out.dtype):
@@ -96,7 +96,7 @@ def scaled(recipe: Recipe, factor: float, dtype: str, origin: str) -> Recipe:
 
 def cast(recipe: Recipe, dtype: str) -> Recipe:
     """The recipe in another dtype; unchanged where it has it already, or is no float tensor."""
-    if recipe.dtype == dtype or recipe.dtype not in ("BF16", "F16", "F32", "F64"):
+    if recipe.dtype == dtype or recipe.dtype not in FLOATS:
         return recipe
     return scaled(recipe, 1.0, dtype, f"{recipe.origin}, cast from {recipe.dtype}")
 
@@ -125,15 +125,15 @@ def tensor(recipe: Recipe, *, dtype: torch.dtype | None = None, into: torch.Tens
     flat = torch.empty(recipe.numel, dtype=dtype or source) if into is None else into[: recipe.numel]
     done = 0
     for piece in recipe.pieces(_LOCAL.scratch):
-        values = torch.frombuffer(piece, dtype=source) if not piece.readonly else _readonly(piece, source)
+        values = _values(piece, source)
         flat[done : done + len(values)].copy_(values)
         done += len(values)
     return flat.view(recipe.shape)
 
 
-def _readonly(piece: memoryview, dtype: torch.dtype) -> torch.Tensor:
+def _values(piece: memoryview, dtype: torch.dtype) -> torch.Tensor:
     # torch warns about buffers it could write to by mistake; a copy is a writable one.
-    return torch.frombuffer(bytearray(piece), dtype=dtype)
+    return torch.frombuffer(bytearray(piece) if piece.readonly else piece, dtype=dtype)
 
 
 def tensor_rows(recipe: Recipe, indices: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:

@@ -25,6 +25,16 @@ RANK_KEYS = {
 ROPE_SCALING_DEFAULTS = (None, "default")
 
 
+def kv_cache_bytes(num_layers: int, num_key_value_heads: int, head_dim: int) -> int:
+    """Bytes of keys and values per token of attention layers, in bf16."""
+    return 2 * num_layers * num_key_value_heads * head_dim * 2
+
+
+def state_bytes(num_layers: int, num_attention_heads: int, head_dim: int) -> int:
+    """Bytes of the recurrent state of one sequence: (H, N, N) float32 per RWKV layer."""
+    return num_layers * num_attention_heads * head_dim**2 * 4
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """What teacher and student have in common. Symbols of the spec: L C F V H G N, A = H*N."""
@@ -56,9 +66,9 @@ class ModelConfig:
         """G * N."""
         return self.num_key_value_heads * self.head_dim
 
-    def kv_cache_bytes(self, num_layers: int, itemsize: int = 2) -> int:
-        """Bytes of keys and values per token of `num_layers` attention layers; bf16 unless said otherwise."""
-        return 2 * num_layers * self.key_value_size * itemsize
+    def kv_cache_bytes(self, num_layers: int) -> int:
+        """Bytes of keys and values per token of `num_layers` attention layers, in bf16."""
+        return kv_cache_bytes(num_layers, self.num_key_value_heads, self.head_dim)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +103,8 @@ class StudentConfig(ModelConfig):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the recurrent state of one sequence: (H, N, N) float32 per RWKV layer."""
-        return len(self.rwkv_layers) * self.num_attention_heads * self.head_dim**2 * 4
+        """Bytes of the recurrent state of one sequence."""
+        return state_bytes(len(self.rwkv_layers), self.num_attention_heads, self.head_dim)
 
     @property
     def rwkv_layers(self) -> tuple[int, ...]:

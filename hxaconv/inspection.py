@@ -7,7 +7,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.architecture import expected_tensors
-from hxaconv.config import RANK_KEYS, ModelConfig, StudentConfig, TeacherConfig, rope_settings, teacher_config
+from hxaconv.config import (
+    RANK_KEYS,
+    ModelConfig,
+    StudentConfig,
+    TeacherConfig,
+    kv_cache_bytes,
+    rope_settings,
+    state_bytes,
+    teacher_config,
+)
 from hxaconv.errors import HxaconvError
 from hxaconv.names import HEAD, is_attention, layer_kinds, template_of
 from hxaconv.plan import Plan, Recipe, Scratch, check, total_bytes
@@ -173,12 +182,11 @@ def _memory(dimensions: Mapping[str, Any], plan: Plan) -> dict[str, int] | None:
     heads, groups, width = (dimensions[key] or 0 for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     if not kinds or not heads * groups * width:
         return None
-    per_layer = 2 * groups * width * 2  # k and v in bf16
     attention = sum(kind == "gqa" for kind in kinds.values())
     return {
-        "kv_cache_bytes_per_token": attention * per_layer,
-        "teacher_kv_cache_bytes_per_token": len(kinds) * per_layer,
-        "state_bytes_per_sequence": (len(kinds) - attention) * heads * width**2 * 4,
+        "kv_cache_bytes_per_token": kv_cache_bytes(attention, groups, width),
+        "teacher_kv_cache_bytes_per_token": kv_cache_bytes(len(kinds), groups, width),
+        "state_bytes_per_sequence": state_bytes(len(kinds) - attention, heads, width),
     }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.config import FAMILIES, ModelConfig, StudentConfig, rope_settings
+from hxaconv.config import FAMILIES, ROPE_SCALING_DEFAULTS, ModelConfig, StudentConfig, rope_settings
 from hxaconv.names import EMBEDDING, HEAD, layer_kinds, mixer_prefix
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _infer_pth(checkpoint: Checkpoint, config: ModelConfig | None) -> Verdict:
 
 def _rope_scaling(raw: Mapping[str, Any]) -> Iterator[Finding]:
     kind = rope_settings(raw)[1]
-    if kind not in (None, "default"):
+    if kind not in ROPE_SCALING_DEFAULTS:
         yield Finding(f"rope_scaling {kind!r} is ignored", "config.json", "Only default frequencies are computed.")
 
 

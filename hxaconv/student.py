@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hxaconv.config import (
     FAMILIES,
     RANK_KEYS,
+    ROPE_SCALING_DEFAULTS,
     ModelConfig,
     Ranks,
     StudentConfig,
@@ -182,7 +183,7 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
         problems.append(f'there is no rwkv_architecture; loaders need "rwkv_architecture": "{ARCHITECTURE}"')
     elif variant != ARCHITECTURE:
         problems.append(f"rwkv_architecture is {variant!r}, this tool converts {ARCHITECTURE!r} only")
-    if scaling not in (None, "default"):
+    if scaling not in ROPE_SCALING_DEFAULTS:
         problems.append(f"rope_scaling is {scaling!r}, hxa079 has the default frequencies")
     problems += [
         f"{key} is {raw[key]!r}, expected {allowed[0]!r}"
