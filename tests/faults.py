@@ -75,8 +75,8 @@ WRONG_FIRST = (
     "        carry.v_first = v if index == config.rwkv_layers[1] else carry.v_first\n        v = v + (carry.v_first",
 )
 TILED = (
-    "    k, v = k.repeat_interleave(num_groups, dim=2), v.repeat_interleave(num_groups, dim=2)\n    w = ",
-    "    k, v = k.repeat(1, 1, num_groups, 1), v.repeat(1, 1, num_groups, 1)\n    w = ",
+    "    k, v = k.repeat_interleave(heads_per_group, dim=2), v.repeat_interleave(heads_per_group, dim=2)\n    w = ",
+    "    k, v = k.repeat(1, 1, heads_per_group, 1), v.repeat(1, 1, heads_per_group, 1)\n    w = ",
 )
 
 FAULTS = (

@@ -15,7 +15,7 @@ from models import GOLDEN
 
 from hxaconv.architecture import expected_tensors
 from hxaconv.arithmetic import tensor
-from hxaconv.calibration import Settings, folding, heads, output
+from hxaconv.calibration import Settings, folding, heads, output_matrix
 from hxaconv.calibration.cache import Cache, fingerprint, locked
 from hxaconv.calibration.pool import Pool
 from hxaconv.calibration.report import Distances
@@ -423,8 +423,8 @@ def test_what_is_not_finite_stops_the_work_where_it_is(small, name, change, said
 
 
 def test_a_fit_that_is_worse_is_not_taken(small, monkeypatch):
-    monkeypatch.setattr(output, "fit_gate", lambda y, target, weight, pool: torch.full((y.shape[1],), 50.0))
-    monkeypatch.setattr(output, "restoring", lambda said, target: 1.0)
+    monkeypatch.setattr(output_matrix, "fit_gate", lambda y, target, weight, pool: torch.full((y.shape[1],), 50.0))
+    monkeypatch.setattr(output_matrix, "restoring", lambda said, target: 1.0)
     found = calibrate(*small, some_ids(small[0]), QUICK)
     assert found.replaced == {}
     assert all(layer.kept_plain and "no better" in layer.warnings[0] for layer in found.report.layers)
@@ -458,7 +458,7 @@ def test_a_refitted_output_has_to_help_on_held_out_tokens(monkeypatch):
     good = layer("auto")
     assert good.output_refitted
     assert good.error_after < layer("never").error_after
-    monkeypatch.setattr(output, "fit_output", lambda gated, target, weight, pool: (weight * 0.5, 1.0))
+    monkeypatch.setattr(output_matrix, "fit_output", lambda gated, target, weight, pool: (weight * 0.5, 1.0))
     assert not layer("auto").output_refitted
     assert layer("auto").error_after == layer("never").error_after
     assert layer("always").output_refitted
@@ -498,7 +498,7 @@ def test_the_gate_survives_storage():
     generator = torch.Generator().manual_seed(0)
     g2, gain = torch.randn(256, 30, generator=generator) * 0.1, torch.randn(30, generator=generator) * 20
     gain[:3] = 0
-    stored = output.gate_weights(g2, gain, torch.bfloat16)
+    stored = output_matrix.gate_weights(g2, gain, torch.bfloat16)
     assert stored.dtype == torch.bfloat16
     # What three rows of bf16 leave of a sum of 256: 2^-24 of the largest part.
     torch.testing.assert_close(stored.double().sum(dim=0) / 2, gain.double(), rtol=1e-5, atol=1e-5)
@@ -531,8 +531,8 @@ def test_a_planted_gate_is_found():
     y, weight = torch.randn(300, 24, generator=generator), torch.randn(20, 24, generator=generator)
     gain = torch.randn(24, generator=generator)
     with Pool(1, "cpu") as pool:
-        found = output.fit_gate(y, (y * gain) @ weight.T, weight, pool)
-        refitted, _ = output.fit_output(y, y @ (weight * gain).T, weight, pool)
+        found = output_matrix.fit_gate(y, (y * gain) @ weight.T, weight, pool)
+        refitted, _ = output_matrix.fit_output(y, y @ (weight * gain).T, weight, pool)
     torch.testing.assert_close(found, gain, rtol=0.01, atol=0.01)
     torch.testing.assert_close(refitted, weight * gain, rtol=0.01, atol=0.02)
 

@@ -1,7 +1,7 @@
 """Start ahead: RWKV layers fitted to the teacher's attention, a layer at a time, from a few hundred tokens.
 
 `report` says what can be set and what is told, `streaming` walks the layers, `time_mix` fits one of them,
-`heads` is the arithmetic of the heads that share keys and values, `output` the gate and the output matrix,
+`heads` is the arithmetic of the heads that share keys and values, `output_matrix` the gate and the output matrix,
 `folding` the layers that stay attention.
 """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hxaconv.calibration import output, teacher
+from hxaconv.calibration import output_matrix, teacher
 from hxaconv.calibration.heads import rotation
 from hxaconv.calibration.pool import Pool
 from hxaconv.calibration.report import LayerReport
@@ -38,7 +38,7 @@ def fold_rope(
     plain_heads = teacher.attend(projected, config, pool, rope=False)
     fold_heads = teacher.attend(teacher.project(seen.x, folded, config, pool), config, pool, rope=False)
     fitted, name = seen.fitted.bool(), "o_proj.weight"
-    refitted, _ = output.fit_output(fold_heads[fitted], seen.output[fitted], weights[name], pool)
+    refitted, _ = output_matrix.fit_output(fold_heads[fitted], seen.output[fitted], weights[name], pool)
     tensors[name] = refitted.to(dtypes[name])
     judged = ~fitted
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hxaconv.calibration import heads, output
+from hxaconv.calibration import heads, output_matrix
 from hxaconv.calibration.pool import Pool
 from hxaconv.calibration.report import LayerReport, Settings
 from hxaconv.config import StudentConfig
@@ -171,20 +171,20 @@ class _Fitting:
         fitted = self.seen.fitted.bool()
         judged, wanted = y[~fitted], self.seen.output[~fitted]
         y, target, matrix = y[fitted], self.seen.output[fitted], weights["output.weight"]
-        gain = output.fit_gate(y, target, matrix, self.pool)
+        gain = output_matrix.fit_gate(y, target, matrix, self.pool)
 
         def missed(weight: Tensor) -> float:
             return float((wanted - self.pool.linear(judged * gain, weight)).square().sum())
 
         always = self.settings.refit_output == "always"
-        enough = y.shape[0] >= output.TOKENS_PER_COLUMN * y.shape[1]
+        enough = y.shape[0] >= output_matrix.TOKENS_PER_COLUMN * y.shape[1]
         if always or (self.settings.refit_output == "auto" and enough):
-            refitted, _ = output.fit_output(y * gain, target, matrix, self.pool)
+            refitted, _ = output_matrix.fit_output(y * gain, target, matrix, self.pool)
             if always or missed(refitted) < missed(matrix):
                 store("output.weight", refitted)
         said = self.pool.linear(y * gain, weights["output.weight"])
-        gain = gain * output.restoring(said, target)
-        store("g2", output.gate_weights(weights["g2"], gain, self.dtypes["g2"]))
+        gain = gain * output_matrix.restoring(said, target)
+        store("g2", output_matrix.gate_weights(weights["g2"], gain, self.dtypes["g2"]))
 
     def _fit_group(self, group: heads.Group) -> heads.Parameters:
         begin = heads.fit_bonus(group, heads.fit_grid(group))

@@ -93,7 +93,8 @@ def mixer(
 
 def time_mix(x: Tensor, get: Get, config: StudentConfig, index: int, carry: Carry, recurrence: Recurrence) -> Tensor:
     """An RWKV layer's mixer on a normed input, (B, T, C) -> (B, T, C)."""
-    name, num_groups = f"model.layers.{index}.self_attn", config.num_attention_heads // config.num_key_value_heads
+    name = f"model.layers.{index}.self_attn"
+    heads_per_group = config.num_attention_heads // config.num_key_value_heads
     r = _heads(_project(x, get, f"{name}.receptance", config.attention_bias), config.head_dim)
     k = _heads(_project(x, get, f"{name}.key", config.attention_bias), config.head_dim)
     v = _heads(_project(x, get, f"{name}.value", config.attention_bias), config.head_dim)
@@ -108,7 +109,7 @@ def time_mix(x: Tensor, get: Get, config: StudentConfig, index: int, carry: Carr
         assert carry.v_first is not None and carry.k_first is not None
         v = v + (carry.v_first - v) * _heads(_low_rank(x, get, name, "v").sigmoid(), config.head_dim)
         k = k + (carry.k_first - k) * _heads(_low_rank(x, get, name, "k").sigmoid(), config.head_dim)
-    k, v = k.repeat_interleave(num_groups, dim=2), v.repeat_interleave(num_groups, dim=2)
+    k, v = k.repeat_interleave(heads_per_group, dim=2), v.repeat_interleave(heads_per_group, dim=2)
     w = _heads(-softplus(-_low_rank(x, get, name, "w", torch.tanh)) - 0.5, config.head_dim)
     a = _heads(_low_rank(x, get, name, "a").sigmoid(), config.head_dim)
     g = (x @ get(f"{name}.g1")).sigmoid() @ get(f"{name}.g2")
@@ -139,7 +140,8 @@ def loop(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, stat
 
 def attention(x: Tensor, get: Get, config: StudentConfig, index: int, carry: Carry) -> Tensor:
     """A GQA layer's mixer on a normed input: causal, and without RoPE. (B, T, C) -> (B, T, C)."""
-    name, num_groups = f"model.layers.{index}.self_attn", config.num_attention_heads // config.num_key_value_heads
+    name = f"model.layers.{index}.self_attn"
+    heads_per_group = config.num_attention_heads // config.num_key_value_heads
     q = _heads(_project(x, get, f"{name}.q_proj", config.attention_bias), config.head_dim)
     k = _heads(_project(x, get, f"{name}.k_proj", config.attention_bias), config.head_dim)
     v = _heads(_project(x, get, f"{name}.v_proj", config.attention_bias), config.head_dim)
@@ -150,7 +152,7 @@ def attention(x: Tensor, get: Get, config: StudentConfig, index: int, carry: Car
         k, v = torch.cat([carry.caches[index][0], k], dim=1), torch.cat([carry.caches[index][1], v], dim=1)
     carry.caches[index] = (k, v)
     num_new, num_all = q.shape[1], k.shape[1]
-    k, v = k.repeat_interleave(num_groups, dim=2), v.repeat_interleave(num_groups, dim=2)
+    k, v = k.repeat_interleave(heads_per_group, dim=2), v.repeat_interleave(heads_per_group, dim=2)
     scores = torch.einsum("bthn,bshn->bhts", q, k) * config.head_dim**-0.5
     future = torch.ones(num_new, num_all, dtype=torch.bool, device=x.device).triu(num_all - num_new + 1)
     weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)

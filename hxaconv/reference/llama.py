@@ -104,8 +104,8 @@ def attention(
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, H, T, N) over k, v (B, G, S, N), the last T of S tokens being q's own -> (B, H, T, N)."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    heads_per_group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(heads_per_group, dim=1), v.repeat_interleave(heads_per_group, dim=1)
     num_new, num_all = q.shape[2], k.shape[2]
     scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
     future = torch.ones(num_new, num_all, dtype=torch.bool, device=q.device).triu(num_all - num_new + 1)
