@@ -16,7 +16,7 @@ def initialise(teacher: str) -> None:
     """Make every initial value of the default student, and print how long it took."""
     from hxaconv.config import student_of
     from hxaconv.initial import initial_parameters
-    from hxaconv.layer_maps import uniform
+    from hxaconv.layer_choice import uniform
     from hxaconv.opening import open_checkpoint
     from hxaconv.plan import Scratch
     from hxaconv.teacher import open_teacher

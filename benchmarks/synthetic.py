@@ -31,7 +31,7 @@ from hxaconv.containers import safetensors_layout, torchzip_layout
 from hxaconv.containers.layout import FileLayout
 from hxaconv.containers.torch_pickle import contiguous_strides
 from hxaconv.dtypes import BY_NAME, num_bytes, parse_dtype
-from hxaconv.layer_maps import uniform
+from hxaconv.layer_choice import uniform
 from hxaconv.names import stored_name
 from hxaconv.plan import Literal, Plan, Recipe
 from hxaconv.student_json import student_json

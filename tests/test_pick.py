@@ -371,7 +371,8 @@ def test_every_source_is_opened_once(
 def test_messages_name_commands_and_options_that_exist() -> None:
     root = Path(command_line.__file__).parent
     mine = [root / "commands" / f"{name}.py" for name in ("pick", "donor", "advise", "advice_options")]
-    text = "\n".join(path.read_text() for path in [*(root / "selection").glob("*.py"), *mine, root / "layer_maps.py"])
+    mine += [root / "layer_maps.py", root / "layer_choice.py"]
+    text = "\n".join(path.read_text() for path in [*(root / "selection").glob("*.py"), *mine])
     declared = (root / "cli.py").read_text() + (root / "options.py").read_text()
     known = {info.name for info in command_line.app.registered_commands}
     assert set(re.findall(r"[`:] ?hxaconv ([a-z][a-z-]+)", text)) <= known

@@ -10,7 +10,7 @@ import pytest
 import torch
 from selection_models import TEACHER, as_if_trained, copying_teacher, literal
 
-from hxaconv import layer_maps
+from hxaconv import layer_choice, layer_maps
 from hxaconv.arithmetic import tensor
 from hxaconv.config import student_of
 from hxaconv.errors import HxaconvError
@@ -289,7 +289,7 @@ def test_report(teacher, student, ids, tmp_path):
     assert set(data["scores"]) == {"kl", "mse", "influence", "entropy", "distance"}
     chosen = report.layer_map(advice, teacher.config, name="mine", model="demo")
     (tmp_path / "mine.toml").write_text(report.layer_map_text(advice, chosen, date="2025-01-31"), encoding="utf-8")
-    assert layer_maps.parse_layers(str(tmp_path / "mine.toml"), 6) == advice.pick.layers
+    assert layer_choice.parse_layers(str(tmp_path / "mine.toml"), 6) == advice.pick.layers
     assert "2025-01-31" in (tmp_path / "mine.toml").read_text()
     assert layer_maps.fits(layer_maps.load(tmp_path / "mine.toml"), teacher.config)
 

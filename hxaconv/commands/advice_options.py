@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hxaconv import layer_maps
+from hxaconv import layer_choice
 from hxaconv.commands.common import resolve_part
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.plots import plot_problems
@@ -110,5 +110,5 @@ def rules(values: Mapping[str, Any], num_layers: int) -> Rules | None:
         problems.append(f"--min-gap {given['min_gap']} is more than --max-gap {given['max_gap']}")
     raise_all("the rules cannot be kept:", problems, hint="Adjacent layers have gap 1, and are a run of 2.")
     if values["exclude"]:
-        given["exclude"] = frozenset(layer_maps.parse_numbers(values["exclude"], num_layers, "--exclude"))
+        given["exclude"] = frozenset(layer_choice.parse_numbers(values["exclude"], num_layers, "--exclude"))
     return replace(STRATEGIES[values["strategy"]].rules, **given) if given else None

@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv import layer_maps
+from hxaconv import layer_choice
 from hxaconv.commands.advice_options import cache_path, rules
 from hxaconv.commands.common import base_model_name, checked_device, one_of
 from hxaconv.commands.convert import complete, main_dtype, open_student
@@ -128,11 +128,11 @@ def run(
     )
     subject = open_subject(values, wanted, progress)
     num_layers = subject.model.config.num_hidden_layers
-    count = layer_maps.default_count(num_layers) if values["count"] is None else values["count"]
+    count = layer_choice.default_count(num_layers) if values["count"] is None else values["count"]
     request = replace(request, count=count, rules=rules(values, num_layers))
     check_request(strategy, num_layers, count, request.rules, allow_layer_0=request.allow_layer_0)
     if rehearse is not None and "tokens" in wanted:
-        rehearse(",".join(map(str, layer_maps.uniform(num_layers, count))))
+        rehearse(",".join(map(str, layer_choice.uniform(num_layers, count))))
     ids, settings = None, tuple[str, ...]()
     if "tokens" in wanted:
         ids = calibration_tokens(tokens, subject.model.config.vocab_size, subject.tokenizer).numpy()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv import layer_maps
+from hxaconv import layer_choice
 from hxaconv.config import StudentConfig
 from hxaconv.errors import HxaconvError
 from hxaconv.json_files import rounded
@@ -273,4 +273,4 @@ def base_model_name(checkpoint: Checkpoint) -> str:
 
 def layer_0_warning(config: StudentConfig) -> list[str]:
     """The sentence about layer 0 as GQA, where it is and RWKV layers follow."""
-    return [layer_maps.LAYER_0_REASON] if 0 in config.gqa_layers and config.rwkv_layers else []
+    return [layer_choice.LAYER_0_REASON] if 0 in config.gqa_layers and config.rwkv_layers else []

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv import layer_maps
+from hxaconv import layer_choice, layer_maps
 from hxaconv.card import UNTRAINED
 from hxaconv.commands.common import (
     Outcome,
@@ -159,11 +159,11 @@ def choose_layers(
     if layer_map is not None and gqa_layers is not None:
         raise HxaconvError("--layer-map and --gqa-layers both choose the layers", hint="Give one of them.")
     if gqa_layers is not None:
-        return layer_maps.parse_layers(
+        return layer_choice.parse_layers(
             gqa_layers, count, allow_layer_0=allow_layer_0, option="--gqa-layers"
         ), "as asked for"
     chosen = layer_maps.load(layer_map) if layer_map is not None else layer_maps.match(config, [teacher])
     if chosen is not None:
-        layers = layer_maps.from_map(chosen, count, allow_layer_0=allow_layer_0)
+        layers = layer_choice.from_map(chosen, count, allow_layer_0=allow_layer_0)
         return layers, f"layer map {chosen.name}"
-    return layer_maps.uniform(count), f"evenly spaced, {layer_maps.default_count(count)} of {count}"
+    return layer_choice.uniform(count), f"evenly spaced, {layer_choice.default_count(count)} of {count}"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hxaconv import layer_maps
+from hxaconv import layer_choice
 from hxaconv.card import UNTRAINED
 from hxaconv.commands.common import (
     Outcome,
@@ -89,7 +89,7 @@ def run(
         source, revision=revision, teacher=teacher, layer_map=layer_map, flags=flags, progress=write.progress
     )
     student, notes = complete(opened, need_all=True)
-    chosen = layer_maps.parse_layers(layers, student.config.num_hidden_layers, allow_layer_0=allow_gqa_layer_0)
+    chosen = layer_choice.parse_layers(layers, student.config.num_hidden_layers, allow_layer_0=allow_gqa_layer_0)
     old = student.student
     new = student_of(old, chosen, old.ranks)
     changed = [i for i in range(old.num_hidden_layers) if old.layer_kind(i) != new.layer_kind(i)]

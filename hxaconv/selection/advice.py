@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hxaconv.errors import HxaconvError
-from hxaconv.layer_maps import default_count
+from hxaconv.layer_choice import default_count
 from hxaconv.selection.schedule import Rules
 from hxaconv.selection.scores import SPACED, STRATEGIES, Column, Pick, check_finite, check_request, pick
 
