@@ -113,19 +113,23 @@ def open_file(path: Path, *, label: str) -> Checkpoint:
     if shard and int(shard[2]) > 1:
         raise HxaconvError(f"{label} is one of {int(shard[2])} shards", hint=f"Give the folder instead: {path.parent}")
     file = SourceFile.local(path, label=label)
-    sidecar = path.with_suffix(".json")
-    config = path.parent / "config.json"
-    beside = {name: path.parent / name for name in COMPANIONS if (path.parent / name).is_file()}
-    has_config = path.suffix in (".safetensors", ".bin") and config.is_file()
+    folder, where = path.parent.resolve(), str(path.parent)
     contents = read_contents(file)
+
+    def beside(name: str) -> SourceFile | None:
+        if not (folder / name).is_file():
+            return None
+        return SourceFile.local(_inside(folder, name, where), label=str(path.parent / name))
+
+    config = beside("config.json") if path.suffix in (".safetensors", ".bin") else None
+    sidecar = beside(path.with_suffix(".json").name) if contents.container != "safetensors" else None
+    companions = {name: beside(name) for name in COMPANIONS} if config is not None else {}
     return _checkpoint(
         label,
         [(file, contents)],
-        config=read_config(SourceFile.local(config)) if has_config else None,
-        sidecar=read_sidecar(SourceFile.local(sidecar))
-        if sidecar.is_file() and contents.container != "safetensors"
-        else None,
-        companions={name: SourceFile.local(found) for name, found in beside.items()} if has_config else {},
+        config=read_config(config) if config is not None else None,
+        sidecar=read_sidecar(sidecar) if sidecar is not None else None,
+        companions={name: found for name, found in companions.items() if found is not None},
         root=path.resolve(),
     )
 

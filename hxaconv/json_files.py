@@ -110,6 +110,16 @@ _LAYERS = (
     "layer numbers only",
 )
 _SIZE = _whole(2**31 - 1)
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**31
+
+
+_TOKENS = (
+    lambda value: _is_token(value) or (isinstance(value, list) and all(map(_is_token, value))),
+    "a token id or a list of them",
+)
 _ROPE = {"rope_theta": _NUMBER, "rope_type": _TEXT, "type": _TEXT, "partial_rotary_factor": _NUMBER}
 _TYPES: dict[str, Any] = {
     "num_hidden_layers": _whole(MAX_LAYERS),
@@ -126,6 +136,8 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("dtype", "torch_dtype"), _TEXT),
     **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
     **dict.fromkeys(("transformer_layers", "rwkv_layers"), _LAYERS),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _TOKENS),
+    **dict.fromkeys(("initializer_range", "attention_dropout"), _NUMBER),
     "auto_map": {},
     "hxaconv": {},
     **dict.fromkeys(("rope_parameters", "rope_scaling"), _ROPE),

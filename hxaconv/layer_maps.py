@@ -113,8 +113,9 @@ def read(path: Path) -> LayerMap:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise HxaconvError(f"layer map {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise HxaconvError(f"layer map {path} is not valid TOML: {error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise HxaconvError(f"layer map {path} is not valid TOML: {detail}") from None
     raise_all(f"layer map {path}:", _problems(raw), hint="A minimal map is one line: gqa_layers = [4, 9, 14]")
     return LayerMap(
         name=path.stem,

@@ -39,7 +39,9 @@ if GUIDED:
 
 from hostile import corpus, forge  # noqa: E402
 
+from hxaconv.card import model_card  # noqa: E402
 from hxaconv.checkpoint import assemble  # noqa: E402
+from hxaconv.config import student_of  # noqa: E402
 from hxaconv.containers import Contents, read_contents  # noqa: E402
 from hxaconv.containers.unpickler import parse  # noqa: E402
 from hxaconv.dtypes import num_bytes  # noqa: E402
@@ -49,6 +51,7 @@ from hxaconv.inspection import inspect  # noqa: E402
 from hxaconv.json_files import read_json  # noqa: E402
 from hxaconv.plan import Plan, Ranges, Recipe, Scratch  # noqa: E402
 from hxaconv.student import looks_like_student, student_model  # noqa: E402
+from hxaconv.student_json import as_bytes, student_json  # noqa: E402
 from hxaconv.teacher import open_teacher  # noqa: E402
 from hxaconv.weight_files import Listing  # noqa: E402
 
@@ -129,7 +132,7 @@ def fuzz_folder(data: bytes) -> None:
 
 
 def fuzz_config(data: bytes) -> None:
-    """config.json, names and shapes: {"config": ..., "tensors": {name: shape}}, opened in every way."""
+    """config.json, names and shapes: {"config": ..., "tensors": {name: shape}}, opened in every way, written again."""
     raw = read_json(MemoryFile(data))
     config, shapes = raw.get("config"), raw.get("tensors")
     if not isinstance(config, dict) or not isinstance(shapes, dict) or len(shapes) > 300:
@@ -148,7 +151,14 @@ def fuzz_config(data: bytes) -> None:
         )
     )
     json.dumps(inspect(opened))
-    student_model(opened) if looks_like_student(opened.plan) else open_teacher(opened)
+    if looks_like_student(opened.plan):
+        student = student_model(opened)
+        config, carried = student.student, student.raw
+    else:
+        teacher = open_teacher(opened)
+        config, carried = student_of(teacher.config, ()), teacher.raw
+    as_bytes(student_json(config, carried, "BF16"))
+    model_card(config, base_model="x", purpose="", how="", raw=carried)
 
 
 TARGETS: tuple[Callable[[bytes], None], ...] = (
@@ -237,7 +247,8 @@ def model_seeds() -> list[bytes]:
     tensors = read_contents(SourceFile.local(TESTS / "golden" / "reka_tiny" / "teacher" / FIRST_SHARD)).tensors
     shapes = {name: list(recipe.shape) for name, recipe in tensors.items()}
     shapes |= {f"model.layers.0.{name}.weight": [rows, 48] for name, rows in FUSED.items()}
-    made.append(json.dumps({"config": config | {"model_type": "phi3"}, "tensors": shapes}).encode())
+    carried = {"model_type": "phi3", "eos_token_id": [1, float("nan")], "attention_dropout": 0.5}
+    made.append(json.dumps({"config": config | carried, "tensors": shapes}).encode())
     return made
 
 

@@ -72,6 +72,8 @@ _CALLEES = {
     ("torch._utils", "_rebuild_parameter"): Callee.PARAMETER,
 }
 _KEY_TYPES = frozenset({str, int, float, bool, bytes, type(None)})
+MAX_KEY = 2**31
+"""Numbers from 2**61 on can be chosen to hash alike, and a dictionary of such keys takes quadratic time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,8 @@ class Machine:
         # Other keys could be hashed only by recursion, which has no bound here.
         if not all(type(key) in _KEY_TYPES for key in keys):
             raise self.fail("has dictionary keys that are neither text nor numbers")
+        if not all(-MAX_KEY < key < MAX_KEY for key in keys if type(key) in (int, float)):
+            raise self.fail(f"has dictionary keys beyond {MAX_KEY}, which no state dict needs")
         target.update(zip(keys, flat[1::2], strict=True))
 
     def find_global(self, module: str, name: str) -> Callee | StorageClass:

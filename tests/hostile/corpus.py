@@ -273,6 +273,11 @@ pickle_case("odd_items", b"}(NNNu", "has a key without a value")
 pickle_case("deep_lists", b"]" * 300_000 + b"a" * 299_999, "holds a list, expected a dictionary")
 pickle_case("deep_tuples", b")" + b"\x85" * 300_000, "holds a tuple, expected a dictionary")
 pickle_case("deep_key", b"})" + b"\x85" * 300_000 + b"Ns", "has dictionary keys that are neither text nor numbers")
+pickle_case(
+    "colliding_keys",
+    b"}(" + b"".join(b"\x8a\x0c" + (i * (2**61 - 1)).to_bytes(12, "little") + b"N" for i in range(1, 50_000)) + b"u",
+    "has dictionary keys beyond 2147483648",
+)
 pickle_case("steps", b"N0" + b"]" * 1_050_000, "uses opcode 0x30")
 pickle_case("many_steps", b"]" * 1_050_000, "takes more than 1000000 steps")
 pickle_case("doubling", b")" + b"q\x00\x87h\x00h\x00" * 5 + b"".join(
@@ -492,6 +497,28 @@ def folder_link_of_tokenizer(folder: Path) -> Path:
     return inside
 
 
+def file_link_case(name: str, place: str, message: str, *, weights: str = "x.safetensors") -> None:
+    """A single weight file with a link out of its folder beside it."""
+
+    def build(folder: Path) -> Path:
+        inside = folder / "model"
+        inside.mkdir()
+        made = good_safetensors(inside) if weights.endswith(".safetensors") else good_zip(inside)
+        made.rename(inside / weights)
+        (folder / "secret").write_text("{}")
+        if place != "config.json" and weights.endswith(".safetensors"):
+            (inside / "config.json").write_text("{}")
+        (inside / place).symlink_to(folder / "secret")
+        return inside / weights
+
+    CASES.append(Case(name, build, message))
+
+
+file_link_case("file_link_of_tokenizer", "tokenizer.json", "tokenizer.json is a link to")
+file_link_case("file_link_of_config", "config.json", "config.json is a link to")
+file_link_case("file_link_of_sidecar", "x.json", "x.json is a link to", weights="x.pth")
+
+
 @case("config.json holds a JSON list, expected an object")
 def config_is_a_list(folder: Path) -> Path:
     good_folder(folder)
@@ -523,6 +550,10 @@ config_case("layers_as_text", "num_hidden_layers is '4'", num_hidden_layers="4")
 config_case("layers_true", "num_hidden_layers is True", num_hidden_layers=True)
 config_case("negative", "hidden_size is -1", hidden_size=-1)
 config_case("infinite", "rope_theta is inf, expected a number", rope_theta=float("inf"))
+config_case("token_nan", "eos_token_id is nan, expected a token id or a list of them", eos_token_id=float("nan"))
+config_case("token_text", "eos_token_id is '\\ud800'", eos_token_id="\ud800")
+config_case("token_deep", "bos_token_id is a list, expected a token id", bos_token_id=[[[1]]])
+config_case("dropout_infinite", "attention_dropout is inf, expected a number", attention_dropout=float("inf"))
 config_case("nan", "rms_norm_eps is nan, expected a number", rms_norm_eps=float("nan"))
 config_case("long_number", "rope_theta is 1000000", rope_theta=10**400)
 config_case("rope_list", "rope_scaling is a list, expected an object", rope_scaling=[1])
