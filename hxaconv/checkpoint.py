@@ -50,11 +50,8 @@ class Checkpoint:
     repo: str | None = None
     revision: str | None = None
     """The commit that was opened, for a Hub id."""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    """`__metadata__` of safetensors files."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Facts about the container: what the reader found, `index` (metadata of the index, None without
-    one), `index_name`, `stray_files` (weight files that were not opened)."""
+    """Facts about the container: what the reader found, `stray_files` (weight files that were not opened)."""
     handle: object = None
     """What downloads the files, for a Hub id."""
 
@@ -167,7 +164,7 @@ def assemble(
         repo=repo,
         revision=revision,
         handle=handle,
-        facts={"index": selection.index_metadata, "index_name": selection.index_name, "stray_files": selection.stray},
+        facts={"stray_files": selection.stray},
     )
 
 
@@ -185,7 +182,7 @@ def _checkpoint(
     plan = {new: merged[old] for old, new in canonical.items() if new is not None}
     _check_dimensions(plan, label)
     first = opened[0][1]
-    extra = {"index": None, "index_name": None, "stray_files": (), **first.extra, **(facts or {})}
+    extra = {"stray_files": (), **first.extra, **(facts or {})}
     return Checkpoint(
         label=label,
         container=first.container,
@@ -194,7 +191,6 @@ def _checkpoint(
         stored_names={new: old for old, new in canonical.items() if new is not None},
         dropped=tuple(old for old, new in canonical.items() if new is None),
         files=tuple(file for file, _ in opened),
-        metadata={key: value for _, contents in opened for key, value in contents.metadata.items()},
         extra=extra,
         **rest,
     )

@@ -19,6 +19,8 @@ SECONDS_BETWEEN_LINES = 30.0
 SECONDS_OF_ESTIMATE = 3600.0
 WIDTH = 100
 """Columns that every table fits into."""
+STRIP_WIDTH = 60
+"""Layers in a line of the layer strip."""
 
 
 class Progress(Protocol):
@@ -217,6 +219,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     return result
 
 
-def strip_lines(letters: str, width: int = 60) -> list[str]:
-    """The layer strip in lines of `width`, each with the number of its first layer."""
-    return [f"{start:>4}  {letters[start : start + width]}" for start in range(0, len(letters), width)]
+def strip_lines(letters: str) -> list[str]:
+    """The layer strip in lines of STRIP_WIDTH, each with the number of its first layer."""
+    return [f"{start:>4}  {letters[start : start + STRIP_WIDTH]}" for start in range(0, len(letters), STRIP_WIDTH)]

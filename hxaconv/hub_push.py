@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hxaconv.errors import HxaconvError
-from hxaconv.hub_client import bars_off, explain, network_errors
+from hxaconv.hub_client import explain, network_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-def push_folder(
-    path: Path,
-    repo_id: str,
-    *,
-    private: bool = True,
-    revision: str | None = None,
-    message: str | None = None,
-    quiet: bool = False,
-) -> str:
-    """Upload a finished folder, or a `.pth` with its sidecar, creating the repository where there is none.
+def push_folder(path: Path, repo_id: str) -> str:
+    """Upload a finished folder, or a `.pth` with its sidecar, creating a private repository where there is none.
 
     Returns its address. An interrupted upload is continued by the same call: what has arrived is not
     sent again.
@@ -39,24 +30,20 @@ def push_folder(
         )
     api = HfApi()
     try:
-        with bars_off() if quiet else contextlib.nullcontext():
-            _upload(api, path, repo_id, private, revision, message or f"Upload {path.name}")
+        _upload(api, path, repo_id)
     except network_errors() as error:
-        raise explain(error, repo_id, revision) from None
+        raise explain(error, repo_id, None) from None
     except ValueError as error:
         raise HxaconvError(f"{repo_id!r} cannot be uploaded to: {str(error).splitlines()[0]}") from None
     return f"{api.endpoint}/{repo_id}"
 
 
-def _upload(api: HfApi, path: Path, repo_id: str, private: bool, revision: str | None, message: str) -> None:
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+def _upload(api: HfApi, path: Path, repo_id: str) -> None:
+    api.create_repo(repo_id, private=True, exist_ok=True)
     api.upload_folder(
         repo_id=repo_id,
         folder_path=path if path.is_dir() else path.parent,
-        revision=revision,
-        commit_message=message,
+        commit_message=f"Upload {path.name}",
         allow_patterns=None if path.is_dir() else [path.name, path.with_suffix(".json").name],
         ignore_patterns=[".*", "*.partial-*", "__pycache__/*"],
     )

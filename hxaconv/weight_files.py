@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from hxaconv.containers import Contents, read_contents
 from hxaconv.containers.contents import show
@@ -39,7 +38,6 @@ class Selection:
     names: tuple[str, ...]
     weight_map: Mapping[str, str] | None = None
     """Of the index: tensor name -> file name."""
-    index_metadata: Mapping[str, Any] | None = None
     index_name: str | None = None
     stray: tuple[str, ...] = ()
 
@@ -91,7 +89,7 @@ def _refuse_missing_parts(names: Iterable[str], label: str) -> None:
 
 def _from_index(listing: Listing, index: str, weights: list[str]) -> Selection:
     raw = read_json(listing.open(index))
-    weight_map, metadata = raw.get("weight_map"), raw.get("metadata")
+    weight_map = raw.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise HxaconvError(f"{listing.label}: weight_map of {index} does not map tensor names to file names")
     if not weight_map:
@@ -108,7 +106,6 @@ def _from_index(listing: Listing, index: str, weights: list[str]) -> Selection:
     return Selection(
         names=tuple(names),
         weight_map=weight_map,
-        index_metadata=metadata if isinstance(metadata, dict) else {},
         index_name=index,
         stray=tuple(name for name in weights if name not in weight_map.values()),
     )

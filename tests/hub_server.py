@@ -235,11 +235,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.add(name, {".gitattributes": b""}, private=private)
             self._json({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 
-    def branch(self, body: bytes, query: dict[str, list[str]], name: str, branch: str) -> None:
-        repo = self.hub.repos[name]
-        repo.branches.setdefault(branch, repo.branches["main"])
-        self._json({})
-
     def whoami(self, body: bytes, query: dict[str, list[str]]) -> None:
         self._json({"name": "me", "type": "user", "auth": {"accessToken": {"role": "write"}}, "orgs": []})
 
@@ -324,7 +319,6 @@ _ROUTES: list[tuple[str, str, Any]] = [
     (r"/api/validate-yaml", "POST", _Handler.validate_yaml),
     (rf"/api/models/{_NAME}/preupload/{_REVISION}", "POST", _Handler.preupload),
     (rf"/api/models/{_NAME}/commit/{_REVISION}", "POST", _Handler.commit),
-    (rf"/api/models/{_NAME}/branch/{_REVISION}", "POST", _Handler.branch),
     (rf"/api/models/{_NAME}/tree/{_REVISION}(?:/(.*))?", "GET", _Handler.tree),
     (rf"/api/models/{_NAME}/paths-info/{_REVISION}", "POST", _Handler.paths_info),
     (rf"/api/models/{_NAME}(?:/revision/{_REVISION})?", "GET", _Handler.info),

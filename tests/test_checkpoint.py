@@ -33,7 +33,6 @@ def test_golden_cases_in_all_dialects(case: str) -> None:
     assert (teacher.container, teacher.dialect) == ("safetensors", "hf")
     assert teacher.config is not None
     assert teacher.config["num_hidden_layers"]
-    assert teacher.extra["index_name"] == "model.safetensors.index.json"
     student = open_checkpoint(GOLDEN / case / "student.pth")
     assert (student.container, student.dialect, student.config) == ("pth", "rwkv", None)
     trained = open_checkpoint(GOLDEN / case / "trained_attention.pth")
@@ -82,7 +81,7 @@ def test_a_single_file_wins_over_an_index_of_others(tmp_path: Path) -> None:
     assert [file.name for file in found.files] == ["model.safetensors"]
     assert found.extra["stray_files"] == ("a.safetensors", "b.safetensors")
     corpus.write_index(tmp_path, {"emb.weight": "model.safetensors", "head.weight": "model.safetensors"})
-    assert open_checkpoint(tmp_path).extra["index_name"] == "model.safetensors.index.json"
+    assert [file.name for file in open_checkpoint(tmp_path).files] == ["model.safetensors"]
 
 
 def test_strays_beside_an_index(tmp_path: Path) -> None:
@@ -100,7 +99,6 @@ def test_pytorch_model_bin_in_shards(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     found = open_checkpoint(tmp_path)
     assert found.container == "pth"
-    assert found.extra["index"] == {"total_size": 64}
     assert tensor_bytes(found, "lm_head.weight") == torch.full((4, 2), 14.0).numpy().tobytes()
 
 
@@ -196,7 +194,7 @@ def reka_with_holes(folder: Path) -> Path:
 def test_reka_in_full_size(tmp_path: Path) -> None:
     found = open_checkpoint(reka_with_holes(tmp_path))
     assert len(found.plan) == 399
-    assert total_bytes(found.plan) == 41_810_964_480 == found.extra["index"]["total_size"]
+    assert total_bytes(found.plan) == 41_810_964_480
     assert len(found.files) == len({file.name for file in found.files})
 
 

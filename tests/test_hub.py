@@ -113,7 +113,7 @@ def test_long_header_takes_a_second_request(hub: Hub) -> None:
 
     data = save({"model.embed_tokens.weight": torch.zeros(200_000, 2)}, {"note": "x" * 200_000})
     hub.server.add("org/long", {"model.safetensors": data})
-    assert hub.run("print(len(open_checkpoint('org/long').metadata['note']))") == "200000"
+    assert hub.run("print(list(open_checkpoint('org/long').plan))") == "['model.embed_tokens.weight']"
     assert len(hub.server.downloaded("model.safetensors")) == 2
 
 
@@ -291,7 +291,7 @@ def test_files_of_subfolders_are_left_alone(hub: Hub) -> None:
 
 
 def test_uploaded_folder_comes_back_the_same(hub: Hub) -> None:
-    body = f"print(push_folder(Path({str(TEACHER)!r}), 'me/student', quiet=True))"
+    body = f"print(push_folder(Path({str(TEACHER)!r}), 'me/student'))"
     assert hub.run(body, token=TOKEN) == f"{hub.server.url}/me/student"
     repo = hub.server.repos["me/student"]
     assert repo.private is True
@@ -303,25 +303,16 @@ def test_uploaded_folder_comes_back_the_same(hub: Hub) -> None:
     assert len(hub.server.lfs) == before
 
 
-@pytest.mark.slow
-def test_upload_to_a_branch_in_public(hub: Hub) -> None:
-    hub.run(f"push_folder(Path({str(TEACHER)!r}), 'me/open', private=False, revision='v2', quiet=True)", token=TOKEN)
-    repo = hub.server.repos["me/open"]
-    assert repo.private is False
-    assert SHARDS[0] in repo.files[repo.branches["v2"]]
-    assert SHARDS[0] not in repo.files[repo.branches["main"]]
-
-
 def test_upload_of_a_pth_with_its_sidecar(hub: Hub, tmp_path: Path) -> None:
     for name in ("student.pth", "student.json", "notes.txt", "another.pth"):
         (tmp_path / name).write_bytes(b"{}")
-    hub.run(f"push_folder(Path({str(tmp_path / 'student.pth')!r}), 'me/pth', quiet=True)", token=TOKEN)
+    hub.run(f"push_folder(Path({str(tmp_path / 'student.pth')!r}), 'me/pth')", token=TOKEN)
     repo = hub.server.repos["me/pth"]
     assert set(repo.files[repo.branches["main"]]) == {".gitattributes", "student.pth", "student.json"}
 
 
 def test_upload_refused(hub: Hub) -> None:
-    found = hub.run(f"push_folder(Path({str(TEACHER)!r}), 'me/new', quiet=True)", token="hf_of_somebody_else")
+    found = hub.run(f"push_folder(Path({str(TEACHER)!r}), 'me/new')", token="hf_of_somebody_else")
     assert "The Hub refuses access to me/new (status 401)" in found
     assert "hf_of_somebody_else" not in found
 

@@ -23,10 +23,10 @@ def serialization_id(names: Iterable[str], crcs: Iterable[int]) -> bytes:
     return f"{by_name:020d}{by_crc:020d}".encode()
 
 
-def string_hash(data: bytes, seed: int = 0xC70F6907) -> int:
+def string_hash(data: bytes) -> int:
     """`std::hash<std::string>` of libstdc++ on 64-bit machines (MurmurHash64A)."""
     factor = 0xC6A4A7935BD1E995
-    digest = seed ^ (len(data) * factor & _64_BITS)
+    digest = 0xC70F6907 ^ (len(data) * factor & _64_BITS)
     whole = len(data) & ~7
     for start in range(0, whole, 8):
         word = int.from_bytes(data[start : start + 8], "little") * factor & _64_BITS

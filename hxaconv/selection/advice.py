@@ -58,7 +58,6 @@ class Request:
     kl_mode: str = "restore"
     allow_layer_0: bool = False
     tokens_are_text: bool = True
-    dtype: str = "float32"
     device: str = "cpu"
     seed: int = 0
     cache: Path | None = None
@@ -175,18 +174,16 @@ def _retrieval_column(
 
 
 def _compute(request: Request) -> Compute:
-    import torch
-
     from hxaconv.layer_weights import Compute
 
-    return Compute(getattr(torch, request.dtype), request.device)
+    return Compute(device=request.device)
 
 
 def _cache(request: Request, models: Mapping[str, Model], ids: np.ndarray, names: list[str]) -> Cache:
     from hxaconv.model_fingerprint import fingerprint
     from hxaconv.selection.cache import Cache
 
-    settings = {"strategies": names, "kl_mode": request.kl_mode, "dtype": request.dtype}
+    settings = {"strategies": names, "kl_mode": request.kl_mode}
     return Cache(request.cache, fingerprint(models, ids, settings) if request.cache else "", request.check)
 
 

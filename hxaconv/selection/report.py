@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.console import WIDTH
+from hxaconv.console import WIDTH, strip_lines
 from hxaconv.console import table as plain_table
 from hxaconv.layer_maps import LayerMap, dump, of_config
 from hxaconv.plots import check_plot, save_figure
@@ -66,8 +66,8 @@ def _figure(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
 
 
-def strip(advice: Advice, width: int = 60) -> list[str]:
-    """Bars of the deciding scores over the layers' letters, `width` layers to a block.
+def strip(advice: Advice) -> list[str]:
+    """Bars of the deciding scores over the layers' letters, STRIP_WIDTH layers to a block.
 
     24  ▂▁▃▅▁▂▁▁▄
         RRRRRGRRR
@@ -77,10 +77,8 @@ def strip(advice: Advice, width: int = 60) -> list[str]:
     low, high = min(known), max(known)
     bars = "".join(" " if score is None else _bar((score - low) / (high - low or 1.0)) for score in scores)
     letters = "".join("G" if i in advice.pick.layers else "R" for i in range(advice.num_layers))
-    lines = []
-    for start in range(0, advice.num_layers, width):
-        lines += [f"{start:>4}  {bars[start : start + width]}", f"      {letters[start : start + width]}"]
-    return lines
+    numbered = zip(strip_lines(bars), strip_lines(letters), strict=True)
+    return [line for over, under in numbered for line in (over, f"      {under[6:]}")]
 
 
 def _bar(share: float) -> str:
