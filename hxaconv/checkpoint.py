@@ -16,6 +16,7 @@ from hxaconv.json_files import read_config, read_sidecar
 from hxaconv.names import detect_dialect, to_canonical
 from hxaconv.plan import Plan
 from hxaconv.weight_files import SHARD, WEIGHTS, Listing, check_index, select_weights
+from hxaconv.writing.target import PROVENANCE_NAME
 
 COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -43,6 +44,8 @@ class Checkpoint:
     """config.json beside the weights, as it is."""
     sidecar: Mapping[str, Any] | None = None
     """NAME.json beside NAME.pth, where it is one of ours."""
+    record: SourceFile | None = None
+    """hxaconv.json beside the weights, unread."""
     files: tuple[SourceFile, ...]
     companions: Mapping[str, SourceFile] = field(default_factory=dict)
     code_files: Mapping[str, SourceFile] = field(default_factory=dict)
@@ -158,6 +161,7 @@ def assemble(
         opened,
         config=config,
         sidecar=sidecar,
+        record=listing.open(PROVENANCE_NAME) if PROVENANCE_NAME in listing.sizes else None,
         companions={name: listing.open(name) for name in COMPANIONS if name in listing.sizes},
         code_files={name: listing.open(name) for name in listing.sizes if re.fullmatch(r"[\w-]+\.py", name)},
         root=root,

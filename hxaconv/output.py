@@ -15,6 +15,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.names import EMBEDDING, HEAD, is_attention, stored_name
 from hxaconv.plan import Plan, with_origin
+from hxaconv.records import history_of
 from hxaconv.student_json import as_bytes, loadmodel_body, student_json
 from hxaconv.writing.target import Output
 
@@ -166,4 +167,6 @@ def _provenance(job: Job) -> dict[str, Any]:
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     files = [{"name": f.name, "bytes": f.size, "header_sha256": f.header_digest} for f in checkpoint.files]
     name = checkpoint.repo or Path(checkpoint.label).name
-    return {"name": name, "revision": checkpoint.revision, "files": files}
+    story: dict[str, Any] = {"name": name, "revision": checkpoint.revision, "files": files}
+    history = history_of(checkpoint)
+    return story | {"history": history} if history else story

@@ -260,7 +260,7 @@ def test_a_donor_of_another_dtype_is_cast(
     assert cli(COMMAND, student, tmp_path / "e", "--layers", "3", "--from", donor, "--teacher", tiny_teacher) == 0
     told = " ".join(capsys.readouterr().err.split())
     assert f"layers 1, 5: trained, from {donor}, cast from F32 to BF16" in told
-    assert "layers 3: GQA, the teacher's attention" in told
+    assert "layer 3: GQA, the teacher's attention" in told
     words = [COMMAND, student, tmp_path / "d", "--layers", "1,3,5", "--from", donor, "--teacher", tiny_teacher]
     assert cli(*words, "--quiet") == 0
     assert "it is not used" in " ".join(capsys.readouterr().err.split())

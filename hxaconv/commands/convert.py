@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_maps
 from hxaconv.architecture import expected_tensors
-from hxaconv.card import CONVERTED
+from hxaconv.card import CONVERTED, by_record, calibration_section, purpose_by
 from hxaconv.checkpoint import Checkpoint
 from hxaconv.commands.common import (
     Outcome,
@@ -27,6 +27,7 @@ from hxaconv.names import is_attention
 from hxaconv.opening import open_checkpoint
 from hxaconv.output import Job
 from hxaconv.plan import Plan, check
+from hxaconv.records import calibration_of, history_of
 from hxaconv.student import FLAGS, Facts, student_model, with_intermediate_size
 from hxaconv.surgery import graft, pad_ffn
 from hxaconv.teacher import open_teacher
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 COMMANDS = {"to-hf": "hf", "to-pth": "pth", "to-training": "training"}
 """Command -> format of its output."""
+
+FROM_RECORD = "These figures are from the record of its source. "
 
 
 def to_hf(
@@ -141,6 +144,8 @@ def _convert(command: str, function: Callable[..., Outcome], given: Mapping[str,
     need_all = command != "to-training" or given["all_tensors"]
     student, notes = complete(opened, need_all=need_all)
     changed, name = reshape(student, given["dtype"], given.get("pad_ffn"))
+    history = history_of(opened.sources["source"])
+    fitted = calibration_of(history)
     job = Job(
         command=command,
         options={key: value for key, value in given.items() if key != "write"},
@@ -152,7 +157,8 @@ def _convert(command: str, function: Callable[..., Outcome], given: Mapping[str,
         max_shard_bytes=parse_size(given.get("max_shard_size", "5GB")),
         sources=opened.sources,
         base_model=base_model_name(opened.sources.get("teacher", opened.sources["source"])),
-        purpose=CONVERTED,
+        purpose=f"{CONVERTED} {by_record(purpose_by(history, changed.student.rwkv_layers))}".rstrip(),
+        section=calibration_section(fitted, FROM_RECORD) if fitted else "",
         everything=need_all,
         copy_code=given.get("copy_code", False),
     )

@@ -27,6 +27,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.opening import open_checkpoint
 from hxaconv.output import FORMATS, Job
+from hxaconv.records import init_record
 from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale
 from hxaconv.teacher import open_teacher
 
@@ -131,7 +132,7 @@ def run(
         everything=format != "training",
         copy_code=copy_code,
         extra={
-            "init": {"method": init, "preset": preset, "factors": factors, "seed": seed},
+            "init": init_record(config.rwkv_layers, init, preset, settings),
             "layer_choice": reason,
         },
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_choice
-from hxaconv.card import UNTRAINED
+from hxaconv.card import UNTRAINED, by_record, partly_untrained, purpose_by
 from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
@@ -26,7 +26,8 @@ from hxaconv.errors import HxaconvError
 from hxaconv.model import Model
 from hxaconv.output import Job
 from hxaconv.plan import Plan, Recipe, total_bytes
-from hxaconv.surgery import InitSettings, parse_scale, repick
+from hxaconv.records import FITTED, history_of, init_record, layer_states
+from hxaconv.surgery import PRESETS, InitSettings, parse_scale, repick
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
@@ -106,9 +107,14 @@ def run(
         donor.given if donor else None,
     )
     result = Model(new, plan, out, student.raw)
-    initialised = f"RWKV, initialised ({preset}, seed {seed})"
+    fresh = [i for i in changed if i not in taken and i in new.rwkv_layers]
+    history = history_of(opened.sources["source"])
+    made: dict[str, Any] = {"changed_layers": changed}
+    if fresh:
+        made["init"] = init_record(fresh, "openmose", preset, settings)
+    initialised = f"RWKV, initialised ({_as_options(preset, settings.factors, seed)})"
     notes += _told_origins(changed, taken, new, initialised, donor.description if donor else "")
-    warnings = [*dtype_warnings(plan, ""), *layer_0_warning(new)]
+    warnings = [*dtype_warnings(plan, ""), *layer_0_warning(new), *_uneven(history, fresh, new, preset, settings)]
     if donor and not taken:
         warnings.append(f"--from {other} has none of the changed layers in its new kind: it is not used")
     sources = opened.sources | ({"from": donor.checkpoint} if donor else {})
@@ -123,9 +129,9 @@ def run(
         max_shard_bytes=parse_size(max_shard_size),
         sources=sources,
         base_model=base_model_name(sources.get("teacher", sources["source"])),
-        purpose=UNTRAINED if len(taken) < len(changed) else "",
+        purpose=_purpose(history, made, fresh, new),
         shards=kept_shards(opened.sources["source"], student.plan, plan, parse_size(max_shard_size)),
-        extra={"init": {"preset": preset, "factors": settings.factors, "seed": seed}, "changed_layers": changed},
+        extra=made,
     )
 
     def verify(output: Model, progress: Progress | None) -> Report:
@@ -184,9 +190,63 @@ def _check_origins(changed: list[int], taken: list[int], teacher: Model | None) 
     lacking = [i for i in changed if i not in taken]
     if lacking and teacher is None:
         raise HxaconvError(
-            f"layers {', '.join(map(str, lacking))} change kind, and nothing says what they become",
-            hint="Pass --teacher TEACHER, or --from a trained checkpoint that has them in the new kind.",
+            f"{_layers(lacking)}: of another kind in this choice, and there is nothing to make the new one from",
+            hint="Pass --teacher TEACHER, or --from a trained checkpoint that has it in the new kind.",
         )
+
+
+def _purpose(
+    history: Sequence[Mapping[str, Any]], made: Mapping[str, Any], fresh: Sequence[int], new: StudentConfig
+) -> str:
+    """What the model card says of the RWKV layers: of those made just now, and of what the record knows."""
+    purpose = purpose_by([*history, made], new.rwkv_layers)
+    if not fresh:
+        return by_record(purpose)
+    return purpose if purpose == UNTRAINED else partly_untrained(fresh)
+
+
+def _uneven(
+    history: Sequence[Mapping[str, Any]],
+    fresh: Sequence[int],
+    new: StudentConfig,
+    preset: str,
+    settings: InitSettings,
+) -> list[str]:
+    """Warnings where layers made just now are not what the student's others are by its record."""
+    found = []
+    named = _layers(fresh)
+    first = next((step["init"] for step in history if "init" in step), None)
+    if fresh and first and (first["factors"], first["seed"]) != (settings.factors, settings.seed):
+        recorded, used = (
+            _as_options(name, factors, seed)
+            for name, factors, seed in (
+                (first["preset"], first["factors"], first["seed"]),
+                (preset, settings.factors, settings.seed),
+            )
+        )
+        found.append(
+            f"{named}: initialised with {used}, the student by its record with {recorded};"
+            " pass the latter for layers like the others"
+        )
+    states = layer_states(history)
+    if fresh and FITTED in {states.get(layer) for layer in new.rwkv_layers if layer not in fresh}:
+        choice = ",".join(map(str, new.gqa_layers)) or "none"
+        found.append(
+            f"{named}: plain among calibrated layers, and a student that is calibrated in part cannot be calibrated"
+            " further. To have all calibrated, begin with this choice: `hxaconv init-from-teacher TEACHER OUT"
+            f" --gqa-layers {choice} --init calibrated --text FILE`"
+        )
+    return found
+
+
+def _as_options(preset: str, factors: Mapping[str, float], seed: int) -> str:
+    differing = [f"{name}={value:g}" for name, value in factors.items() if value != PRESETS[preset][name]]
+    scale = f" --scale {','.join(differing)}" if differing else ""
+    return f"--preset {preset}{scale} --seed {seed}"
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    return f"layer{'s' if len(numbers) != 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def _told_origins(
@@ -201,4 +261,4 @@ def _told_origins(
         "GQA, the teacher's attention": [i for i in rest if i in new.gqa_layers],
         initialised: [i for i in rest if i in new.rwkv_layers],
     }
-    return [f"layers {', '.join(map(str, layers))}: {origin}" for origin, layers in origins.items() if layers]
+    return [f"{_layers(layers)}: {origin}" for origin, layers in origins.items() if layers]

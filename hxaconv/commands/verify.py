@@ -14,14 +14,12 @@ from hxaconv.commands.tokens import TokenOptions, tokens_of
 from hxaconv.config import ModelConfig
 from hxaconv.digests import DigestReport, check_digests
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
-from hxaconv.files import SourceFile
-from hxaconv.json_files import read_json
 from hxaconv.lint import lint
 from hxaconv.model import Model
 from hxaconv.opening import open_checkpoint
+from hxaconv.records import record_of
 from hxaconv.student import is_student
 from hxaconv.teacher import open_teacher
-from hxaconv.writing.target import PROVENANCE_NAME
 
 if TYPE_CHECKING:
     from hxaconv.console import Progress
@@ -144,11 +142,7 @@ def digests(source: str, *, revision: str | None = None, progress: Progress | No
         CheckFailed: when a tensor is not what was written.
     """
     checkpoint = open_checkpoint(source, revision=revision, progress=progress)
-    provenance: Mapping[str, Any] = (checkpoint.sidecar or {}).get("hxaconv", {})
-    beside = checkpoint.root / PROVENANCE_NAME if checkpoint.root is not None else None
-    if beside is not None and beside.is_file():
-        provenance = read_json(SourceFile.local(beside))
-    report = check_digests(checkpoint, provenance, progress)
+    report = check_digests(checkpoint, record_of(checkpoint), progress)
     report.raise_if_failed(checkpoint.label)
     return report
 
