@@ -182,8 +182,8 @@ def init_from_teacher(
         calibration=_calibration(values),
         write=_write_options(values, talk),
     )
-    _show_outcome(outcome, talk)
     _plot_calibration(outcome, plot)
+    _show_outcome(outcome, talk)
 
 
 def _calibration(values: dict[str, Any]) -> CalibrateOptions:
@@ -276,8 +276,8 @@ def calibrate(
         max_shard_size=max_shard_size,
         write=_write_options(values, talk),
     )
-    _show_outcome(outcome, talk)
     _plot_calibration(outcome, plot)
+    _show_outcome(outcome, talk)
 
 
 def _convert(convert: Callable[..., Outcome], values: dict[str, Any]) -> None:
@@ -500,18 +500,19 @@ def pick_gqa_layers(
         return
     rehearse = None if out is None or resume else functools.partial(_rehearse, apply, _write_options(values, talk))
     advised = advise.run(values, rehearse=rehearse, say=talk.say, progress=talk.progress())
-    show_advice(advised.advice, talk, json=json and out is None)
+    # All is written before anything is shown: whoever reads the output may stop reading.
     if out is None:
         advised.save(save, plot)
         advised.forget()
+        show_advice(advised.advice, talk, json=json)
         return
     outcome = apply(",".join(map(str, advised.advice.pick.layers)), _write_options(values, talk))
     if outcome.written is not None:
         advised.save(save, plot)
         advised.forget()
-    elif advised.cache is not None:
-        talk.say(f"The scores are kept in {advised.cache} for the run itself.")
-    _show_outcome(outcome, talk, advised.advice)
+    show_advice(advised.advice, talk, json=False)
+    kept = "" if advised.cache is None else f" but the scores, in {advised.cache} for the run itself"
+    _show_outcome(outcome, talk, advised.advice, kept=kept)
 
 
 def _rehearse(apply: Callable[[str, WriteOptions], Outcome], write: WriteOptions, layers: str) -> None:
@@ -735,7 +736,7 @@ def _write_options(values: dict[str, Any], talk: Talk) -> WriteOptions:
     )
 
 
-def _show_outcome(outcome: Outcome, talk: Talk, advice: Advice | None = None) -> None:
+def _show_outcome(outcome: Outcome, talk: Talk, advice: Advice | None = None, *, kept: str = "") -> None:
     from hxaconv.tables import advice_json, outcome_json, outcome_tables
 
     for warning in outcome.warnings:
@@ -746,4 +747,4 @@ def _show_outcome(outcome: Outcome, talk: Talk, advice: Advice | None = None) ->
     data = outcome_json(outcome, tensors=dry) | advice_json(advice)
     talk.result(data, *outcome_tables(outcome))
     if dry:
-        talk.say("Dry run: nothing was written.")
+        talk.say(f"Dry run: nothing was written{kept}.")

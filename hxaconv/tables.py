@@ -230,11 +230,13 @@ def show_report(report: Report, talk: Talk, plot: str | None) -> None:
     """
     from hxaconv.verification.render import render
 
-    talk.result(report.to_json(), *render(report))
-    if plot is not None and report.layers:
-        from hxaconv.verification.plot import plot as draw
+    try:
+        if plot is not None and report.layers:
+            from hxaconv.verification.plot import plot as draw
 
-        draw(report, Path(plot))
+            draw(report, Path(plot))
+    finally:
+        talk.result(report.to_json(), *render(report))
     report.raise_if_failed()
 
 

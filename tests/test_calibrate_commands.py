@@ -170,6 +170,25 @@ def test_the_plot_of_a_command(cli: Cli, tmp_path: Path) -> None:
     assert "plot" not in (tmp_path / "o" / "hxaconv.json").read_text()
 
 
+def test_the_plot_is_drawn_though_nobody_reads_the_output(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("hxaconv.console.Talk.result", closed)
+    plots = [tmp_path / "a.svg", tmp_path / "b.svg", tmp_path / "c.svg"]
+    words = ["init-from-teacher", TINY_TEACHER, tmp_path / "a", *QUICK, "--no-verify", "--plot", plots[0]]
+    assert cli(*words) == 0
+    assert cli("init-from-teacher", TINY_TEACHER, tmp_path / "p", "--gqa-layers", "none", "--no-verify") == 0
+    words = ["calibrate", tmp_path / "p", tmp_path / "b", "--teacher", TINY_TEACHER, *QUICK[2:-2], "--no-verify"]
+    assert cli(*words, "--plot", plots[1]) == 0
+    assert cli("verify", tmp_path / "a", "--against", TINY_TEACHER, "--plot", plots[2]) == 0
+    assert all(path.is_file() for path in plots)
+
+
 def test_an_existing_student_is_calibrated_by_parts_too(cli: Cli, tmp_path: Path) -> None:
     assert cli("init-from-teacher", TINY_TEACHER, tmp_path / "plain", "--gqa-layers", "none", "--quiet") == 0
     words = ["calibrate", tmp_path / "plain", tmp_path / "o", "--teacher", TINY_TEACHER, *QUICK[2:-2], *PARTS]

@@ -380,3 +380,44 @@ def test_messages_name_commands_and_options_that_exist() -> None:
         name = option[2:].replace("-", "_")
         assert re.search(rf"\b{name}_?: |\"{option}", declared), option
     assert commands and selection
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_nothing_is_lost_when_nobody_reads_the_output(
+    cli: Cli,
+    make: Callable[..., Path],
+    tiny_teacher: Path,
+    tmp_path: Path,
+    tokens: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+    applied: bool,
+) -> None:
+    pytest.importorskip("matplotlib")
+    student, saved, plot = make("a", "1,5"), tmp_path / "map.toml", tmp_path / "scores.svg"
+
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("hxaconv.console.Talk.result", closed)
+    words = [COMMAND, student, *([tmp_path / "b"] if applied else []), "--strategy", "influence", *tokens]
+    assert cli(*words, "--teacher", tiny_teacher, "--count", 2, "--save", saved, "--plot", plot) == 0
+    assert saved.is_file()
+    assert plot.is_file()
+    assert (tmp_path / "b" / "hxaconv.json").is_file() == applied
+
+
+def test_a_dry_run_says_where_it_keeps_scores(
+    cli: Cli,
+    make: Callable[..., Path],
+    tiny_teacher: Path,
+    tmp_path: Path,
+    tokens: list[object],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [COMMAND, make("a", "1,5"), tmp_path / "b", "--teacher", tiny_teacher, "--count", 2, "--dry-run"]
+    assert cli(*words, "--strategy", "influence", *tokens) == 0
+    kept = tmp_path / "b.scores.npz"
+    assert kept.is_file()
+    assert f"Dry run: nothing was written but the scores, in {kept}" in capsys.readouterr().err
+    assert cli(*words, "--strategy", "last") == 0
+    assert "Dry run: nothing was written.\n" in capsys.readouterr().err
