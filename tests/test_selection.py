@@ -241,6 +241,24 @@ def test_uncalibrated_students_are_found_and_warned_about(teacher, student, ids)
     assert not any("initial values" in w for w in advise(6, asked, teacher=teacher, student=student, ids=ids).warnings)
 
 
+def test_calibration_is_advised_only_where_layers_are_plain(teacher, student, ids, monkeypatch):
+    config = student_of(teacher.config, ())
+    settings = InitSettings(PRESETS["openmose-stage1"], 0, "BF16")
+    fresh = Model(config, init_from_teacher(teacher.plan, config, settings), "fresh")
+    monkeypatch.setattr(
+        Sweep, "run", lambda self, *_: {name: [-1.0] * 6 for name in self.strategies} | {"kl total": [1.0]}
+    )
+
+    def harmful(model):
+        warned = advise(6, Request(strategy="kl", count=2), teacher=teacher, student=model, ids=ids).warnings
+        return next(text for text in warned if "putting attention back makes the student worse" in text)
+
+    assert "--init calibrated" in harmful(fresh)
+    assert "--init calibrated" not in harmful(student)
+    assert "--kl-mode convert" in harmful(student)
+    assert "measured on other students" in harmful(student)
+
+
 def test_random_tokens_are_warned_about(teacher, ids):
     asked = Request(strategy="influence", count=2)
     assert advise(6, asked, teacher=teacher, ids=ids).warnings == ()

@@ -33,8 +33,8 @@ CALIBRATE = (
 UNCALIBRATED = {
     "kl": (
         "{count} of {total} RWKV layers of the student still hold their initial values, and KL scores of such a student"
-        " MISLEAD: in a small study the rank correlation of restore-one KL with the outcome after training was"
-        f" negative, against +0.94 on a calibrated student. {CALIBRATE}"
+        " MISLEAD: in a small study of other students the rank correlation of restore-one KL with the outcome after"
+        f" training was negative before calibration, +0.94 after it. {CALIBRATE}"
     ),
     "mse": (
         "{count} of {total} RWKV layers of the student still hold their initial values: mse shows what the initial"
@@ -43,7 +43,12 @@ UNCALIBRATED = {
 }
 HARMFUL = (
     "putting attention back makes the student worse in {count} of {total} layers: its RWKV layers compensate for"
-    f" each other, so that restore-one KL says little. {CALIBRATE}"
+    " each other, so that restore-one KL says little. {remedy}"
+)
+NOT_PLAIN = (
+    "No layer is plain any more, so calibrating is no way out: score with --kl-mode convert, on more text (--tokens),"
+    " or score a student that was trained. (The +0.94 that speaks for KL after calibration was measured on other"
+    " students)"
 )
 
 
@@ -192,6 +197,7 @@ def _swept(
 ) -> tuple[list[Column], dict[str, float], list[str]]:
     import torch
 
+    from hxaconv.initial import untouched_layers
     from hxaconv.selection.streaming import NEEDS_STUDENT, Sweep
 
     along = {name for name in BY_THE_WAY if student is not None or name not in NEEDS_STUDENT}
@@ -204,21 +210,17 @@ def _swept(
         compute=_compute(request),
     )
     models = {"teacher": teacher} | ({"student": student} if student is not None else {})
-    warnings = _uncalibrated(student, request)
+    untouched = untouched_layers(student) if student is not None and request.strategy in UNCALIBRATED else ()
+    warnings = []
+    if student is not None and untouched:
+        total = student.config.num_hidden_layers
+        warnings.append(UNCALIBRATED[request.strategy].format(count=len(untouched), total=total))
     scores = sweep.run(torch.as_tensor(ids, dtype=torch.int64), _cache(request, models, ids, names), progress)
     columns = [Column(name, tuple(scores[name])) for name in names]
     facts = {"kl total": scores["kl total"][0]} if "kl total" in scores else {}
     if facts:
         harmful = sum(value < 0 for value in scores["kl"])
         if harmful * 2 > len(scores["kl"]):
-            warnings.append(HARMFUL.format(count=harmful, total=len(scores["kl"])))
+            remedy = CALIBRATE if untouched else NOT_PLAIN
+            warnings.append(HARMFUL.format(count=harmful, total=len(scores["kl"]), remedy=remedy))
     return columns, facts, warnings
-
-
-def _uncalibrated(student: Model | None, request: Request) -> list[str]:
-    from hxaconv.initial import untouched_layers
-
-    if student is None or request.strategy not in UNCALIBRATED:
-        return []
-    untouched, total = untouched_layers(student), student.config.num_hidden_layers
-    return [UNCALIBRATED[request.strategy].format(count=len(untouched), total=total)] if untouched else []
