@@ -49,6 +49,11 @@ def bar(progress: Progress | None, title: str, total: int) -> Iterator[Callable[
         progress.stop()
 
 
+def result_width() -> int:
+    """Columns there are for results: those of the terminal, WIDTH in files and pipes."""
+    return _console(stderr=False).width
+
+
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.commands.common import Outcome
 from hxaconv.config import RANK_KEYS
-from hxaconv.console import human_bytes, human_count, strip_lines, table
+from hxaconv.console import human_bytes, human_count, result_width, strip_lines, table
 from hxaconv.inspection import part_of, parts
 from hxaconv.names import TABLE, is_attention, layer_kinds
 from hxaconv.plan import Plan, total_bytes
@@ -219,7 +219,7 @@ def show_advice(advice: Advice, talk: Talk, *, json: bool) -> None:
     for warning in advice.warnings:
         talk.warn(warning)
     if json or not talk.json_output:
-        talk.result(report.to_json(advice), *report.strip(advice), report.table(advice), *report.summary(advice))
+        talk.result(report.to_json(advice), *report.shown(advice, result_width()))
 
 
 def show_report(report: Report, talk: Talk, plot: str | None) -> None:

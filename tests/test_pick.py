@@ -421,3 +421,39 @@ def test_a_dry_run_says_where_it_keeps_scores(
     assert f"Dry run: nothing was written but the scores, in {kept}" in capsys.readouterr().err
     assert cli(*words, "--strategy", "last") == 0
     assert "Dry run: nothing was written.\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [80, 50])
+def test_the_advice_fits_the_terminal(
+    cli: Cli,
+    tiny_teacher: Path,
+    tokens: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    width: int,
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    assert cli(COMMAND, tiny_teacher, "--count", 2, "--strategy", "mse", *tokens) == 0
+    lines = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum(bool(re.match(r" [0-5] +[GR] ", line)) for line in lines) == 6
+    assert ("Too wide for" in " ".join(lines)) == (width == 50)
+
+
+def test_why_says_why_never_layer_0(
+    cli: Cli, tiny_teacher: Path, tokens: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [COMMAND, tiny_teacher, "--count", 2, "--strategy", "influence", *tokens, "--json"]
+    for options, said in (([], True), (["--allow-gqa-layer-0"], False)):
+        assert cli(*words, *options) == 0
+        why = json.loads(capsys.readouterr().out)["why"]
+        assert (layer_maps.LAYER_0_REASON in why) == said
+
+
+def test_retrieval_says_how_many_tokens_to_pass(
+    cli: Cli, tiny_teacher: Path, tokens: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli(COMMAND, tiny_teacher, "--count", 2, "--strategy", "retrieval", *tokens) == 2
+    assert "What to do: Pass --tokens 128 or more" in " ".join(capsys.readouterr().err.split())

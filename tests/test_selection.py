@@ -289,7 +289,7 @@ def test_scores_of_layers_that_cannot_be_picked_do_not_count():
     assert found.scores == (None, 0.0, 0.5, 1.0)
     assert pick("kl", 4, 1, column, allow_layer_0=True).layers == (0,)
     assert pick("entropy", 4, 1, Column("entropy", (0.0, 0.2, 0.9, 0.4))).layers == (1,)  # sharp heads stay
-    with pytest.raises(HxaconvError, match="layers 2 is not a finite number"):
+    with pytest.raises(HxaconvError, match="layer 2 is not a finite number"):
         check_finite(Column("kl", (0.0, 1.0, float("nan"))))
 
 
@@ -312,12 +312,19 @@ def test_report(teacher, student, ids, tmp_path):
     assert layer_maps.fits(layer_maps.load(tmp_path / "mine.toml"), teacher.config)
 
 
-def shown(advice):
+def shown(advice, width=100):
     from rich.console import Console
 
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(report.table(advice))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(*report.shown(advice, width), sep="\n")
     return console.export_text().splitlines()
+
+
+def rows_of(advice, width=100):
+    """The lines of the table: its names and a line for each layer."""
+    lines = shown(advice, width)
+    first = next(i for i, line in enumerate(lines) if line.startswith(" layer"))
+    return [line for line in lines[first:] if line.startswith(" layer") or line[:6].strip().isdigit()]
 
 
 def long_log(path, num_layers, size=1.0):
@@ -332,23 +339,39 @@ def test_table_shows_every_layer_and_fits(teacher, ids, tmp_path):
     advice = advise(6, Request(strategy="influence", count=2), teacher=teacher, ids=ids)
     from_log = advise(44, Request(strategy="log", count=6), log=long_log(tmp_path / "log.csv", 44))
     for found in (advice, from_log):
-        lines = shown(found)
-        # Nothing is folded: a line for each layer, one for the names, one below, one before and after.
-        assert len([line for line in lines if line.strip()]) == found.num_layers + 2
-        assert sum(line.strip()[:1].isdigit() for line in lines) == found.num_layers
-        assert max(map(len, report.summary(found))) <= 100
+        for width in (100, 80, 50):
+            lines = shown(found, width)
+            assert max(map(len, lines)) <= width
+            names, *rows = rows_of(found, width)
+            assert [int(row.split()[0]) for row in rows] == list(range(found.num_layers))
+            # Nothing is folded or cut: where a name stands, all of its figures do.
+            assert {"layer", "even", found.pick.strategy, "margin"} <= set(names.split())
+            assert "…" not in "".join(lines)
+            assert all(f"{value:.3f} " in f"{row} " for row, value in zip(rows, found.columns[0].values, strict=True))
     for name in ("layer", "even", "log", "residue", "conv", "align", "scale", "unstable", "margin"):
-        assert name in "\n".join(shown(from_log)).split()
+        assert name in rows_of(from_log)[0].split()
 
 
-def test_columns_that_do_not_fit_are_left_out(teacher, ids):
+def test_scores_that_do_not_fit_are_left_out_and_named(teacher, ids):
     advice = advise(6, Request(strategy="influence", count=2), teacher=teacher, ids=ids)
-    wide = replace(advice, columns=(*advice.columns, *(Column(f"score number {i}", (1e20,) * 6) for i in range(20))))
-    lines = shown(wide)
-    assert len([line for line in lines if line.strip()]) == 6 + 2
-    assert "number 1 " in lines[1]
-    assert "number 19" not in lines[1]
-    assert "margin" in lines[1]
+    wide = replace(advice, columns=(*advice.columns, *(Column(f"number{i}", (1e20,) * 6) for i in range(20))))
+    names = rows_of(wide)[0].split()
+    assert {"number1", "margin", "0..1"} <= set(names)
+    assert "number19" not in names
+    told = " ".join(" ".join(shown(wide)).split())
+    assert "Too wide for 100 columns, left out:" in told
+    assert "number19; --json has all." in told
+    assert "left out" not in " ".join(shown(advice))
+    assert "left out" in " ".join(shown(advice, 50))
+
+
+def test_a_figure_that_rounds_to_zero_has_no_sign(teacher, ids):
+    advice = advise(6, Request(strategy="entropy", count=2), teacher=teacher, ids=ids)
+    tiny = replace(advice, columns=(replace(advice.columns[0], values=(-1e-9, *advice.columns[0].values[1:])),))
+    assert "-0.000" not in " ".join(shown(tiny))
+    assert "-0.000" not in report.layer_map_text(
+        tiny, report.layer_map(tiny, teacher.config, name="x", model="y"), date=""
+    )
 
 
 def test_plot(teacher, ids, tmp_path):

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.console import WIDTH, strip_lines
-from hxaconv.console import table as plain_table
+from hxaconv.console import WIDTH, strip_lines, table
 from hxaconv.layer_maps import LayerMap, dump, of_config
 from hxaconv.plots import check_plot, save_figure
 from hxaconv.selection.scores import STRATEGIES, reasons
@@ -31,29 +30,45 @@ SHORT = {
 """What a table calls the parts of a score, where their names are too long."""
 
 
-def table(advice: Advice) -> RenderableType:
-    """Every layer with every score: taken or not, what uniform takes, the price of overruling.
+def shown(advice: Advice, width: int = WIDTH) -> list[RenderableType]:
+    """Bars, table and reasons for a terminal of `width` columns."""
+    columns, left_out = _columns(advice, width)
+    note = f"Too wide for {width} columns, left out: {', '.join(left_out)}; --json has all."
+    return [
+        *strip(advice, min(60, max(1, width - 6))),
+        table("", list(columns), list(zip(*columns.values(), strict=True)), right=3),
+        *(textwrap.wrap(note, width) if left_out else []),
+        *summary(advice, width),
+    ]
 
-    What stands further to the right than WIDTH columns is left out, the price always stays.
+
+def _columns(advice: Advice, width: int) -> tuple[dict[str, Sequence[str]], list[str]]:
+    """(every layer with every score: taken or not, what uniform takes, the price of overruling; scores left out).
+
+    Scores are left out where they would make it wider than `width`, the later ones first.
     """
     pick, layers = advice.pick, range(advice.num_layers)
-    columns = {
+    columns: dict[str, Sequence[str]] = {
         "layer": [str(layer) for layer in layers],
         "": ["G" if layer in pick.layers else "R" for layer in layers],
         "even": ["•" if layer in pick.uniform else "" for layer in layers],
     }
     last = {"margin": [_figure(margin) for margin in pick.choice.margins]} if pick.choice else {}
-    scores = {column.strategy: column.values for column in advice.columns}
-    parts = advice.decider.parts if advice.decider else {}
-    scores |= {SHORT.get(part, part): values for part, values in parts.items()}
+    left_out = []
+    decider = advice.decider
+    scores = {decider.strategy: decider.values} if decider else {}
     if pick.choice and pick.strategy != "log":  # whose score is within 0..1 as it is
         scores["0..1"] = pick.scores
+    scores |= {column.strategy: column.values for column in advice.columns}
+    parts = decider.parts if decider else {}
+    scores |= {SHORT.get(part, part): values for part, values in parts.items()}
     for name, values in scores.items():
         wider = columns | {name: [_figure(value) for value in values]}
-        if _width(wider | last) <= WIDTH:
+        if _width(wider | last) <= width:
             columns = wider
-    columns |= last
-    return plain_table("", list(columns), list(zip(*columns.values(), strict=True)), right=3)
+        else:
+            left_out.append(name)
+    return columns | last, left_out
 
 
 def _width(columns: Mapping[str, Sequence[str]]) -> int:
@@ -63,7 +78,8 @@ def _width(columns: Mapping[str, Sequence[str]]) -> int:
 def _figure(value: float | None) -> str:
     if value is None or value == float("inf"):
         return "-"
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
+    text = f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
+    return text.lstrip("-") if float(text) == 0 else text
 
 
 def strip(advice: Advice) -> list[str]:
@@ -85,7 +101,7 @@ def _bar(share: float) -> str:
     return BARS[1 + round(share * (len(BARS) - 2))]
 
 
-def summary(advice: Advice) -> list[str]:
+def summary(advice: Advice, width: int = WIDTH) -> list[str]:
     """What the columns say, the pick, its overlap with uniform, and why."""
     pick, parts = advice.pick, bool(advice.decider and advice.decider.parts)
     lines = [
@@ -99,7 +115,7 @@ def summary(advice: Advice) -> list[str]:
     if advice.facts:
         lines += [f"{name}: {value:.4f} nats per token" for name, value in advice.facts.items()]
     lines += [("why: " if i == 0 else "     ") + line for i, line in enumerate(reasons(pick))]
-    return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="       ")]
+    return [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="       ")]
 
 
 def to_json(advice: Advice) -> dict[str, Any]:

@@ -63,7 +63,10 @@ def _windows(text: np.ndarray | None, length: int, count: int) -> list[np.ndarra
         return []
     flat = np.asarray(text).reshape(-1)
     if len(flat) < length:
-        raise HxaconvError(f"the calibration text has {len(flat)} tokens, retrieval needs at least {length}")
+        raise HxaconvError(
+            f"the calibration text has {len(flat)} tokens, retrieval needs at least {length}",
+            hint=f"Pass --tokens {length} or more, with a --text or --input-ids that has as many.",
+        )
     starts = np.linspace(0, len(flat) - length, count).astype(int)
     return [flat[start : start + length] for start in starts]
 

@@ -71,8 +71,9 @@ def check_finite(column: Column) -> Column:
     """
     bad = [i for i, value in enumerate(column.values) if value is not None and not abs(value) < float("inf")]
     if bad:
+        several = "s" if len(bad) > 1 else ""
         raise HxaconvError(
-            f"the {column.strategy} score of layers {', '.join(map(str, bad))} is not a finite number",
+            f"the {column.strategy} score of layer{several} {', '.join(map(str, bad))} is not a finite number",
             hint="Do the weights hold NaN or Inf? `hxaconv inspect PATH --stats` counts them, tensor by tensor.",
         )
     return column
@@ -169,6 +170,8 @@ def reasons(result: Pick) -> list[str]:
     lines.append(
         f"best total of 0..1 scores; rules: {describe(result.rules)}; ideal gap {ideal_gap(num_layers, count)}"
     )
+    if 0 in result.rules.exclude:
+        lines.append(LAYER_0_REASON)
     candidates = [layer for layer, score in enumerate(result.scores) if score is not None]
     order = sorted(candidates, key=lambda layer: -(result.scores[layer] or 0.0))
     for rank, layer in enumerate(order, 1):
