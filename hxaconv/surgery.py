@@ -45,6 +45,13 @@ def parse_scale(text: str | None, preset: str) -> dict[str, float]:
     return factors
 
 
+def as_options(preset: str, factors: Mapping[str, float], seed: int) -> str:
+    """The options that initialise so."""
+    differing = [f"{name}={value:g}" for name, value in factors.items() if value != PRESETS[preset][name]]
+    scale = f" --scale {','.join(differing)}" if differing else ""
+    return f"--preset {preset}{scale} --seed {seed}"
+
+
 @dataclass(frozen=True, slots=True)
 class InitSettings:
     """How RWKV layers start: factors of the teacher's projections, seed, dtype of the output."""

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from hxaconv import cli as command_line
-from hxaconv import commands, layer_maps, selection
+from hxaconv import commands, layer_choice, layer_maps, selection
 from hxaconv.selection.streaming import Sweep
 from hxaconv.writing.interruption import Interrupted
 
@@ -449,7 +449,7 @@ def test_why_says_why_never_layer_0(
     for options, said in (([], True), (["--allow-gqa-layer-0"], False)):
         assert cli(*words, *options) == 0
         why = json.loads(capsys.readouterr().out)["why"]
-        assert (layer_maps.LAYER_0_REASON in why) == said
+        assert (layer_choice.LAYER_0_REASON in why) == said
 
 
 def test_retrieval_says_how_many_tokens_to_pass(
@@ -457,3 +457,39 @@ def test_retrieval_says_how_many_tokens_to_pass(
 ) -> None:
     assert cli(COMMAND, tiny_teacher, "--count", 2, "--strategy", "retrieval", *tokens) == 2
     assert "What to do: Pass --tokens 128 or more" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_saved_map_names_all_that_it_depends_on(
+    cli: Cli,
+    make: Callable[..., Path],
+    tiny_teacher: Path,
+    tmp_path: Path,
+    tokens: list[object],
+) -> None:
+    path = tmp_path / "map.toml"
+
+    def comments(source: Path, *options: object) -> list[str]:
+        assert cli(COMMAND, source, "--count", 2, "--save", path, "--overwrite", "--quiet", *options) == 0
+        assert layer_maps.load(path).gqa_layers
+        text = path.read_text()
+        assert str(tmp_path) not in text
+        assert str(tiny_teacher) not in text
+        return [line[2:] for line in text.splitlines() if line.startswith("# ")]
+
+    of_student = ["--strategy", "kl", "--teacher", tiny_teacher, "--from", make("b", "none"), "--seed", 3, *tokens]
+    found = comments(make("a", "1,5"), *of_student, "--scale", "key=0.7")
+    assert {"SOURCE: a", "teacher: teacher", "--kl-mode restore"} <= set(found)
+    assert "RWKV layers that nobody has yet: --preset openmose-stage1 --scale key=0.7 --seed 3" in found
+    assert "layers that SOURCE has as GQA: b, where RWKV there" in found
+    assert any(line.startswith("kl total: ") for line in found)
+    assert any(re.fullmatch(r"uniform would take 2, 5: [012] of 2 in common", line) for line in found)
+    found = comments(tiny_teacher, "--strategy", "influence", *tokens)
+    assert "SOURCE: teacher" in found
+    assert not any("preset" in line for line in found)
+    log = tmp_path / "stage1.csv"
+    names = [f"layer_{i}_{kind}" for kind in ("rawMSE", "scale") for i in range(6)]
+    rows = [",".join(map(str, [step, *range(1, 13)])) for step in range(3)]
+    log.write_text("\n".join([",".join(["step", *names]), *rows]))
+    found = comments(tiny_teacher, "--strategy", "log", "--log", log)
+    assert "training log: stage1.csv" in found
+    assert "layer, log, residue, slow convergence, slow alignment, scale mismatch, instability" in found

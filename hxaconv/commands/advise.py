@@ -25,7 +25,7 @@ from hxaconv.selection import report
 from hxaconv.selection.advice import Advice, Request, advise, needs
 from hxaconv.selection.scores import check_request
 from hxaconv.student import FLAGS, is_student
-from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale, repick
+from hxaconv.surgery import InitSettings, as_options, init_from_teacher, parse_scale, repick
 from hxaconv.teacher import open_teacher
 from hxaconv.writing.diskio import write_result
 from hxaconv.writing.interruption import interruptible
@@ -133,10 +133,10 @@ def run(
     check_request(strategy, num_layers, count, request.rules, allow_layer_0=request.allow_layer_0)
     if rehearse is not None and "tokens" in wanted:
         rehearse(",".join(map(str, layer_choice.uniform(num_layers, count))))
-    ids, settings = None, tuple[str, ...]()
+    ids, settings = None, _told(values, subject, wanted)
     if "tokens" in wanted:
         ids = calibration_tokens(tokens, subject.model.config.vocab_size, subject.tokenizer).numpy()
-        settings = (_tokens_told(tokens, ids),)
+        settings.append(_tokens_told(tokens, ids))
     if "tokens" in wanted and request.cache is None:
         say("Scores are kept nowhere: with --save MAP.toml, interrupted scoring would go on where it stopped.")
     with interruptible(lambda: _kept(request)) as signals:
@@ -153,7 +153,7 @@ def run(
                 progress=progress,
             )
         signals.stop_if_requested()
-    return Advised(advice, subject, settings, request.cache)
+    return Advised(advice, subject, tuple(settings), request.cache)
 
 
 def _download(subject: Subject, progress: Progress | None) -> None:
@@ -169,6 +169,29 @@ def _kept(request: Request) -> str:
     if request.cache is not None and request.cache.is_file():
         return f"Scores so far are kept in {request.cache}; run the same command again to continue."
     return "Nothing is kept." if request.cache is None else "Nothing had been scored yet."
+
+
+def _told(values: Mapping[str, Any], subject: Subject, wanted: frozenset[str]) -> list[str]:
+    """What the scores are of, and what they depend on, by bare names."""
+    if "log" in wanted:
+        return [f"training log: {Path(values['log']).name}"]
+    if "tokens" not in wanted:
+        return []
+    told = [f"SOURCE: {_name(subject.sources[0])}"]
+    if len(subject.sources) > 1:
+        told.append(f"teacher: {_name(subject.origin)}")
+    if "student" in wanted:
+        others = subject.sources[1:-1]
+        told += [f"layers that SOURCE has as GQA: {_name(other)}, where RWKV there" for other in others]
+        how = as_options(values["preset"], parse_scale(values["scale"], values["preset"]), values["seed"])
+        told.append(f"RWKV layers that nobody has yet: {how}")
+    if values["strategy"] == "kl":
+        told.append(f"--kl-mode {values['kl_mode']}")
+    return told
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    return base_model_name(checkpoint) + (f"@{checkpoint.revision}" if checkpoint.revision else "")
 
 
 def _tokens_told(tokens: TokenOptions, ids: np.ndarray) -> str:

@@ -27,7 +27,7 @@ from hxaconv.model import Model
 from hxaconv.output import Job
 from hxaconv.plan import Plan, Recipe, total_bytes
 from hxaconv.records import FITTED, history_of, init_record, layer_states
-from hxaconv.surgery import PRESETS, InitSettings, parse_scale, repick
+from hxaconv.surgery import InitSettings, as_options, parse_scale, repick
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
@@ -112,7 +112,7 @@ def run(
     made: dict[str, Any] = {"changed_layers": changed}
     if fresh:
         made["init"] = init_record(fresh, "openmose", preset, settings)
-    initialised = f"RWKV, initialised ({_as_options(preset, settings.factors, seed)})"
+    initialised = f"RWKV, initialised ({as_options(preset, settings.factors, seed)})"
     notes += _told_origins(changed, taken, new, initialised, donor.description if donor else "")
     warnings = [*dtype_warnings(plan, ""), *layer_0_warning(new), *_uneven(history, fresh, new, preset, settings)]
     if donor and not taken:
@@ -218,7 +218,7 @@ def _uneven(
     first = next((step["init"] for step in history if "init" in step), None)
     if fresh and first and (first["factors"], first["seed"]) != (settings.factors, settings.seed):
         recorded, used = (
-            _as_options(name, factors, seed)
+            as_options(name, factors, seed)
             for name, factors, seed in (
                 (first["preset"], first["factors"], first["seed"]),
                 (preset, settings.factors, settings.seed),
@@ -237,12 +237,6 @@ def _uneven(
             f" --gqa-layers {choice} --init calibrated --text FILE`"
         )
     return found
-
-
-def _as_options(preset: str, factors: Mapping[str, float], seed: int) -> str:
-    differing = [f"{name}={value:g}" for name, value in factors.items() if value != PRESETS[preset][name]]
-    scale = f" --scale {','.join(differing)}" if differing else ""
-    return f"--preset {preset}{scale} --seed {seed}"
 
 
 def _layers(numbers: Sequence[int]) -> str:

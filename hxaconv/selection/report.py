@@ -110,12 +110,19 @@ def summary(advice: Advice, width: int = WIDTH) -> list[str]:
         + ("; margin: the price of overruling it" if pick.choice else ""),
         *([f"Parts of log: {', '.join(f'{short} = {part}' for part, short in SHORT.items())}"] if parts else []),
         f"GQA layers ({len(pick.layers)} of {advice.num_layers}): {', '.join(map(str, pick.layers))}",
-        f"uniform would take {', '.join(map(str, pick.uniform))}: {pick.overlap} of {len(pick.layers)} in common",
+        *_facts(advice),
     ]
-    if advice.facts:
-        lines += [f"{name}: {value:.4f} nats per token" for name, value in advice.facts.items()]
     lines += [("why: " if i == 0 else "     ") + line for i, line in enumerate(reasons(pick))]
     return [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="       ")]
+
+
+def _facts(advice: Advice) -> list[str]:
+    pick = advice.pick
+    overlap = f"{pick.overlap} of {len(pick.layers)} in common"
+    return [
+        f"uniform would take {', '.join(map(str, pick.uniform))}: {overlap}",
+        *(f"{name}: {value:.4f} nats per token" for name, value in (advice.facts or {}).items()),
+    ]
 
 
 def to_json(advice: Advice) -> dict[str, Any]:
@@ -158,17 +165,20 @@ def layer_map(advice: Advice, config: ModelConfig, *, name: str, model: str, mod
 
 def layer_map_text(advice: Advice, chosen: LayerMap, *, date: str, settings: Sequence[str] = ()) -> str:
     """The TOML of `--save`: strategy, figures and `date` (as the caller writes it) in comments."""
+    columns = {column.strategy: column.values for column in advice.columns}
+    columns |= advice.decider.parts if advice.decider else {}
     comments = [
         f"{len(advice.pick.layers)} of {advice.num_layers} layers stay attention, chosen on {date}",
         *settings,
+        *_facts(advice),
         *reasons(advice.pick),
         *(f"warning: {warning}" for warning in advice.warnings),
         "",
-        " ".join(["layer", *(column.strategy for column in advice.columns)]) if advice.columns else "",
+        ", ".join(["layer", *columns]) if columns else "",
         *(
-            " ".join([str(layer), *(_figure(column.values[layer]) for column in advice.columns)])
+            ", ".join([str(layer), *(_figure(values[layer]) for values in columns.values())])
             + (" G" if layer in advice.pick.layers else "")
-            for layer in range(advice.num_layers if advice.columns else 0)
+            for layer in range(advice.num_layers if columns else 0)
         ),
     ]
     return dump(chosen, _trimmed(comments))
