@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 MAX_LISTED = 12
 """Entries of one kind that a message lists before it only counts the rest."""
@@ -30,6 +31,27 @@ class CheckFailed(HxaconvError):
     """A check ran to its end and found the checkpoint wrong."""
 
     exit_code = 1
+
+
+def all_of(*checks: Callable[[], Any]) -> list[Any]:
+    """What each of the checks gives; what several of them refuse is said at once.
+
+    Raises:
+        HxaconvError: the one error, or one with the messages and hints of all.
+    """
+    results, errors = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except HxaconvError as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise HxaconvError(
+            "\n".join(error.message for error in errors), hint=" ".join(error.hint for error in errors if error.hint)
+        )
+    if errors:
+        raise errors[0]
+    return results
 
 
 def bullet_list(problems: Iterable[str]) -> str:

@@ -50,9 +50,10 @@ def parse_layers(
         return tuple(range(num_layers)) if word == "all" else ()
     named = "," not in word or word.endswith(".toml") or os.path.isfile(word)
     if word and named and not re.fullmatch(r"[-\d,\s]+", word):
-        return from_map(load(word), num_layers, allow_layer_0=allow_layer_0)
+        return load_for(word, num_layers, allow_layer_0=allow_layer_0).gqa_layers
     layers, problems = _numbers(word, num_layers)
-    problems += check(layers, num_layers, allow_layer_0=allow_layer_0)
+    if layers or not problems:
+        problems += check(layers, num_layers, allow_layer_0=allow_layer_0)
     raise_all(f"{option} {text!r} of a model of {num_layers} layers:", problems, hint=_HINT)
     return tuple(sorted(layers))
 
@@ -99,13 +100,25 @@ def from_map(layer_map: LayerMap, num_layers: int, *, allow_layer_0: bool = Fals
     Raises:
         HxaconvError: when the map is for another depth, or names layers this model cannot have.
     """
-    problems = []
-    if layer_map.num_hidden_layers not in (None, num_layers):
-        problems.append(f"it is for {layer_map.num_hidden_layers} layers, the model has {num_layers}")
-    else:
-        problems = check(layer_map.gqa_layers, num_layers, allow_layer_0=allow_layer_0)
+    problems = _misfits(layer_map.gqa_layers, layer_map.num_hidden_layers, num_layers, allow_layer_0)
     raise_all(f"layer map {layer_map.label or layer_map.name}:", problems)
     return layer_map.gqa_layers
+
+
+def load_for(name: str, num_layers: int, *, allow_layer_0: bool = False) -> LayerMap:
+    """A map by its name or file, whose layers fit a model of `num_layers` layers.
+
+    Raises:
+        HxaconvError: listing everything that is wrong with the file, and with its layers in this model.
+    """
+    return load(name, lambda layers, depth: _misfits(layers, depth, num_layers, allow_layer_0))
+
+
+def _misfits(layers: Sequence[int], depth: int | None, num_layers: int, allow_layer_0: bool) -> list[str]:
+    """What is wrong with the layers of a map for `depth` layers in a model of `num_layers`."""
+    if depth not in (None, num_layers):
+        return [f"it is for {depth} layers, the model has {num_layers}", *range_problems(layers, depth)]
+    return check(layers, num_layers, allow_layer_0=allow_layer_0)
 
 
 def check(layers: Sequence[int], num_layers: int, *, allow_layer_0: bool = False) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ _MODEL_KEYS: dict[str, tuple[type, ...]] = {
     "rms_norm_eps": (float, int),
     "tie_word_embeddings": (bool,),
 }
+Check = Callable[[Sequence[int], int | None], list[str]]
+"""(layers, how many the map says that its model has) -> what is wrong with them, a line each."""
 _TOP_KEYS = ("title", "model_ids", "default", "gqa_layers", "source", "model")
 
 
@@ -80,8 +82,12 @@ def shipped() -> dict[str, LayerMap]:
     return {path.stem: read(path) for path in sorted(folder().glob("*.toml"))}
 
 
-def load(name: str | Path) -> LayerMap:
+def load(name: str | Path, check: Check | None = None) -> LayerMap:
     """A map by its name or by the path of a TOML file; a shipped name wins.
+
+    Args:
+        name: What to read.
+        check: What is wrong with its layers, where more is known of the model than the file says.
 
     Raises:
         HxaconvError: naming the nearest shipped maps where there is no such map or file, or everything
@@ -90,12 +96,14 @@ def load(name: str | Path) -> LayerMap:
     text = str(name)
     names = [path.stem for path in sorted(folder().glob("*.toml"))]
     if text in names:
-        return read(folder() / f"{text}.toml")
+        return read(folder() / f"{text}.toml", check)
     path = Path(text)
     if os.path.isfile(text):  # unlike Path's, no error for a name that is too long
-        return read(path)
+        return read(path, check)
+    if os.path.isdir(text):
+        raise HxaconvError(f"layer map {text}: that is a folder, expected a TOML file", hint=_WHERE)
     if path.suffix == ".toml" or "/" in text or "\\" in text:
-        raise HxaconvError(f"layer map {text}: there is no such file", hint="Shipped maps: hxaconv maps")
+        raise HxaconvError(f"layer map {text}: there is no such file", hint=_WHERE)
     near = difflib.get_close_matches(text.lower().replace("_", "-"), names, n=3, cutoff=0.4)
     raise HxaconvError(
         f"layer map {text!r} is neither the name of a shipped map nor a file",
@@ -103,8 +111,11 @@ def load(name: str | Path) -> LayerMap:
     )
 
 
-def read(path: Path) -> LayerMap:
-    """Parse one file.
+_WHERE = "Name the file, or one of the shipped maps: hxaconv maps"
+
+
+def read(path: Path, check: Check | None = None) -> LayerMap:
+    """Parse one file; `check` as `load` has it.
 
     Raises:
         HxaconvError: listing everything in it that is not understood.
@@ -116,7 +127,11 @@ def read(path: Path) -> LayerMap:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise HxaconvError(f"layer map {path} is not valid TOML: {detail}") from None
-    raise_all(f"layer map {path}:", _problems(raw), hint="A minimal map is one line: gqa_layers = [4, 9, 14]")
+    raise_all(
+        f"layer map {path}:",
+        _problems(raw, check or range_problems),
+        hint="A minimal map is one line: gqa_layers = [4, 9, 14]",
+    )
     return LayerMap(
         name=path.stem,
         gqa_layers=tuple(sorted(raw["gqa_layers"])),
@@ -133,12 +148,12 @@ def _is(value: object, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
-def _problems(raw: Mapping[str, Any]) -> list[str]:
+def _problems(raw: Mapping[str, Any], check: Check) -> list[str]:
     found = [f"unknown key {key!r}{_near(key, _TOP_KEYS)}" for key in raw if key not in _TOP_KEYS]
     layers, model = raw.get("gqa_layers"), raw.get("model", {})
     if not isinstance(layers, list) or not all(_is(layer, (int,)) for layer in layers):
         found.append(f"gqa_layers is {layers!r}, expected a list of layer numbers")
-        layers = []
+        layers = None
     for key, kind in (("title", str), ("source", str), ("default", bool)):
         if not isinstance(raw.get(key, kind()), kind):
             found.append(f"{key} is {raw[key]!r}, expected a {kind.__name__}")
@@ -153,7 +168,7 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
         elif not _is(value, _MODEL_KEYS[key]) or (not isinstance(value, str | bool) and value <= 0):
             found.append(f"model.{key} is {value!r}, expected {_MODEL_KEYS[key][0].__name__}, above 0")
     depth = model.get("num_hidden_layers")
-    return found + range_problems(layers, depth if _is(depth, (int,)) else None)
+    return found + ([] if layers is None else check(layers, depth if _is(depth, (int,)) else None))
 
 
 def _near(key: str, known: Sequence[str]) -> str:

@@ -206,3 +206,31 @@ def test_an_installed_package_finds_its_maps(tmp_path):
 def test_the_wheel_takes_the_folder_along():
     text = (ROOT / "pyproject.toml").read_text()
     assert '"layer_maps" = "hxaconv/layer_maps"' in text
+
+
+def test_a_file_and_its_layers_in_the_model_are_judged_at_once(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text('titel = "x"\ngqa_layers = [2, 2, 0, 9]\n')
+    with pytest.raises(HxaconvError) as caught:
+        layer_choice.parse_layers(str(path), 6)
+    for part in ("'titel'", "more than once: 2", "out of range (the last is 5): 9", "layer 0 as GQA"):
+        assert part in str(caught.value)
+    path.write_text("gqa_layers = 3")
+    with pytest.raises(HxaconvError) as caught:
+        layer_choice.load_for(str(path), 6)
+    assert "no layer is named" not in str(caught.value)
+    path.write_text("gqa_layers = [2, 2]\n[model]\nnum_hidden_layers = 4")
+    with pytest.raises(HxaconvError, match=r"(?s)it is for 4 layers, the model has 6.*more than once: 2"):
+        layer_choice.load_for(str(path), 6)
+
+
+@pytest.mark.parametrize("text", ["1 3", "1-3-4"])
+def test_what_is_not_understood_is_not_called_empty(text):
+    with pytest.raises(HxaconvError, match="is not a layer number") as caught:
+        layer_choice.parse_layers(text, 6)
+    assert "no layer is named" not in str(caught.value)
+
+
+def test_a_folder_is_called_one(tmp_path):
+    with pytest.raises(HxaconvError, match="that is a folder, expected a TOML file"):
+        layer_maps.load(tmp_path)

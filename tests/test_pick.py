@@ -493,3 +493,13 @@ def test_a_saved_map_names_all_that_it_depends_on(
     found = comments(tiny_teacher, "--strategy", "log", "--log", log)
     assert "training log: stage1.csv" in found
     assert "layer, log, residue, slow convergence, slow alignment, scale mismatch, instability" in found
+
+
+def test_layers_and_other_options_are_judged_at_once(
+    cli: Cli, make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [COMMAND, make("a", "1,5"), tmp_path / "b", "--layers", "5,99", "--preset", "nope"]
+    assert cli(*words, "--max-shard-size", "huge") == 2
+    error = capsys.readouterr().err
+    for part in ("out of range (the last is 5): 99", "unknown preset 'nope'", "'huge' is not a size", "Presets: "):
+        assert part in error

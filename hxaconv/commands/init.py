@@ -163,7 +163,10 @@ def choose_layers(
         return layer_choice.parse_layers(
             gqa_layers, count, allow_layer_0=allow_layer_0, option="--gqa-layers"
         ), "as asked for"
-    chosen = layer_maps.load(layer_map) if layer_map is not None else layer_maps.match(config, [teacher])
+    if layer_map is not None:
+        asked = layer_choice.load_for(layer_map, count, allow_layer_0=allow_layer_0)
+        return asked.gqa_layers, f"layer map {asked.name}"
+    chosen = layer_maps.match(config, [teacher])
     if chosen is not None:
         layers = layer_choice.from_map(chosen, count, allow_layer_0=allow_layer_0)
         return layers, f"layer map {chosen.name}"

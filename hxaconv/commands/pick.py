@@ -22,7 +22,7 @@ from hxaconv.commands.convert import complete, dtype_warnings, main_dtype, open_
 from hxaconv.commands.donor import open_donor
 from hxaconv.config import StudentConfig, student_of
 from hxaconv.containers.safetensors_layout import Shard, shard_layouts
-from hxaconv.errors import HxaconvError
+from hxaconv.errors import HxaconvError, all_of
 from hxaconv.model import Model
 from hxaconv.output import Job
 from hxaconv.plan import Plan, Recipe, total_bytes
@@ -90,14 +90,19 @@ def run(
         source, revision=revision, teacher=teacher, layer_map=layer_map, flags=flags, progress=write.progress
     )
     student, notes = complete(opened, need_all=True)
-    chosen = layer_choice.parse_layers(layers, student.config.num_hidden_layers, allow_layer_0=allow_gqa_layer_0)
+    count = student.config.num_hidden_layers
+    chosen, factors, shard_bytes = all_of(
+        lambda: layer_choice.parse_layers(layers, count, allow_layer_0=allow_gqa_layer_0),
+        lambda: parse_scale(scale, preset),
+        lambda: parse_size(max_shard_size),
+    )
     old = student.student
     new = student_of(old, chosen, old.ranks)
     changed = [i for i in range(old.num_hidden_layers) if old.layer_kind(i) != new.layer_kind(i)]
     donor = open_donor(other, student, flags, write.progress) if other else None
     taken = [i for i in changed if donor and donor.has(i, new)]
     _check_origins(changed, taken, opened.teacher)
-    settings = InitSettings(parse_scale(scale, preset), seed, main_dtype(student.plan))
+    settings = InitSettings(factors, seed, main_dtype(student.plan))
     plan = repick(
         student.plan,
         opened.teacher.plan if opened.teacher else {},
@@ -126,11 +131,11 @@ def run(
         target=Path(out),
         format=format or ("pth" if Path(out).suffix == ".pth" else "hf"),
         dtype=settings.dtype,
-        max_shard_bytes=parse_size(max_shard_size),
+        max_shard_bytes=shard_bytes,
         sources=sources,
         base_model=base_model_name(sources.get("teacher", sources["source"])),
         purpose=_purpose(history, made, fresh, new),
-        shards=kept_shards(opened.sources["source"], student.plan, plan, parse_size(max_shard_size)),
+        shards=kept_shards(opened.sources["source"], student.plan, plan, shard_bytes),
         extra=made,
     )
 
