@@ -69,5 +69,29 @@ def test_text_needs_a_tokenizer_and_enough_tokens(tmp_path: Path) -> None:
     file = SourceFile.local(tmp_path / "tokenizer.json")
     assert probe_tokens(97, text=text, tokenizer=file).tolist() == [[1, 2, 1, 3, 2]]
     assert probe_tokens(97, text=text, tokenizer=file, tokens=2, batch=2).tolist() == [[1, 2], [1, 3]]
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(HxaconvError, match=r"empty\.txt is empty") as caught:
+        probe_tokens(97, text=tmp_path / "empty.txt", tokenizer=file)
+    assert "--batch" not in str(caught.value)
     with pytest.raises(HxaconvError, match="5 tokens, 2 x 3"):
         probe_tokens(97, text=text, tokenizer=file, tokens=3, batch=2)
+
+
+def test_a_text_that_cannot_be_read_is_told_of_before_the_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "bytes.txt").write_bytes(b"abc\xff")
+    for name, said in (
+        ("absent.txt", "absent.txt cannot be read: No such file or directory"),
+        (".", "cannot be read: Is a directory"),
+        ("bytes.txt", "bytes.txt is not UTF-8 text: invalid start byte at byte 3"),
+    ):
+        with pytest.raises(HxaconvError) as caught:
+            probe_tokens(97, text=tmp_path / name)
+        assert said in str(caught.value)
+        assert "Errno" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "[[], []]"])
+def test_a_file_without_ids_is_called_empty(content: str, tmp_path: Path) -> None:
+    (tmp_path / "ids.json").write_text(content)
+    with pytest.raises(HxaconvError, match=r"ids\.json is empty: it holds no token ids"):
+        probe_tokens(97, input_ids=tmp_path / "ids.json")

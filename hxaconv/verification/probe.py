@@ -69,9 +69,11 @@ def read_ids(path: Path) -> Tensor:
         raise
     except Exception as error:
         raise HxaconvError(f"{path} could not be read as token ids: {error}") from None
+    if not ids.numel():
+        raise HxaconvError(f"{path} is empty: it holds no token ids", hint="Expected whole numbers.")
     if ids.dim() == 1:
         ids = ids[None]
-    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool or not ids.numel():
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise HxaconvError(
             f"{path} holds {str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}, not token ids",
             hint="Expected whole numbers of shape (tokens,) or (batch, tokens).",
@@ -107,6 +109,16 @@ def _read_json(path: Path) -> Tensor:
 
 
 def _encode(text: Path, tokenizer: SourceFile | None) -> list[int]:
+    try:
+        content = text.read_text(encoding="utf-8")
+    except OSError as error:
+        raise HxaconvError(
+            f"--text {text} cannot be read: {error.strerror}", hint="It takes a file of UTF-8 text."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise HxaconvError(
+            f"--text {text} is not UTF-8 text: {error.reason} at byte {error.start}", hint="Convert it with iconv."
+        ) from None
     if tokenizer is None:
         raise HxaconvError(
             f"--text {text} needs a tokenizer.json beside the weights, and there is none",
@@ -119,10 +131,6 @@ def _encode(text: Path, tokenizer: SourceFile | None) -> list[int]:
             "--text needs the `tokenizers` library", hint="pip install 'hxaconv[text]', or use --input-ids."
         ) from None
     try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HxaconvError(f"{text} could not be read as UTF-8 text: {error}") from None
-    try:
         made = Tokenizer.from_str(tokenizer.read(0, tokenizer.size).decode("utf-8"))
     except Exception as error:
         raise HxaconvError(f"{tokenizer.label} is not a tokenizer that `tokenizers` reads: {error}") from None
@@ -131,9 +139,11 @@ def _encode(text: Path, tokenizer: SourceFile | None) -> list[int]:
 
 
 def _cut(ids: list[int], tokens: int, batch: int, text: Path) -> Tensor:
+    if not ids:
+        raise HxaconvError(f"--text {text} is empty: the tokenizer makes no tokens of it", hint="Give it some text.")
     if batch == 1:
         tokens = min(tokens, len(ids))
-    if not ids or len(ids) < tokens * batch:
+    if len(ids) < tokens * batch:
         raise HxaconvError(
             f"{text} has {len(ids)} tokens, {batch} x {tokens} are asked for", hint="Use a longer text, or --batch 1."
         )
