@@ -15,11 +15,10 @@ import numpy as np
 import torch
 
 from hxaconv.architecture import mixer_tensors
-from hxaconv.arithmetic import computed, tensor
+from hxaconv.arithmetic import computed
 from hxaconv.config import StudentConfig
 from hxaconv.dtypes import num_bytes
 from hxaconv.files import Extent
-from hxaconv.model import Model
 from hxaconv.names import mixer_prefix
 from hxaconv.one_thread import one_thread
 from hxaconv.plan import Plan, Ranges, Recipe
@@ -122,17 +121,3 @@ def initial_parameters(config: StudentConfig, layer: int, seed: int, dtype: str)
         else:
             plan[name] = computed(_maker(config, layer, parameter, seed), dtype, shape, origin)
     return plan
-
-
-def untouched_layers(student: Model) -> tuple[int, ...]:
-    """RWKV layers that still hold their published initial values, so were never calibrated or trained.
-
-    Initial layers have g1 = 0 and a constant r_k; training moves both at its first step.
-    """
-    found = []
-    for layer in student.student.rwkv_layers:
-        prefix = mixer_prefix(layer)
-        gate, bonus = (tensor(student.plan[prefix + part], dtype=torch.float32) for part in ("g1", "r_k"))
-        if not gate.any() and bool((bonus == bonus.flatten()[0]).all()):
-            found.append(layer)
-    return tuple(found)

@@ -15,11 +15,13 @@ from hxaconv.model import Model
 from hxaconv.names import is_attention
 from hxaconv.surgery import PRESETS, pad_ffn
 from hxaconv.verification import (
+    Report,
     check_converted,
     check_initialised,
     completed,
     verify_model,
 )
+from hxaconv.verification.contracts import check_rwkv_layers
 
 
 def test_a_fresh_student_keeps_every_promise() -> None:
@@ -56,6 +58,16 @@ def test_a_broken_promise_is_named(promise: str) -> None:
     assert name in report.reason
     with pytest.raises(CheckFailed):
         report.raise_if_failed()
+
+
+def test_only_the_projections_that_were_checked_are_listed() -> None:
+    base, made = fresh()
+    kinds = (".receptance.", ".key.", ".k_norm.", ".r_norm.")
+    rest = dataclasses.replace(made, plan={n: r for n, r in made.plan.items() if not any(kind in n for kind in kinds)})
+    report = Report(source="made")
+    check_rwkv_layers(report, rest, base.plan, FACTORS)
+    told = next(check.detail for check in report.checks if check.name == "scaled projections")
+    assert told.startswith("4 tensors: the teacher's, value x 0.3, output x 0.5")
 
 
 def test_the_wrong_factor_is_found() -> None:

@@ -14,7 +14,6 @@ from hxaconv import layer_choice, layer_maps
 from hxaconv.arithmetic import tensor
 from hxaconv.config import student_of
 from hxaconv.errors import HxaconvError
-from hxaconv.initial import untouched_layers
 from hxaconv.layer_weights import Compute
 from hxaconv.model import Model
 from hxaconv.opening import open_checkpoint
@@ -26,6 +25,7 @@ from hxaconv.selection.scores import Column, check_finite, pick
 from hxaconv.selection.streaming import Sweep
 from hxaconv.surgery import PRESETS, InitSettings, init_from_teacher
 from hxaconv.teacher import open_teacher
+from hxaconv.verification.origins import untouched_layers
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 EXACT = Compute(torch.float64)

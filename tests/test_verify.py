@@ -28,6 +28,7 @@ from hxaconv.verification import (
 )
 from hxaconv.verification import runner as runner_module
 from hxaconv.verification import weights as weights_module
+from hxaconv.verification.expectations import judge
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "NEGATIVE_CONTROLS.md"
 
@@ -138,6 +139,21 @@ def test_teacher_and_student_are_reported_beside_the_yardstick() -> None:
     assert any("plain initialisation" in note for note in report.notes)
     assert [r.nope_error is not None for r in report.layers] == [False, True, False, True]
     assert {r.status for r in report.tensors} == {"equal", "only in source", "only in other"}
+
+
+def test_only_a_plain_student_is_excused_as_one() -> None:
+    base, made = fresh()
+    learned = changed(made, "model.layers.0.self_attn.g1", lambda values: values + 0.01)
+    _, attention = fresh(gqa_layers=(0, 1, 2, 3))
+    for student_of_base in (learned, attention):
+        report = compare_models(student_of_base, base, ids=ids(base, 40))
+        assert report.logits is not None and report.logits.kl_attention_zeroed is not None
+        # Near the yardstick, or beyond it, which a plain student would be excused for.
+        report.notes.clear()
+        far = dataclasses.replace(report.logits, kl_other_source=9.0, kl_attention_zeroed=1.0)
+        judge(dataclasses.replace(report, logits=far), Thresholds(), student_of_base)
+        assert not any("plain initialisation" in note for note in report.notes)
+        assert any("9 nats" in note for note in report.notes)
 
 
 def test_kl_and_agreement_are_what_they_say() -> None:

@@ -48,7 +48,6 @@ def fold_rope(
 
     before, after = error(plain_heads, weights[name]), error(fold_heads, tensors[name].float())
     kept_plain = not after < before
-    warnings = ("folding RoPE helps nothing here: left as it is",) if kept_plain else ()
     report = LayerReport(
         layer=layer,
         kind="gqa",
@@ -56,7 +55,6 @@ def fold_rope(
         error_after=before if kept_plain else after,
         kept_plain=kept_plain,
         output_refitted=not kept_plain,
-        warnings=warnings,
     )
     return Fit({} if kept_plain else tensors, report)
 

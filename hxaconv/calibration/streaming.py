@@ -21,16 +21,18 @@ from hxaconv.calibration.folding import fold_rope
 from hxaconv.calibration.pool import ROWS, Pool
 from hxaconv.calibration.report import CalibrationReport, Settings
 from hxaconv.calibration.time_mix import Attention, Fit, fit_layer
-from hxaconv.console import Progress
+from hxaconv.console import Progress, bar
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.initial import untouched_layers
 from hxaconv.layer_weights import Compute, embed, layer_names
 from hxaconv.model import Model
 from hxaconv.names import layer_index, mixer_prefix
-from hxaconv.plan import Plan, Recipe, Scratch, layer_bytes
+from hxaconv.plan import Plan, Recipe, Scratch, layer_bytes, total_bytes
 from hxaconv.reference import llama
+from hxaconv.verification.origins import foreign_tensors, touched_tensors
 from hxaconv.writing.finite import count_nonfinite
 
+FEWEST_TO_JUDGE = 8
+"""Held-out tokens without which nobody can say that a fit is better."""
 NONFINITE_HINT = (
     "The checkpoint is damaged, or its training diverged. --allow-nonfinite goes on: RWKV layers from there on"
     " keep the plain initialisation."
@@ -64,39 +66,41 @@ def calibrate(
     `allow_nonfinite` goes on after NaN: that layer and those after it keep what the student holds.
 
     Raises:
-        HxaconvError: when the two do not fit, the student has been trained, or ids are not its tokens;
-            at the first layer that is not finite.
+        HxaconvError: when the student is not the teacher's or has been trained, for ids that are not its tokens
+            or too few; at the first layer that is not finite.
     """
     settings = settings or Settings()
     _check(teacher, student, ids)
     ids, warnings = cut(ids, settings.chunk)
     compute = Compute(device=settings.device)
-    state = (cache and cache.load(settings.device)) or State(0, embed(teacher, ids, compute))
+    check_enough(ids)
     fitted = fitted_tokens(ids).to(settings.device)
     total = sum(layer_bytes(teacher.plan, i) for i in range(teacher.config.num_hidden_layers))
     if not allow_nonfinite:
         _refuse_nonfinite(teacher, [name for name in teacher.plan if layer_index(name) is None])
-    if progress is not None:
-        progress.start("calibrating", total)
-        progress.advance(sum(layer_bytes(teacher.plan, i) for i in range(state.layer)), "resumed")
-    try:
-        with torch.no_grad(), Pool(settings.workers, settings.device) as pool:
-            walk = _Walk(teacher, student, fitted, settings, compute, pool, allow_nonfinite)
-            while state.layer < teacher.config.num_hidden_layers:
-                fit = walk.layer(state)
-                prefix = mixer_prefix(state.layer)
-                tensors = {prefix + name: values.cpu() for name, values in fit.tensors.items()} if fit else {}
-                state.done.append(Done(state.layer, tensors, fit.report if fit else None))
-                state.layer += 1
-                if cache is not None:
-                    cache.save(state)
-                    # From now on they are read from their file.
-                    state.done[-1] = replace(state.done[-1], tensors={})
-                if progress is not None:
-                    progress.advance(layer_bytes(teacher.plan, state.layer - 1), f"layer {state.layer - 1}")
-    finally:
-        if progress is not None:
-            progress.stop()
+    state = cache.load(settings.device) if cache is not None else None
+    if state is None:
+        _check_origin(teacher, student, progress)
+        state = State(0, embed(teacher, ids, compute))
+    with (
+        torch.no_grad(),
+        bar(progress, "calibrating", total) as advance,
+        Pool(settings.workers, settings.device) as pool,
+    ):
+        if state.layer:
+            advance(sum(layer_bytes(teacher.plan, i) for i in range(state.layer)), "resumed")
+        walk = _Walk(teacher, student, fitted, settings, compute, pool, allow_nonfinite)
+        while state.layer < teacher.config.num_hidden_layers:
+            fit = walk.layer(state)
+            prefix = mixer_prefix(state.layer)
+            tensors = {prefix + name: values.cpu() for name, values in fit.tensors.items()} if fit else {}
+            state.done.append(Done(state.layer, tensors, fit.report if fit else None))
+            state.layer += 1
+            if cache is not None:
+                cache.save(state)
+                # From now on they are read from their file.
+                state.done[-1] = replace(state.done[-1], tensors={})
+            advance(layer_bytes(teacher.plan, state.layer - 1), f"layer {state.layer - 1}")
     report = CalibrationReport(
         tokens=ids.numel(),
         fitted_tokens=int(fitted.sum()),
@@ -122,6 +126,21 @@ def fitted_tokens(ids: Tensor) -> Tensor:
     return (torch.arange(count) < count * 3 // 4).float().view(ids.shape)
 
 
+def check_enough(ids: Tensor) -> None:
+    """Refuse token ids (B, T) of which too few are left to judge a fit by.
+
+    Raises:
+        HxaconvError: with how many are needed.
+    """
+    total, fitted = ids.numel(), int(fitted_tokens(ids).sum())
+    if total - fitted < FEWEST_TO_JUDGE:
+        raise HxaconvError(
+            f"{total} calibration {'token is' if total == 1 else 'tokens are'} too few: after the first three quarters,"
+            f" which are fitted, {total - fitted} would judge the fit, and {FEWEST_TO_JUDGE} are needed",
+            hint=f"{4 * FEWEST_TO_JUDGE} tokens are the least; a thousand of real text are a good start.",
+        )
+
+
 def check_sizes(teacher: Model, student: Model) -> None:
     """Refuse two models that do not belong together, without reading a weight.
 
@@ -139,12 +158,6 @@ def check_sizes(teacher: Model, student: Model) -> None:
 
 def _check(teacher: Model, student: Model, ids: Tensor) -> None:
     check_sizes(teacher, student)
-    trained = sorted(set(student.student.rwkv_layers) - set(untouched_layers(student)))
-    if trained:
-        raise HxaconvError(
-            f"{student.label}: layers {', '.join(map(str, trained))} no longer hold their initial values",
-            hint="Calibration would undo training; it takes what init-from-teacher writes.",
-        )
     if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
         raise HxaconvError(f"token ids of shape {tuple(ids.shape)} and {ids.dtype}: rows of whole numbers are needed")
     low, high = int(ids.min()), int(ids.max())
@@ -153,6 +166,24 @@ def _check(teacher: Model, student: Model, ids: Tensor) -> None:
             f"token ids from {low} to {high}, but {teacher.label} knows {teacher.config.vocab_size} tokens",
             hint="Were they made by another tokenizer?",
         )
+
+
+def _check_origin(teacher: Model, student: Model, progress: Progress | None) -> None:
+    """Refuse a student that `init-from-teacher` would not make of this teacher."""
+    problems: list[str] = []
+    with bar(progress, "comparing student and teacher", total_bytes(student.plan)) as advance:
+        for layer in (None, *range(student.config.num_hidden_layers)):
+            part = {name: recipe for name, recipe in student.plan.items() if layer_index(name) == layer}
+            model = replace(student, plan=part)
+            problems += [f"{name} is not {expected}" for name, expected in touched_tensors(model, teacher).items()]
+            problems += [f"{name} is not the teacher's" for name in foreign_tensors(model, teacher)]
+            advance(total_bytes(part), "")
+    raise_all(
+        f"{student.label} is not what init-from-teacher makes of {teacher.label}: of {len(student.plan)} tensors,"
+        f" {len(problems)} are not as it writes them:",
+        problems,
+        hint="Calibration takes an untrained student, since it would undo training, and the teacher it was made of.",
+    )
 
 
 def _refuse_nonfinite(model: Model, names: Iterable[str], summary: str = "its weights are not finite") -> None:

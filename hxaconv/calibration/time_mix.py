@@ -78,8 +78,6 @@ def fit_layer(
     kept_plain = not after < before
     if kept_plain:
         tensors, after, fitted_first = {}, before, plain_first
-        if len(warnings) == 0:
-            warnings.append("the fit is no better than the plain initialisation on held-out tokens: left as it is")
     report = LayerReport(
         layer=layer,
         kind="rwkv",

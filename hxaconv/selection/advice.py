@@ -197,8 +197,8 @@ def _swept(
 ) -> tuple[list[Column], dict[str, float], list[str]]:
     import torch
 
-    from hxaconv.initial import untouched_layers
     from hxaconv.selection.streaming import NEEDS_STUDENT, Sweep
+    from hxaconv.verification.origins import untouched_layers
 
     along = {name for name in BY_THE_WAY if student is not None or name not in NEEDS_STUDENT}
     names = sorted(along | {request.strategy}, key=lambda name: (name != request.strategy, name))

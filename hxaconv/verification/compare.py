@@ -59,7 +59,7 @@ def compare_models(
         _refuse_incomparable(source.config, other.config)
         report.settings = {"tokens": ids.shape[1], "batch": ids.shape[0], "dtype": dtype, "device": device}
         _forward(report, source, other, ids, logits_out, progress)
-    judge(report, thresholds or Thresholds())
+    judge(report, thresholds or Thresholds(), source)
     report.seconds = time.monotonic() - began
     return report
 

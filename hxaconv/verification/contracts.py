@@ -6,26 +6,30 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
-from hxaconv.arithmetic import tensor, torch_dtype
 from hxaconv.errors import shortened
 from hxaconv.model import Model
-from hxaconv.names import HEAD, is_attention, layer_index
+from hxaconv.names import HEAD, is_attention
 from hxaconv.plan import Plan, Recipe
 from hxaconv.verification.compare import compare_models
 from hxaconv.verification.expectations import Thresholds
+from hxaconv.verification.origins import (
+    CONSTANT,
+    COPIED,
+    SCALED,
+    in_rwkv_layer,
+    is_constant,
+    is_padded,
+    is_scaled,
+    part_of_mixer,
+    teacher_name,
+)
 from hxaconv.verification.probe import probe_tokens
 from hxaconv.verification.report import Report, TensorResult
 from hxaconv.verification.single import finite_on_disk
-from hxaconv.verification.tensors import element_pairs, same_bits, with_head
+from hxaconv.verification.tensors import with_head
 
 if TYPE_CHECKING:
     from hxaconv.console import Progress
-
-SCALED = {"receptance": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
-COPIED = {"r_norm": "q_norm", "k_norm": "k_norm"}
-CONSTANT = {"v0": 0.73, "k0": 0.73, "r_k": -0.04} | dict.fromkeys(("w1", "a1", "v1", "k1", "g1"), 0.0)
 
 SAME_ATTENTION = 1e-5
 """Relative error of two float32 attentions with the same weights that sum in another order."""
@@ -73,22 +77,17 @@ def _check_copies(report: Report, student: Model, teacher: Model) -> None:
     shared = [
         result
         for result in report.tensors
-        if not result.status.startswith("only in") and not _rwkv(student, result.name)
+        if not result.status.startswith("only in") and not in_rwkv_layer(student.student, result.name)
     ]
     wrong = [result.name for result in shared if not _is_copy(result, *plans)]
     text = f"{len(shared)} tensors are the teacher's" + (
         "" if _same_dtypes(shared) else ", rounded to the output's dtype"
     )
     report.check("copied tensors", not wrong, listing(wrong, "differ from the teacher's") or text)
-    lacking = [name for name in plans[1] if name not in plans[0] and not _rwkv(student, name)]
+    lacking = [name for name in plans[1] if name not in plans[0] and not in_rwkv_layer(student.student, name)]
     report.check(
         "nothing lost", not lacking, listing(lacking, "are missing") or "every tensor outside RWKV layers is there"
     )
-
-
-def _rwkv(student: Model, name: str) -> bool:
-    layer = layer_index(name)
-    return layer is not None and is_attention(name) and student.student.layer_kind(layer) == "rwkv"
 
 
 def _same_dtypes(results: list[TensorResult]) -> bool:
@@ -102,31 +101,20 @@ def _is_copy(result: TensorResult, made: Plan, origin: Plan) -> bool:
     return a.dtype != b.dtype and a.shape == b.shape and is_scaled(a, b, 1.0)
 
 
-def is_scaled(made: Recipe, origin: Recipe, factor: float) -> bool:
-    """Whether `made` is, bit for bit, factor * origin: multiplied in float32, rounded once to its dtype."""
-    if made.shape != origin.shape:
-        return False
-    wide = torch.float64 if origin.dtype == "F64" else torch.float32
-    for found, source in element_pairs(made, origin):
-        expected = source if factor == 1.0 else source.to(wide) * factor
-        if not same_bits(found, expected.to(torch_dtype(made.dtype))):
-            return False
-    return True
-
-
 def check_rwkv_layers(report: Report, student: Model, teacher: Plan, factors: Mapping[str, float]) -> None:
     """Projections, norms and initial values of every RWKV layer."""
     wrong: dict[str, list[str]] = {"scaled projections": [], "initial values": []}
-    counts = dict.fromkeys(wrong, 0)
+    counts, seen = dict.fromkeys(wrong, 0), set()
     for name, recipe in student.plan.items():
-        if not _rwkv(student, name):
+        if not in_rwkv_layer(student.student, name):
             continue
         kind, kept = _keeps_promise(name, recipe, teacher, factors)
         counts[kind] += 1
+        seen.add(part_of_mixer(name))
         if not kept:
             wrong[kind].append(name)
-    shown = ", ".join(f"{name} x {factor:g}" for name, factor in factors.items())
-    good = {"scaled projections": f"the teacher's, {shown}", "initial values": "constants as published, all finite"}
+    shown = "".join(f", {part} x {factor:g}" for part, factor in factors.items() if part in seen)
+    good = {"scaled projections": f"the teacher's{shown}", "initial values": "constants as published, all finite"}
     for kind, names in wrong.items():
         text = f"{counts[kind]} tensors: {good[kind]}"
         report.check(kind, not names, listing(names, "are not what they should be") or text)
@@ -134,19 +122,13 @@ def check_rwkv_layers(report: Report, student: Model, teacher: Plan, factors: Ma
 
 def _keeps_promise(name: str, recipe: Recipe, teacher: Plan, factors: Mapping[str, float]) -> tuple[str, bool]:
     """(kind of promise, whether the tensor of an RWKV layer keeps it)."""
-    prefix, _, rest = name.partition(".self_attn.")
-    part = rest.partition(".")[0]
+    part = part_of_mixer(name)
     if part in SCALED | COPIED:
-        origin = teacher.get(f"{prefix}.self_attn.{rest.replace(part, (SCALED | COPIED)[part], 1)}")
+        origin = teacher.get(teacher_name(name))
         return "scaled projections", origin is not None and is_scaled(recipe, origin, factors.get(part, 1.0))
     if part in CONSTANT:
-        return "initial values", _is_constant(recipe, CONSTANT[part])
+        return "initial values", is_constant(recipe, CONSTANT[part])
     return "initial values", finite_on_disk(recipe)
-
-
-def _is_constant(recipe: Recipe, value: float) -> bool:
-    found = tensor(recipe)
-    return bool((found == torch.tensor(value, dtype=found.dtype)).all())
 
 
 def _check_gqa_layers(report: Report) -> None:
@@ -211,9 +193,4 @@ def _is_padded(result: TensorResult, made: Plan, origin: Plan) -> bool:
     """Whether an MLP tensor is the origin's with zeros below and to the right."""
     if result.status != "misshapen" or ".mlp." not in result.name:
         return False
-    found, source = tensor(made[result.name]), tensor(origin[result.name])
-    inside = tuple(slice(size) for size in source.shape)
-    if any(a < b for a, b in zip(found.shape, source.shape, strict=True)):
-        return False
-    same = torch.equal(found[inside], source.to(found.dtype))
-    return same and int(found.count_nonzero()) == int(found[inside].count_nonzero())
+    return is_padded(made[result.name], origin[result.name])

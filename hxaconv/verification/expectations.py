@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 
 from hxaconv.config import ModelConfig, StudentConfig
 from hxaconv.errors import shortened
+from hxaconv.model import Model
+from hxaconv.verification.origins import untouched_layers
 from hxaconv.verification.report import Report
 
 
@@ -31,13 +33,13 @@ def config_differences(source: ModelConfig, other: ModelConfig) -> list[str]:
     return [f"{name} is {a!r}, the other's is {b!r}" for name, a, b in pairs if a != b]
 
 
-def judge(report: Report, thresholds: Thresholds) -> None:
+def judge(report: Report, thresholds: Thresholds, source: Model) -> None:
     """Add the checks that the report's expectation asks for; those of a forward only where one was run."""
     ran = report.logits is not None
     if ran:
         _finite(report)
     if report.expect == "report":
-        _explain(report)
+        _explain(report, source)
         return
     _same_tensors(report, exactly=report.expect == "identical")
     _same_config(report)
@@ -103,7 +105,7 @@ def _first(report: Report) -> str:
     return "" if layer is None else f"; the first layer that differs on equal input is {layer}"
 
 
-def _explain(report: Report) -> None:
+def _explain(report: Report, student: Model) -> None:
     """The yardstick in words, so that an untrained student does not look like a failure."""
     logits = report.logits
     if logits is None or logits.kl_attention_zeroed is None:
@@ -116,5 +118,11 @@ def _explain(report: Report) -> None:
     report.notes.append(
         f"KL(teacher || student) is {logits.kl_other_source:.3g} nats per token;"
         f" the teacher with every attention output zeroed has {logits.kl_attention_zeroed:.3g}."
-        + (explanation if near else "")
+        + (explanation if near and _is_plain(student) else "")
     )
+
+
+def _is_plain(student: Model) -> bool:
+    """Whether there are RWKV layers, and none of them has learned anything."""
+    layers = student.student.rwkv_layers
+    return bool(layers) and untouched_layers(student) == tuple(layers)

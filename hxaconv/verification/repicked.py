@@ -10,7 +10,8 @@ from hxaconv.model import Model
 from hxaconv.names import is_attention, layer_index
 from hxaconv.plan import Plan
 from hxaconv.teacher import same_bytes
-from hxaconv.verification.contracts import check_rwkv_layers, is_scaled, listing
+from hxaconv.verification.contracts import check_rwkv_layers, listing
+from hxaconv.verification.origins import is_scaled
 from hxaconv.verification.probe import probe_tokens
 from hxaconv.verification.report import Report
 from hxaconv.verification.single import verify_model
