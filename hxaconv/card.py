@@ -57,7 +57,7 @@ UNTRAINED = (
     " it is the starting point of a distillation, not a finished model."
 )
 CALIBRATED = (
-    "Its RWKV layers are fitted to the teacher's attention on a short text, a layer at a time, and not trained yet:"
+    "Its mixers are fitted to the teacher's attention on a short text, a layer at a time, and not trained yet:"
     " it is a better starting point of a distillation than the plain initialisation, not a finished model."
 )
 CONVERTED = "The weights are those of the checkpoint it was converted from."
@@ -132,9 +132,12 @@ def calibration_section(report: CalibrationReport, whose: str = "") -> str:
         " layer's mixer, on the teacher's hidden states, is a share of the energy of the teacher's attention."
     )
     lines = ["## Calibration", "", text, ""]
+    if not report.taken:
+        lines += ["**The fit is not used**: with it the student is no nearer to its teacher. Every layer is plain.", ""]
     if kl is not None:
-        lines += ["| KL(teacher \\|\\| student), nats per token | |", "|---|--:|"]
-        named = {"calibrated": kl.calibrated, "plain": kl.plain, "attention zeroed": kl.attention_zeroed}
+        lines += [f"| KL(teacher \\|\\| student), nats per token, on {kl.tokens} held-out tokens | |", "|---|--:|"]
+        fitted = "calibrated" if report.taken else "calibrated, not used"
+        named = {fitted: kl.calibrated, "plain": kl.plain, "attention zeroed": kl.attention_zeroed}
         lines += [*(f"| {name} | {value:.3g} |" for name, value in named.items()), ""]
     lines += [
         "| layer | | error before | after | decay by head | a by head | bonus clamped | output refitted |",

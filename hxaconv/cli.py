@@ -61,6 +61,7 @@ from hxaconv.options import (
     TeacherOption,
     Text,
     Tied,
+    TokenSeed,
     Workers,
 )
 
@@ -233,7 +234,7 @@ def calibrate(
     rms_norm_eps: Eps = None,
     tie_word_embeddings: Tied = None,
     revision: Revision = None,
-    seed: Seed = 0,
+    seed: TokenSeed = 0,
     format: Annotated[
         str | None, typer.Option(help="hf, pth or training. Default: by OUT's suffix.", rich_help_panel=OUTPUT)
     ] = None,

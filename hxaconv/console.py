@@ -225,5 +225,5 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
 
 
 def strip_lines(letters: str) -> list[str]:
-    """The layer strip in lines of STRIP_WIDTH, each with the number of its first layer."""
-    return [f"{start:>4}  {letters[start : start + STRIP_WIDTH]}" for start in range(0, len(letters), STRIP_WIDTH)]
+    """The layer strip in lines of width, each with the number of its first layer."""
+    return [f"{start:>4}  {letters[start : start + width]}" for start in range(0, len(letters), width)]

@@ -114,6 +114,7 @@ RefitOutput = Annotated[
 RefineSteps = Annotated[
     int, typer.Option(help="Local refinement after the closed form; 0 for none.", rich_help_panel=CALIBRATION)
 ]
+TokenSeed = Annotated[int, typer.Option("--seed", help="Seed of random tokens.", rich_help_panel=CALIBRATION)]
 FoldRope = Annotated[
     bool, typer.Option("--fold-rope", help="Fit GQA layers to losing RoPE (changes them).", rich_help_panel=CALIBRATION)
 ]

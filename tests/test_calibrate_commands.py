@@ -140,6 +140,9 @@ def test_the_plot_is_drawn_and_the_same_each_time(tmp_path: Path, suffix: str) -
         plot(report(), tmp_path / "c.svg")
         assert files(tmp_path)["a.svg"] == files(tmp_path)["b.svg"] != files(tmp_path)["c.svg"]
         assert "kept plain" in (tmp_path / "a.svg").read_text()
+        plot(told.not_taken(), tmp_path / "d.svg")
+        assert "nats, not used" in (tmp_path / "d.svg").read_text()
+        assert "not used" not in (tmp_path / "a.svg").read_text()
 
 
 def test_a_plot_that_cannot_be_is_refused_first(

@@ -28,9 +28,9 @@ def plot(report: CalibrationReport, path: Path) -> None:
     for axes in (upper, lower):
         axes.grid(visible=True, axis="y", linewidth=0.3, color="0.6")
     if report.distances is not None:
-        kl = report.distances
+        kl, used = report.distances, "" if report.taken else ", not used"
         figure.suptitle(
-            f"KL(teacher || student) on {kl.tokens} held-out tokens: {kl.calibrated:.3g} nats"
+            f"KL(teacher || student) on {kl.tokens} held-out tokens: {kl.calibrated:.3g} nats{used}"
             f" (plain {kl.plain:.3g}, attention zeroed {kl.attention_zeroed:.3g})",
             fontsize=10,
         )

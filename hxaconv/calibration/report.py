@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hxaconv.errors import raise_all
@@ -84,8 +85,13 @@ class Distances:
     attention_zeroed: float
 
     @property
+    def nearer(self) -> bool:
+        """Whether the calibrated student is nearer to its teacher than the plain one, or nobody can tell."""
+        return self.calibrated < self.plain or math.isnan(self.plain)
+
+    @property
     def sentence(self) -> str:
-        """For the card and the terminal."""
+        """For the terminal."""
         return (
             f"KL(teacher || student) on {self.tokens} held-out tokens: {self.calibrated:.3g} calibrated,"
             f" {self.plain:.3g} with the plain initialisation, {self.attention_zeroed:.3g} with attention zeroed"
@@ -103,6 +109,24 @@ class CalibrationReport:
     warnings: tuple[str, ...] = ()
     distances: Distances | None = None
     """None as long as nobody has measured them."""
+    taken: bool = True
+    """Whether the fitted layers are used; False where the student as a whole is no nearer with them."""
+
+    def not_taken(self) -> CalibrationReport:
+        """The report where every layer is left plain in the end; only what was measured tells of the fit."""
+        layers = tuple(
+            replace(
+                layer,
+                error_after=layer.error_before,
+                kept_plain=True,
+                decay=(),
+                iclr=(),
+                clamped=0.0,
+                output_refitted=False,
+            )
+            for layer in self.layers
+        )
+        return replace(self, layers=layers, taken=False)
 
     def json(self) -> dict[str, Any]:
         """For hxaconv.json: numbers to four digits, KL to three, since more would only be noise."""

@@ -137,6 +137,8 @@ def run(
     if "tokens" in wanted:
         ids = calibration_tokens(tokens, subject.model.config.vocab_size, subject.tokenizer).numpy()
         settings.append(_tokens_told(tokens, ids))
+        if ids.size != tokens.tokens:
+            say(f"{tokens.tokens} tokens are asked for, {ids.size} are used.")
     if "tokens" in wanted and request.cache is None:
         say("Scores are kept nowhere: with --save MAP.toml, interrupted scoring would go on where it stopped.")
     with interruptible(lambda: _kept(request)) as signals:

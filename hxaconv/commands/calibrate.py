@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hxaconv.card import CALIBRATED
+from hxaconv.card import UNTRAINED
 from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
@@ -80,7 +80,7 @@ def run(
         max_shard_bytes=parse_size(max_shard_size),
         sources=opened.sources,
         base_model=base_model_name(checkpoint),
-        purpose=CALIBRATED,
+        purpose=UNTRAINED,
     )
     warnings = [*dtype_warnings(plain.plan, ""), *layer_0_warning(plain.student)]
     return perform_calibrated(task, job, write, None, warnings, notes)

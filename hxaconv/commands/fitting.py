@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hxaconv.card import CALIBRATED, calibration_section
+from hxaconv.card import CALIBRATED, UNTRAINED, calibration_section
 from hxaconv.commands.common import Outcome, WriteOptions, check_target, checked_device, download, perform
 from hxaconv.commands.tokens import TokenOptions, calibration_tokens
 from hxaconv.errors import HxaconvError, raise_all
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
     from hxaconv.console import Progress
     from hxaconv.files import SourceFile
+    from hxaconv.plan import Plan
     from hxaconv.verification import Report
 
 
@@ -66,6 +67,8 @@ class Task:
     teacher: Model
     plain: Model
     ids: Tensor
+    asked: int
+    """Tokens that were asked for; there may be fewer."""
     settings: Settings
 
     @property
@@ -93,13 +96,25 @@ class Task:
         return heldout_rows(self.pieces, self.fitted)
 
     @property
-    def note(self) -> str:
+    def notes(self) -> list[str]:
         """What will be fitted to what."""
         total, length = self.pieces.numel(), self.pieces.shape[1]
-        return (
-            f"Calibration: {total} tokens in sequences of {length}, {self.fitted} to fit and {total - self.fitted} to"
-            f" judge; no decay can know of lags beyond {length}"
+        judging, judging_all = total - self.fitted, self.heldout.numel()
+        asked = "" if total == self.asked else f" ({self.asked} were asked for)"
+        whole = "" if judging == judging_all else f" (the last {judging_all} of them the student as a whole)"
+        note = (
+            f"Calibration: {total} tokens{asked} in sequences of {length}, {self.fitted} to fit and {judging} to judge"
+            f"{whole}; no decay can know of lags beyond {length}"
         )
+        idle = self.settings.fold_rope and not self.plain.student.gqa_layers
+        return [note, *(["--fold-rope changes nothing: no layer stays attention"] if idle else [])]
+
+    @property
+    def planned(self) -> Plan:
+        """The tensors that may be replaced, not calibrated yet."""
+        from hxaconv.calibration.planned import planned
+
+        return planned(self.plain, self.fitted, self.settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +132,7 @@ class Calibrated:
         return replace(
             job,
             student=self.student,
-            purpose=CALIBRATED,
+            purpose=CALIBRATED if self.replaced else UNTRAINED,
             section=calibration_section(self.report),
             extra={**job.extra, "calibration": self.report.json()},
         )
@@ -134,8 +149,15 @@ class Calibrated:
         counts = Counter(text for layer in layers for text in layer.warnings)
         kept = sum(layer.kept_plain for layer in layers)
         found = [*self.report.warnings, *(f"{count} of {len(layers)} layers: {text}" for text, count in counts.items())]
-        if kept:
-            found.append(f"{kept} of {len(layers)} layers keep the plain values: their fit was no better")
+        told = self.report.distances
+        if told is not None and not self.report.taken:
+            found.append(
+                "the calibration is NOT USED, every layer keeps its plain values: on the"
+                f" {told.tokens} held-out tokens, KL(teacher || student) is {told.calibrated:.3g} calibrated and"
+                f" {told.plain:.3g} plain. Give it more tokens of real text (--tokens), or try --refit-output never"
+            )
+        elif kept:
+            found.append(f"{kept} of {len(layers)} layers keep the plain values: no fit was better on held-out tokens")
         return found
 
     def verify(self, factors: Mapping[str, float] | None, output: Model, progress: Progress | None) -> Report:
@@ -170,11 +192,13 @@ def prepare(
         HxaconvError: without tokens of real text, unless random ones are asked for; for settings without sense.
     """
     from hxaconv.calibration.report import Settings, problems_of
-    from hxaconv.calibration.streaming import check_sizes
+    from hxaconv.calibration.streaming import check_enough, check_sizes
 
     values = asdict(options) | {"workers": write.workers if write.workers is not None else 2}
     problems = problems_of(values)
     tokens = TokenOptions(input_ids=options.input_ids, text=options.text, tokens=options.tokens, seed=seed)
+    if tokens.given and options.random_tokens:
+        problems.append("--random-tokens and a text both say which tokens to use; give one of them")
     if not tokens.given and not options.random_tokens:
         problems.append("calibration fits layers to text, and no text is given; pass --text FILE or --input-ids FILE")
     if not plain.student.rwkv_layers and not options.fold_rope:
@@ -184,7 +208,11 @@ def prepare(
     checked_device(options.device)
     names = ("chunk", "refine_steps", "refit_output", "fold_rope", "device", "workers")
     settings = Settings(**{name: values[name] for name in names})
-    return Task(teacher, plain, calibration_tokens(tokens, teacher.config.vocab_size, tokenizer), settings)
+    task = Task(
+        teacher, plain, calibration_tokens(tokens, teacher.config.vocab_size, tokenizer), options.tokens, settings
+    )
+    check_enough(task.pieces)
+    return task
 
 
 def perform_calibrated(
@@ -202,7 +230,14 @@ def perform_calibrated(
         CheckFailed: when the output does not pass its verification.
     """
     calibrated = None if write.dry_run else calibrate_student(task, job, write)
-    notes = [*notes, task.note]
+    notes = [*notes, *task.notes]
+    if calibrated is None and write.dry_run:
+        planned = task.planned
+        job = replace(job, student=replace(job.student, plan=job.student.plan | planned))
+        notes.append(
+            f"Up to {len(planned)} tensors are fitted, those shown as calibrated; where a fit is no better, the plain"
+            " values stay"
+        )
     if calibrated is None:
         return perform(job, write, None, warnings, notes)
     warnings, notes = warnings + calibrated.warnings, notes + calibrated.notes
@@ -212,6 +247,9 @@ def perform_calibrated(
 
 def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated | None:
     """Fit the plain student; finished layers are kept beside the target until it is published.
+
+    Layers are judged one by one, and then all together: where they leave the student no nearer to its teacher than
+    the plain one, that is what comes back.
 
     Of several parts one calibrates, the others wait for what it finds. None where this part has nothing to write.
 
@@ -249,12 +287,16 @@ def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated |
             allow_nonfinite=write.allow_nonfinite,
             progress=write.progress,
         )
-        student = replace(task.plain, plan=task.plain.plan | done.replaced)
+        replaced, report = done.replaced, done.report
         if distances is None:
-            distances = measure(task.teacher, task.plain, student, task.heldout, task.settings.device, write.progress)
+            fitted = replace(task.plain, plan=task.plain.plan | replaced)
+            distances = measure(task.teacher, task.plain, fitted, task.heldout, task.settings.device, write.progress)
             # A second measurement may round otherwise: whoever goes on, and other parts, tell what this one found.
             cache.save_distances(distances)
-    return Calibrated(task, student, tuple(done.replaced), replace(done.report, distances=distances), folder)
+    if replaced and not distances.nearer:
+        replaced, report = {}, report.not_taken()
+    student = replace(task.plain, plan=task.plain.plan | replaced)
+    return Calibrated(task, student, tuple(replaced), replace(report, distances=distances), folder)
 
 
 def heldout_rows(ids: Tensor, fitted: int) -> Tensor:

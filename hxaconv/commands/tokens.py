@@ -50,7 +50,7 @@ def tokens_of(options: TokenOptions, vocab_size: int, checkpoint: Checkpoint) ->
 
 
 def calibration_tokens(options: TokenOptions, vocab_size: int, checkpoint: Checkpoint) -> Tensor:
-    """As `tokens_of`, but at most `options.tokens` of them.
+    """As `tokens_of`, but at most `options.tokens` of them: of as few sequences as hold that many, equal parts.
 
     Raises:
         HxaconvError: for too few, for files that hold no token ids, and ids outside the vocabulary.
@@ -58,5 +58,9 @@ def calibration_tokens(options: TokenOptions, vocab_size: int, checkpoint: Check
     if options.tokens < 2:
         raise HxaconvError(f"--tokens {options.tokens} is too few", hint="A few hundred are a beginning.")
     ids = tokens_of(options, vocab_size, checkpoint)
-    length = min(ids.shape[1], options.tokens)
-    return ids[: max(1, options.tokens // length), :length]
+    rows = min(-(-options.tokens // ids.shape[1]), ids.shape[0])
+    used = ids[:rows, : options.tokens // rows]
+    if used.numel() < 2:
+        where = options.input_ids or options.text
+        raise HxaconvError(f"{where} holds a single token, which is too few", hint="A few hundred are a beginning.")
+    return used

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.console import WIDTH, strip_lines, table
+from hxaconv.console import STRIP_WIDTH, WIDTH, strip_lines, table
 from hxaconv.layer_maps import LayerMap, dump, of_config
 from hxaconv.plots import check_plot, save_figure
 from hxaconv.selection.scores import STRATEGIES, reasons
@@ -35,7 +35,7 @@ def shown(advice: Advice, width: int = WIDTH) -> list[RenderableType]:
     columns, left_out = _columns(advice, width)
     note = f"Too wide for {width} columns, left out: {', '.join(left_out)}; --json has all."
     return [
-        *strip(advice, min(60, max(1, width - 6))),
+        *strip(advice, min(STRIP_WIDTH, max(1, width - 6))),
         table("", list(columns), list(zip(*columns.values(), strict=True)), right=3),
         *(textwrap.wrap(note, width) if left_out else []),
         *summary(advice, width),
@@ -82,8 +82,8 @@ def _figure(value: float | None) -> str:
     return text.lstrip("-") if float(text) == 0 else text
 
 
-def strip(advice: Advice) -> list[str]:
-    """Bars of the deciding scores over the layers' letters, STRIP_WIDTH layers to a block.
+def strip(advice: Advice, width: int = STRIP_WIDTH) -> list[str]:
+    """Bars of the deciding scores over the layers' letters, `width` layers to a block.
 
     24  ▂▁▃▅▁▂▁▁▄
         RRRRRGRRR
@@ -93,7 +93,7 @@ def strip(advice: Advice) -> list[str]:
     low, high = min(known), max(known)
     bars = "".join(" " if score is None else _bar((score - low) / (high - low or 1.0)) for score in scores)
     letters = "".join("G" if i in advice.pick.layers else "R" for i in range(advice.num_layers))
-    numbered = zip(strip_lines(bars), strip_lines(letters), strict=True)
+    numbered = zip(strip_lines(bars, width), strip_lines(letters, width), strict=True)
     return [line for over, under in numbered for line in (over, f"      {under[6:]}")]
 
 
