@@ -224,6 +224,6 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     return result
 
 
-def strip_lines(letters: str) -> list[str]:
-    """The layer strip in lines of width, each with the number of its first layer."""
+def strip_lines(letters: str, width: int = STRIP_WIDTH) -> list[str]:
+    """The layer strip in lines of `width`, each with the number of its first layer."""
     return [f"{start:>4}  {letters[start : start + width]}" for start in range(0, len(letters), width)]
