@@ -68,7 +68,8 @@ def layer_states(history: Iterable[Mapping[str, Any]]) -> dict[int, str]:
             states.pop(layer, None)
         states |= dict.fromkeys(step.get("init", {}).get("layers", []), INITIAL)
         fitted = step.get("calibration", {}).get("layers", [])
-        states |= {layer["layer"]: FITTED for layer in fitted if layer["kind"] == "rwkv"}
+        if not all(layer["kept_plain"] for layer in fitted):
+            states |= {layer["layer"]: FITTED for layer in fitted if layer["kind"] == "rwkv"}
     return states
 
 
@@ -156,6 +157,7 @@ _SECTIONS: dict[str, Any] = {
     },
     "calibration": {
         **dict.fromkeys(("tokens", "fitted_tokens"), _is_whole),
+        "taken": _is_flag,
         "settings": {
             **dict.fromkeys(("chunk", "refine_steps"), _is_whole),
             "refit_output": _one_of(*REFIT_OUTPUT),
