@@ -12,11 +12,10 @@ from hxaconv.containers import Contents, read_contents
 from hxaconv.containers.contents import show
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.files import SourceFile, kind_of
-from hxaconv.json_files import read_config, read_sidecar
+from hxaconv.json_files import PROVENANCE_NAME, read_config, read_sidecar
 from hxaconv.names import detect_dialect, to_canonical
 from hxaconv.plan import Plan
 from hxaconv.weight_files import SHARD, WEIGHTS, Listing, check_index, select_weights
-from hxaconv.writing.target import PROVENANCE_NAME
 
 COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -11,6 +11,8 @@ from hxaconv.containers.contents import show
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.files import SourceFile
 
+PROVENANCE_NAME = "hxaconv.json"
+"""In a folder that this package wrote: how it was made."""
 MAX_JSON_BYTES = 16 * 1024 * 1024
 MAX_LAYERS = 10_000
 """Everything that is done per layer must end, whatever a config says."""

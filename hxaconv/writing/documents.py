@@ -8,10 +8,11 @@ from typing import Any
 
 from hxaconv.containers.layout import FileLayout
 from hxaconv.containers.safetensors_layout import INDEX_NAME, index_json
+from hxaconv.json_files import PROVENANCE_NAME
 from hxaconv.plan import Scratch
 from hxaconv.writing import diskio
 from hxaconv.writing.staging import Staging
-from hxaconv.writing.target import PROVENANCE_NAME, Output
+from hxaconv.writing.target import Output
 
 
 def write_documents(staging: Staging, output: Output, files: Sequence[FileLayout]) -> None:

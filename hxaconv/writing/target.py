@@ -14,8 +14,6 @@ from hxaconv.files import SourceFile
 from hxaconv.plan import Plan, source_files
 from hxaconv.writing.checksums import DIGESTS
 
-PROVENANCE_NAME = "hxaconv.json"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
