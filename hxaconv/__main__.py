@@ -1,20 +1,26 @@
-"""Where the program begins: Ctrl-C ends it in one line from the first import on."""
+"""Where the program begins: Ctrl-C and SIGTERM end it in one line from the first import on, and once."""
 
 from __future__ import annotations
 
 import sys
 
+from hxaconv.writing import interruption
+
 
 def main() -> int:
-    """Run the command line; returns 0 done, 1 a check failed, 2 wrong use or bad input, 130 interrupted."""
+    """Run the command line; returns 0 done, 1 a check failed, 2 wrong use or bad input, 130 or 143 interrupted."""
     try:
+        interruption.for_life()
         from hxaconv.cli import app
         from hxaconv.exits import guarded
 
-        return guarded(app)
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted; nothing was begun.\n")
-        return 130
+        code = guarded(app)
+        interruption.ignore_from_now()
+        return code
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"{getattr(stop, 'message', 'Interrupted; nothing was begun.')}\n")
+        interruption.ignore_from_now()
+        return getattr(stop, "exit_code", 130)
 
 
 if __name__ == "__main__":

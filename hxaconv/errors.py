@@ -54,6 +54,18 @@ def all_of(*checks: Callable[[], Any]) -> list[Any]:
     return results
 
 
+def out_of_memory(error: BaseException) -> HxaconvError | None:
+    """The same as an error of ours, if memory has run out: Python's, numpy's, or PyTorch's on any device."""
+    text = (str(error).strip().splitlines() or [""])[0].partition("DefaultCPUAllocator: ")
+    said = text[2] or text[0]
+    if not isinstance(error, MemoryError) and not (text[2] or "out of memory" in said):
+        return None
+    return HxaconvError(
+        f"memory has run out{f': {said}' if said else ''}",
+        hint="Take fewer tokens, skip the check with --no-verify where a command has it, or use a larger machine.",
+    )
+
+
 def bullet_list(problems: Iterable[str]) -> str:
     """Problems as indented lines; those beyond MAX_LISTED are counted."""
     lines = list(problems)

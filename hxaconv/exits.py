@@ -9,7 +9,8 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-from hxaconv.errors import HxaconvError
+from hxaconv.errors import HxaconvError, out_of_memory
+from hxaconv.writing.interruption import NOTHING_PUBLISHED, ignore_from_now
 
 
 class Stopped(Exception):
@@ -40,7 +41,7 @@ def _stopping() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        message = getattr(stop, "message", "Interrupted; nothing was published.")
+        message = getattr(stop, "message", NOTHING_PUBLISHED)
         raise Stopped(message, getattr(stop, "exit_code", 130)) from None
 
 
@@ -51,17 +52,19 @@ def guarded(run: Callable[[], Any]) -> int:
         sys.argv.remove("--debug")
     try:
         run()
-    except HxaconvError as error:
-        if debug:
+    except (HxaconvError, MemoryError, RuntimeError) as error:
+        told = error if isinstance(error, HxaconvError) else out_of_memory(error)
+        if debug or told is None:
             raise
         from hxaconv.console import render_error
 
-        render_error(error)
-        return error.exit_code
+        render_error(told)
+        return told.exit_code
     except Stopped as stop:
         from hxaconv.console import Talk
 
         Talk().say(stop.message)
+        ignore_from_now()
         return stop.exit_code
     except BrokenPipeError:
         return 0

@@ -134,7 +134,9 @@ class SourceFile:
         try:
             fd = os.open(self.path, _READING)
         except OSError as error:
-            raise SourceChanged(f"{self.label} has vanished: {error.strerror}") from None
+            raise SourceChanged(
+                f"{self.label} has vanished: {error.strerror}", hint="Put it back, then start again."
+            ) from None
         try:
             self._check_unchanged(fd)
         finally:

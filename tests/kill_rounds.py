@@ -134,7 +134,7 @@ def start(words: Sequence[str], log: Path, *, publishing: bool = True) -> int:
         os.dup2(out, 2)
         slow_down()
         if not publishing:
-            writer._Run._finish = lambda run, verify: writer._unpublished(run.staging)  # type: ignore[method-assign]
+            writer._Run._finish = lambda run, signals, verify: writer._unpublished(run.staging)  # type: ignore[method-assign]
         sys.argv = ["hxaconv", *words]
         code = guarded(app)
         sys.stdout.flush()

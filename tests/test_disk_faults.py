@@ -199,3 +199,38 @@ def test_a_full_disk_is_found_out_before_and_survived_meanwhile(tmp_path, monkey
     verified(out, resume=True)
     assert out.target.exists()
     assert leftovers(out.target) == []
+
+
+@pytest.mark.parametrize("free", [0, 10**9])
+@pytest.mark.parametrize("part", [None, (0, 2)])
+def test_a_work_folder_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch, free, part):
+    out = output(tmp_path / "out", plan_over(source(tmp_path)))
+    real = os.write
+
+    def write(fd, data):
+        if "plan.json" in os.readlink(f"/proc/self/fd/{fd}"):
+            monkeypatch.setattr(diskio, "free_bytes", lambda folder: free)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(HxaconvError, match=r"No space left.*\nThe output needs [\d,]+ bytes in all; ") as caught:
+        verified(out, part=part)
+    assert ("inodes" in caught.value.hint) == bool(free)
+    assert leftovers(out.target) == []
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files_are_no_fault_of_the_disk(tmp_path, monkeypatch, number):
+    out = output(tmp_path / "out", plan_over(source(tmp_path)))
+
+    def fails(path, *arguments, **options):
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", fails)
+        with pytest.raises(HxaconvError, match="Too many open files") as caught:
+            verified(out)
+    assert "ulimit -n" in caught.value.hint
+    error = diskio.output_error(OSError(number, os.strerror(number)), out.target, "opening")
+    assert "ulimit -n" in error.hint

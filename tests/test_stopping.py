@@ -64,6 +64,7 @@ def test_a_second_command_on_a_target_names_the_first_one_and_takes_over_when_it
         assert cli(*words) == 2
         said = capsys.readouterr().err
         assert f"process {first.pid} on host" in said
+        assert f"{out}: process" in said
         assert "is writing the same target" in said
         assert cli(*words, "--resume") == cli(*words, "--overwrite") == 2
         assert not out.exists()
@@ -219,7 +220,7 @@ def test_finish_publishes_what_complete_parts_left(tmp_path, monkeypatch):
     out = output(tmp_path / "out", plan_over(source(tmp_path)))
     verified(out, part=(0, 2))
     with monkeypatch.context() as patched:
-        patched.setattr(writer._Run, "_finish", lambda self, verify: writer._unpublished(self.staging))
+        patched.setattr(writer._Run, "_finish", lambda self, signals, verify: writer._unpublished(self.staging))
         verified(out, part=(1, 2))
     assert verified(out, finish_only=True).published
     assert tree(out.target) == reference(tmp_path, "out")
@@ -232,7 +233,7 @@ def test_an_interrupted_finish_continues_by_itself(tmp_path, monkeypatch):
     out = output(tmp_path / "out", plan_over(source(tmp_path)))
     verified(out, part=(0, 2))
     with monkeypatch.context() as patched:
-        patched.setattr(writer._Run, "_finish", lambda self, verify: writer._unpublished(self.staging))
+        patched.setattr(writer._Run, "_finish", lambda self, signals, verify: writer._unpublished(self.staging))
         verified(out, part=(1, 2))
 
     def interrupt(path):

@@ -11,17 +11,17 @@ import zlib
 from pathlib import Path
 
 import pytest
-from writing import leftovers, output, partials, plan_over, source, tree, verified
+from writing import leftovers, output, partials, plan_over, reference, source, tree, verified
 
 from hxaconv.containers.layout import FileLayout
 from hxaconv.dtypes import BY_NAME
-from hxaconv.errors import HxaconvError
-from hxaconv.files import Extent
+from hxaconv.errors import CheckFailed, HxaconvError
+from hxaconv.files import Extent, SourceFile
 from hxaconv.plan import Literal, Ranges, Recipe, Scratch
 from hxaconv.writing import behind, diskio, fill, writer
 from hxaconv.writing.finite import count_nonfinite
 from hxaconv.writing.target import WriteSettings, describe
-from hxaconv.writing.writer import write
+from hxaconv.writing.writer import check, write
 
 TARGETS = ("out", "out.pth")
 
@@ -230,7 +230,60 @@ def test_a_source_that_changes_meanwhile_stops_the_run(tmp_path, how):
     with pytest.raises(HxaconvError, match=r"changed while|vanished") as caught:
         write(out, WriteSettings(), verify=tamper)
     assert "--resume" not in str(caught.value)
+    assert caught.value.hint
     assert sorted(path.name for path in tmp_path.iterdir()) == ([] if how == "removed" else [file.name])
+
+
+def test_a_written_file_that_another_program_changes_can_be_repaired(tmp_path):
+    out = output(tmp_path / "out.pth", plan_over(source(tmp_path)))
+
+    def tamper(path: Path) -> dict[str, str]:
+        written = SourceFile.local(path)
+        os.truncate(path, 100)
+        written.check_unchanged()
+        return {}
+
+    with pytest.raises(HxaconvError, match=r"out\.pth changed while(.|\n)*24 finished tensors are kept(.|\n)*--resume"):
+        write(out, WriteSettings(), verify=tamper)
+    assert verified(out, resume=True).published
+    assert tree(out.target) == reference(tmp_path, "out.pth")
+
+
+def test_damage_that_a_check_finds_is_repaired_by_resuming(tmp_path):
+    out = output(tmp_path / "out", plan_over(source(tmp_path)))
+
+    def damage(path: Path) -> dict[str, str]:
+        with open(next(path.glob("*.safetensors")), "rb+") as file:
+            file.seek(-8, os.SEEK_END)
+            file.write(bytes(8))
+        raise CheckFailed("other bytes")
+
+    with pytest.raises(CheckFailed) as caught:
+        write(out, WriteSettings(), verify=damage)
+    hint = caught.value.hint
+    assert 0 < hint.index("--resume") < hint.index("delete")
+    verified(out, resume=True)
+    assert tree(out.target) == reference(tmp_path, "out")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_runs_out_while_verifying_keeps_everything(tmp_path, error):
+    out = output(tmp_path / "out", plan_over(source(tmp_path)))
+
+    def exhaust(path: Path) -> dict[str, str]:
+        raise error
+
+    with pytest.raises(HxaconvError, match=r"memory has run out(.|\n)*24 finished tensors are kept(.|\n)*--resume"):
+        write(out, WriteSettings(), verify=exhaust)
+    assert verified(out, resume=True).published
+
+
+@pytest.mark.parametrize("place", ["/", "folder/.."])
+def test_a_target_needs_a_name(tmp_path, place):
+    out = output(tmp_path / place, plan_over(source(tmp_path)))
+    for call in (verified, lambda out: check(out, WriteSettings())):
+        with pytest.raises(HxaconvError, match=r"cannot be written: it has no name of its own"):
+            call(out)
 
 
 def test_parts_of_others_are_kept_when_a_source_changes(tmp_path):

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hxaconv.errors import HxaconvError
+from hxaconv.files import PIECE_BYTES
 
 _F_FULLFSYNC = 51
 _SYNC_WAIT_BEFORE, _SYNC_WRITE, _SYNC_WAIT_AFTER = 1, 2, 4
@@ -189,14 +190,35 @@ def _group_limits() -> list[int]:
     return limits
 
 
+_NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
+
+
 def output_error(error: OSError, path: Path, doing: str, total: int | None = None) -> HxaconvError:
-    """What went wrong while writing `path`, and what to do."""
-    hint = "Check the disk or the network file system."
-    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-        try:
-            free = f"{free_bytes(path.parent):,} are free now"
-        except OSError:
-            free = "how much is free is not known"
-        need = "" if total is None else f"The output needs {total:,} bytes in all; "
-        hint = f"{need}{free}. Make room, or choose another disk."
+    """What went wrong while writing `path`, and what to do; `total` bytes are what the whole output takes."""
+    hint = _space_hint(path.parent, total) if error.errno in _NO_SPACE else hint_for(error)
     return HxaconvError(f"{path}: {doing} failed: {error.strerror or error}", hint=hint)
+
+
+def hint_for(error: OSError) -> str:
+    """What to do about an error of the system, as far as its number says."""
+    if error.errno in _TOO_MANY_OPEN:
+        return "Raise the limit of open files (ulimit -n), or end programs that hold many."
+    if error.errno in _NOT_ALLOWED:
+        return "Choose a folder that files can be made in."
+    return "Check the disk or the network file system."
+
+
+def _space_hint(folder: Path, total: int | None) -> str:
+    need = "" if total is None else f"The output needs {total:,} bytes in all; "
+    try:
+        free = free_bytes(folder)
+    except OSError:
+        return f"{need}how much is free is not known. Make room, or choose another disk."
+    if free < (total or PIECE_BYTES):
+        return f"{need}{free:,} are free now. Make room, or choose another disk."
+    return (
+        f"{need}{free:,} are free now: what has run out is a quota, or inodes (`df -i`)."
+        " Delete files, or choose another disk."
+    )

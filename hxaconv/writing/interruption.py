@@ -1,21 +1,29 @@
-"""Ctrl-C and SIGTERM: an end that leaves things tidy, and says how to go on."""
+"""Ctrl-C, SIGTERM, and memory that runs out: an end that leaves things tidy, and says how to go on.
+
+The command line handles signals for the life of its process (`for_life`). Python code that calls the package keeps
+its own handlers, but for the time of long work.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-_SIGNALS = ("SIGINT", "SIGTERM")
+from hxaconv.errors import out_of_memory
+
+_NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
+NOTHING_PUBLISHED = "Interrupted; nothing was published."
 
 
 class Interrupted(KeyboardInterrupt):
     """The user or the system asked to stop. `message` is one line: what is kept, and how to continue."""
 
-    def __init__(self, number: int, message: str = "Interrupted.") -> None:
+    def __init__(self, number: int, message: str = NOTHING_PUBLISHED) -> None:
         super().__init__(message)
         self.number = number
         self.message = message
@@ -27,30 +35,36 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """While entered (in the main thread), Ctrl-C and SIGTERM raise Interrupted, or wait while deferred."""
+    """Once installed, Ctrl-C and SIGTERM raise Interrupted, or wait while deferred.
+
+    While one is under way, further signals are ignored, so that it gets to say what is kept.
+    """
 
     def __init__(self) -> None:
+        self.message = NOTHING_PUBLISHED
+        """What is said of a signal where nobody knows better."""
         self.pending: int | None = None
         self._deferred = False
-        self._before: dict[int, Any] = {}
+        self._all_deferred = False
+        # A reference that does not keep it: one that a library or a destructor has swallowed must not be the last.
+        self._under_way: Callable[[], Interrupted | None] = lambda: None
 
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def install(self) -> dict[int, Any]:
+        """Handle signals from now on; returns the handlers so far. For the main thread only."""
+        return {number: signal.signal(number, self._handle) for number in _NUMBERS}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._deferred and self.pending is None:
+        if self._under_way() is not None:
+            return
+        if self._deferred and (self.pending is None or self._all_deferred):
             self.pending = number
         else:
-            raise Interrupted(number)
+            raise self._interruption(number)
+
+    def _interruption(self, number: int) -> Interrupted:
+        error = Interrupted(number, self.message)
+        self._under_way = weakref.ref(error)
+        return error
 
     def requested(self) -> bool:
         """Whether a deferred signal waits."""
@@ -63,24 +77,72 @@ class Signals:
             Interrupted: for that signal.
         """
         if self.pending is not None:
-            raise Interrupted(self.pending)
+            raise self._interruption(self.pending)
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Inside, a first signal only sets `pending`; a second one raises."""
-        self._deferred = True
+    def deferred(self, *, all_of_them: bool = False) -> Iterator[None]:
+        """Inside, a first signal only sets `pending`; a second one raises, unless all are deferred."""
+        self._deferred, self._all_deferred = True, all_of_them
         try:
             yield
         finally:
             self._deferred = False
 
 
+_lasting: Signals | None = None
+"""Those of the command line, once it has begun."""
+
+
+def for_life() -> None:
+    """Handle signals until the process ends; for a program, not for code that others call."""
+    global _lasting
+    if threading.current_thread() is threading.main_thread():
+        _lasting = Signals()
+        _lasting.install()
+
+
+def ignore_from_now() -> None:
+    """Let no signal disturb the end of a program that has said its last word; otherwise without effect."""
+    if _lasting is not None:
+        for number in _NUMBERS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _handled() -> Iterator[Signals]:
+    """The program's signals, or, in somebody else's program, some that last as long as the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield Signals()  # signals interrupt the main thread only
+    elif _lasting is not None:
+        yield _lasting
+    else:
+        signals = Signals()
+        before = signals.install()
+        try:
+            yield signals
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 @contextmanager
 def interruptible(kept: Callable[[], str]) -> Iterator[Signals]:
-    """Inside, Ctrl-C and SIGTERM raise Interrupted with what `kept` says then: what is kept, how to go on."""
-    with Signals() as signals:
+    """Inside, what cuts the work short is told with what `kept` says then: what is kept, how to go on.
+
+    Raises:
+        Interrupted: on Ctrl-C and SIGTERM.
+        HxaconvError: when memory runs out.
+    """
+    with _handled() as signals:
         try:
+            signals.stop_if_requested()
             yield signals
         except KeyboardInterrupt as stop:
             number = getattr(stop, "number", signal.SIGINT)
             raise Interrupted(number, f"Interrupted. {kept()}") from None
+        except (MemoryError, RuntimeError) as error:
+            told = out_of_memory(error)
+            if told is None:
+                raise
+            told.hint = f"{told.hint} {kept()}"
+            raise told from error

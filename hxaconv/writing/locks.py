@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hxaconv.errors import HxaconvError
+from hxaconv.writing import diskio
 
 if sys.platform != "win32":
     import fcntl
@@ -85,8 +86,8 @@ def _try(fd: int, path: Path, doing: str, shared: bool) -> Lock | dict[str, Any]
 
 
 @contextlib.contextmanager
-def held(path: Path, part: tuple[int, int] | None, *, shared: bool = False) -> Iterator[None]:
-    """Hold a lock for a whole run, or for part (i, n) of one, counted from 0.
+def held(path: Path, target: Path, part: tuple[int, int] | None, *, shared: bool = False) -> Iterator[None]:
+    """Hold a lock for a whole run on a target, or for part (i, n) of one, counted from 0.
 
     Raises:
         HxaconvError: naming who holds it.
@@ -95,12 +96,10 @@ def held(path: Path, part: tuple[int, int] | None, *, shared: bool = False) -> I
     try:
         lock = acquire(path, doing, shared=shared)
     except OSError as error:
-        raise HxaconvError(
-            f"{path}: locking failed: {error.strerror or error}", hint="Choose a folder that files can be made in."
-        ) from error
+        raise diskio.output_error(error, path, "locking") from error
     if not isinstance(lock, Lock):
         raise HxaconvError(
-            f"{path.parent}: {describe_holder(lock)} is writing the same target",
+            f"{target}: {describe_holder(lock)} is writing the same target",
             hint="Wait until it has finished, or stop it first; --resume takes over what it has done.",
         )
     try:

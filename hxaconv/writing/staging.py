@@ -73,13 +73,23 @@ class Staging:
         return total
 
     def create(self, record: dict[str, Any]) -> None:
-        """Make the folder, and record the plan unless another part has."""
-        self.content.mkdir(parents=True, exist_ok=True)
+        """Make the folder, and record the plan unless another part has.
+
+        Raises:
+            OSError: when the disk has no room for that; the folder is gone then, if nobody else has used it.
+        """
         path = self.path / RECORD_NAME
-        if not path.exists():
-            diskio.write_file(path, (json.dumps(record, indent=1, default=str) + "\n").encode(), self.path)
-            diskio.sync_folder(self.path)
-            diskio.sync_folder(self.path.parent)
+        try:
+            self.content.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                diskio.write_file(path, (json.dumps(record, indent=1, default=str) + "\n").encode(), self.path)
+                diskio.sync_folder(self.path)
+                diskio.sync_folder(self.path.parent)
+        except OSError:
+            for folder in (self.content, self.path):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
 
     def remove(self) -> None:
         """Delete the folder with everything in it, as far as possible."""

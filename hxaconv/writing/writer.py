@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.containers.layout import FileLayout
-from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, raise_all
+from hxaconv.errors import CheckFailed, HxaconvError, raise_all
 from hxaconv.files import SourceChanged, SourceFile
-from hxaconv.plan import Recipe
 from hxaconv.writing import diskio, locks, preflight
 from hxaconv.writing.checksums import Finished
 from hxaconv.writing.documents import write_documents, write_provenance
 from hxaconv.writing.fill import FillSettings, fill_files
-from hxaconv.writing.interruption import Interrupted, Signals
+from hxaconv.writing.interruption import Signals, interruptible
 from hxaconv.writing.journal import Journal, journal_path, lock_path, read_journals
+from hxaconv.writing.nonfinite import NonfiniteError, nonfinite_counts, refuse_nonfinite
 from hxaconv.writing.staging import Staging, plan_record, publish, recover, refuse_other_plans, staging_of, stagings_at
 from hxaconv.writing.target import Output, WriteResult, WriteSettings, files_of_part, layouts
 
@@ -39,9 +38,7 @@ def _system_errors() -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or "the target's file system"
-        raise HxaconvError(
-            f"{where}: {error.strerror or error}", hint="Check the disk or the network file system."
-        ) from error
+        raise HxaconvError(f"{where}: {error.strerror or error}", hint=diskio.hint_for(error)) from error
 
 
 @_system_errors()
@@ -62,26 +59,22 @@ def write(
         CheckFailed: when `verify` finds the result wrong; it is kept beside the target and named.
         Interrupted: on Ctrl-C or SIGTERM; what is done is kept for --resume.
     """
-    output = replace(output, target=output.target.absolute())
+    output = replace(output, target=_place(output.target))
     files = layouts(output)
     record = plan_record(output, files, settings.digest)
     staging = staging_of(output, record)
     preflight.check_place(output, files, staging, overwrite=settings.overwrite)
     if settings.part is not None and not files_of_part(files, settings.part):
         return _unpublished(staging)
-    with Signals() as signals, _target_locked(output.target, settings.part):
-        run = _Run(output, settings, files, staging, signals, progress)
-        try:
-            done = read_journals(staging.path).tensors
-            if _recover_all(output.target, staging) and settings.resume:
-                return _published(output, settings, files, done, None)
-            preflight.check(output, files, staging, overwrite=settings.overwrite)
-            _begin(settings, staging, files, record)
-            with locks.held(lock_path(staging.path, settings.part), settings.part):
-                return run.write(verify, prepare)
-        except KeyboardInterrupt as interruption:
-            number = getattr(interruption, "number", signal.SIGINT)
-            raise Interrupted(number, f"Interrupted. {run.what_is_kept()}") from None
+    run = _Run(output, settings, files, staging, progress)
+    with _target_locked(output.target, settings.part), interruptible(run.what_is_kept) as signals:
+        done = read_journals(staging.path).tensors
+        if _recover_all(output.target, staging) and settings.resume:
+            run.note_published(signals)
+            return _published(output, settings, files, done, None)
+        preflight.check(output, files, staging, overwrite=settings.overwrite)
+        _begin(settings, staging, files, record)
+        return run.write(signals, record, verify, prepare)
 
 
 @_system_errors()
@@ -93,7 +86,7 @@ def check(output: Output, settings: WriteSettings) -> bool:
     Raises:
         HxaconvError: listing every problem.
     """
-    output = replace(output, target=output.target.absolute())
+    output = replace(output, target=_place(output.target))
     files = layouts(output)
     staging = staging_of(output, plan_record(output, files, settings.digest))
     preflight.check_place(output, files, staging, overwrite=settings.overwrite)
@@ -101,6 +94,13 @@ def check(output: Output, settings: WriteSettings) -> bool:
         return False
     preflight.check(output, files, staging, overwrite=settings.overwrite)
     return True
+
+
+def _place(target: Path) -> Path:
+    target = target.absolute()
+    if target.name in ("", ".."):
+        raise HxaconvError(f"{target} cannot be written: it has no name of its own", hint="Name a new file or folder.")
+    return target
 
 
 def _recover_all(target: Path, ours: Staging) -> bool:
@@ -155,7 +155,7 @@ def _published(
         published=True,
         nbytes=sum(layout.size for layout in files),
         digests={name: digest for name, digest in digests.items() if digest is not None},
-        nonfinite=_nonfinite(tensors),
+        nonfinite=nonfinite_counts(tensors),
         verification=verification,
         leftovers=tuple(staging.path for staging in stagings_at(output.target)),
     )
@@ -164,12 +164,12 @@ def _published(
 @contextmanager
 def _target_locked(target: Path, part: tuple[int, int] | None) -> Iterator[None]:
     """One run at a time on a target; parts of one share it."""
-    with locks.held(target.with_name(f".{target.name}.hxaconv-lock"), part, shared=part is not None):
+    with locks.held(target.with_name(f".{target.name}.hxaconv-lock"), target, part, shared=part is not None):
         yield
 
 
 def _begin(settings: WriteSettings, staging: Staging, files: Sequence[FileLayout], record: dict[str, Any]) -> None:
-    """Make the staging folder, or decide what its being there already means."""
+    """Decide what the staging folder's being there, or not, means."""
     done = read_journals(staging.path)
     if settings.finish_only:
         missing = [layout.name for layout in _missing(staging, files)]
@@ -190,10 +190,6 @@ def _begin(settings: WriteSettings, staging: Staging, files: Sequence[FileLayout
         refuse_other_plans(staging, record)
     if settings.part is None and not done.tensors:
         staging.remove()
-    try:
-        staging.create(record)
-    except OSError as error:
-        raise HxaconvError(f"{staging.path}: {error.strerror or error}") from error
 
 
 def _missing(staging: Staging, files: Sequence[FileLayout]) -> list[FileLayout]:
@@ -211,10 +207,6 @@ def _size(path: Path) -> int | None:
         return None
 
 
-class NonfiniteError(HxaconvError):
-    """Tensors that hold NaN or infinite values, which nobody has allowed."""
-
-
 class _Run:
     """One call of `write`, from the first byte on."""
 
@@ -224,21 +216,25 @@ class _Run:
         settings: WriteSettings,
         files: Sequence[FileLayout],
         staging: Staging,
-        signals: Signals,
         progress: Progress | None,
     ) -> None:
         self.output = output
         self.settings = settings
         self.files = files
         self.staging = staging
-        self.signals = signals
         self.progress = progress
+        self.published = False
 
-    def write(self, verify: Verify | None, prepare: Prepare | None) -> WriteResult:
+    def write(
+        self, signals: Signals, record: dict[str, Any], verify: Verify | None, prepare: Prepare | None
+    ) -> WriteResult:
+        part = self.settings.part
         try:
-            if not self.settings.finish_only:
-                self._fill(prepare)
-            return self._finish(verify)
+            self.staging.create(record)
+            with locks.held(lock_path(self.staging.path, part), self.staging.target, part):
+                if not self.settings.finish_only:
+                    self._fill(signals, prepare)
+                return self._finish(signals, verify)
         except NonfiniteError:
             self.staging.remove()
             raise
@@ -249,7 +245,10 @@ class _Run:
                 error.hint = f"{error.hint} What the parts have written is in {self.staging.path}; delete it."
             raise
         except CheckFailed as error:
-            error.hint = f"What was written is kept in {self.staging.path} for a look; delete it before another run."
+            error.hint = (
+                f"What was written is kept in {self.staging.path}. Should it have been damaged there, {self._again}"
+                " repairs it and checks once more; otherwise delete it before another run."
+            )
             raise
         except (HxaconvError, OSError) as error:
             told = error if isinstance(error, HxaconvError) else self._told(error)
@@ -261,18 +260,32 @@ class _Run:
         path = Path(error.filename or self.staging.path)
         return diskio.output_error(error, path, "writing", preflight.bytes_needed(self.output, self.files))
 
+    @property
+    def _shared(self) -> bool:
+        """Whether the staging folder is that of several parts."""
+        return self.settings.part is not None or self.settings.finish_only
+
+    @property
+    def _again(self) -> str:
+        return "the same command" if self._shared else "the same command with --resume"
+
     def what_is_kept(self) -> str:
         """Drop the staging folder if nothing in it is worth keeping; say how to go on."""
-        path = self.staging.path
+        path, target = self.staging.path, self.staging.target
+        if self.published:
+            return f"{target} is complete."
         count = len(read_journals(path).tensors)
-        if self.settings.part is not None or self.settings.finish_only:
-            return f"{count} finished tensors are in {path}; the same command continues."
-        if count == 0:
+        if count == 0 and not self._shared:
             self.staging.remove()
-            return f"Nothing had been finished; {self.staging.target} is as before."
-        return f"{count} finished tensors are kept in {path}; the same command with --resume continues."
+            return f"Nothing had been finished; {target} is as before."
+        return f"{count} finished tensors are {'in' if self._shared else 'kept in'} {path}; {self._again} continues."
 
-    def _fill(self, prepare: Prepare | None) -> None:
+    def note_published(self, signals: Signals) -> None:
+        """What is said of an interruption from now on, when the command is about to end."""
+        self.published = True
+        signals.message = f"Interrupted. {self.what_is_kept()}"
+
+    def _fill(self, signals: Signals, prepare: Prepare | None) -> None:
         mine = files_of_part(self.files, self.settings.part)
         if self.settings.part is not None:
             # Whoever restarts a part may meet another one that is about to publish: complete files are left alone.
@@ -295,17 +308,16 @@ class _Run:
         if self.progress is not None:
             self.progress.start("Writing", sum(fill.recipe.nbytes for layout in mine for fill in layout.fills))
         try:
-            with self.signals.deferred():
-                stop = self.signals.requested
+            with signals.deferred():
+                stop = signals.requested
                 fill_files(places, recorded, settings, journal, stop_requested=stop, progress=self.progress)
         finally:
             journal.close()
             if self.progress is not None:
                 self.progress.stop()
-        if self.signals.pending is not None:
-            raise Interrupted(self.signals.pending)
+        signals.stop_if_requested()
 
-    def _finish(self, verify: Verify | None) -> WriteResult:
+    def _finish(self, signals: Signals, verify: Verify | None) -> WriteResult:
         done = read_journals(self.staging.path)
         if _missing(self.staging, self.files):
             return _unpublished(self.staging)
@@ -313,45 +325,31 @@ class _Run:
             if not allowed or not self.staging.checkpoint.exists():
                 return _unpublished(self.staging)
             verification = self._complete(done.tensors, verify)
-            with self.signals.deferred():
+            with signals.deferred(all_of_them=True):
                 publish(self.staging, overwrite=self.settings.overwrite)
+                self.note_published(signals)
         return _published(self.output, self.settings, self.files, done.tensors, verification)
 
     def _complete(self, tensors: Mapping[str, Finished], verify: Verify | None) -> Mapping[str, Any] | None:
         """Everything but the tensors, and the verdict on them; returns it."""
-        self._refuse_nonfinite(tensors)
+        if not self.settings.allow_nonfinite:
+            refuse_nonfinite(self.output, tensors)
         self._check_sources()
         write_documents(self.staging, self.output, self.files)
-        verification = None if verify is None else dict(verify(self.staging.checkpoint))
+        verification = None if verify is None else self._verified(verify)
         digests = {name: tensors[name].digest(self.settings.digest) for name in self.output.tensors}
-        write_provenance(self.staging, self.output, digests, _nonfinite(tensors), verification)
+        write_provenance(self.staging, self.output, digests, nonfinite_counts(tensors), verification)
         self._check_sources()
         return verification
 
-    def _refuse_nonfinite(self, tensors: Mapping[str, Finished]) -> None:
-        """All tensors with NaN or infinite values, in one error."""
-        if self.settings.allow_nonfinite:
-            return
-        problems = [
-            f"{name}: {tensors[name].nonfinite} of {recipe.numel} ({recipe.origin})"
-            for name, recipe in self.output.tensors.items()
-            if tensors[name].nonfinite
-        ]
-        if problems:
-            recipes = [recipe for name, recipe in self.output.tensors.items() if tensors[name].nonfinite]
-            message = f"these tensors hold NaN or infinite values:\n{bullet_list(problems)}"
-            raise NonfiniteError(message, hint=_nonfinite_hint(recipes))
+    def _verified(self, verify: Verify) -> dict[str, Any]:
+        try:
+            return dict(verify(self.staging.checkpoint))
+        except SourceChanged as error:
+            self._check_sources()
+            # It is none of those that the tensors were made of: what is written stays good, or can be repaired.
+            raise HxaconvError(error.message, hint=error.hint) from None
 
     def _check_sources(self) -> None:
         for file in self.output.sources():
             file.check_unchanged()
-
-
-def _nonfinite(tensors: Mapping[str, Finished]) -> dict[str, int]:
-    return {name: tensor.nonfinite for name, tensor in tensors.items() if tensor.nonfinite}
-
-
-def _nonfinite_hint(recipes: Sequence[Recipe]) -> str:
-    if any(recipe.dtype == "F16" and recipe.make.kind in ("cast", "scale") for recipe in recipes):
-        return "float16 ends at 65504: use --dtype bfloat16 or float32, or add --allow-nonfinite."
-    return "The source is damaged or its training diverged. To convert it all the same, add --allow-nonfinite."
