@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -78,10 +80,12 @@ def build_output(job: Job) -> Output:
     if folder and job.target.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         other = "`hxaconv to-pth`" if job.command == "to-hf" else "--format pth"
         raise HxaconvError(f"{job.target}: an hf output is a folder", hint=f"Leave the suffix off, or use {other}.")
-    if not _is_text(job.command_line + job.target.name):
-        raise HxaconvError(
-            "a file or folder has a name that is not UTF-8, and could not be recorded", hint="Rename it first."
-        )
+    for word in (*shlex.split(job.command_line), job.target.name):
+        if not _is_text(word):
+            raise HxaconvError(
+                f"{os.fsencode(word)!r} in the command is not UTF-8, and could not be recorded",
+                hint="Rename that file or folder first.",
+            )
     config = job.student.student
     document = student_json(config, job.student.raw, job.dtype)
     return Output(
@@ -102,9 +106,10 @@ def build_output(job: Job) -> Output:
 
 def _is_text(text: str) -> bool:
     try:
-        return bool(text.encode())
+        text.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def stored_plan(plan: Plan, format: str, *, everything: bool = True) -> Plan:

@@ -482,10 +482,21 @@ def test_names_that_are_no_text_are_refused_in_words(
 ) -> None:
     odd = tmp_path / "t\udcff"
     odd.symlink_to(tiny_teacher)
-    for words in ((tiny_teacher, tmp_path / "o\udcff"), (odd, tmp_path / "o")):
+    for words, name in (((tiny_teacher, tmp_path / "o\udcff"), rb"b'o\xff'"), ((odd, tmp_path / "o"), rb"b't\xff'")):
         assert cli("init-from-teacher", *words, "--no-verify", "--quiet") == 2
-        assert "a name that is not UTF-8" in capsys.readouterr().err
+        assert f"{name.decode()} in the command is not UTF-8" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [odd]
+
+
+def test_memory_that_runs_out_is_an_error_in_words(
+    cli: Cli, tiny_teacher: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhaust(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("hxaconv.commands.inspect.run", exhaust)
+    assert cli("inspect", tiny_teacher) == 2
+    assert capsys.readouterr().err.startswith("Error: memory has run out\nWhat to do: ")
 
 
 def test_verify_replaces_nothing(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
