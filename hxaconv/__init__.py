@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hxaconv.commands.init import run as init_from_teacher  # noqa: F401
     from hxaconv.commands.inspect import run as inspect  # noqa: F401
     from hxaconv.commands.pick import run as pick_gqa_layers  # noqa: F401
+    from hxaconv.commands.tokens import TokenOptions as TokenOptions
     from hxaconv.commands.verify import VerifyOptions as VerifyOptions
     from hxaconv.commands.verify import run as verify  # noqa: F401
     from hxaconv.errors import CheckFailed as CheckFailed
@@ -33,6 +34,7 @@ _EXPORTS = {
     "CalibrateOptions": ("hxaconv.commands.fitting", "CalibrateOptions"),
     "CheckFailed": ("hxaconv.errors", "CheckFailed"),
     "HxaconvError": ("hxaconv.errors", "HxaconvError"),
+    "TokenOptions": ("hxaconv.commands.tokens", "TokenOptions"),
     "VerifyOptions": ("hxaconv.commands.verify", "VerifyOptions"),
     "WriteOptions": ("hxaconv.commands.common", "WriteOptions"),
     "calibrate": ("hxaconv.commands.calibrate", "run"),

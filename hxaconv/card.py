@@ -18,7 +18,7 @@ _TEMPLATE = """---
 
 # {title}
 
-An RWKV-7/GQA hybrid (hxa079){made_from}. {purpose}
+An RWKV-7/GQA hybrid (hxa079){made_from}.{purpose}
 
 ## Layers
 
@@ -85,9 +85,18 @@ def partly_untrained(layers: Sequence[int]) -> str:
 
 
 def model_card(
-    config: StudentConfig, *, base_model: str | None, purpose: str, how: str, raw: Mapping[str, Any], section: str = ""
+    config: StudentConfig,
+    *,
+    base_model: str | None,
+    purpose: str,
+    how: str,
+    raw: Mapping[str, Any],
+    section: str = "",
+    taught: bool = True,
 ) -> bytes:
     """README.md with the Hub's front matter; `base_model` is a Hub id or a bare folder name, never a path.
+
+    `taught`: it is the teacher, not the student that this one was converted from.
 
     `section` is Markdown that goes before the story of how it was made.
     """
@@ -100,9 +109,9 @@ def model_card(
     layers, gqa = config.num_hidden_layers, len(config.gqa_layers)
     return _TEMPLATE.format(
         front_matter="\n".join(front),
-        title=f"hxa079 student of {base_model}" if base_model else "hxa079 student",
+        title=f"hxa079 student of {base_model}" if base_model and taught else "hxa079 student",
         made_from=f" made from {base_model}" if base_model else "",
-        purpose=purpose,
+        purpose=f" {purpose}" if purpose else "",
         strip="\n".join(config.strip[start : start + 60] for start in range(0, layers, 60)),
         layers=layers,
         rwkv=layers - gqa,

@@ -439,7 +439,9 @@ def pick_gqa_layers(
             help="Write the choice as a layer map; interrupted scoring resumes beside it.", rich_help_panel=LAYERS
         ),
     ] = None,
-    plot: Annotated[str | None, typer.Option(help="Draw the scores: NAME.png or .svg.", rich_help_panel=TALK)] = None,
+    plot: Annotated[
+        str | None, typer.Option(help="Draw the scores: NAME.png, .svg or .pdf.", rich_help_panel=TALK)
+    ] = None,
     allow_gqa_layer_0: AllowLayer0 = False,
     teacher: TeacherOption = None,
     from_: Annotated[
@@ -560,7 +562,7 @@ def verify(
         str | None, typer.Option(help="Write input_ids, logits and hidden.{i} as safetensors.", rich_help_panel=PROBE)
     ] = None,
     plot: Annotated[
-        str | None, typer.Option(help="Draw errors and cosine by depth: NAME.png or .svg.", rich_help_panel=TALK)
+        str | None, typer.Option(help="Draw errors and cosine by depth: NAME.png, .svg or .pdf.", rich_help_panel=TALK)
     ] = None,
     json: Json = False,
     quiet: Quiet = False,

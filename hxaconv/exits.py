@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,11 +55,14 @@ def guarded(run: Callable[[], Any]) -> int:
         run()
     except (HxaconvError, MemoryError, RuntimeError) as error:
         told = error if isinstance(error, HxaconvError) else out_of_memory(error)
-        if debug or told is None:
+        if told is None:
             raise
-        from hxaconv.console import render_error
+        if debug:
+            traceback.print_exc()
+        else:
+            from hxaconv.console import render_error
 
-        render_error(told)
+            render_error(told)
         return told.exit_code
     except Stopped as stop:
         from hxaconv.console import Talk

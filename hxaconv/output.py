@@ -128,6 +128,7 @@ def _folder_documents(job: Job, document: Mapping[str, Any]) -> dict[str, bytes]
     documents["README.md"] = model_card(
         job.student.student,
         base_model=job.base_model,
+        taught="teacher" in job.sources,
         purpose=job.purpose,
         section=job.section,
         how=f"`{job.command_line}` with hxaconv {version()}.",

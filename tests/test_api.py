@@ -52,6 +52,10 @@ def test_settings_are_given_by_name_everywhere(golden: Path, tmp_path: Path) -> 
     assert hxaconv.verify(source, **settings).passed
     hxaconv.to_hf(source, str(tmp_path / "hf"), write=QUIET, **settings)
     assert hxaconv.inspect(str(tmp_path / "hf"))["variant"] == "hxa079"
+    few = hxaconv.VerifyOptions(tokens=8)
+    same = hxaconv.VerifyOptions(tokens=hxaconv.TokenOptions(tokens=8))
+    found = [hxaconv.verify(str(tmp_path / "hf"), options=options).settings for options in (few, same)]
+    assert found[0] == found[1] and found[0]["tokens"] == 8
 
 
 @pytest.mark.parametrize(

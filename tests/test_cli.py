@@ -136,6 +136,15 @@ def test_config_json_has_the_keys_of_every_reader(cli: Cli, golden: Path, tmp_pa
     assert (config["transformer_layers"], config["rwkv_layers"]) == ([1, 3], [0, 2])
 
 
+def test_a_card_names_a_teacher_only_where_there_is_one(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "s", "--no-verify", "--quiet") == 0
+    assert cli("to-pth", tmp_path / "s", tmp_path / "s.pth", "--no-verify", "--quiet") == 0
+    assert cli("to-hf", tmp_path / "s.pth", tmp_path / "again", "--no-verify", "--quiet") == 0
+    assert "\n# hxa079 student of teacher\n" in (tmp_path / "s" / "README.md").read_text()
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "\n# hxa079 student\n" in card and "(hxa079) made from s.pth. Its" in card
+
+
 def test_a_tied_head_is_written_out_in_a_pth_and_tied_again(cli: Cli, golden: Path, tmp_path: Path) -> None:
     case = golden / "qwen3_tiny"
     trained = case / "trained_attention.pth"
@@ -330,6 +339,7 @@ def test_debug_shows_the_traceback(golden: Path) -> None:
     command = [sys.executable, "-m", "hxaconv", "to-hf", str(golden / "reka_tiny" / "student.pth"), "x", "--debug"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "Traceback" in done.stderr
+    assert done.returncode == 2
 
 
 def test_shards_without_a_change_are_linked_not_written(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class VerifyOptions:
     """How to run the forward, and what to expect of it."""
 
-    tokens: TokenOptions = field(default_factory=lambda: TokenOptions(tokens=64))
+    tokens: TokenOptions | int = 64
+    """Where they come from, or how many random ones."""
     dtype: str = "float32"
     device: str = "cpu"
     expect: str | None = None
@@ -91,7 +92,8 @@ def run(
     except Inconsistent as error:
         return inconsistent(checkpoint, beside, error)
     vocabulary = min(m.config.vocab_size for m in (model, other) if m is not None)
-    ids = tokens_of(options.tokens, vocabulary, checkpoint)
+    tokens = TokenOptions(tokens=options.tokens) if isinstance(options.tokens, int) else options.tokens
+    ids = tokens_of(tokens, vocabulary, checkpoint)
     if other is None:
         report = verify_model(
             model,

@@ -32,12 +32,12 @@ CALIBRATE = (
 )
 UNCALIBRATED = {
     "kl": (
-        "{count} of {total} RWKV layers of the student still hold their initial values, and KL scores of such a student"
+        "{count} of {total} layers, scored as RWKV, hold their initial values, and KL scores of such a student"
         " MISLEAD: in a small study of other students the rank correlation of restore-one KL with the outcome after"
         f" training was negative before calibration, +0.94 after it. {CALIBRATE}"
     ),
     "mse": (
-        "{count} of {total} RWKV layers of the student still hold their initial values: mse shows what the initial"
+        "{count} of {total} layers, scored as RWKV, hold their initial values: mse shows what the initial"
         f" values lose, not what training would leave. {CALIBRATE}"
     ),
 }
