@@ -142,7 +142,7 @@ def test_a_card_names_a_teacher_only_where_there_is_one(cli: Cli, tiny_teacher: 
     assert cli("to-hf", tmp_path / "s.pth", tmp_path / "again", "--no-verify", "--quiet") == 0
     assert "\n# hxa079 student of teacher\n" in (tmp_path / "s" / "README.md").read_text()
     card = (tmp_path / "again" / "README.md").read_text()
-    assert "\n# hxa079 student\n" in card and "(hxa079) made from s.pth. Its" in card
+    assert "\n# hxa079 student\n" in card and "(hxa079) made from s.pth. The weights are" in card
 
 
 def test_a_tied_head_is_written_out_in_a_pth_and_tied_again(cli: Cli, golden: Path, tmp_path: Path) -> None:
