@@ -1,6 +1,6 @@
 """Kills every writing command at random moments, resumes it, and compares with an undisturbed run.
 
-    python tests/kill_rounds.py --rounds 200 [--seed 0] [--record benchmarks/KILLS.md]
+    python tests/kill_rounds.py --kills 200 [--seed 0] [--record benchmarks/KILLS.md]
 
 The commands run on the embedded teacher, each in a process of its own that is forked after the imports, so that
 kills hit its work. System calls that write are slowed down, and a write is done in two halves. Commands take
@@ -273,19 +273,19 @@ class Rounds:
             assert tree(target) == after
 
 
-def all_rounds(rounds: int, seed: int, scratch: Path) -> dict[str, collections.Counter[str]]:
-    """Kill rounds over the commands in turn; by command, how often kills found what."""
+def all_rounds(kills: int, seed: int, scratch: Path) -> dict[str, collections.Counter[str]]:
+    """Rounds over the commands in turn until there were that many kills; by command, how often kills found what."""
     import_everything()
     rng = random.Random(seed)
     work = Rounds(scratch, rng)
     done = 0
     for job in itertools.islice(itertools.cycle(JOBS), seed % len(JOBS), None):
-        if done >= rounds:
+        if done >= kills:
             return work.found
         verified, replacing, again = (rng.random() < 0.4 for _ in range(3))
         work.round(job, verified=verified, replacing=replacing, kills=1 + again)
         done = sum(counter.total() for counter in work.found.values())
-        print(f"{done} of {rounds} kills", file=sys.stderr)
+        print(f"{done} of {kills} kills", file=sys.stderr)
     raise AssertionError
 
 
@@ -301,7 +301,7 @@ def table(found: dict[str, collections.Counter[str]]) -> str:
 RECORD = """\
 # Kills
 
-`python tests/kill_rounds.py --rounds {rounds} --seed {seed}`, {date}: every writing command of hxaconv on the embedded
+`python tests/kill_rounds.py --kills {kills} --seed {seed}`, {date}: every writing command of hxaconv on the embedded
 teacher, killed with `kill -9` at random moments of its run (imports excluded), new targets and with `--overwrite`, with
 and without verification; in every third round or so the resumed run was killed as well. Before its first byte, a
 command plans or calibrates.
@@ -314,23 +314,23 @@ In every case but "published" the target was absent or the old one, untouched ("
 renames, the old one set aside); "published" was byte for byte the result of a run that nobody killed. Resuming ended
 in these bytes in every round, with nothing left beside the target. Anything else would have ended the run.
 
-CI kills {ci} times per run (`HXACONV_KILL_ROUNDS`).
+CI kills {ci} times per run (`HXACONV_KILLS`).
 """
-CI_ROUNDS = int(os.environ.get("HXACONV_KILL_ROUNDS", "4"))
+CI_KILLS = int(os.environ.get("HXACONV_KILLS", "4"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        found = all_rounds(arguments.rounds, arguments.seed, Path(scratch))
+        found = all_rounds(arguments.kills, arguments.seed, Path(scratch))
     print(table(found))
     if arguments.record:
-        rounds, today = arguments.rounds, datetime.date.today().isoformat()
-        text = RECORD.format(rounds=rounds, seed=arguments.seed, date=today, table=table(found), ci=CI_ROUNDS)
+        kills, today = arguments.kills, datetime.date.today().isoformat()
+        text = RECORD.format(kills=kills, seed=arguments.seed, date=today, table=table(found), ci=CI_KILLS)
         arguments.record.write_text(text)
 
 

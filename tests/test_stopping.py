@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from kill_rounds import CI_ROUNDS
+from kill_rounds import CI_KILLS
 from writing import leftovers, output, partials, plan_over, reference, source, tree, verified
 
 from hxaconv.errors import HxaconvError
@@ -157,12 +157,12 @@ def test_a_signal_while_verifying_keeps_everything(tmp_path):
 
 
 def test_every_command_killed_at_random_moments_and_resumed():
-    command = [sys.executable, str(HERE / "kill_rounds.py"), "--rounds", str(CI_ROUNDS), "--seed", str(CI_ROUNDS)]
+    command = [sys.executable, str(HERE / "kill_rounds.py"), "--kills", str(CI_KILLS), "--seed", str(CI_KILLS)]
     place = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **place})
     assert done.returncode == 0, done.stderr
     kills = int(done.stdout.splitlines()[-1].split("|")[2])
-    assert kills >= CI_ROUNDS
+    assert kills >= CI_KILLS
 
 
 # Parts
