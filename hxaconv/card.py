@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.config import StudentConfig
+from hxaconv.console import STRIP_WIDTH
 from hxaconv.records import FITTED, INITIAL, layer_states
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ An RWKV-7/GQA hybrid (hxa079){made_from}.{purpose}
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
+# Before transformers 4.56: torch_dtype="auto"
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True, dtype="auto")
 ```
 
 {infer}
@@ -112,7 +114,7 @@ def model_card(
         title=f"hxa079 student of {base_model}" if base_model and taught else "hxa079 student",
         made_from=f" made from {base_model}" if base_model else "",
         purpose=f" {purpose}" if purpose else "",
-        strip="\n".join(config.strip[start : start + 60] for start in range(0, layers, 60)),
+        strip="\n".join(config.strip[start : start + STRIP_WIDTH] for start in range(0, layers, STRIP_WIDTH)),
         layers=layers,
         rwkv=layers - gqa,
         gqa=gqa,

@@ -186,6 +186,8 @@ def _checkpoint(
     _check_dimensions(plan, label)
     first = opened[0][1]
     extra = {"stray_files": (), **first.extra, **(facts or {})}
+    for key in ("ignored", "aliases"):
+        extra[key] = [entry for _, contents in opened for entry in contents.extra.get(key, ())]
     return Checkpoint(
         label=label,
         container=first.container,

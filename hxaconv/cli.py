@@ -488,10 +488,10 @@ def pick_gqa_layers(
     values = dict(locals())
     from hxaconv.commands import advise, pick
     from hxaconv.commands.advice_options import check_options
-    from hxaconv.commands.common import defaults_of
+    from hxaconv.commands.common import defaults_of, given_options
     from hxaconv.tables import show_advice
 
-    check_options(values, defaults_of(pick_gqa_layers))
+    check_options(values, given_options(pick_gqa_layers, values))
     options = {name: values[name] for name in defaults_of(pick.run) if name in values}
 
     def apply(chosen: str, write: WriteOptions) -> Outcome:
@@ -542,9 +542,9 @@ def verify(
         str | None,
         typer.Option(help="identical, close or report. Default: identical for the same architecture, else report."),
     ] = None,
-    max_logit: Annotated[float | None, typer.Option(help="identical: largest difference of a logit.")] = None,
-    max_layer: Annotated[float | None, typer.Option(help="close: largest relative error of a layer.")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="close: largest KL in nats per token.")] = None,
+    max_logit: Annotated[float | None, typer.Option(help="Largest difference of a logit (identical: 0).")] = None,
+    max_layer: Annotated[float | None, typer.Option(help="Largest relative error of a layer (close: 0.01).")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Largest KL, in nats per token (close: 0.001).")] = None,
     teacher: TeacherOption = None,
     layer_map: LayerMapSettings = None,
     rope_theta: RopeTheta = None,
@@ -564,6 +564,9 @@ def verify(
     plot: Annotated[
         str | None, typer.Option(help="Draw errors and cosine by depth: NAME.png, .svg or .pdf.", rich_help_panel=TALK)
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of --logits-out and --plot.", rich_help_panel=TALK)
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -577,16 +580,15 @@ def verify(
 
     hxaconv verify student/ --against RekaAI/reka-flash-3 --text sample.txt --plot depth.png
     """
+    values = dict(locals())
     from hxaconv.commands import verify as command
+    from hxaconv.commands.common import given_options
     from hxaconv.commands.tokens import TokenOptions
     from hxaconv.tables import show_report
 
     talk = _talk(quiet, json)
-    if plot and not against:
-        raise HxaconvError("--plot draws a comparison", hint="Add --against OTHER.")
-    _check_plot(plot, overwrite=True)
-    if digests and (against or logits_out or expect):
-        raise HxaconvError("--digests only re-reads the tensors of SOURCE", hint="Leave the other options out.")
+    command.check_options(given_options(verify, values))
+    _check_plot(plot, overwrite=overwrite)
     if digests:
         checked = command.digests(source, revision=revision, progress=talk.progress())
         talk.result(checked.to_json(), f"{checked.checked} tensors, {checked.nbytes:,} bytes: digests agree")
@@ -608,6 +610,7 @@ def verify(
             expect=expect,
             thresholds={key: value for key, value in limits.items() if value is not None},
             logits_out=logits_out,
+            overwrite=overwrite,
             progress=talk.progress(),
         ),
     )

@@ -300,11 +300,16 @@ def number_problems(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _warnings(raw: Mapping[str, Any]) -> list[str]:
-    found = []
+def dropped_scaling(raw: Mapping[str, Any]) -> list[str]:
+    """A warning, where a teacher's config scales RoPE: neither a student nor the reference forward does."""
     scaling = rope_settings(raw)[1]
-    if scaling not in ROPE_SCALING_DEFAULTS:
-        found.append(f"rope_scaling {scaling!r} is dropped: the student uses default RoPE frequencies")
+    if scaling in ROPE_SCALING_DEFAULTS:
+        return []
+    return [f"the teacher's rope_scaling {scaling!r} is dropped: RoPE has its default frequencies here"]
+
+
+def _warnings(raw: Mapping[str, Any]) -> list[str]:
+    found = dropped_scaling(raw)
     if raw.get("mlp_bias") or _has_output_bias(raw):
         found.append("biases on o_proj or the MLP are kept, but RWKV-Infer ignores them")
     return found
@@ -326,10 +331,14 @@ def _head_dim(raw: Mapping[str, Any], sizes: Mapping[str, int], where: str) -> i
 
 
 def student_of(teacher: ModelConfig, gqa_layers: tuple[int, ...], ranks: Ranks | None = None) -> StudentConfig:
-    """The student's config: the teacher's, with these layers kept as GQA and the published ranks."""
+    """The student's config: that of a teacher or of another student of it, with these layers kept as GQA.
+
+    Ranks are the published ones where none are given.
+    """
     shared = {f.name: getattr(teacher, f.name) for f in fields(ModelConfig)}
     return StudentConfig(
         **shared,
         gqa_layers=tuple(sorted(gqa_layers)),
         ranks=ranks or published_ranks(teacher.attention_size),
+        layer_records=getattr(teacher, "layer_records", True),
     )

@@ -87,7 +87,9 @@ class Talk:
     def result(self, data: Mapping[str, Any], *renderables: RenderableType) -> None:
         """The command's result: JSON on stdout where asked for, else what people read."""
         if self.json_output:
-            json.dump(data, sys.stdout, indent=2, ensure_ascii=False, default=str)
+            from hxaconv.json_files import plain_data
+
+            json.dump(plain_data(dict(data)), sys.stdout, indent=2, ensure_ascii=False, allow_nan=False, default=str)
             sys.stdout.write("\n")
         elif not self.quiet:
             console = _console(stderr=False)

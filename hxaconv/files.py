@@ -142,6 +142,10 @@ class SourceFile:
         finally:
             os.close(fd)
 
+    def __del__(self) -> None:
+        # Plans hold their files, and nobody else knows when the last of them is done with.
+        self.close()
+
     def close(self) -> None:
         """Close the descriptor; the next `open` opens it again."""
         with self._lock:

@@ -63,6 +63,9 @@ def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
         "parts": parts(plan),
         "layers": strip(plan),
         "left_behind": list(checkpoint.dropped),
+        "nested_under": checkpoint.extra.get("nested_under"),
+        "not_tensors": list(checkpoint.extra.get("ignored", ())),
+        "one_tensor": [list(names) for names in checkpoint.extra.get("aliases", ())],
         "dimensions": _dimensions(checkpoint, config),
         "problem": problem,
     }

@@ -57,13 +57,20 @@ def read_sidecar(file: SourceFile) -> dict[str, Any] | None:
     return _checked(raw, file.label) if raw.keys() & {"rwkv_architecture", "hxaconv"} else None
 
 
-def rounded(value: Any, digits: int) -> Any:
-    """Plain data to store: floats to so many significant digits, or as text if not finite; tuples as lists."""
+def as_bytes(document: Mapping[str, Any]) -> bytes:
+    """A JSON file's bytes: two-space indent, UTF-8, a final newline; NaN is ours to avoid."""
+    return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def plain_data(value: Any, digits: int | None = None) -> Any:
+    """What JSON has words for: tuples as lists, floats that are not finite as text, others to so many digits."""
     if isinstance(value, float):
-        return float(f"{value:.{digits}g}") if math.isfinite(value) else str(value)
+        if not math.isfinite(value):
+            return str(value)
+        return value if digits is None else float(f"{value:.{digits}g}")
     if isinstance(value, dict):
-        return {key: rounded(item, digits) for key, item in value.items()}
-    return [rounded(item, digits) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain_data(item, digits) for key, item in value.items()}
+    return [plain_data(item, digits) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _checked(raw: dict[str, Any], label: str) -> dict[str, Any]:

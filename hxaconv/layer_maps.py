@@ -53,18 +53,6 @@ class LayerMap:
         """L, where the map says it."""
         return self.model.get("num_hidden_layers")
 
-    @property
-    def rope_theta(self) -> float | None:
-        """RoPE base of the teacher, where the map says it."""
-        value = self.model.get("rope_theta")
-        return None if value is None else float(value)
-
-    @property
-    def rms_norm_eps(self) -> float | None:
-        """Epsilon of the teacher's norms, where the map says it."""
-        value = self.model.get("rms_norm_eps")
-        return None if value is None else float(value)
-
 
 def folder() -> Path:
     """Where the shipped maps are: inside the installed package, or beside it in a checkout."""

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.config import FAMILIES, ROPE_SCALING_DEFAULTS, ModelConfig, StudentConfig, rope_settings
+from hxaconv.errors import shortened
 from hxaconv.names import EMBEDDING, HEAD, layer_kinds, mixer_prefix
 
 if TYPE_CHECKING:
@@ -178,9 +179,11 @@ def _infer_pth(checkpoint: Checkpoint, config: ModelConfig | None) -> Verdict:
         findings.append(Finding("RWKV-Infer wants one file whose name contains '.pth'", _name(checkpoint), convert))
     if checkpoint.dialect != "rwkv":
         findings.append(Finding(f"tensor names are of the {checkpoint.dialect} dialect", _name(checkpoint), convert))
-    if not checkpoint.extra.get("flat", True):
-        inside = checkpoint.extra.get("nested_under")
+    inside, beside = checkpoint.extra.get("nested_under"), checkpoint.extra.get("ignored")
+    if inside:
         findings.append(Finding(f"the tensors are nested under {inside!r}", _name(checkpoint), convert))
+    elif beside:
+        findings.append(Finding(f"not everything in it is a tensor: {shortened(beside)}", _name(checkpoint), convert))
     findings += _infer_tensors(checkpoint)
     findings += _head(checkpoint, "a .pth never ties")
     findings += _rope_scaling(checkpoint.sidecar or {})

@@ -14,11 +14,12 @@ from hxaconv.card import model_card
 from hxaconv.command_line import command_line, version
 from hxaconv.config import StudentConfig
 from hxaconv.errors import HxaconvError
+from hxaconv.json_files import as_bytes
 from hxaconv.model import Model
 from hxaconv.names import EMBEDDING, HEAD, is_attention, stored_name
 from hxaconv.plan import Plan, with_origin
 from hxaconv.records import history_of
-from hxaconv.student_json import as_bytes, loadmodel_body, student_json
+from hxaconv.student_json import loadmodel_body, student_json
 from hxaconv.writing.target import Output
 
 if TYPE_CHECKING:

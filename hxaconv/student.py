@@ -221,7 +221,14 @@ def gather_facts(
     if raw.get("rwkv_architecture") or raw.get("model_type") == ARCHITECTURE:
         facts += _file_facts("config.json", raw, checkpoint.label)
     elif raw.get("model_type") in FAMILIES:
-        beside = teacher_config(raw, where=checkpoint.label, allow_output_bias=True)
+        beside = teacher_config(
+            raw,
+            where=checkpoint.label,
+            rope_theta=given.get("rope_theta"),
+            rms_norm_eps=given.get("rms_norm_eps"),
+            allow_output_bias=True,
+            drop_rope_scaling=True,
+        )
         facts.append(Facts("config.json", model_facts(beside)))
     if sidecar is not None:
         facts += _file_facts("the sidecar", sidecar, f"sidecar of {checkpoint.label}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,11 +66,6 @@ def student_json(config: StudentConfig, raw: Mapping[str, Any], dtype: str) -> d
         "torch_dtype": torch_name,
         "dtype": torch_name,
     }
-
-
-def as_bytes(document: Mapping[str, Any]) -> bytes:
-    """A JSON file's bytes: two-space indent, UTF-8, a final newline; NaN is ours to avoid."""
-    return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def loadmodel_body(config: StudentConfig, path: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hxaconv.commands.common import Outcome
 from hxaconv.config import RANK_KEYS
 from hxaconv.console import human_bytes, human_count, result_width, strip_lines, table
+from hxaconv.errors import shortened
 from hxaconv.inspection import part_of, parts
 from hxaconv.names import TABLE, is_attention, layer_kinds
 from hxaconv.plan import Plan, total_bytes
@@ -59,8 +60,8 @@ def outcome_tables(outcome: Outcome) -> list[RenderableType]:
     files = describe(outcome.output)
     ranks, weights = config.ranks, total_bytes(outcome.output.tensors)
     sizes = f"decay {ranks.decay}, iclr {ranks.iclr}, value {ranks.value}, key {ranks.key}, gate {ranks.gate}"
-    written = {name for name in outcome.job.student.plan if outcome.job.everything or is_attention(name)}
-    plan = {name: recipe for name, recipe in outcome.job.student.plan.items() if name in written}
+    whole = outcome.job.student.plan
+    plan = {name: recipe for name, recipe in whole.items() if outcome.job.everything or is_attention(name)}
     return [
         f"{outcome.job.command}: {outcome.job.target} ({outcome.job.format}, {outcome.job.dtype})",
         *_strip_block(config.strip),
@@ -154,6 +155,11 @@ def inspection_tables(report: Mapping[str, Any]) -> list[RenderableType]:
         )
     if report["left_behind"]:
         lines.append(f"Known and left behind: {len(report['left_behind'])} rotary buffers")
+    if report["nested_under"]:
+        lines.append(f"The tensors are nested under {report['nested_under']!r}")
+    if report["not_tensors"]:
+        lines.append(f"No tensors, and left behind: {shortened(report['not_tensors'])}")
+    lines += [f"One tensor under {len(names)} names: {' = '.join(names)}" for names in report["one_tensor"]]
     if report["problem"]:
         lines += ["", f"Remark: {report['problem']}"]
     if "statistics" in report:

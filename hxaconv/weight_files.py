@@ -116,6 +116,11 @@ def _is_plain(name: str) -> bool:
 
 
 def check_index(selection: Selection, opened: list[tuple[SourceFile, Contents]], label: str) -> None:
+    """Hold the index against the files that it names.
+
+    Raises:
+        HxaconvError: listing tensors that a file lacks, or that it has beyond the index.
+    """
     assert selection.weight_map is not None
     held = {file.name: contents.tensors for file, contents in opened}
     lacking = [

@@ -48,10 +48,10 @@ from hxaconv.dtypes import num_bytes  # noqa: E402
 from hxaconv.errors import HxaconvError  # noqa: E402
 from hxaconv.files import Extent, SourceFile  # noqa: E402
 from hxaconv.inspection import inspect  # noqa: E402
-from hxaconv.json_files import read_json  # noqa: E402
+from hxaconv.json_files import as_bytes, read_json  # noqa: E402
 from hxaconv.plan import Plan, Ranges, Recipe, Scratch  # noqa: E402
 from hxaconv.student import looks_like_student, student_model  # noqa: E402
-from hxaconv.student_json import as_bytes, student_json  # noqa: E402
+from hxaconv.student_json import student_json  # noqa: E402
 from hxaconv.teacher import open_teacher  # noqa: E402
 from hxaconv.weight_files import Listing  # noqa: E402
 

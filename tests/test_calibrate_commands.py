@@ -25,7 +25,7 @@ from hxaconv.calibration.plot import check_plot, plot
 from hxaconv.calibration.report import CalibrationReport, Distances, LayerReport
 from hxaconv.card import calibration_section
 from hxaconv.errors import HxaconvError
-from hxaconv.json_files import rounded
+from hxaconv.json_files import plain_data
 
 Cli = Callable[..., int]
 TOKENS = TINY_TEACHER / "calibration_tokens.npy"
@@ -126,7 +126,7 @@ def test_stored_figures_are_json_that_everybody_reads() -> None:
     assert told["kl_teacher_student"] == {"tokens": 25, "calibrated": 0.123, "plain": "nan", "attention_zeroed": 2.0}
     assert told["layers"][0]["decay"] == [0.9, 0.996]
     assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert rounded({"a": (1.23456, 1)}, 4) == {"a": [1.235, 1]}
+    assert plain_data({"a": (1.23456, 1)}, 4) == {"a": [1.235, 1]}
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])

@@ -51,7 +51,7 @@ def test_a_student_that_is_no_nearer_is_left_plain_and_that_is_said(
     capsys: pytest.CaptureFixture[str],
     calibrated: float,
 ) -> None:
-    monkeypatch.setattr("hxaconv.verification.calibrated.measure", figures(calibrated, 2.25))
+    monkeypatch.setattr("hxaconv.calibration.check.measure", figures(calibrated, 2.25))
     assert cli("calibrate", plain, tmp_path / "o", "--teacher", TINY_TEACHER, *FIT, "--json") == 0
     told = capsys.readouterr()
     assert "Warning: the calibration is NOT USED, every layer keeps its plain values: on the 16 held-out" in told.err

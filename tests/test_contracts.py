@@ -70,6 +70,17 @@ def test_only_the_projections_that_were_checked_are_listed() -> None:
     assert told.startswith("4 tensors: the teacher's, value x 0.3, output x 0.5")
 
 
+@pytest.mark.parametrize(
+    "part", ["w0", "a0", "w1", "w2", "a2", "v2", "k2", "g2", "r_k", "layer_architecture", "head_size_record"]
+)
+def test_every_kind_of_initial_value_is_checked(part: str) -> None:
+    base, made = fresh()
+    name = f"model.layers.2.self_attn.{part}"
+    report = Report(source="made")
+    check_rwkv_layers(report, changed(made, name, lambda values: values * 1.1 + 0.1), base.plan, FACTORS)
+    assert [name in check.detail for check in report.checks if check.name == "initial values"] == [True]
+
+
 def test_the_wrong_factor_is_found() -> None:
     base, made = fresh()
     assert "scaled projections" in failed(check_initialised(base, made, factors=PRESETS["openmose-stage2"]))

@@ -53,8 +53,8 @@ def test_shipped_maps_are_the_published_choices():
         assert m.title
         assert m.source
         assert m.model_ids
-        assert m.rope_theta
-        assert m.rms_norm_eps
+        assert m.model["rope_theta"]
+        assert m.model["rms_norm_eps"]
         assert m.model["hidden_size"]
         assert layer_choice.check(m.gqa_layers, m.num_hidden_layers) == []
 

@@ -68,7 +68,7 @@ def pth(**changes: Any) -> Checkpoint:
         "files": (file("student.pth"),),
         "code_files": {},
         "root": Path("student.pth"),
-        "extra": {"flat": True, "nested_under": None},
+        "extra": {"nested_under": None},
     }
     return folder(**(fields | changes))
 
@@ -141,7 +141,8 @@ OBSTACLES: dict[str, tuple[Checkpoint, str, str]] = {
     "no head in a folder": (folder(plan=without("lm_head.weight")), INFER_FOLDER, "lm_head.weight is missing"),
     "no head": (pth(plan=without("lm_head.weight")), INFER_PTH, "head.weight is missing, and a .pth never ties"),
     "legacy": (pth(container="legacy"), INFER_PTH, "legacy pickle"),
-    "nested": (pth(extra={"flat": False, "nested_under": "state_dict"}), INFER_PTH, "nested under 'state_dict'"),
+    "nested": (pth(extra={"nested_under": "state_dict"}), INFER_PTH, "nested under 'state_dict'"),
+    "not only tensors": (pth(extra={"ignored": ["step"]}), INFER_PTH, "not everything in it is a tensor: step"),
     "other names": (pth(dialect="training"), INFER_PTH, "training dialect"),
     "other suffix": (pth(files=(file("student.bin"),)), INFER_PTH, "contains '.pth'"),
     "attention only": (pth(plan=without("embed_tokens.weight")), INFER_PTH, "the embedding is missing"),

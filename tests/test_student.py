@@ -10,10 +10,11 @@ import pytest
 
 from hxaconv.dtypes import num_elements
 from hxaconv.errors import HxaconvError
+from hxaconv.json_files import as_bytes
 from hxaconv.opening import open_checkpoint
 from hxaconv.plan import Recipe
 from hxaconv.student import Facts, other_variant, student_model
-from hxaconv.student_json import as_bytes, student_json
+from hxaconv.student_json import student_json
 from hxaconv.teacher import open_teacher
 
 FLAGS = {"rope_theta": 8e6, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}

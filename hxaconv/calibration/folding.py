@@ -44,7 +44,9 @@ def fold_rope(
 
     def error(found: Tensor, matrix: Tensor) -> float:
         wanted = seen.output[judged]
-        return float((wanted - pool.linear(found[judged], matrix)).square().sum() / wanted.square().sum())
+        missed = (wanted - pool.linear(found[judged], matrix)).square().sum()
+        # A layer that says nothing on these tokens cannot be missed by a share of it.
+        return float(missed / wanted.square().sum().clamp_min(1e-30))
 
     before, after = error(plain_heads, weights[name]), error(fold_heads, tensors[name].float())
     kept_plain = not after < before

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hxaconv.errors import raise_all
-from hxaconv.json_files import rounded
+from hxaconv.json_files import plain_data
 
 REFIT_OUTPUT = ("auto", "never", "always")
 
@@ -132,4 +132,4 @@ class CalibrationReport:
         """For hxaconv.json: numbers to four digits, KL to three, since more would only be noise."""
         told = {name: value for name, value in asdict(self).items() if name != "distances"}
         distances = asdict(self.distances) if self.distances else None
-        return {**rounded(told, 4), "kl_teacher_student": rounded(distances, 3)}
+        return {**plain_data(told, 4), "kl_teacher_student": plain_data(distances, 3)}

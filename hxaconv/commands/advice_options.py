@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hxaconv import layer_choice
-from hxaconv.commands.common import resolve_part
+from hxaconv.commands.common import resolve_part, useless
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.plots import plot_problems
 from hxaconv.selection.advice import needs
@@ -24,15 +24,14 @@ WRITING = (
 )
 
 
-def check_options(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuse options that would be ignored, and results that could not be written after scoring.
+def check_options(values: Mapping[str, Any], given: set[str]) -> None:
+    """Refuse options of `values` that would be ignored, and results that could not be written after scoring.
 
     Raises:
         HxaconvError: listing everything at once.
     """
     if values["layers"] is not None and values["out"] is None:
         raise HxaconvError("--layers names the choice, but there is no OUT to write it to", hint="Add OUT.")
-    given = {name for name, default in defaults.items() if values[name] != default}
     problems = _ignored(values, given)
     if values["layers"] is None:
         problems += _unwritable(values)
@@ -42,34 +41,29 @@ def check_options(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Non
 def _ignored(values: Mapping[str, Any], given: set[str]) -> list[str]:
     strategy, applies = values["strategy"], values["out"] is not None
     if values["layers"] is not None:
-        return _told(given, (*CHOOSING, *TOKENS), "--layers is a choice made, nothing is to be scored")
+        return useless(given, (*CHOOSING, *TOKENS), "--layers is a choice made, nothing is to be scored")
     wanted, found = needs(strategy), []
     if strategy != "kl":
-        found += _told(given, ("kl_mode",), "only --strategy kl has modes")
+        found += useless(given, ("kl_mode",), "only --strategy kl has modes")
     if strategy == "log" and not values["log"]:
         found.append("--strategy log reads a training log: name it with --log FILE.csv")
     elif strategy != "log":
-        found += _told(given, ("log",), "only --strategy log reads one")
+        found += useless(given, ("log",), "only --strategy log reads one")
     if "tokens" not in wanted:
-        found += _told(given, TOKENS, f"--strategy {strategy} looks at no tokens")
+        found += useless(given, TOKENS, f"--strategy {strategy} looks at no tokens")
     elif applies and resolve_part(values["part"]) is not None:
         found.append(
             "--part: every part would score by itself; choose with --save MAP.toml, then pass --layers MAP.toml"
         )
     if not applies:
-        found += _told(given, WRITING, "there is no OUT to write")
+        found += useless(given, WRITING, "there is no OUT to write")
         if "student" not in wanted:
-            found += _told(given, ("from_", "preset", "scale"), f"--strategy {strategy} looks at no RWKV layer")
+            found += useless(given, ("from_", "preset", "scale"), f"--strategy {strategy} looks at no RWKV layer")
         if "tokens" not in wanted:
-            found += _told(given, ("seed",), "nothing is random here")
+            found += useless(given, ("seed",), "nothing is random here")
         if not values["save"] and not values["plot"]:
-            found += _told(given, ("overwrite",), "nothing is written")
+            found += useless(given, ("overwrite",), "nothing is written")
     return found
-
-
-def _told(given: set[str], names: tuple[str, ...], reason: str) -> list[str]:
-    options = [f"--{name.strip('_').replace('_', '-')}" for name in names if name in given]
-    return [f"{', '.join(options)}: {reason}"] if options else []
 
 
 def _unwritable(values: Mapping[str, Any]) -> list[str]:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_choice
 from hxaconv.commands.advice_options import cache_path, rules
-from hxaconv.commands.common import base_model_name, checked_device, one_of
+from hxaconv.commands.common import base_model_name, checked_device, download, one_of
 from hxaconv.commands.convert import complete, main_dtype, open_student
 from hxaconv.commands.donor import open_donor
 from hxaconv.commands.tokens import TokenOptions, calibration_tokens
-from hxaconv.config import student_of
+from hxaconv.config import dropped_scaling, student_of
 from hxaconv.dtypes import FLOATS
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.hub import download_weights
 from hxaconv.model import Model
 from hxaconv.opening import open_checkpoint
 from hxaconv.plan import source_files
@@ -143,7 +142,9 @@ def run(
         say("Scores are kept nowhere: with --save MAP.toml, interrupted scoring would go on where it stopped.")
     with interruptible(lambda: _kept(request)) as signals:
         if "tokens" in wanted:
-            _download(subject, progress)
+            plans = [model.plan for model in (subject.teacher, subject.student) if model is not None]
+            # Before scoring, which does not stop between two layers for as long as a download takes.
+            download(subject.sources, [file for plan in plans for file in source_files(plan)], progress)
         with signals.deferred():
             advice = advise(
                 num_layers,
@@ -155,16 +156,10 @@ def run(
                 progress=progress,
             )
         signals.stop_if_requested()
+    if "tokens" in wanted:
+        dropped = [line for checkpoint in subject.sources for line in dropped_scaling(checkpoint.config or {})]
+        advice = replace(advice, warnings=(*dropped, *advice.warnings))
     return Advised(advice, subject, tuple(settings), request.cache)
-
-
-def _download(subject: Subject, progress: Progress | None) -> None:
-    """Have the weights here before scoring: it does not stop between two layers for as long as a download takes."""
-    plans = [model.plan for model in (subject.teacher, subject.student) if model is not None]
-    needed = [file for plan in plans for file in source_files(plan)]
-    for checkpoint in subject.sources:
-        if checkpoint.repo is not None:
-            download_weights(checkpoint, progress, needed=needed)
 
 
 def _kept(request: Request) -> str:
@@ -217,6 +212,7 @@ def open_subject(values: Mapping[str, Any], wanted: frozenset[str], progress: Pr
         rope_theta=values["rope_theta"],
         rms_norm_eps=values["rms_norm_eps"],
         allow_output_bias=True,
+        drop_rope_scaling=True,
     )
     plain = None
     if "student" in wanted:

@@ -82,5 +82,5 @@ def run(
         base_model=base_model_name(checkpoint),
         purpose=UNTRAINED,
     )
-    warnings = [*dtype_warnings(plain.plan, ""), *layer_0_warning(plain.student)]
+    warnings = [*opened.warnings, *dtype_warnings(plain.plan, ""), *layer_0_warning(plain.student)]
     return perform_calibrated(task, job, write, None, warnings, notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hxaconv import layer_choice
 from hxaconv.config import StudentConfig
 from hxaconv.errors import HxaconvError
-from hxaconv.json_files import rounded
+from hxaconv.json_files import plain_data
 from hxaconv.model import Model
 from hxaconv.output import Job, build_output
 from hxaconv.writing.interruption import interruptible
@@ -224,6 +224,17 @@ def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
+def given_options(function: Callable[..., Any], values: Mapping[str, Any]) -> set[str]:
+    """Names of a command's options that do not have their defaults."""
+    return {name for name, default in defaults_of(function).items() if values[name] != default}
+
+
+def useless(given: Collection[str], names: Iterable[str], reason: str) -> list[str]:
+    """A line that tells why those of `names` that were given have no use, if there are any."""
+    options = [f"--{name.strip('_').replace('_', '-')}" for name in names if name in given]
+    return [f"{', '.join(options)}: {reason}"] if options else []
+
+
 def oversized(output: Output, max_shard_bytes: int) -> list[str]:
     """Tensors that no file of the size asked for can hold."""
     if output.container != "safetensors":
@@ -260,7 +271,7 @@ def _staged_check(
             let_nonfinite_pass(report)
         report.raise_if_failed()
         reports.append(report)
-        verdict: Mapping[str, Any] = rounded(report.verdict(), VERDICT_DIGITS)
+        verdict: Mapping[str, Any] = plain_data(report.verdict(), VERDICT_DIGITS)
         return verdict
 
     return check

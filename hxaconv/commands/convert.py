@@ -19,7 +19,7 @@ from hxaconv.commands.common import (
     parse_size,
     perform,
 )
-from hxaconv.config import TeacherConfig
+from hxaconv.config import TeacherConfig, dropped_scaling
 from hxaconv.dtypes import FLOATS, parse_dtype
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.model import Model
@@ -169,7 +169,7 @@ def _convert(command: str, function: Callable[..., Outcome], given: Mapping[str,
         before = student if need_all else Model(student.config, _attention(student.plan), student.label)
         return check_converted(before, output, progress=progress)
 
-    warnings = dtype_warnings(changed.plan, command) + layer_0_warning(changed.student)
+    warnings = [*opened.warnings, *dtype_warnings(changed.plan, command), *layer_0_warning(changed.student)]
     return perform(job, write, verify, warnings, notes)
 
 
@@ -180,6 +180,11 @@ class Opened:
         self.student = student
         self.sources = sources
         self.teacher = teacher
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a teacher's config says that is not followed."""
+        return [line for checkpoint in self.sources.values() for line in dropped_scaling(checkpoint.config or {})]
 
 
 def open_student(
@@ -201,7 +206,13 @@ def open_student(
     teacher_model = None
     if teacher is not None:
         sources["teacher"] = open_checkpoint(teacher, progress=progress)
-        teacher_model = open_teacher(sources["teacher"], allow_output_bias=True)
+        teacher_model = open_teacher(
+            sources["teacher"],
+            rope_theta=(flags or {}).get("rope_theta"),
+            rms_norm_eps=(flags or {}).get("rms_norm_eps"),
+            allow_output_bias=True,
+            drop_rope_scaling=True,
+        )
     config = teacher_model.config if teacher_model else None
     assert config is None or isinstance(config, TeacherConfig)
     facts = map_facts(layer_map) if layer_map is not None else None

@@ -162,7 +162,7 @@ class Calibrated:
 
     def verify(self, factors: Mapping[str, float] | None, output: Model, progress: Progress | None) -> Report:
         """The check of the written student, on the held-out tokens."""
-        from hxaconv.verification.calibrated import check_calibrated
+        from hxaconv.calibration.check import check_calibrated
 
         task = self.task
         return check_calibrated(
@@ -257,8 +257,8 @@ def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated |
         HxaconvError: when the target cannot be written, or the teacher is not finite.
     """
     from hxaconv.calibration.cache import Cache, fingerprint, locked
+    from hxaconv.calibration.check import measure
     from hxaconv.calibration.streaming import calibrate
-    from hxaconv.verification.calibrated import measure
 
     folder = Path(f"{job.target.absolute()}.calibration")
 

@@ -119,7 +119,8 @@ def run(
         made["init"] = init_record(fresh, "openmose", preset, settings)
     initialised = f"RWKV, initialised ({as_options(preset, settings.factors, seed)})"
     notes += _told_origins(changed, taken, new, initialised, donor.description if donor else "")
-    warnings = [*dtype_warnings(plan, ""), *layer_0_warning(new), *_uneven(history, fresh, new, preset, settings)]
+    warnings = [*opened.warnings, *dtype_warnings(plan, ""), *layer_0_warning(new)]
+    warnings += _uneven(history, fresh, new, preset, settings)
     if donor and not taken:
         warnings.append(f"--from {other} has none of the changed layers in its new kind: it is not used")
     sources = opened.sources | ({"from": donor.checkpoint} if donor else {})

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.checkpoint import Checkpoint
-from hxaconv.commands.common import checked_device, one_of
+from hxaconv.commands.common import checked_device, one_of, useless
 from hxaconv.commands.convert import complete, open_student
 from hxaconv.commands.tokens import TokenOptions, tokens_of
-from hxaconv.config import ModelConfig
+from hxaconv.config import ModelConfig, dropped_scaling
 from hxaconv.digests import DigestReport, check_digests
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.lint import lint
@@ -37,6 +37,8 @@ class VerifyOptions:
     expect: str | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
     logits_out: str | None = None
+    overwrite: bool = False
+    """Whether `logits_out` may replace a file."""
     progress: Progress | None = None
 
 
@@ -82,10 +84,14 @@ def run(
             raise HxaconvError(f"{', '.join(about)}: for comparisons only", hint="Add --against OTHER.")
     logits_out = Path(options.logits_out) if options.logits_out else None
     if logits_out is not None:
-        refuse_logits_path(logits_out, [source, against, teacher])
+        refuse_logits_path(logits_out, [source, against, teacher], overwrite=options.overwrite)
     flags = {"rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps, "tie_word_embeddings": tie_word_embeddings}
     checkpoint = open_checkpoint(source, revision=revision, progress=options.progress)
     beside = open_checkpoint(against, progress=options.progress) if against else None
+    opened = [found for found in (checkpoint, beside) if found is not None]
+    if not any(_is_student(found) for found in opened):
+        without = {"--teacher": teacher, "--layer-map": layer_map, "--tie-word-embeddings": tie_word_embeddings}
+        _refuse_for_teachers(source, without)
     try:
         model = whole_model(checkpoint, teacher, layer_map, flags)
         other = whole_model(beside, teacher, layer_map, flags, model.config) if beside else None
@@ -104,22 +110,44 @@ def run(
             progress=options.progress,
         )
         report.findings = [finding.to_json() for finding in lint(checkpoint, model.config)]
-        return report
-    return compare_models(
-        model,
-        other,
-        ids=ids,
-        expect=options.expect,
-        thresholds=Thresholds(**options.thresholds),
-        dtype=options.dtype,
-        device=options.device,
-        logits_out=logits_out,
-        progress=options.progress,
-    )
+    else:
+        report = compare_models(
+            model,
+            other,
+            ids=ids,
+            expect=options.expect,
+            thresholds=Thresholds(**options.thresholds),
+            dtype=options.dtype,
+            device=options.device,
+            logits_out=logits_out,
+            progress=options.progress,
+        )
+    report.notes += [line for found in opened for line in dropped_scaling(found.config or {})]
+    return report
 
 
-def refuse_logits_path(path: Path, sources: Sequence[str | None]) -> None:
-    """Stop before anything that exists is replaced, or anything is put into a checkpoint.
+def check_options(given: set[str]) -> None:
+    """Refuse options of the command line that would be ignored; `given` are their names.
+
+    Raises:
+        HxaconvError: listing everything at once.
+    """
+    if "digests" in given:
+        others = sorted(given - {"digests", "revision", "json", "quiet"})
+        problems = useless(given, others, "--digests only re-reads the tensors of SOURCE")
+    else:
+        problems = [] if "against" in given else useless(given, ("plot",), "it draws a comparison; add --against OTHER")
+        if "input_ids" in given:
+            problems += useless(given, ("tokens", "batch", "seed"), "all ids of --input-ids are used, as they are")
+        elif "text" in given:
+            problems += useless(given, ("seed",), "nothing is random with --text")
+        if not given & {"plot", "logits_out"}:
+            problems += useless(given, ("overwrite",), "there is no --plot or --logits-out to write")
+    raise_all("this cannot be done as asked for:", problems)
+
+
+def refuse_logits_path(path: Path, sources: Sequence[str | None], *, overwrite: bool) -> None:
+    """Stop before anything is put into a checkpoint, or anything that exists is replaced unasked.
 
     Raises:
         HxaconvError: listing what is wrong with the path.
@@ -127,8 +155,10 @@ def refuse_logits_path(path: Path, sources: Sequence[str | None]) -> None:
     problems = []
     if path.suffix != ".safetensors":
         problems.append("it is written as safetensors; name it NAME.safetensors")
-    if path.exists():
-        problems.append("it exists, and verify replaces nothing")
+    if path.is_dir():
+        problems.append("it is a folder")
+    elif path.exists() and not overwrite:
+        problems.append("it exists; --overwrite replaces it")
     if not path.absolute().parent.is_dir():
         problems.append(f"{path.absolute().parent} is not a folder")
     inside = [s for s in sources if s and Path(s).exists() and Path(s).resolve() in path.resolve().parents]
@@ -163,6 +193,18 @@ def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: Incons
     return report
 
 
+def _is_student(checkpoint: Checkpoint) -> bool:
+    return is_student(checkpoint) or checkpoint.config is None
+
+
+def _refuse_for_teachers(source: str, given: Mapping[str, Any]) -> None:
+    raise_all(
+        f"{source} is a teacher itself:",
+        [f"{option} has no use" for option, value in given.items() if value is not None],
+        hint="To verify a student, name it as SOURCE or --against.",
+    )
+
+
 def whole_model(
     checkpoint: Checkpoint,
     teacher: str | None,
@@ -176,7 +218,7 @@ def whole_model(
         HxaconvError: when it is neither, or a setting is known from no source.
         Inconsistent: when its tensors and its settings do not make one model.
     """
-    if is_student(checkpoint) or checkpoint.config is None:
+    if _is_student(checkpoint):
         given = dict(flags)
         if beside is not None and checkpoint.config is None and checkpoint.sidecar is None and teacher is None:
             for key in ("rope_theta", "rms_norm_eps", "tie_word_embeddings"):
@@ -184,4 +226,10 @@ def whole_model(
         opened = open_student(checkpoint, teacher=teacher, layer_map=layer_map, flags=given)
         model, _ = complete(opened, need_all=True)
         return model
-    return open_teacher(checkpoint, allow_output_bias=True)
+    return open_teacher(
+        checkpoint,
+        rope_theta=flags["rope_theta"],
+        rms_norm_eps=flags["rms_norm_eps"],
+        allow_output_bias=True,
+        drop_rope_scaling=True,
+    )

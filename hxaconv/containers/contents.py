@@ -18,8 +18,8 @@ class Contents:
     container: str
     """`safetensors`, `pth` (zip) or `legacy` (pickles before the zip form)."""
     tensors: Plan
-    metadata: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    """Of pickles: what `find_state_dict` says, and `aliases`, groups of names that are one tensor."""
 
 
 def show(text: str) -> str:

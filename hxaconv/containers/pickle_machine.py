@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
@@ -63,7 +63,6 @@ class Tensor:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    parameter: bool = False
 
 
 _CALLEES = {
@@ -99,9 +98,15 @@ class Machine:
         self.budget = MAX_OPCODES
 
     def fail(self, what: str) -> HxaconvError:
+        """The error for a pickle that no torch.save writes: what it does, and where."""
         return broken(self.where, f"its pickle {what} (at byte {self.position})")
 
     def charge(self, count: int) -> None:
+        """Take `count` steps off the budget.
+
+        Raises:
+            HxaconvError: when it is spent.
+        """
         self.budget -= count
         if self.budget < 0:
             raise HxaconvError(
@@ -109,6 +114,12 @@ class Machine:
             )
 
     def run(self, operations: Mapping[int, Callable[[Machine], None]]) -> Any:
+        """Interpret up to STOP; the value that is left.
+
+        Raises:
+            Truncated: when the data ends before.
+            HxaconvError: for an opcode that is not in `operations`, and for what these refuse.
+        """
         data = self.data
         while True:
             self.budget -= 1
@@ -128,21 +139,25 @@ class Machine:
             operation(self)
 
     def truncated(self) -> Truncated:
+        """The error for data that ends inside the pickle."""
         return Truncated(
             f"{self.where} ends inside a pickle, at byte {len(self.data)}",
             hint="The file is damaged or truncated; download or copy it again.",
         )
 
     def take(self, count: int) -> bytes:
+        """The next `count` bytes, or Truncated is raised."""
         start, self.position = self.position, self.position + count
         if self.position > len(self.data):
             raise self.truncated()
         return self.data[start : self.position]
 
     def number(self, width: int, signed: bool = False) -> int:
+        """The next little-endian number of `width` bytes."""
         return int.from_bytes(self.take(width), "little", signed=signed)
 
     def line(self) -> bytes:
+        """The next bytes up to a newline, which is passed over; HxaconvError is raised beyond 1024."""
         end = self.data.find(b"\n", self.position, self.position + 1024)
         if end < 0:
             if self.position + 1024 > len(self.data):
@@ -152,28 +167,37 @@ class Machine:
         return self.data[start:end]
 
     def text(self, width: int) -> str:
+        """The next text, its length before it in `width` bytes; HxaconvError is raised for one that is too long."""
         count = self.number(width)
         if count > MAX_TEXT_BYTES:
             raise self.fail(f"holds a text of {count} bytes")
         return self.decode(self.take(count))
 
     def decode(self, raw: bytes) -> str:
+        """Bytes as UTF-8, or HxaconvError is raised."""
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
             raise self.fail("holds text that is not UTF-8") from None
 
     def items_above_mark(self) -> list[Any]:
+        """What was pushed since the last MARK, which goes with it."""
         items = self.stack
         self.stack = self.marked.pop()
         return items
 
     def top(self, kind: type) -> Any:
+        """The value on top of the stack, of this type, or HxaconvError is raised."""
         if not isinstance(self.stack[-1], kind):
             raise self.fail(f"adds items to a {type(self.stack[-1]).__name__}")
         return self.stack[-1]
 
     def store_items(self, target: dict[Any, Any], flat: list[Any]) -> None:
+        """Put keys and values, which alternate in `flat`, into a dictionary.
+
+        Raises:
+            HxaconvError: for keys that are no text or small numbers.
+        """
         if len(flat) % 2:
             raise self.fail("has a key without a value")
         keys = flat[::2]
@@ -185,6 +209,11 @@ class Machine:
         target.update(zip(keys, flat[1::2], strict=True))
 
     def find_global(self, module: str, name: str) -> Callee | StorageClass:
+        """What stands for a name of the allow-list.
+
+        Raises:
+            HxaconvError: for every other name.
+        """
         if module == "torch" and name in BY_STORAGE_CLASS:
             return StorageClass(BY_STORAGE_CLASS[name].name)
         if (module, name) in _CALLEES:
@@ -197,6 +226,7 @@ class Machine:
         )
 
     def call(self, callee: Any, arguments: Any) -> Any:
+        """What the callee would make of its arguments; HxaconvError is raised where they are not what it takes."""
         if not isinstance(arguments, tuple):
             raise self.fail("calls with arguments that are no tuple")
         if callee is Callee.TENSOR:
@@ -204,12 +234,13 @@ class Machine:
         if callee is Callee.PARAMETER:
             if len(arguments) != 3 or not isinstance(arguments[0], Tensor):
                 raise self.fail("builds a parameter from something else than a tensor")
-            return replace(arguments[0], parameter=True)
+            return arguments[0]
         if callee is Callee.ORDERED_DICT and len(arguments) <= 1:
             return self.ordered_dict(arguments[0] if arguments else [])
         raise self.fail(f"calls a {type(callee).__name__}")
 
     def ordered_dict(self, pairs: Any) -> OrderedDict[Any, Any]:
+        """The dictionary that these pairs make; HxaconvError is raised for anything else."""
         # Python 2 hands the items over as one list of two-item lists.
         if not isinstance(pairs, list):
             raise self.fail("builds a dictionary from something else than a list")
@@ -221,6 +252,7 @@ class Machine:
         return made
 
     def tensor(self, arguments: tuple[Any, ...]) -> Tensor:
+        """What `_rebuild_tensor_v2` would view; HxaconvError is raised for numbers that no tensor has."""
         if len(arguments) not in (6, 7) or not isinstance(arguments[0], Storage):
             raise self.fail("builds a tensor from something else than a storage")
         storage, offset, shape, strides = arguments[:4]
@@ -233,6 +265,11 @@ class Machine:
         return Tensor(storage, offset, shape, strides)
 
     def storage(self, ident: Any) -> Storage:
+        """The storage that a persistent id names.
+
+        Raises:
+            HxaconvError: for ids of another form, and for a whole module.
+        """
         if not isinstance(ident, tuple) or not ident or ident[0] not in ("storage", "module"):
             raise self.fail("refers to something else than a storage")
         if ident[0] == "module":

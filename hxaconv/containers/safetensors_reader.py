@@ -63,7 +63,7 @@ def parse_header(file: SourceFile, data: bytes) -> Contents:
         shape = tuple(entry["shape"])
         plan[name] = stored(entry["dtype"], shape, file, len(data) + start, f"{name} in {file.name}")
     file.header_digest = hashlib.sha256(data).hexdigest()
-    return Contents(container="safetensors", tensors=plan, metadata=metadata, extra={"header_bytes": len(data)})
+    return Contents(container="safetensors", tensors=plan)
 
 
 def _load_json(raw: bytes, where: str) -> dict[str, Any]:

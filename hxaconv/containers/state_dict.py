@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ class StateDict:
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
-    """`flat`, `ordered_dict`, `nested_under` (`a.b` or None), `ignored` (names of what is no tensor)."""
+    """`nested_under` (`a.b` or None), `ignored` (names of what is no tensor)."""
 
 
 def find_state_dict(value: Any, where: str) -> StateDict:
@@ -65,11 +64,8 @@ def find_state_dict(value: Any, where: str) -> StateDict:
     check_names(list(tensors), where)
     ignored += [show(str(key)) for key in value if key not in tensors]
     facts = {
-        "flat": not path and not ignored,
-        "ordered_dict": isinstance(value, OrderedDict),
         "nested_under": ".".join(path) or None,
         "ignored": ignored,
-        "parameters": sum(tensor.parameter for tensor in tensors.values()),
     }
     return StateDict(tensors, facts)
 

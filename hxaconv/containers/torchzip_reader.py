@@ -50,7 +50,6 @@ class Archive:
     """A zip file's directory."""
 
     records: dict[str, Record]
-    zip64: bool
     digest: str
     """sha256 of the central directory."""
 
@@ -61,7 +60,7 @@ def read_directory(file: SourceFile) -> Archive:
     Raises:
         HxaconvError: for a damaged directory, and for compressed or encrypted records.
     """
-    count, size, offset, end, zip64 = _find_directory(file)
+    count, size, offset, end = _find_directory(file)
     if offset + size > end or count * _CENTRAL_SIZE > size:
         raise broken(file.label, f"the zip directory ({count} records, {size} bytes at {offset}) does not fit")
     if size > MAX_DIRECTORY_BYTES:
@@ -72,11 +71,11 @@ def read_directory(file: SourceFile) -> Archive:
     by_name = {record.name: record for record in records}
     if len(by_name) != len(records):
         raise broken(file.label, "the zip directory names a record twice")
-    return Archive(by_name, zip64, hashlib.sha256(data).hexdigest())
+    return Archive(by_name, hashlib.sha256(data).hexdigest())
 
 
-def _find_directory(file: SourceFile) -> tuple[int, int, int, int, bool]:
-    """Number of records, bytes and offset of the directory, where it must end, and whether it is zip64."""
+def _find_directory(file: SourceFile) -> tuple[int, int, int, int]:
+    """Number of records, bytes and offset of the directory, and where it must end."""
     tail = file.read(max(0, file.size - _END_SIZE - _IN_16_BITS), min(file.size, _END_SIZE + _IN_16_BITS))
     at = tail.rfind(_END)
     while at >= 0 and len(tail) != at + _END_SIZE + int.from_bytes(tail[at + 20 : at + 22], "little"):
@@ -91,10 +90,10 @@ def _find_directory(file: SourceFile) -> tuple[int, int, int, int, bool]:
         if end64 + _END64_SIZE > locator_at or file.read(end64, 4) != _END64:
             raise broken(file.label, "the zip64 end record is not where its locator points")
         count, size, offset = struct.unpack("<32x3Q", file.read(end64, _END64_SIZE))
-        return count, size, offset, end64, True
+        return count, size, offset, end64
     if count == _IN_16_BITS or _IN_32_BITS in (size, offset):
         raise broken(file.label, "the zip64 end record is missing")
-    return count, size, offset, end, False
+    return count, size, offset, end
 
 
 def _parse_directory(data: bytes, count: int, where: str) -> list[Record]:
@@ -209,17 +208,7 @@ def read_torchzip(file: SourceFile) -> Contents:
     digest = hashlib.sha256(f"{archive.digest} {sorted(places.items())}".encode())
     digest.update(pickled)
     file.header_digest = digest.hexdigest()
-    extra = {
-        **state.facts,
-        "aliases": aliases,
-        "version": _small(file, archive, f"{prefix}/version"),
-        "byteorder": _small(file, archive, f"{prefix}/byteorder"),
-        "zip64": archive.zip64,
-        "archive_name": prefix,
-        "storages": len(places),
-        "misaligned": sum(offset % 64 != 0 for offset in places.values()),
-    }
-    return Contents(container="pth", tensors=plan, extra=extra)
+    return Contents(container="pth", tensors=plan, extra={**state.facts, "aliases": aliases})
 
 
 def _prefix(archive: Archive, where: str) -> str:

@@ -165,7 +165,9 @@ class Sweep:
         if "mse" in self.strategies:
             mixed, first = time_mix(normed, mixer.__getitem__, config, layer, state.first)
             state.first = first
-            found["mse"] = float((mixed - attended).double().square().sum() / attended.double().square().sum())
+            missed, energy = (part.double().square().sum().item() for part in (mixed - attended, attended))
+            # Nobody misses an attention that says nothing.
+            found["mse"] = missed / energy if energy else 0.0
         if self._restores:
             rest = layer_names(self.student, layer, mixer=False)
             # Where they are not the same, the student's MLP takes the memory of the teacher's.

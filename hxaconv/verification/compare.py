@@ -20,7 +20,7 @@ from hxaconv.plan import Plan, layer_bytes, total_bytes
 from hxaconv.reference import llama
 from hxaconv.reference.hxa079 import Carry
 from hxaconv.verification.dump import Dump, dumping
-from hxaconv.verification.expectations import Thresholds, config_differences, judge
+from hxaconv.verification.expectations import Thresholds, config_differences, judge, usual_expectation
 from hxaconv.verification.report import LayerResult, LogitResult, Report, TensorResult
 from hxaconv.verification.runner import Runner, Stream, compute_settings
 from hxaconv.verification.tensors import compare_tensor, with_head
@@ -50,8 +50,8 @@ def compare_models(
         HxaconvError: when their layers cannot be fed the same input.
     """
     began = time.monotonic()
-    same = isinstance(source.config, StudentConfig) == isinstance(other.config, StudentConfig)
-    report = Report(source=source.label, other=other.label, expect=expect or ("identical" if same else "report"))
+    expect = expect or usual_expectation(source.config, other.config)
+    report = Report(source=source.label, other=other.label, expect=expect)
     report.config_differences = config_differences(source.config, other.config)
     if ids is None:
         report.tensors = compare_all(source, other)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from hxaconv.config import StudentConfig
 from hxaconv.errors import shortened
 from hxaconv.model import Model
 from hxaconv.names import HEAD, is_attention
@@ -13,11 +14,14 @@ from hxaconv.plan import Plan, Recipe
 from hxaconv.verification.compare import compare_models
 from hxaconv.verification.expectations import Thresholds
 from hxaconv.verification.origins import (
-    CONSTANT,
     COPIED,
+    LAYER_ARCHITECTURE,
+    ORTHOGONAL,
     SCALED,
+    expected_initial,
     in_rwkv_layer,
     is_constant,
+    is_orthogonal,
     is_padded,
     is_scaled,
     part_of_mixer,
@@ -25,7 +29,6 @@ from hxaconv.verification.origins import (
 )
 from hxaconv.verification.probe import probe_tokens
 from hxaconv.verification.report import Report, TensorResult
-from hxaconv.verification.single import finite_on_disk
 from hxaconv.verification.tensors import with_head
 
 if TYPE_CHECKING:
@@ -108,27 +111,36 @@ def check_rwkv_layers(report: Report, student: Model, teacher: Plan, factors: Ma
     for name, recipe in student.plan.items():
         if not in_rwkv_layer(student.student, name):
             continue
-        kind, kept = _keeps_promise(name, recipe, teacher, factors)
+        kind, kept = _keeps_promise(name, recipe, student.student, teacher, factors)
         counts[kind] += 1
         seen.add(part_of_mixer(name))
         if not kept:
             wrong[kind].append(name)
     shown = "".join(f", {part} x {factor:g}" for part, factor in factors.items() if part in seen)
-    good = {"scaled projections": f"the teacher's{shown}", "initial values": "constants as published, all finite"}
+    good = {"scaled projections": f"the teacher's{shown}", "initial values": "as published, random matrices orthogonal"}
     for kind, names in wrong.items():
         text = f"{counts[kind]} tensors: {good[kind]}"
         report.check(kind, not names, listing(names, "are not what they should be") or text)
 
 
-def _keeps_promise(name: str, recipe: Recipe, teacher: Plan, factors: Mapping[str, float]) -> tuple[str, bool]:
+def _keeps_promise(
+    name: str, recipe: Recipe, config: StudentConfig, teacher: Plan, factors: Mapping[str, float]
+) -> tuple[str, bool]:
     """(kind of promise, whether the tensor of an RWKV layer keeps it)."""
     part = part_of_mixer(name)
     if part in SCALED | COPIED:
         origin = teacher.get(teacher_name(name))
         return "scaled projections", origin is not None and is_scaled(recipe, origin, factors.get(part, 1.0))
-    if part in CONSTANT:
-        return "initial values", is_constant(recipe, CONSTANT[part])
-    return "initial values", finite_on_disk(recipe)
+    return "initial values", _is_initial(part, name, recipe, config)
+
+
+def _is_initial(part: str, name: str, recipe: Recipe, config: StudentConfig) -> bool:
+    records = {"layer_architecture": LAYER_ARCHITECTURE, "head_size_record": float(config.head_dim)}
+    if part in records:
+        return is_constant(recipe, records[part])
+    if part in ORTHOGONAL:
+        return is_orthogonal(recipe)
+    return expected_initial(name, recipe, config) is None
 
 
 def _check_gqa_layers(report: Report) -> None:

@@ -14,14 +14,30 @@ from hxaconv.verification.report import Report
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """What an expectation lets pass. `logits` belongs to identical, the others to close."""
+    """What lets a comparison pass; what is None is judged only where the expectation says so."""
 
-    logits: float = 0.0
-    """Largest difference of a logit: the same bits take the same path through the same code."""
-    layer: float = 1e-2
-    """Relative error of a layer on equal input; rounding all its weights to bf16 costs up to 4e-3."""
-    kl: float = 1e-3
-    """KL divergence in nats per token."""
+    logits: float | None = None
+    """Largest difference of a logit."""
+    layer: float | None = None
+    """Relative error of a layer on equal input."""
+    kl: float | None = None
+    """KL divergence in nats per token, in either direction."""
+
+
+USUAL = {
+    # The same bits take the same path through the same code.
+    "identical": Thresholds(logits=0.0),
+    # Rounding all weights of a layer to bf16 costs up to 4e-3.
+    "close": Thresholds(layer=1e-2, kl=1e-3),
+    "report": Thresholds(),
+}
+"""What each expectation allows where nothing is given."""
+
+
+def usual_expectation(source: ModelConfig, other: ModelConfig) -> str:
+    """`identical` for two models of the same architecture, `report` for a student and a teacher."""
+    same = isinstance(source, StudentConfig) == isinstance(other, StudentConfig)
+    return "identical" if same else "report"
 
 
 def config_differences(source: ModelConfig, other: ModelConfig) -> list[str]:
@@ -40,15 +56,13 @@ def judge(report: Report, thresholds: Thresholds, source: Model) -> None:
         _finite(report)
     if report.expect == "report":
         _explain(report, source)
-        return
-    _same_tensors(report, exactly=report.expect == "identical")
-    _same_config(report)
-    if not ran:
-        report.notes.append("Only tensors were compared: no forward was run.")
-    elif report.expect == "identical":
-        _identical_logits(report, thresholds.logits)
     else:
-        _close(report, thresholds)
+        _same_tensors(report, exactly=report.expect == "identical")
+        _same_config(report)
+    if ran:
+        _within(report, thresholds, USUAL[report.expect or "report"])
+    elif report.expect != "report":
+        report.notes.append("Only tensors were compared: no forward was run.")
 
 
 def _finite(report: Report) -> None:
@@ -80,20 +94,22 @@ def _same_config(report: Report) -> None:
     report.check("config", not found, "; ".join(found) if found else "the same settings")
 
 
-def _identical_logits(report: Report, limit: float) -> None:
+def _within(report: Report, given: Thresholds, usual: Thresholds) -> None:
+    """Judge what was measured by the limits that were given, and by those that the expectation has."""
     assert report.logits is not None
-    found = report.logits.max_difference
-    text = f"max |d| {found:.3g}, allowed {limit:.3g}{_first(report)}"
-    report.check("logits", found <= limit, text)
-
-
-def _close(report: Report, thresholds: Thresholds) -> None:
-    assert report.logits is not None
-    worst = max(report.layers, key=lambda result: _nan_is_worst(result.output_error))
-    text = f"relative error at most {worst.output_error:.3g} (layer {worst.layer}), allowed {thresholds.layer:.3g}"
-    report.check("layers", worst.output_error <= thresholds.layer, text + _first(report))
-    kl = max(report.logits.kl_other_source, report.logits.kl_source_other, key=_nan_is_worst)
-    report.check("logits", kl <= thresholds.kl, f"KL {kl:.3g} nats per token, allowed {thresholds.kl:.3g}")
+    limits = {f.name: getattr(given, f.name) for f in fields(Thresholds)}
+    limits = {name: getattr(usual, name) if limit is None else limit for name, limit in limits.items()}
+    if limits["logits"] is not None:
+        found = report.logits.max_difference
+        text = f"max |d| {found:.3g}, allowed {limits['logits']:.3g}{_first(report)}"
+        report.check("logits", found <= limits["logits"], text)
+    if limits["layer"] is not None:
+        worst = max(report.layers, key=lambda result: _nan_is_worst(result.output_error))
+        text = f"relative error at most {worst.output_error:.3g} (layer {worst.layer}), allowed {limits['layer']:.3g}"
+        report.check("layers", worst.output_error <= limits["layer"], text + _first(report))
+    if limits["kl"] is not None:
+        kl = max(report.logits.kl_other_source, report.logits.kl_source_other, key=_nan_is_worst)
+        report.check("KL", kl <= limits["kl"], f"{kl:.3g} nats per token, allowed {limits['kl']:.3g}")
 
 
 def _nan_is_worst(value: float) -> float:

@@ -19,8 +19,12 @@ from hxaconv.verification.tensors import element_pairs, same_bits, with_head
 SCALED = {"receptance": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
 COPIED = {"r_norm": "q_norm", "k_norm": "k_norm"}
 CONSTANT = {"v0": 0.73, "k0": 0.73, "r_k": -0.04} | dict.fromkeys(("w1", "a1", "v1", "k1", "g1"), 0.0)
+ORTHOGONAL = {"w2", "a2", "v2", "k2", "g2"}
+LAYER_ARCHITECTURE = 78.0
+GAIN = 0.1
+"""Of orthogonal matrices, times sqrt(rows / columns) where there are more rows than columns."""
 ROUNDED_ON_THE_WAY = 1e-5
-"""What w0 and a0 may differ by where they were computed in float32."""
+"""What w0 and a0 may differ by where they were computed in float32; of the gain squared, what a Gram matrix may."""
 
 
 def in_rwkv_layer(config: StudentConfig, name: str) -> bool:
@@ -97,6 +101,20 @@ def is_constant(recipe: Recipe, value: float) -> bool:
     return bool((found == torch.tensor(value, dtype=found.dtype)).all())
 
 
+def is_orthogonal(recipe: Recipe) -> bool:
+    """Whether the rows of a (rows, columns) matrix, or its columns if they are fewer, are orthogonal with the gain.
+
+    Rounding moves each value by eps/2 of itself at most, so an entry of the Gram matrix (Cauchy-Schwarz) by eps times
+    the gain squared.
+    """
+    values = tensor(recipe).float()
+    rows, columns = values.shape
+    gram = values @ values.T if rows <= columns else values.T @ values
+    square = GAIN**2 * max(1.0, rows / columns)
+    limit = (torch.finfo(torch_dtype(recipe.dtype)).eps * 1.01 + ROUNDED_ON_THE_WAY) * square
+    return bool(((gram - square * torch.eye(len(gram))).abs() <= limit).all())
+
+
 def teacher_name(name: str) -> str:
     """The teacher's name of what a projection or norm of an RWKV layer is made of."""
     prefix, _, rest = name.partition(".self_attn.")
@@ -124,7 +142,7 @@ def touched_tensors(student: Model, teacher: Model | None = None) -> dict[str, s
     found = {}
     for name, recipe in student.plan.items():
         if in_rwkv_layer(student.student, name):
-            expected = _expected_initial(name, recipe, student.student)
+            expected = expected_initial(name, recipe, student.student)
             if expected is None and teacher is not None:
                 expected = _expected_origin(name, recipe, teacher.plan)
             if expected is not None:
@@ -132,7 +150,8 @@ def touched_tensors(student: Model, teacher: Model | None = None) -> dict[str, s
     return found
 
 
-def _expected_initial(name: str, recipe: Recipe, config: StudentConfig) -> str | None:
+def expected_initial(name: str, recipe: Recipe, config: StudentConfig) -> str | None:
+    """What a constant or bias of an RWKV layer should be, where it is not; None for all other tensors."""
     part, layer = part_of_mixer(name), layer_index(name)
     assert layer is not None
     if part in CONSTANT:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hxaconv.errors import CheckFailed, bullet_list
+from hxaconv.json_files import plain_data
 
 EXPECTATIONS = ("identical", "close", "report")
 
@@ -112,7 +112,7 @@ class Report:
         """Everything; numbers that are not finite become strings, which JSON can carry."""
         content = {"passed": self.passed, "reason": self.reason, "first_difference": self.first_difference}
         content |= asdict(self)
-        plain: dict[str, Any] = _plain(content)
+        plain: dict[str, Any] = plain_data(content)
         return plain
 
     def verdict(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Report:
         }
         if self.logits is not None:
             content["logits"] = asdict(self.logits)
-        plain: dict[str, Any] = _plain(content)
+        plain: dict[str, Any] = plain_data(content)
         return plain
 
     def raise_if_failed(self) -> None:
@@ -141,13 +141,3 @@ class Report:
 
     def _failed(self) -> list[str]:
         return [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -22,6 +22,7 @@ class WriteBehind:
         self.sources: Sequence[SourceFile] = ()
 
     def wrote(self, fd: int, offset: int, count: int) -> None:
+        """Take note of a range that was written, and send it off with others once they fill a window."""
         if self._window and sum(self._window[-1]) == offset:
             self._window[-1] = (self._window[-1][0], self._window[-1][1] + count)
         else:

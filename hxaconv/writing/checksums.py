@@ -38,6 +38,7 @@ class Checks:
         self._nonfinite = 0
 
     def update(self, piece: memoryview) -> None:
+        """Count in the next bytes of the tensor."""
         if self._crc is not None:
             self._crc = zlib.crc32(piece, self._crc)
         if self._sha is not None:
@@ -46,6 +47,7 @@ class Checks:
             self._nonfinite += count_nonfinite(piece, self._dtype)
 
     def finished(self, name: str) -> Finished:
+        """What was found, as that of the tensor `name`."""
         sha = None if self._sha is None else self._sha.hexdigest()
         return Finished(name, self._crc, sha, self._nonfinite)
 

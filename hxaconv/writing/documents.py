@@ -8,7 +8,7 @@ from typing import Any
 
 from hxaconv.containers.layout import FileLayout
 from hxaconv.containers.safetensors_layout import INDEX_NAME, index_json
-from hxaconv.json_files import PROVENANCE_NAME
+from hxaconv.json_files import PROVENANCE_NAME, as_bytes
 from hxaconv.plan import Scratch
 from hxaconv.writing import diskio
 from hxaconv.writing.staging import Staging
@@ -50,10 +50,10 @@ def write_provenance(
     if nonfinite:
         provenance["nonfinite"] = dict(nonfinite)
     if output.container == "safetensors":
-        _write(staging, PROVENANCE_NAME, _json(provenance))
+        _write(staging, PROVENANCE_NAME, as_bytes(provenance))
         return
     sidecar = json.loads(output.documents.get(output.sidecar_name, b"{}"))
-    _write(staging, output.sidecar_name, _json({**sidecar, "hxaconv": provenance}))
+    _write(staging, output.sidecar_name, as_bytes({**sidecar, "hxaconv": provenance}))
 
 
 def _write(staging: Staging, name: str, data: bytes) -> None:
@@ -63,7 +63,3 @@ def _write(staging: Staging, name: str, data: bytes) -> None:
     except OSError as error:
         error.filename = path  # not all calls know it
         raise
-
-
-def _json(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

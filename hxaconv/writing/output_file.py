@@ -58,12 +58,18 @@ class OutputFile:
         return fd
 
     def write_segments(self, fd: int, segments: Iterable[Segment]) -> None:
+        """Write headers and other bytes that belong to no tensor, each at its offset.
+
+        Raises:
+            HxaconvError: when the system refuses.
+        """
         for offset, data in segments:
             with self.errors(f"writing {len(data)} bytes at {offset}"):
                 write_from(fd, memoryview(data), offset)
 
     @property
     def unsynced_bytes(self) -> int:
+        """Bytes of tensors that may not be on disk yet."""
         return sum(self._bytes[finished.name] for finished in self.unsynced)
 
     def finished(self, finished: Finished) -> None:
@@ -87,6 +93,7 @@ class OutputFile:
         self.failed = False
 
     def close(self) -> None:
+        """Close the descriptor, if there is one."""
         with self._lock:
             if self._fd is not None:
                 os.close(self._fd)

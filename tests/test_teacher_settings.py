@@ -1,0 +1,217 @@
+"""A teacher that `init-from-teacher` took with an option is taken by every later command, and limits are limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hxaconv
+
+Cli = Callable[..., int]
+DROPPED = "Warning: the teacher's rope_scaling 'linear' is dropped"
+QUIET = ("--no-verify", "--quiet")
+
+
+def teacher_with(source: Path, folder: Path, **changes: Any) -> Path:
+    """The teacher in a folder of its own, with these settings; None takes one away."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+    return folder
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Other tensors in a folder's only weight file."""
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("own_config", [False, True])
+def test_rope_theta_that_the_teacher_does_not_say(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_config: bool
+) -> None:
+    teacher = teacher_with(tiny_teacher, tmp_path / "t", rope_theta=None, rope_parameters=None)
+    theta = ("--rope-theta", "10000")
+    assert cli("init-from-teacher", teacher, tmp_path / "s", "--gqa-layers", "2,5", *theta, *QUIET) == 0
+    assert cli("to-training", tmp_path / "s", tmp_path / "a" / "pytorch_model.bin", *QUIET) == 2  # no such folder
+    (tmp_path / "a").mkdir()
+    assert cli("to-training", tmp_path / "s", tmp_path / "a" / "pytorch_model.bin", *QUIET) == 0
+    (tmp_path / "a" / "pytorch_model.json").unlink()
+    if own_config:  # trainers copy the teacher's
+        shutil.copy(teacher / "config.json", tmp_path / "a")
+    capsys.readouterr()
+    back = ("to-hf", tmp_path / "a", tmp_path / "h", "--teacher", teacher)
+    assert cli(*back, *QUIET) == 2
+    assert "--rope-theta" in capsys.readouterr().err
+    assert cli(*back, *theta, *QUIET) == 0
+    assert json.loads((tmp_path / "h" / "config.json").read_text())["rope_theta"] == 10000
+    for arguments in (
+        ("verify", teacher),
+        ("verify", tmp_path / "h", "--against", teacher),
+        ("pick-gqa-layers", tmp_path / "h", tmp_path / "p", "--layers", "1,5", "--teacher", teacher),
+    ):
+        assert cli(*arguments, *theta, "--quiet") == 0
+
+
+def test_rope_theta_changes_a_teacher_s_logits(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    for name, options in (("plain", ()), ("same", ("--rope-theta", "10000")), ("other", ("--rope-theta", "500"))):
+        assert cli("verify", tiny_teacher, "--quiet", "--logits-out", tmp_path / f"{name}.safetensors", *options) == 0
+    plain, same, other = (load_file(tmp_path / f"{n}.safetensors")["logits"] for n in ("plain", "same", "other"))
+    assert torch.equal(plain, same)
+    assert not torch.allclose(plain, other, atol=0.1)
+
+
+def test_rope_scaling_that_was_dropped_is_dropped_again_with_a_warning(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = teacher_with(tiny_teacher, tmp_path / "t", rope_scaling={"type": "linear", "factor": 2.0})
+    init = ("init-from-teacher", teacher, tmp_path / "s", "--gqa-layers", "2,5", *QUIET)
+    assert cli(*init) == 2
+    assert cli(*init, "--drop-rope-scaling") == 0
+    assert cli("to-training", tmp_path / "s", tmp_path / "a.pth", *QUIET) == 0
+    capsys.readouterr()
+    for arguments in (
+        ("to-hf", tmp_path / "a.pth", tmp_path / "h", "--teacher", teacher, *QUIET),
+        ("pick-gqa-layers", tmp_path / "s", tmp_path / "p", "--layers", "1,5", "--teacher", teacher, *QUIET),
+        ("pick-gqa-layers", teacher, "--count", "2", "--strategy", "influence", "--tokens", "32"),
+    ):
+        assert cli(*arguments) == 0
+        assert DROPPED in capsys.readouterr().err
+    for arguments in (("verify", teacher), ("verify", tmp_path / "s", "--against", teacher)):
+        assert cli(*arguments, "--json") == 0
+        assert [DROPPED.removeprefix("Warning: ") in note for note in json.loads(capsys.readouterr().out)["notes"]][-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (("--max-kl", "100"), 0),
+        (("--max-kl", "0.0001"), 1),
+        (("--max-layer", "1e-9"), 1),
+        (("--max-logit", "1000"), 0),
+        (("--max-logit", "1e-3"), 1),
+    ],
+)
+def test_a_limit_that_is_given_is_judged_whatever_is_expected(
+    cli: Cli, golden: Path, options: tuple[str, ...], code: int
+) -> None:
+    case = golden / "qwen3_tiny"
+    teacher = case / "teacher"
+    compare = ("verify", case / "student_hf", "--against", teacher, "--teacher", teacher, "--quiet")
+    assert cli(*compare, *options) == code
+
+
+def test_limits_of_another_expectation_are_judged_too(cli: Cli, golden: Path) -> None:
+    case = golden / "qwen3_tiny"
+    same = ("verify", case / "student_hf", "--against", case / "student_hf", "--teacher", case / "teacher", "--quiet")
+    assert cli(*same, "--max-kl", "1e-9") == 0
+    assert cli(*same, "--max-kl", "-1") == 1
+    assert cli(*same, "--expect", "close", "--max-logit", "-5") == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--digests", "--teacher", "/nowhere"),
+        ("--digests", "--max-kl", "0.1"),
+        ("--digests", "--device", "cuda:9"),
+        ("--input-ids", "x.npy", "--tokens", "7"),
+        ("--input-ids", "x.npy", "--batch", "2"),
+        ("--text", "x.txt", "--seed", "2"),
+        ("--overwrite",),
+    ],
+)
+def test_options_of_verify_that_would_be_ignored_are_refused(
+    cli: Cli, golden: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
+    assert cli("verify", golden / "qwen3_tiny" / "student_hf", *options) == 2
+    assert "this cannot be done as asked for" in capsys.readouterr().err
+
+
+def test_a_teacher_takes_no_options_of_students(
+    cli: Cli, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("verify", tiny_teacher, "--teacher", tiny_teacher, "--no-tie-word-embeddings") == 2
+    told = capsys.readouterr().err
+    assert "--teacher has no use" in told and "--tie-word-embeddings has no use" in told
+
+
+@pytest.mark.parametrize("option", ["--plot", "--logits-out"])
+def test_verify_replaces_a_file_only_when_told_to(cli: Cli, tiny_teacher: Path, tmp_path: Path, option: str) -> None:
+    if option == "--plot":
+        pytest.importorskip("matplotlib")
+    path = tmp_path / ("depth.svg" if option == "--plot" else "logits.safetensors")
+    path.write_text("precious")
+    command = ("verify", tiny_teacher, "--against", tiny_teacher, "--tokens", "8", "--quiet", option, path)
+    assert cli(*command) == 2
+    assert path.read_text() == "precious"
+    assert cli(*command, "--overwrite") == 0
+    assert path.read_bytes() != b"precious"
+
+
+def test_a_student_without_layer_records_can_be_repicked(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "s", "--gqa-layers", "2,5", *QUIET) == 0
+    records = ("layer_architecture", "head_size_record")
+    rewritten(tmp_path / "s", lambda held: {n: t for n, t in held.items() if n.rsplit(".", 1)[-1] not in records})
+    config = json.loads((tmp_path / "s" / "config.json").read_text()) | {"has_layer_records": False}
+    (tmp_path / "s" / "config.json").write_text(json.dumps(config))
+    pick = ("pick-gqa-layers", tmp_path / "s", tmp_path / "p", "--teacher", tiny_teacher)
+    assert cli(*pick, "--layers", "2,4", "--quiet") == 0
+    assert not any(name.endswith(records) for name in load_file(tmp_path / "p" / "model.safetensors"))
+    assert cli(*pick[:2], "--teacher", tiny_teacher, "--strategy", "mse", "--count", "2", "--tokens", "32") == 0
+
+
+def test_an_attention_that_says_nothing_gives_numbers(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = teacher_with(tiny_teacher, tmp_path / "t")
+    dead = "model.layers.2.self_attn.o_proj.weight"
+    rewritten(teacher, lambda held: held | {dead: torch.zeros_like(held[dead])})
+    for strategy in (("mse",), ("kl", "--kl-mode", "convert")):
+        capsys.readouterr()
+        advice = ("pick-gqa-layers", teacher, "--count", "2", "--tokens", "32", "--json", "--strategy")
+        assert cli(*advice, *strategy) == 0
+
+        def refuse(word: str) -> float:
+            raise AssertionError(word)
+
+        json.loads(capsys.readouterr().out, parse_constant=refuse)
+    ids = ("--input-ids", tiny_teacher / "calibration_tokens.npy", "--tokens", "64", "--chunk", "64")
+    fit = ("--init", "calibrated", "--refine-steps", "0", "--fold-rope", "--gqa-layers", "2,5")
+    assert cli("init-from-teacher", teacher, tmp_path / "s", *ids, *fit, *QUIET) == 0
+    layers = json.loads((tmp_path / "s" / "hxaconv.json").read_text())["calibration"]["layers"]
+    assert all(isinstance(layer["error_before"], float) for layer in layers)
+
+
+def test_what_a_pickle_holds_beside_tensors_is_shown(
+    cli: Cli, golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(golden / "reka_tiny" / "student.pth")
+    state["model.embed_tokens.weight" if "emb.weight" not in state else "emb.weight"] = state["head.weight"]
+    torch.save({"model": state, "step": 7, "optimizer": {}}, tmp_path / "s.pth")
+    assert cli("inspect", tmp_path / "s.pth") == 0
+    told = capsys.readouterr().out
+    assert "nested under 'model'" in told
+    assert "No tensors, and left behind: step, optimizer" in told
+    assert "One tensor under 2 names" in told
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted in /proc")
+def test_files_are_closed_when_nobody_has_them_any_more(golden: Path) -> None:
+    def count() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    source = str(golden / "reka_tiny" / "student_hf")
+    hxaconv.inspect(source)
+    before = count()
+    for _ in range(5):
+        hxaconv.inspect(source)
+    assert count() == before
