@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ WIDTH = 100
 """Columns that every table fits into."""
 STRIP_WIDTH = 60
 """Layers in a line of the layer strip."""
+_UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Control characters but for newlines, and those that turn the direction of what follows."""
 
 
 class Progress(Protocol):
@@ -62,9 +65,14 @@ def _console(*, stderr: bool) -> Console:
     return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
 
 
+def visible(text: str) -> str:
+    """Text in which nothing acts on a terminal: it may quote a file from strangers."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def _tell(text: str, style: str = "") -> None:
     """Text on stderr; in logs and pipes its lines are left whole, so that paths can be found and copied."""
-    console = _console(stderr=True)
+    console, text = _console(stderr=True), visible(text)
     console.print(text, style=style if console.is_terminal else "", markup=False, soft_wrap=not console.is_terminal)
 
 
@@ -95,7 +103,7 @@ class Talk:
             console = _console(stderr=False)
             for renderable in renderables:
                 if isinstance(renderable, str):
-                    console.print(renderable, markup=False)
+                    console.print(visible(renderable), markup=False)
                 else:
                     console.print(renderable)
 
@@ -217,12 +225,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     """A plain table of at most WIDTH columns; columns from number `right` on are aligned to the right."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     result = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
         result.add_column(column, justify="right" if position >= right else "left", overflow="fold")
     for row in rows:
-        result.add_row(*(str(cell) for cell in row))
+        result.add_row(*(Text(visible(str(cell))) for cell in row))
     return result
 
 

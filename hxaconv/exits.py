@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -48,6 +49,9 @@ def _stopping() -> Iterator[None]:
 
 def guarded(run: Callable[[], Any]) -> int:
     """Run the app: 0 done, 1 a check failed, 2 wrong use or bad input; a traceback with --debug or for our faults."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does it: what cannot be encoded, the names of some files, must not end a command.
+        sys.stdout.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv[1:]
     if debug:
         sys.argv.remove("--debug")

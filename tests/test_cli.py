@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -571,3 +573,23 @@ def test_nothing_is_computed_for_a_target_that_cannot_be(
     assert cli("init-from-teacher", tiny_teacher, tmp_path / "p", *words, "--digest", "md5") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
     assert cli("calibrate", tiny_teacher, tmp_path / "o.pth", "--teacher", tiny_teacher, "--format", "x") == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "text"), [("model_type", "llama\ud800"), ("model_type", "[/red]\x1b[31m"), ("torch_dtype", "[/b]\x1b[31m")]
+)
+def test_a_strangers_config_does_nothing_to_the_terminal(
+    tiny_teacher: Path, tmp_path: Path, key: str, text: str
+) -> None:
+    shutil.copytree(tiny_teacher, tmp_path / "t")
+    config = json.loads((tmp_path / "t" / "config.json").read_text()) | {key: text}
+    (tmp_path / "t" / "config.json").write_text(json.dumps(config))
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    for options in ((), ("--json",)):
+        command = [sys.executable, "-m", "hxaconv", "inspect", str(tmp_path / "t"), *options]
+        done = subprocess.run(command, capture_output=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        assert b"\x1b" not in done.stdout + done.stderr
+        shown = "llama" if "llama" in text else "[31m"
+        assert shown.encode() in done.stdout
+    assert json.loads(done.stdout)
