@@ -1,13 +1,15 @@
 #!/bin/bash
 # A 42 GB student written by four array tasks on shared storage. Each takes the shards of its part; the last
-# to finish publishes. A task that fails is started again with the same line and goes on where it stopped;
-# if all tasks have ended and OUT is still called OUT.partial-..., `hxaconv finish OUT` publishes it.
+# to finish publishes. A task that fails is started again with the same line and --part i/4 (its number), and goes
+# on where it stopped; if all tasks have ended and OUT is still called OUT.partial-..., `hxaconv finish OUT` publishes it.
 #
 #   sbatch slurm.sh
 #
 # The same under torchrun, one process per part:
 #
 #   torchrun --nproc-per-node 4 --no-python hxaconv init-from-teacher TEACHER OUT
+#
+# An array whose tasks convert different models adds --part 1/1: each task writes the whole of its own.
 #
 #SBATCH --job-name=hxaconv
 #SBATCH --array=1-4

@@ -347,6 +347,7 @@ def to_pth(
     no_verify: NoVerify = False,
     workers: Workers = None,
     digest: Digest = "crc32",
+    part: Part = None,
     allow_nonfinite: AllowNonfinite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -385,6 +386,7 @@ def to_training(
     no_verify: NoVerify = False,
     workers: Workers = None,
     digest: Digest = "crc32",
+    part: Part = None,
     allow_nonfinite: AllowNonfinite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -726,15 +728,20 @@ def _talk(quiet: bool, json: bool) -> Talk:
 
 
 def _write_options(values: dict[str, Any], talk: Talk) -> WriteOptions:
-    from hxaconv.commands.common import WriteOptions, resolve_part
+    from hxaconv.commands.common import WriteOptions
+    from hxaconv.commands.parts import WHOLE, part_source, resolve_part
 
+    part, said_by = resolve_part(values["part"]), part_source(values["part"])
+    if part is not None and said_by:
+        talk.say(f"This is part {part[0] + 1} of {part[1]}, by {said_by}; {WHOLE}.")
     return WriteOptions(
         dry_run=values["dry_run"],
         overwrite=values["overwrite"],
         resume=values["resume"],
         workers=values["workers"],
         digest=values["digest"],
-        part=resolve_part(values.get("part")),
+        part=part,
+        part_from=said_by if part else "",
         allow_nonfinite=values["allow_nonfinite"],
         verify=not values["no_verify"],
         push_to=values.get("push_to"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from hxaconv.commands.common import resolve_part
+from hxaconv.commands.parts import no_parts, resolve_part
 from hxaconv.errors import HxaconvError
 
 Cli = Callable[..., int]
@@ -116,7 +116,7 @@ def test_commands_say_what_is_still_to_do_and_what_lies_about(
 ) -> None:
     out, options = tmp_path / "out", ["--max-shard-size", "1MB", "--no-verify"]
     assert cli("init-from-teacher", tiny_teacher, out, *options, "--part", "1/2") == 0
-    assert f"This part is complete; {out} appears once all parts are." in capsys.readouterr().err
+    assert f"Part 1 of 2 is complete; {out} appears once all parts are." in capsys.readouterr().err
     assert cli("init-from-teacher", tiny_teacher, out, *options, "--part", "2/2", "--seed", "2") == 0
     said = capsys.readouterr().err
     (mine,) = [path for path in tmp_path.glob("out.partial-*") if f"{path} was begun with other options" in said]
@@ -140,3 +140,48 @@ def test_where_parts_come_from() -> None:
     for wrong in ("0/2", "3/2", "x", "1/0"):
         with pytest.raises(HxaconvError):
             resolve_part(wrong, {})
+
+
+def test_a_slurm_array_may_have_steps_but_no_gaps() -> None:
+    def task(number: int, **more: str) -> dict[str, str]:
+        return {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "2"} | {
+            f"SLURM_ARRAY_TASK_{name}": value for name, value in more.items()
+        }
+
+    found = [resolve_part(None, task(number, MAX="8", STEP="2")) for number in (2, 4, 6, 8)]
+    assert found == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    with pytest.raises(HxaconvError, match="with gaps"):
+        resolve_part(None, task(4, MAX="9", STEP="1"))
+    for broken in (
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"RANK": "0", "WORLD_SIZE": "x"},
+        task(3) | {"SLURM_ARRAY_TASK_ID": "?"},
+    ):
+        with pytest.raises(HxaconvError, match="expected a whole number"):
+            resolve_part(None, broken)
+
+
+def test_a_task_that_is_no_part_of_one_job_is_told_how_to_write_all(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "s", "--no-verify", "--quiet") == 0
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for command in ("to-pth", "to-training"):
+        words = (command, tmp_path / "s", tmp_path / f"{command}.pth", "--no-verify")
+        capsys.readouterr()
+        assert cli(*words) == 0
+        told = " ".join(capsys.readouterr().err.split())
+        assert "This is part 2 of 3, by RANK and WORLD_SIZE; --part 1/1 writes the whole." in told
+        assert "Warning: nothing was written" in told
+        assert not words[2].exists()
+        assert cli(*words, "--part", "1/1", "--quiet") == 0
+        assert words[2].is_file()
+
+
+def test_what_runs_without_parts_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with no_parts():
+        assert resolve_part(None) is None
+    assert resolve_part(None) == (1, 2)

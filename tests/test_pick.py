@@ -18,6 +18,7 @@ from hxaconv import cli as command_line
 from hxaconv import commands, layer_choice, layer_maps, selection
 from hxaconv.selection.streaming import Sweep
 from hxaconv.writing.interruption import Interrupted
+from hxaconv.writing.preflight import _file_system
 
 Cli = Callable[..., int]
 COMMAND = "pick-gqa-layers"
@@ -503,3 +504,23 @@ def test_layers_and_other_options_are_judged_at_once(
     error = capsys.readouterr().err
     for part in ("out of range (the last is 5): 99", "unknown preset 'nope'", "'huge' is not a size", "Presets: "):
         assert part in error
+
+
+def test_shards_that_are_only_linked_need_no_space(
+    cli: Cli,
+    tiny_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shards = ("--max-shard-size", "1MB", "--no-verify", "--quiet")
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "s", "--gqa-layers", "2,5", *shards) == 0
+    pick = ("pick-gqa-layers", tmp_path / "s", tmp_path / "p", "--layers", "2", "--teacher", tiny_teacher, *shards[:3])
+    monkeypatch.setattr("hxaconv.writing.diskio.free_bytes", lambda folder: 4_000_000)
+    capsys.readouterr()
+    assert cli(*pick) == 0
+    assert "hard links to the source's" in capsys.readouterr().err
+    whole = sum(path.stat().st_size for path in (tmp_path / "p").glob("*.safetensors"))
+    assert whole > 4_000_000
+    monkeypatch.setattr("hxaconv.writing.preflight._WITHOUT_LINKS", (_file_system(tmp_path),))
+    assert cli(*pick, "--overwrite") == 2

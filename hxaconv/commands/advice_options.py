@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hxaconv import layer_choice
-from hxaconv.commands.common import resolve_part, useless
+from hxaconv.commands.common import useless
+from hxaconv.commands.parts import resolve_part
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.plots import plot_problems
 from hxaconv.selection.advice import needs

@@ -1,9 +1,8 @@
-"""What the writing commands share: options of the writer, sizes, parts, and the run itself."""
+"""What the writing commands share: options of the writer, sizes, and the run itself."""
 
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_choice
+from hxaconv.commands.parts import WHOLE
 from hxaconv.config import StudentConfig
 from hxaconv.errors import HxaconvError
 from hxaconv.json_files import plain_data
@@ -42,6 +42,8 @@ class WriteOptions(WriteSettings):
     """How a command writes: what concerns the writer, and what is done before and after."""
 
     dry_run: bool = False
+    part_from: str = ""
+    """Who says which part this is, where the user does not: environment variables."""
     verify: bool = True
     push_to: str | None = None
     progress: Progress | None = None
@@ -107,34 +109,6 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * base ** " kmgt".index(unit.removesuffix("i") or " "))
 
 
-def resolve_part(text: str | None, environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
-    """(index from 0, count) of `--part 2/8`, torchrun's RANK/WORLD_SIZE or a Slurm array's task; else None.
-
-    Raises:
-        HxaconvError: for a part that does not exist.
-    """
-    if text is not None:
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
-        part = (int(match[1]), int(match[2])) if match else (0, 0)
-        source = f"--part {text}"
-    elif "WORLD_SIZE" in environment and "RANK" in environment:
-        part = (_whole(environment["RANK"]) + 1, _whole(environment["WORLD_SIZE"]))
-        source = "RANK/WORLD_SIZE"
-    elif "SLURM_ARRAY_TASK_COUNT" in environment and "SLURM_ARRAY_TASK_ID" in environment:
-        first = _whole(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
-        part = (_whole(environment["SLURM_ARRAY_TASK_ID"]) - first + 1, _whole(environment["SLURM_ARRAY_TASK_COUNT"]))
-        source = "SLURM_ARRAY_TASK_ID/COUNT"
-    else:
-        return None
-    if not 1 <= part[0] <= part[1]:
-        raise HxaconvError(f"{source} names part {part[0]} of {part[1]}", hint="Parts are 1/n to n/n.")
-    return (part[0] - 1, part[1]) if part[1] > 1 else None
-
-
-def _whole(text: str) -> int:
-    return int(text) if re.fullmatch(r"\d+", text) else -1
-
-
 def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list[str], notes: list[str]) -> Outcome:
     """Write a job's output, verify it before it gets its name, and upload it where asked.
 
@@ -155,7 +129,8 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
         download(job.sources.values(), needed, write.progress)
 
     written = write_output(output, write, verify=check, prepare=prepare, progress=write.progress)
-    notes += _what_remains(job.target, written)
+    notes += _what_remains(job.target, written, write.part)
+    warnings += _nothing_written(written, write)
     pushed = None
     if write.push_to and written.published:
         from hxaconv.hub_push import push_folder
@@ -187,11 +162,21 @@ def download(checkpoints: Iterable[Checkpoint], needed: Sequence[SourceFile], pr
             download_weights(checkpoint, progress, needed=needed)
 
 
-def _what_remains(target: Path, written: WriteResult) -> list[str]:
+def _nothing_written(written: WriteResult, write: WriteOptions) -> list[str]:
+    """A warning where this process had no file to write: it may never have been meant as a part."""
+    if not written.idle or write.part is None:
+        return []
+    by = f" (by {write.part_from})" if write.part_from else ""
+    none = f"none for part {write.part[0] + 1} of {write.part[1]}{by}"
+    return [f"nothing was written: there are fewer files than parts, {none}. If this is no part of one job, {WHOLE}"]
+
+
+def _what_remains(target: Path, written: WriteResult, part: tuple[int, int] | None) -> list[str]:
     """What is still to be done, or lies about, after a write."""
     if not written.published:
+        this = f"Part {part[0] + 1} of {part[1]}" if part else "This part"
         return [
-            f"This part is complete; {target} appears once all parts are.",
+            *([] if written.idle else [f"{this} is complete; {target} appears once all parts are."]),
             *(f"{path} was begun with other options or sources: no part of this one." for path in written.leftovers),
         ]
     return [

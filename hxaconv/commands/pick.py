@@ -123,6 +123,14 @@ def run(
     warnings += _uneven(history, fresh, new, preset, settings)
     if donor and not taken:
         warnings.append(f"--from {other} has none of the changed layers in its new kind: it is not used")
+    shards = kept_shards(opened.sources["source"], student.plan, plan, shard_bytes)
+    linked = sum(shard.mirror is not None for shard in shards or ())
+    container = format or ("pth" if Path(out).suffix == ".pth" else "hf")
+    if linked and container == "hf":
+        notes.append(
+            f"{linked} of {len(shards or ())} files do not change: they become hard links to the source's, where the"
+            " file system has links, so that editing one of them in place edits both"
+        )
     sources = opened.sources | ({"from": donor.checkpoint} if donor else {})
     job = Job(
         command=COMMAND,
@@ -130,13 +138,13 @@ def run(
         defaults=defaults_of(run),
         student=result,
         target=Path(out),
-        format=format or ("pth" if Path(out).suffix == ".pth" else "hf"),
+        format=container,
         dtype=settings.dtype,
         max_shard_bytes=shard_bytes,
         sources=sources,
         base_model=base_model_name(sources.get("teacher", sources["source"])),
         purpose=_purpose(history, made, fresh, new),
-        shards=kept_shards(opened.sources["source"], student.plan, plan, shard_bytes),
+        shards=shards,
         extra=made,
     )
 

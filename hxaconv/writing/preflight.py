@@ -25,15 +25,27 @@ _REPLACEABLE = re.compile(
     r"|(configuration|modeling|tokenization|processing|image_processing)_\w+\.py"
 )
 """Names in a checkpoint's folder: what this package, transformers and downloads from the Hub put there."""
+_WITHOUT_LINKS = ("vfat", "msdos", "fat", "exfat")
 _LARGEST_FILE = {"vfat": 0xFFFFFFFF, "msdos": 0xFFFFFFFF, "fat": 0xFFFFFFFF}
 
 
 def bytes_needed(output: Output, files: Sequence[FileLayout]) -> int:
-    """Disk space that writing an output takes."""
+    """Disk space that writing an output takes; a source's file that can be linked takes none."""
     documents = sum(len(data) for data in output.documents.values())
     copied = sum(file.size for file in output.copied_files.values())
     slack = SLACK_BYTES + SLACK_BYTES_PER_TENSOR * len(output.tensors)
-    return sum(layout.size for layout in files) + documents + copied + slack
+    weights = sum(layout.size for layout in files if not _linkable(layout.mirror, output.target.parent))
+    return weights + documents + copied + slack
+
+
+def _linkable(file: SourceFile | None, folder: Path) -> bool:
+    """Whether a hard link in the folder can stand for the file."""
+    if file is None or file.path is None or _file_system(folder) in _WITHOUT_LINKS:
+        return False
+    try:
+        return os.stat(file.path).st_dev == os.stat(folder).st_dev
+    except OSError:
+        return False
 
 
 def check_place(output: Output, files: Sequence[FileLayout], staging: Staging, *, overwrite: bool) -> None:

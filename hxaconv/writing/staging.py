@@ -69,7 +69,8 @@ class Staging:
         if os.path.isdir(self.content):
             for entry in os.scandir(self.content):
                 stat = entry.stat(follow_symlinks=False)
-                total += getattr(stat, "st_blocks", 0) * 512
+                if stat.st_nlink == 1:  # a source's own file takes nothing
+                    total += getattr(stat, "st_blocks", 0) * 512
         return total
 
     def create(self, record: dict[str, Any]) -> None:

@@ -90,6 +90,8 @@ class WriteResult:
     verification: Mapping[str, Any] | None
     leftovers: tuple[Path, ...] = ()
     """Folders of other runs on the same target, interrupted or parts of another plan."""
+    idle: bool = False
+    """Whether there was no file for this part to write."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ def write(
     staging = staging_of(output, record)
     preflight.check_place(output, files, staging, overwrite=settings.overwrite)
     if settings.part is not None and not files_of_part(files, settings.part):
-        return _unpublished(staging)
+        return replace(_unpublished(staging), idle=True)
     run = _Run(output, settings, files, staging, progress)
     with _target_locked(output.target, settings.part), interruptible(run.what_is_kept) as signals:
         done = read_journals(staging.path).tensors
