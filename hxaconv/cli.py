@@ -108,6 +108,7 @@ def init_from_teacher(
     revision: Revision = None,
     rope_theta: RopeTheta = None,
     rms_norm_eps: Eps = None,
+    tie_word_embeddings: Tied = None,
     allow_output_bias: Annotated[
         bool, typer.Option("--allow-output-bias", help="Keep o_proj and MLP biases.", rich_help_panel=TEACHER)
     ] = False,
@@ -175,6 +176,7 @@ def init_from_teacher(
         max_shard_size=max_shard_size,
         rope_theta=rope_theta,
         rms_norm_eps=rms_norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
         allow_gqa_layer_0=allow_gqa_layer_0,
         allow_output_bias=allow_output_bias,
         drop_rope_scaling=drop_rope_scaling,

@@ -23,6 +23,8 @@ RANK_KEYS = {
     "gate": "lora_rank_gate",
 }
 ROPE_SCALING_DEFAULTS = (None, "default")
+MISTRAL_WINDOW = 4096
+"""What transformers reads into a Mistral config.json without the key `sliding_window`."""
 
 
 def kv_cache_bytes(num_layers: int, num_key_value_heads: int, head_dim: int) -> int:
@@ -143,9 +145,9 @@ def rope_settings(raw: Mapping[str, Any]) -> tuple[float | None, str | None]:
     nested = raw.get("rope_parameters") or {}
     theta = raw.get("rope_theta", nested.get("rope_theta"))
     scaling = raw.get("rope_scaling") or {}
-    kind = None
-    for settings in (scaling, nested):
-        kind = kind or settings.get("rope_type") or settings.get("type")
+    kinds = [settings.get("rope_type") or settings.get("type") for settings in (scaling, nested)]
+    # Where one spelling scales and the other does not, some reader scales.
+    kind = next((found for found in kinds if found not in ROPE_SCALING_DEFAULTS), kinds[0] or kinds[1])
     if kind in ROPE_SCALING_DEFAULTS and scaling.get("factor", 1) not in (None, 1, 1.0):
         kind = "linear"
     return (None if theta is None else float(theta)), kind
@@ -170,6 +172,9 @@ def sliding_window_in_force(raw: Mapping[str, Any]) -> str | None:
     window, kinds = raw.get("sliding_window"), raw.get("layer_types") or []
     if any(kind != "full_attention" for kind in kinds):
         return f"layer_types names {sorted(set(kinds) - {'full_attention'})}"
+    unsaid = raw.get("model_type") == "mistral" and "sliding_window" not in raw
+    if unsaid:
+        window = MISTRAL_WINDOW
     if not isinstance(window, int) or kinds:
         return None
     # Qwen writes a window and switches it off; others have no switch.
@@ -180,7 +185,11 @@ def sliding_window_in_force(raw: Mapping[str, Any]) -> str | None:
     if isinstance(begins, int) and isinstance(layers, int) and begins >= layers:
         return None
     context = raw.get("max_position_embeddings")
-    return None if context is not None and window >= context else f"sliding_window is {window}"
+    if context is not None and window >= context:
+        return None
+    return f"sliding_window is {window}" + (
+        ", the default of mistral's where config.json has no such key" if unsaid else ""
+    )
 
 
 def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling: bool) -> list[str]:
@@ -198,9 +207,12 @@ def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling
             f"rope_scaling {scaling!r}: hxa079 loaders compute default RoPE frequencies only;"
             " --drop-rope-scaling goes on without it (long contexts will differ from the teacher's)"
         )
-    partial = raw.get("partial_rotary_factor", (raw.get("rope_parameters") or {}).get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        found.append(f"partial_rotary_factor {partial}: hxa079 rotates whole heads, a teacher that does too is needed")
+    factors = [settings.get("partial_rotary_factor") for settings in (raw, raw.get("rope_parameters") or {})]
+    found += [
+        f"partial_rotary_factor {factor}: hxa079 rotates whole heads, a teacher that does too is needed"
+        for factor in dict.fromkeys(factors)
+        if factor not in (None, 1, 1.0)
+    ]
     window = sliding_window_in_force(raw)
     if window:
         found.append(
@@ -245,6 +257,7 @@ def teacher_config(
     rms_norm_eps: float | None = None,
     allow_output_bias: bool = False,
     drop_rope_scaling: bool = False,
+    tie_word_embeddings: bool | None = None,
 ) -> TeacherConfig:
     """Read a teacher's config.json. `has_head` says whether lm_head.weight is stored, if that is known.
 
@@ -265,7 +278,7 @@ def teacher_config(
     if eps is None:
         problems.append("rms_norm_eps is not given; pass --rms-norm-eps")
     problems += number_problems({"rope_theta": theta, "rms_norm_eps": eps})
-    tied = raw.get("tie_word_embeddings")
+    tied = raw.get("tie_word_embeddings") if tie_word_embeddings is None else tie_word_embeddings
     if tied is None:
         tied = None if has_head is None else not has_head
     if tied is None:

@@ -88,7 +88,7 @@ def describe_format(checkpoint: Checkpoint) -> str:
 def _config(checkpoint: Checkpoint) -> tuple[ModelConfig | None, str | None]:
     try:
         if is_student(checkpoint):
-            return student_model(checkpoint).config, None
+            return student_model(checkpoint, headers_only=True).config, None
         if checkpoint.config is not None:
             head = HEAD in checkpoint.plan
             return teacher_config(checkpoint.config, where=checkpoint.label, has_head=head), None

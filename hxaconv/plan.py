@@ -229,3 +229,14 @@ def check(plan: Mapping[str, Recipe], expected: Mapping[str, tuple[int, ...]], w
         hint="Is config.json from another model, or a shard missing?",
         kind=Inconsistent,
     )
+
+
+def same_bytes(a: Recipe, b: Recipe) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; reads both, a piece at a time."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    if a.make == b.make:
+        return True
+    left, right = a.pieces(Scratch()), b.pieces(Scratch())
+    # Comparing bytes is one memcmp; comparing memoryviews unpacks every element.
+    return all(bytes(x) == bytes(y) for x, y in zip(left, right, strict=True))

@@ -19,10 +19,10 @@ from hxaconv.config import (
     teacher_config,
 )
 from hxaconv.errors import HxaconvError, Inconsistent, bullet_list, raise_all
-from hxaconv.model import Model
-from hxaconv.names import EMBEDDING, HEAD, layer_kinds, mixer_prefix, template_of
+from hxaconv.model import Model, checked_here
+from hxaconv.names import EMBEDDING, is_attention, layer_kinds, mixer_prefix, template_of
 from hxaconv.plan import Plan
-from hxaconv.teacher import drop_tied_head
+from hxaconv.teacher import split_tied_head
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
@@ -218,11 +218,15 @@ def gather_facts(
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     facts = [Facts("the options given", given), Facts("the tensors", tensor_facts(checkpoint.plan))]
     raw, sidecar = checkpoint.config or {}, checkpoint.sidecar
+    if teacher is not None and all(is_attention(name) for name in checkpoint.plan):
+        # The MLPs will be the teacher's; the student that this attention is from may have had padded ones.
+        raw = {key: value for key, value in raw.items() if key != "intermediate_size"}
+        sidecar = sidecar and {key: value for key, value in sidecar.items() if key != "intermediate_size"}
     if raw.get("rwkv_architecture") or raw.get("model_type") == ARCHITECTURE:
         facts += _file_facts("config.json", raw, checkpoint.label)
     elif raw.get("model_type") in FAMILIES:
         beside = teacher_config(
-            raw,
+            checkpoint.config or {},
             where=checkpoint.label,
             rope_theta=given.get("rope_theta"),
             rms_norm_eps=given.get("rms_norm_eps"),
@@ -308,18 +312,22 @@ def student_model(
     flags: Mapping[str, Any] | None = None,
     teacher: TeacherConfig | None = None,
     layer_map: Facts | None = None,
+    headers_only: bool = False,
 ) -> Model:
     """The student in a checkpoint, whole or attention only; a head stored by a tied model is left out.
+
+    `headers_only` leaves that head for later; see `checked_here`.
 
     Raises:
         HxaconvError: for other variants, contradictions, and settings that no source gives.
     """
     refuse_other_variants(checkpoint.plan, checkpoint.label)
     config = resolve(gather_facts(checkpoint, flags=flags, teacher=teacher, layer_map=layer_map), checkpoint.label)
-    plan = checkpoint.plan
-    if config.tie_word_embeddings and HEAD in plan and EMBEDDING in plan:
-        plan = drop_tied_head(plan, checkpoint.label)
-    return Model(config, plan, checkpoint.label, checkpoint.config or checkpoint.sidecar or {})
+    plan, tied = checkpoint.plan, None
+    if config.tie_word_embeddings:
+        plan, tied = split_tied_head(plan, checkpoint.label)
+    model = Model(config, plan, checkpoint.label, checkpoint.config or checkpoint.sidecar or {}, tied)
+    return model if headers_only else checked_here(model)
 
 
 def with_intermediate_size(config: StudentConfig, size: int) -> StudentConfig:

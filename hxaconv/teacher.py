@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from hxaconv.architecture import expected_tensors
 from hxaconv.config import TeacherConfig, teacher_config
 from hxaconv.errors import HxaconvError, Inconsistent
-from hxaconv.model import Model
+from hxaconv.model import Model, TiedHead, checked_here
 from hxaconv.names import EMBEDDING, HEAD, template_of
-from hxaconv.plan import Plan, Recipe, Scratch, check, rows
+from hxaconv.plan import Plan, Recipe, check, rows
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
@@ -22,11 +22,16 @@ def open_teacher(
     rms_norm_eps: float | None = None,
     allow_output_bias: bool = False,
     drop_rope_scaling: bool = False,
+    tie_word_embeddings: bool | None = None,
+    headers_only: bool = False,
 ) -> Model:
     """The teacher in a checkpoint, its names and shapes checked against its config.
 
+    `headers_only` leaves a stored head that the config ties for later; see `checked_here`.
+
     Raises:
         HxaconvError: for a config that hxa079 cannot carry, and for tensors that do not fit it.
+        Inconsistent: when the config ties the head, and the stored one is another.
     """
     if checkpoint.config is None:
         raise HxaconvError(
@@ -41,14 +46,17 @@ def open_teacher(
         rms_norm_eps=rms_norm_eps,
         allow_output_bias=allow_output_bias,
         drop_rope_scaling=drop_rope_scaling,
+        tie_word_embeddings=tie_word_embeddings,
     )
     plan = split_fused(checkpoint.plan, config)
+    tied = None
     if config.tie_word_embeddings:
-        plan = drop_tied_head(plan, checkpoint.label)
+        plan, tied = split_tied_head(plan, checkpoint.label)
     expected = expected_tensors(config)
     check(plan, expected, f"teacher {checkpoint.label}")
     ordered = {name: _from_teacher(name, plan[name]) for name in expected}
-    return Model(config, ordered, checkpoint.label, checkpoint.config)
+    model = Model(config, ordered, checkpoint.label, checkpoint.config, tied)
+    return model if headers_only else checked_here(model)
 
 
 def _from_teacher(name: str, recipe: Recipe) -> Recipe:
@@ -79,29 +87,9 @@ def split_fused(plan: Plan, config: TeacherConfig) -> Plan:
     return result
 
 
-def drop_tied_head(plan: Plan, where: str) -> Plan:
-    """A plan of a tied model without the copy of the embedding that some files store as head.
-
-    Raises:
-        Inconsistent: when the stored head is not the embedding.
-    """
+def split_tied_head(plan: Plan, where: str) -> tuple[Plan, TiedHead | None]:
+    """(a tied model's plan without the copy of the embedding that some files store as head, that copy)."""
     if HEAD not in plan or EMBEDDING not in plan:
-        return plan
-    if not same_bytes(plan[HEAD], plan[EMBEDDING]):
-        raise Inconsistent(
-            f"{where}: its settings tie the head to the embedding, but {HEAD} differs from {EMBEDDING}",
-            hint="If the stored head is the right one: --no-tie-word-embeddings,"
-            ' or "tie_word_embeddings": false in the config.json that says otherwise.',
-        )
-    return {name: recipe for name, recipe in plan.items() if name != HEAD}
-
-
-def same_bytes(a: Recipe, b: Recipe) -> bool:
-    """Whether two tensors have the same dtype, shape and bits; reads both, a piece at a time."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    if a.make == b.make:
-        return True
-    left, right = a.pieces(Scratch()), b.pieces(Scratch())
-    # Comparing bytes is one memcmp; comparing memoryviews unpacks every element.
-    return all(bytes(x) == bytes(y) for x, y in zip(left, right, strict=True))
+        return plan, None
+    rest = {name: recipe for name, recipe in plan.items() if name != HEAD}
+    return rest, TiedHead(plan[HEAD], plan[EMBEDDING], where)

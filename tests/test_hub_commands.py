@@ -92,3 +92,45 @@ def test_a_missing_repository_is_one_message(hub: HubServer, tmp_path: Path) -> 
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "org/nothing" in done.stderr
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_head_that_is_stored_is_compared_when_it_is_here(
+    hub: HubServer, golden: Path, tmp_path: Path, same: bool
+) -> None:
+    """Two shards: the embedding in one, the head and the rest in the other."""
+    case, teacher = golden / "qwen3_tiny", tmp_path / "teacher"
+    teacher.mkdir()
+    tensors = {name: x for file in (case / "teacher").glob("*.safetensors") for name, x in load_file(file).items()}
+    embedding = tensors["model.embed_tokens.weight"]
+    shards = {
+        "model-00001-of-00002.safetensors": {"model.embed_tokens.weight": embedding},
+        "model-00002-of-00002.safetensors": {
+            **{name: tensor for name, tensor in tensors.items() if name != "model.embed_tokens.weight"},
+            "lm_head.weight": embedding.clone() if same else embedding + 1,
+        },
+    }
+    for file, held in shards.items():
+        save_file(held, teacher / file, {"format": "pt"})
+    index = {name: file for file, held in shards.items() for name in held}
+    (teacher / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config = json.loads((case / "teacher" / "config.json").read_text())
+    assert config["tie_word_embeddings"]
+    (teacher / "config.json").write_text(json.dumps(config))
+    hub.add_folder("org/tied", teacher)
+    for words in (
+        ["init-from-teacher", "org/tied", tmp_path / "s", "--gqa-layers", "1,3", "--dry-run"],
+        ["to-hf", case / "trained_attention.pth", tmp_path / "s", "--teacher", "org/tied", "--dry-run"],
+        ["to-training", case / "trained_attention.pth", tmp_path / "a.pth", "--teacher", "org/tied", "--no-verify"],
+    ):
+        done = run(hub, tmp_path / "home", *words, "--quiet")
+        assert done.returncode == 0, done.stderr
+    assert all(ranged is not None for ranged in hub.downloaded(".safetensors"))
+    done = run(hub, tmp_path / "home", "to-hf", case / "trained_attention.pth", tmp_path / "s", "--teacher", "org/tied")
+    if same:
+        assert done.returncode == 0, done.stderr
+        assert "lm_head.weight" not in load_file(tmp_path / "s" / "model.safetensors")
+    else:
+        assert done.returncode == 2
+        assert "lm_head.weight differs from model.embed_tokens.weight" in done.stderr
+        assert not (tmp_path / "s").exists()

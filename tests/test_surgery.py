@@ -18,9 +18,9 @@ from hxaconv.model import Model
 from hxaconv.names import layer_kinds
 from hxaconv.opening import open_checkpoint
 from hxaconv.output import stored_plan
-from hxaconv.plan import Plan, stored
+from hxaconv.plan import Plan, same_bytes, stored
 from hxaconv.surgery import PRESETS, InitSettings, graft, init_from_teacher, pad_ffn, parse_scale, repick
-from hxaconv.teacher import open_teacher, same_bytes
+from hxaconv.teacher import open_teacher
 
 RANDOM = {"w2", "a2", "v2", "k2", "g2"}
 SETTINGS = InitSettings(PRESETS["openmose-stage1"], 0, "BF16")

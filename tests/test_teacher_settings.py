@@ -139,9 +139,9 @@ def test_options_of_verify_that_would_be_ignored_are_refused(
 def test_a_teacher_takes_no_options_of_students(
     cli: Cli, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli("verify", tiny_teacher, "--teacher", tiny_teacher, "--no-tie-word-embeddings") == 2
+    assert cli("verify", tiny_teacher, "--teacher", tiny_teacher, "--layer-map", "reka-flash-3") == 2
     told = capsys.readouterr().err
-    assert "--teacher has no use" in told and "--tie-word-embeddings has no use" in told
+    assert "--teacher has no use" in told and "--layer-map has no use" in told
 
 
 @pytest.mark.parametrize("option", ["--plot", "--logits-out"])
@@ -215,3 +215,102 @@ def test_files_are_closed_when_nobody_has_them_any_more(golden: Path) -> None:
     for _ in range(5):
         hxaconv.inspect(source)
     assert count() == before
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+
+
+def tied_teacher(golden: Path, folder: Path, head: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A tied teacher that stores a head all the same."""
+    source = golden / "qwen3_tiny" / "teacher"
+    held = weights(source)
+    held["lm_head.weight"] = head(held["model.embed_tokens.weight"])
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_head_that_is_stored_and_said_to_be_tied(
+    cli: Cli, golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = tied_teacher(golden, tmp_path / "t", lambda embedding: embedding + 1)
+    init = ("init-from-teacher", teacher, tmp_path / "s", "--gqa-layers", "1,3", "--quiet")
+    assert cli(*init) == 2
+    assert "--no-tie-word-embeddings" in capsys.readouterr().err
+    assert cli(*init, "--no-tie-word-embeddings") == 0
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    head = load_file(tmp_path / "s" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(head, weights(teacher)["lm_head.weight"])
+    trained = golden / "qwen3_tiny" / "trained_attention.pth"
+    back = ("to-hf", trained, tmp_path / "h", "--teacher", teacher, "--quiet")
+    assert cli(*back) == 2
+    assert cli(*back, "--no-tie-word-embeddings") == 0
+    assert torch.equal(load_file(tmp_path / "h" / "model.safetensors")["lm_head.weight"], head)
+    assert cli("verify", teacher, "--quiet") == 1
+    assert cli("verify", teacher, "--quiet", "--no-tie-word-embeddings") == 0
+
+
+def test_an_untied_student_of_a_tied_teacher_that_stores_no_head(cli: Cli, golden: Path, tmp_path: Path) -> None:
+    case = golden / "qwen3_tiny"
+    held = load_file(case / "student_hf" / "model.safetensors")
+    held["lm_head.weight"] = held["model.embed_tokens.weight"] + 1
+    (tmp_path / "u").mkdir()
+    save_file(held, tmp_path / "u" / "model.safetensors")
+    words = ("to-hf", tmp_path / "u", tmp_path / "h", "--teacher", case / "teacher", "--no-tie-word-embeddings")
+    assert cli(*words, "--quiet") == 0
+    assert torch.equal(load_file(tmp_path / "h" / "model.safetensors")["lm_head.weight"], held["lm_head.weight"])
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_beside_trained_attention_is_held_against_the_teachers_embedding(
+    cli: Cli, golden: Path, tmp_path: Path, same: bool
+) -> None:
+    case = golden / "qwen3_tiny"
+    trained = torch.load(case / "trained_attention.pth")
+    trained["model.lm_head.weight"] = weights(case / "teacher")["model.embed_tokens.weight"] + (0 if same else 1)
+    torch.save(trained, tmp_path / "a.pth")
+    assert cli("to-hf", tmp_path / "a.pth", tmp_path / "h", "--teacher", case / "teacher", "--quiet") == (
+        0 if same else 2
+    )
+
+
+def test_inspect_reads_no_head(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tied_teacher(golden, tmp_path / "t", lambda embedding: embedding.clone())
+    hxaconv.to_pth(
+        str(golden / "qwen3_tiny" / "student.pth"),
+        str(tmp_path / "s.pth"),
+        teacher=str(teacher),
+        write=hxaconv.WriteOptions(verify=False),
+    )
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("hxaconv.model.same_bytes", refuse)
+    assert hxaconv.inspect(str(tmp_path / "s.pth"))["dimensions"]["tie_word_embeddings"] is True
+    with pytest.raises(AssertionError, match="weights were read"):
+        hxaconv.verify(str(tmp_path / "s.pth"))
+
+
+def test_a_padded_student_goes_to_training_and_back(cli: Cli, golden: Path, tmp_path: Path) -> None:
+    case = golden / "qwen3_tiny"
+    pad = ("to-hf", case / "student.pth", tmp_path / "p", "--teacher", case / "teacher", "--pad-ffn", "256")
+    assert cli(*pad, "--quiet") == 0
+    assert cli("to-training", tmp_path / "p", tmp_path / "a.pth", "--quiet") == 0
+    assert cli("to-hf", tmp_path / "a.pth", tmp_path / "h", "--teacher", case / "teacher", "--quiet") == 0
+    back = load_file(tmp_path / "h" / "model.safetensors")
+    first = load_file(case / "student_hf" / "model.safetensors")
+    assert back.keys() == first.keys() and all(torch.equal(back[name], first[name]) for name in first)
+
+
+def test_weights_that_were_trained_in_small_steps_can_be_cast(cli: Cli, golden: Path, tmp_path: Path) -> None:
+    """Steps below half a bf16 step are all rounded away in one direction, which no layer of a cast feels more."""
+    case = golden / "qwen3_tiny"
+    made = ("to-hf", case / "student.pth", tmp_path / "f", "--teacher", case / "teacher", "--dtype", "float32")
+    assert cli(*made, "--quiet") == 0
+    rewritten(tmp_path / "f", lambda held: {n: t * (1 + 1.5e-3) if t.dim() == 2 else t for n, t in held.items()})
+    cast = ("to-pth", tmp_path / "f", tmp_path / "c.pth", "--dtype", "bfloat16", "--json")
+    assert cli(*cast) == 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hxaconv.calibration.report import Distances
 from hxaconv.model import Model
-from hxaconv.teacher import same_bytes
+from hxaconv.plan import same_bytes
 from hxaconv.verification.compare import compare_models
 from hxaconv.verification.contracts import check_rwkv_layers, completed, listing
 from hxaconv.verification.report import Report

@@ -17,7 +17,7 @@ from hxaconv.commands.tokens import TokenOptions, calibration_tokens
 from hxaconv.config import dropped_scaling, student_of
 from hxaconv.dtypes import FLOATS
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.model import Model
+from hxaconv.model import Model, TiedHead
 from hxaconv.opening import open_checkpoint
 from hxaconv.plan import source_files
 from hxaconv.selection import report
@@ -46,6 +46,11 @@ class Subject:
     """Every layer RWKV."""
     sources: tuple[Checkpoint, ...]
     """SOURCE first, its teacher last."""
+
+    @property
+    def tied_heads(self) -> list[TiedHead]:
+        """Those that are still to be compared with their embedding."""
+        return [model.tied_head for model in (self.teacher, self.student) if model and model.tied_head]
 
     @property
     def origin(self) -> Checkpoint:
@@ -144,7 +149,11 @@ def run(
         if "tokens" in wanted:
             plans = [model.plan for model in (subject.teacher, subject.student) if model is not None]
             # Before scoring, which does not stop between two layers for as long as a download takes.
-            download(subject.sources, [file for plan in plans for file in source_files(plan)], progress)
+            heads = subject.tied_heads
+            needed = [file for plan in plans for file in source_files(plan)] + [f for head in heads for f in head.files]
+            download(subject.sources, needed, progress)
+            for head in heads:
+                head.check()
         with signals.deferred():
             advice = advise(
                 num_layers,

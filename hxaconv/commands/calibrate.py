@@ -18,6 +18,7 @@ from hxaconv.commands.common import (
 )
 from hxaconv.commands.convert import complete, dtype_warnings, main_dtype, open_student
 from hxaconv.commands.fitting import CalibrateOptions, perform_calibrated, prepare
+from hxaconv.model import checked_here
 from hxaconv.output import Job
 
 COMMAND = "calibrate"
@@ -65,8 +66,8 @@ def run(
     opened = open_student(
         source, revision=revision, teacher=teacher, layer_map=layer_map, flags=flags, progress=write.progress
     )
-    checkpoint, model = opened.sources["teacher"], opened.teacher
-    assert model is not None
+    assert opened.teacher is not None
+    checkpoint, model = opened.sources["teacher"], checked_here(opened.teacher)
     plain, notes = complete(opened, need_all=True)
     task = prepare(model, plain, options, seed, checkpoint, write)
     job = Job(

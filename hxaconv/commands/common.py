@@ -125,8 +125,12 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
     reports: list[Report] = []
     check = _staged_check(job, verify, reports, write) if verify is not None and write.verify else None
 
+    tied = job.student.tied_head
+
     def prepare(needed: Sequence[SourceFile]) -> None:
-        download(job.sources.values(), needed, write.progress)
+        download(job.sources.values(), [*needed, *(tied.files if tied else [])], write.progress)
+        if tied is not None:
+            tied.check()
 
     written = write_output(output, write, verify=check, prepare=prepare, progress=write.progress)
     notes += _what_remains(job.target, written, write.part)

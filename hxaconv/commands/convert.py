@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,8 @@ from hxaconv.commands.common import (
 from hxaconv.config import TeacherConfig, dropped_scaling
 from hxaconv.dtypes import FLOATS, parse_dtype
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
-from hxaconv.model import Model
-from hxaconv.names import is_attention
+from hxaconv.model import Model, TiedHead, checked_here
+from hxaconv.names import EMBEDDING, HEAD, is_attention
 from hxaconv.opening import open_checkpoint
 from hxaconv.output import Job
 from hxaconv.plan import Plan, check
@@ -212,6 +213,8 @@ def open_student(
             rms_norm_eps=(flags or {}).get("rms_norm_eps"),
             allow_output_bias=True,
             drop_rope_scaling=True,
+            tie_word_embeddings=_own_head(sources["teacher"], flags or {}),
+            headers_only=True,
         )
     config = teacher_model.config if teacher_model else None
     assert config is None or isinstance(config, TeacherConfig)
@@ -220,6 +223,11 @@ def open_student(
     if not student.raw and teacher_model is not None:
         student = Model(student.config, student.plan, student.label, teacher_model.raw)
     return Opened(student, sources, teacher_model)
+
+
+def _own_head(teacher: Checkpoint, flags: Mapping[str, Any]) -> bool | None:
+    """False where a head is stored and is said not to be tied; a teacher without one may have an untied student."""
+    return False if flags.get("tie_word_embeddings") is False and HEAD in teacher.plan else None
 
 
 def map_facts(layer_map: str) -> Facts:
@@ -240,7 +248,7 @@ def complete(opened: Opened, *, need_all: bool) -> tuple[Model, list[str]]:
     if not need_all:
         expected = {name: shape for name, shape in expected.items() if is_attention(name)}
         check(_attention(student.plan), expected, student.label)
-        return student, []
+        return replace(student, tied_head=None), []
     missing = [name for name in expected if name not in student.plan]
     if missing and opened.teacher is None:
         hint = "Pass --teacher FOLDER_OR_HUB_ID: a training checkpoint holds attention only, the rest is its."
@@ -253,12 +261,19 @@ def complete(opened: Opened, *, need_all: bool) -> tuple[Model, list[str]]:
         check(student.plan, expected, student.label)
         return student, []
     assert opened.teacher is not None
-    grafted = graft(student.plan, opened.teacher.plan, config)
+    trained, tied = student.plan, student.tied_head
+    if config.tie_word_embeddings and EMBEDDING not in trained:
+        whole, head = opened.teacher, trained.get(HEAD)
+        tied = whole.tied_head
+        if head is not None and EMBEDDING in whole.plan:
+            trained = {name: recipe for name, recipe in trained.items() if name != HEAD}
+            tied = TiedHead(head, whole.plan[EMBEDDING], student.label)
+    grafted = graft(trained, opened.teacher.plan, config)
     notes = [f"{len(grafted.from_teacher)} tensors come from the teacher"]
     if grafted.both:
         notes.append(f"{len(grafted.both)} tensors are in both, the trained ones are taken:")
         notes += [f"  - {name}" for name in grafted.both]
-    return Model(config, grafted.plan, student.label, student.raw), notes
+    return checked_here(Model(config, grafted.plan, student.label, student.raw, tied)), notes
 
 
 def reshape(student: Model, dtype: str | None, multiple: int | None) -> tuple[Model, str]:
@@ -277,7 +292,7 @@ def reshape(student: Model, dtype: str | None, multiple: int | None) -> tuple[Mo
             plan = {key: cast(recipe, name) for key, recipe in plan.items()}
     else:
         name = main_dtype(plan)
-    return Model(config, plan, student.label, student.raw), name
+    return replace(student, config=config, plan=plan), name
 
 
 def main_dtype(plan: Plan) -> str:

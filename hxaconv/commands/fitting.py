@@ -14,7 +14,7 @@ from hxaconv.card import CALIBRATED, UNTRAINED, calibration_section
 from hxaconv.commands.common import Outcome, WriteOptions, check_target, checked_device, download, perform
 from hxaconv.commands.tokens import TokenOptions, calibration_tokens
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.model import Model
+from hxaconv.model import Model, TiedHead
 from hxaconv.output import Job
 from hxaconv.plan import source_files
 from hxaconv.writing.interruption import interruptible
@@ -74,7 +74,13 @@ class Task:
     @property
     def files(self) -> list[SourceFile]:
         """Those that are read."""
-        return [*source_files(self.teacher.plan), *source_files(self.plain.plan)]
+        heads = [file for head in self.tied_heads for file in head.files]
+        return [*source_files(self.teacher.plan), *source_files(self.plain.plan), *heads]
+
+    @property
+    def tied_heads(self) -> list[TiedHead]:
+        """Those that are still to be compared with their embedding."""
+        return [model.tied_head for model in (self.teacher, self.plain) if model.tied_head is not None]
 
     @property
     def pieces(self) -> Tensor:
@@ -278,6 +284,8 @@ def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated |
         distances = cache.load_distances()
         if distances is None:
             download(job.sources.values(), task.files, write.progress)
+            for head in task.tied_heads:
+                head.check()
         done = calibrate(
             task.teacher,
             task.plain,

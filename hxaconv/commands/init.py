@@ -54,6 +54,7 @@ def run(
     max_shard_size: str = "5GB",
     rope_theta: float | None = None,
     rms_norm_eps: float | None = None,
+    tie_word_embeddings: bool | None = None,
     allow_gqa_layer_0: bool = False,
     allow_output_bias: bool = False,
     drop_rope_scaling: bool = False,
@@ -77,7 +78,7 @@ def run(
         dtype: Of the output: `bfloat16`, `float16` or `float32`.
         format: `hf` (folder), `pth` (for RWKV-Infer) or `training` (attention alone, named as trainers load it).
         max_shard_size: Of a weight file of a folder, such as `5GB` or `500MB`.
-        rope_theta, rms_norm_eps: Where the teacher's config does not give them, or gives two.
+        rope_theta, rms_norm_eps, tie_word_embeddings: Where the teacher's config does not say, or says it wrong.
         allow_gqa_layer_0, allow_output_bias, drop_rope_scaling: What is refused otherwise, with the reason.
         copy_code: Copy the `.py` files of the teacher along.
         init: `openmose` (published initial values) or `calibrated` (fitted to the teacher).
@@ -106,11 +107,14 @@ def run(
         rms_norm_eps=rms_norm_eps,
         allow_output_bias=allow_output_bias,
         drop_rope_scaling=drop_rope_scaling,
+        tie_word_embeddings=tie_word_embeddings,
     )
     layers, reason = choose_layers(model.teacher, teacher, layer_map, gqa_layers, allow_gqa_layer_0)
     config = student_of(model.config, layers)
     warnings = [*model.teacher.warnings, *layer_0_warning(config)]
-    student = Model(config, init_from_teacher(model.plan, config, settings), out, model.raw)
+    everything = format != "training"
+    tied = model.tied_head if everything else None
+    student = Model(config, init_from_teacher(model.plan, config, settings), out, model.raw, tied)
     notes = [f"GQA layers: {reason}"]
     fit = calibration if isinstance(calibration, CalibrateOptions) else CalibrateOptions(**(calibration or {}))
     if init == "calibrated":
@@ -129,7 +133,7 @@ def run(
         sources={"teacher": checkpoint},
         base_model=base_model_name(checkpoint),
         purpose=UNTRAINED,
-        everything=format != "training",
+        everything=everything,
         copy_code=copy_code,
         extra={
             "init": init_record(config.rwkv_layers, init, preset, settings),

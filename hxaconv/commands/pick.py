@@ -111,7 +111,7 @@ def run(
         settings,
         donor.given if donor else None,
     )
-    result = Model(new, plan, out, student.raw)
+    result = Model(new, plan, out, student.raw, student.tied_head)
     fresh = [i for i in changed if i not in taken and i in new.rwkv_layers]
     history = history_of(opened.sources["source"])
     made: dict[str, Any] = {"changed_layers": changed}

@@ -90,11 +90,13 @@ def run(
     beside = open_checkpoint(against, progress=options.progress) if against else None
     opened = [found for found in (checkpoint, beside) if found is not None]
     if not any(_is_student(found) for found in opened):
-        without = {"--teacher": teacher, "--layer-map": layer_map, "--tie-word-embeddings": tie_word_embeddings}
-        _refuse_for_teachers(source, without)
+        _refuse_for_teachers(source, {"--teacher": teacher, "--layer-map": layer_map})
     try:
         model = whole_model(checkpoint, teacher, layer_map, flags)
         other = whole_model(beside, teacher, layer_map, flags, model.config) if beside else None
+        for found in (model, other):
+            if found is not None and found.tied_head is not None:
+                found.tied_head.check()
     except Inconsistent as error:
         return inconsistent(checkpoint, beside, error)
     vocabulary = min(m.config.vocab_size for m in (model, other) if m is not None)
@@ -230,6 +232,7 @@ def whole_model(
         checkpoint,
         rope_theta=flags["rope_theta"],
         rms_norm_eps=flags["rms_norm_eps"],
+        tie_word_embeddings=flags["tie_word_embeddings"],
         allow_output_bias=True,
         drop_rope_scaling=True,
     )

@@ -38,6 +38,9 @@ SAME_ATTENTION = 1e-5
 """Relative error of two float32 attentions with the same weights that sum in another order."""
 CAST_ATTENTION = 3e-2
 """The same where the weights were rounded to another dtype, bf16 at worst."""
+CAST = Thresholds(layer=CAST_ATTENTION, kl=0.1)
+"""Each tensor is checked to be rounded once. Weights that were trained in small steps from bf16 round the same way all
+together: up to 1.6e-2 in a layer and 1.4e-3 nats were seen; a damaged layer costs much more."""
 PADDED = Thresholds(layer=1e-5, kl=1e-9)
 """Zeros that are added change the order of summation, nothing else."""
 
@@ -182,7 +185,7 @@ def check_converted(source: Model, output: Model, *, progress: Progress | None =
         source,
         ids=ids,
         expect=expect,
-        thresholds=PADDED if padded and not cast else Thresholds(),
+        thresholds=CAST if cast else PADDED if padded else None,
         progress=progress,
     )
     if expect == "close":

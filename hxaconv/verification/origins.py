@@ -12,8 +12,7 @@ from hxaconv.config import StudentConfig
 from hxaconv.initial import decay_bias, iclr_bias
 from hxaconv.model import Model
 from hxaconv.names import is_attention, layer_index
-from hxaconv.plan import Plan, Recipe
-from hxaconv.teacher import same_bytes
+from hxaconv.plan import Plan, Recipe, same_bytes
 from hxaconv.verification.tensors import element_pairs, same_bits, with_head
 
 SCALED = {"receptance": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from hxaconv.model import Model
 from hxaconv.names import is_attention, layer_index
-from hxaconv.plan import Plan
-from hxaconv.teacher import same_bytes
+from hxaconv.plan import Plan, same_bytes
 from hxaconv.verification.contracts import check_rwkv_layers, listing
 from hxaconv.verification.origins import is_scaled
 from hxaconv.verification.probe import probe_tokens
