@@ -53,7 +53,8 @@ class Checkpoint:
     revision: str | None = None
     """The commit that was opened, for a Hub id."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Facts about the container: what the reader found, `stray_files` (weight files that were not opened)."""
+    """Facts about the container: what the reader found, `stray_files` (weight files that were not opened),
+    `index` (the name of the index)."""
     handle: object = None
     """What downloads the files, for a Hub id."""
 
@@ -167,7 +168,7 @@ def assemble(
         repo=repo,
         revision=revision,
         handle=handle,
-        facts={"stray_files": selection.stray},
+        facts={"stray_files": selection.stray, "index": selection.index_name},
     )
 
 

@@ -557,7 +557,7 @@ def verify(
     revision: Revision = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per sequence.", rich_help_panel=PROBE)] = 64,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.", rich_help_panel=PROBE)] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of random tokens.", rich_help_panel=PROBE)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random tokens.", rich_help_panel=PROBE)] = 0,
     input_ids: InputIds = None,
     text: Text = None,
     dtype: Annotated[str, typer.Option(help="float32 or float64.", rich_help_panel=PROBE)] = "float32",

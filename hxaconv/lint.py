@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from hxaconv.config import FAMILIES, ROPE_SCALING_DEFAULTS, ModelConfig, StudentConfig, rope_settings
 from hxaconv.errors import shortened
 from hxaconv.names import EMBEDDING, HEAD, layer_kinds, mixer_prefix
+from hxaconv.plan import Plan
+from hxaconv.student import is_student
 
 if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
@@ -34,6 +36,14 @@ TRANSFORMERS_KEYS = (
     *("lora_rank_key_residual_mix", "lora_rank_gate"),
 )
 """What the modelling code needs on top of RWKV_INFER_KEYS."""
+
+SWITCHES = {
+    "enable_qk_norm": (".r_norm.weight", ".q_norm.weight"),
+    "attention_bias": (".receptance.bias", ".q_proj.bias"),
+    "attention_out_bias": (".output.bias", ".o_proj.bias"),
+    "mlp_bias": (".up_proj.bias",),
+}
+"""What config.json has to say where there are such tensors."""
 
 FUSED = ("w1", "a1", "v1", "k1", "g1")
 """Low-rank matrices that RWKV-Infer concatenates in every RWKV layer."""
@@ -78,7 +88,7 @@ class Verdict:
 
 def lint(checkpoint: Checkpoint, config: ModelConfig | None = None) -> list[Verdict]:
     """Ask every loader; `config` is the model's, where it is known: it names settings and layer kinds."""
-    student = any(name.endswith((".r_k", ".receptance.weight")) for name in checkpoint.plan)
+    student = is_student(checkpoint)
     verdicts = [_transformers(checkpoint, config, student)]
     if student:
         verdicts += [_infer_folder(checkpoint), _infer_pth(checkpoint, config)]
@@ -93,15 +103,34 @@ def _transformers(checkpoint: Checkpoint, config: ModelConfig | None, student: b
     if not student:
         if raw.get("model_type") not in FAMILIES:
             findings.append(Finding(f"model_type {raw.get('model_type')!r}", "config.json", "Check its documentation."))
+        findings += _file_names(checkpoint)
         return Verdict(TRANSFORMERS, (), tuple(findings))
     findings += _missing_keys(raw, (*RWKV_INFER_KEYS, *TRANSFORMERS_KEYS), "the modelling code")
+    findings += _switches(checkpoint.plan, raw)
     findings += _code(checkpoint, raw)
+    findings += _file_names(checkpoint)
     if not any(key in raw for key in ("torch_dtype", "dtype")):
         do = "Add torch_dtype, or pass dtype= when loading."
         findings.append(Finding("no torch_dtype: some versions load float32", "config.json", do, blocks=False))
     if config is not None and isinstance(config, StudentConfig) and not config.tie_word_embeddings:
         findings += _head(checkpoint, "tie_word_embeddings is false")
     return Verdict(TRANSFORMERS, ("trust_remote_code=True",), tuple(findings))
+
+
+def _switches(plan: Plan, raw: Mapping[str, Any]) -> Iterator[Finding]:
+    for key, endings in SWITCHES.items():
+        name = next((name for name in plan if name.endswith(endings)), None)
+        if name is not None and not raw.get(key):
+            what = f"{key} is not true: the modelling code leaves out {name} and all like it"
+            yield Finding(what, "config.json", f'Add "{key}": true.')
+
+
+def _file_names(checkpoint: Checkpoint) -> Iterator[Finding]:
+    stem = "model.safetensors" if checkpoint.container == "safetensors" else "pytorch_model.bin"
+    index, names = checkpoint.extra.get("index"), [file.name for file in checkpoint.files]
+    if index != f"{stem}.index.json" and (index is not None or names != [stem]):
+        do = "Convert with hxaconv, which names them so."
+        yield Finding(f"it looks for {stem} or {stem}.index.json", _name(checkpoint), do)
 
 
 def _code(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Iterator[Finding]:

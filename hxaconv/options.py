@@ -52,7 +52,7 @@ Preset = Annotated[
 Scale = Annotated[
     str | None, typer.Option(help="Factors over the preset: receptance=0.5,key=1,...", rich_help_panel=VALUES)
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the random matrices.", rich_help_panel=VALUES)]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the random matrices.", rich_help_panel=VALUES)]
 Dtype = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16 or float32. Default: as in the source.", rich_help_panel=OUTPUT),
@@ -114,7 +114,7 @@ RefitOutput = Annotated[
 RefineSteps = Annotated[
     int, typer.Option(help="Local refinement after the closed form; 0 for none.", rich_help_panel=CALIBRATION)
 ]
-TokenSeed = Annotated[int, typer.Option("--seed", help="Seed of random tokens.", rich_help_panel=CALIBRATION)]
+TokenSeed = Annotated[int, typer.Option("--seed", min=0, help="Seed of random tokens.", rich_help_panel=CALIBRATION)]
 FoldRope = Annotated[
     bool, typer.Option("--fold-rope", help="Fit GQA layers to losing RoPE (changes them).", rich_help_panel=CALIBRATION)
 ]

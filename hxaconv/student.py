@@ -61,7 +61,7 @@ class MissingSettings(HxaconvError):
         super().__init__(
             f"{where} does not say everything that a student's config needs, and nothing is guessed:\n"
             f"{bullet_list(lines)}",
-            hint="A .pth that hxaconv wrote has them in NAME.json; put that file back beside it.",
+            hint="What hxaconv wrote has them in config.json, or beside a .pth in NAME.json: put that file back.",
         )
         self.missing = missing
 

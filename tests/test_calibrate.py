@@ -379,6 +379,21 @@ def test_dead_heads_are_named_and_stay_finite(small):
     assert not found.report.layers[0].warnings
 
 
+def test_a_head_that_the_output_matrix_leaves_out_is_dead(small):
+    config = small[0].config
+    gone = slice(config.head_dim, 2 * config.head_dim)
+
+    def without(x):
+        x[:, gone] = 0
+        return x
+
+    silent = changed(small[0], "model.layers.1.self_attn.o_proj.weight", without)
+    student = plain_student(silent)
+    found = calibrate(silent, student, some_ids(silent), QUICK)
+    never_worse(found, student)
+    assert "attention is zero in head 1" in found.report.layers[1].warnings[0]
+
+
 @pytest.mark.parametrize("shape", [(1, 32), (1, 40), (35, 1)])
 def test_few_tokens_are_said_to_be_few(small, shape):
     found = calibrate(*small, some_ids(small[0], shape), QUICK)

@@ -185,3 +185,22 @@ def test_another_teacher_of_the_same_shapes_is_refused(
     assert "of 159 tensors, 1 are not as it writes them" in told
     assert f"model.{part} is not {said}".replace("q_proj", "receptance", 1) in told
     assert not list(tmp_path.glob("o*"))
+
+
+def test_one_token_over_and_over_is_no_text(cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "ids.npy", np.full(64, 65))
+    words = [*PLAIN, tmp_path / "o", "--init", "calibrated", "--input-ids", tmp_path / "ids.npy"]
+    assert cli(*words, "--tokens", 64, "--refine-steps", 0, "--no-verify", "--quiet") == 0
+    assert "100% of the calibration tokens are one and the same (id 65)" in capsys.readouterr().err
+
+
+def test_a_calibrated_student_is_held_against_its_teacher(cli: Cli, tmp_path: Path) -> None:
+    init = ["init-from-teacher", TINY_TEACHER, tmp_path / "o", "--gqa-layers", "2,5", "--init", "calibrated", *FIT]
+    assert cli(*init, "--quiet") == 0
+    checks = json.loads((tmp_path / "o" / "hxaconv.json").read_text())["verification"]["checks"]
+    names = {check["name"]: check["detail"] for check in checks}
+    assert {"copied tensors", "nothing lost", "GQA layers", "scaled projections", "initial values"} <= names.keys()
+    assert "2 layers" in names["GQA layers"]
+    assert cli(*init, "--fold-rope", "--overwrite", "--quiet") == 0
+    checks = json.loads((tmp_path / "o" / "hxaconv.json").read_text())["verification"]["checks"]
+    assert "GQA layers" not in {check["name"] for check in checks}

@@ -121,6 +121,28 @@ OBSTACLES: dict[str, tuple[Checkpoint, str, str]] = {
         "auto_map has no AutoConfig",
     ),
     "no config": (folder(config=None), TRANSFORMERS, "no config.json"),
+    "another name": (folder(files=(file("weights.safetensors"),)), TRANSFORMERS, "it looks for model.safetensors"),
+    "shards without an index": (
+        folder(files=(file("model-00001-of-00002.safetensors"), file("model-00002-of-00002.safetensors"))),
+        TRANSFORMERS,
+        "it looks for model.safetensors or model.safetensors.index.json",
+    ),
+    **{
+        f"no {key}": (
+            folder(
+                {k: v for k, v in student_json(config(), {}, "BF16").items() if k != key},
+                plan=plan() | {f"model.layers.0.{name}": Recipe("BF16", (256,), Literal(bytes(512)), "")},
+            ),
+            TRANSFORMERS,
+            f"{key} is not true: the modelling code leaves out model.layers.0.{name}",
+        )
+        for key, name in {
+            "enable_qk_norm": "self_attn.r_norm.weight",
+            "attention_bias": "self_attn.receptance.bias",
+            "attention_out_bias": "self_attn.output.bias",
+            "mlp_bias": "mlp.up_proj.bias",
+        }.items()
+    },
     "stray file": (
         folder(extra={"stray_files": ("consolidated.safetensors",)}),
         INFER_FOLDER,
@@ -217,3 +239,15 @@ def test_verdicts_are_plain_data_and_fit_a_hundred_columns() -> None:
         console.print(part)
     shown = console.export_text()
     assert "does not take it" in shown and all(len(line) <= 100 for line in shown.splitlines())
+
+
+def test_a_student_without_rwkv_layers_is_a_student() -> None:
+    raw = student_json(dataclasses.replace(config(), gqa_layers=(0, 1, 2, 3)), {}, "BF16")
+    held = {name: recipe for name, recipe in plan().items() if ".self_attn." not in name}
+    assert [found.loader for found in lint(folder(raw, plan=held))] == [TRANSFORMERS, INFER_FOLDER, INFER_PTH]
+    assert "model_type" not in text(verdict(folder(raw, plan=held), TRANSFORMERS))
+
+
+def test_an_index_tells_transformers_the_files() -> None:
+    shards = (file("model-00001-of-00002.safetensors"), file("model-00002-of-00002.safetensors"))
+    assert verdict(folder(files=shards, extra={"index": "model.safetensors.index.json"}), TRANSFORMERS).takes

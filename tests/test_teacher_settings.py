@@ -113,8 +113,9 @@ def test_limits_of_another_expectation_are_judged_too(cli: Cli, golden: Path) ->
     case = golden / "qwen3_tiny"
     same = ("verify", case / "student_hf", "--against", case / "student_hf", "--teacher", case / "teacher", "--quiet")
     assert cli(*same, "--max-kl", "1e-9") == 0
-    assert cli(*same, "--max-kl", "-1") == 1
-    assert cli(*same, "--expect", "close", "--max-logit", "-5") == 1
+    assert cli(*same, "--expect", "close", "--max-logit", "0") == 0
+    for limit in ("-1", "nan"):
+        assert cli(*same, "--max-kl", limit) == 2
 
 
 @pytest.mark.parametrize(
@@ -307,10 +308,77 @@ def test_a_padded_student_goes_to_training_and_back(cli: Cli, golden: Path, tmp_
 
 
 def test_weights_that_were_trained_in_small_steps_can_be_cast(cli: Cli, golden: Path, tmp_path: Path) -> None:
-    """Steps below half a bf16 step are all rounded away in one direction, which no layer of a cast feels more."""
+    """Steps below half a bf16 step are all rounded away in one direction, which adds up in a layer."""
     case = golden / "qwen3_tiny"
     made = ("to-hf", case / "student.pth", tmp_path / "f", "--teacher", case / "teacher", "--dtype", "float32")
     assert cli(*made, "--quiet") == 0
-    rewritten(tmp_path / "f", lambda held: {n: t * (1 + 1.5e-3) if t.dim() == 2 else t for n, t in held.items()})
-    cast = ("to-pth", tmp_path / "f", tmp_path / "c.pth", "--dtype", "bfloat16", "--json")
-    assert cli(*cast) == 0
+    rewritten(tmp_path / "f", lambda held: {name: tensor + 1e-4 for name, tensor in held.items()})
+    assert cli("to-pth", tmp_path / "f", tmp_path / "c.pth", "--dtype", "bfloat16", "--quiet") == 0
+    # What would be too much for two checkpoints of which nothing is known.
+    compare = ("verify", tmp_path / "f", "--against", tmp_path / "c.pth", "--expect", "close", "--quiet")
+    assert cli(*compare) == 1
+    assert cli(*compare, "--max-layer", "0.03") == 0
+    assert cli(*compare, "--max-layer", "0.03", "--max-logit", "1e-9") == 1
+
+
+def test_settings_that_one_of_two_cannot_say_are_the_others(
+    cli: Cli, golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = golden / "reka_tiny"
+    made = ("to-hf", case / "student.pth", tmp_path / "h", "--teacher", case / "teacher", "--quiet")
+    assert cli(*made) == 0
+    for one, other in ((case / "student.pth", tmp_path / "h"), (tmp_path / "h", case / "student.pth")):
+        capsys.readouterr()
+        assert cli("verify", one, "--against", other, "--json") == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["expect"] == "identical"
+        assert any("student.pth says nothing of rope_theta" in note for note in report["notes"])
+    assert cli("verify", case / "student.pth", "--against", case / "teacher", "--quiet") == 0
+    assert cli("verify", case / "student.pth", "--against", case / "student.pth", "--quiet") == 2
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps", "tie_word_embeddings"])
+def test_a_config_that_lacks_a_key_fails_and_is_linted(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "s", *QUIET) == 0
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    (tmp_path / "s" / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in (key, "rope_parameters")})
+    )
+    capsys.readouterr()
+    assert cli("verify", tmp_path / "s", "--json") == 1
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert [any(key in f["what"] for f in verdict["findings"]) for verdict in found][:2] == [True, True]
+
+
+def test_a_tokenizer_that_cuts_and_pads_does_neither(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    from hxaconv.files import SourceFile
+    from hxaconv.verification import probe_tokens
+
+    words = {"a": 0, "b": 1, "<pad>": 2}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.enable_truncation(4)
+    made.enable_padding(length=16, pad_id=2, pad_token="<pad>")
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "x.txt").write_text("a b " * 5)
+    tokenizer = SourceFile.local(tmp_path / "tokenizer.json")
+    assert probe_tokens(3, tokens=64, text=tmp_path / "x.txt", tokenizer=tokenizer).tolist() == [[0, 1] * 5]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("verify", "{teacher}"),
+        ("pick-gqa-layers", "{teacher}", "--strategy", "influence", "--count", "2"),
+        ("init-from-teacher", "{teacher}", "{out}", "--init", "calibrated", "--random-tokens"),
+    ],
+)
+def test_a_seed_beyond_every_generator_is_refused(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    words = [word.format(teacher=tiny_teacher, out=tmp_path / "o") for word in command]
+    for seed in ("99999999999999999999", "-1"):
+        assert cli(*words, "--seed", seed) == 2

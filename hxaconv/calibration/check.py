@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hxaconv.calibration.report import Distances
 from hxaconv.model import Model
+from hxaconv.names import layer_index
 from hxaconv.plan import same_bytes
 from hxaconv.verification.compare import compare_models
-from hxaconv.verification.contracts import check_rwkv_layers, completed, listing
+from hxaconv.verification.contracts import check_copies, check_gqa_layers, check_rwkv_layers, completed, listing
 from hxaconv.verification.report import Report
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def check_calibrated(
 ) -> Report:
     """Check the written student: tensors not in `replaced` are the plain student's, logits finite, KL reported.
 
-    With `factors`, projections that were not replaced are checked against the teacher's as well.
+    GQA layers that were not replaced equal the teacher's attention with all positions 0. With `factors`, what was
+    copied and the projections that were not replaced are checked against the teacher's as well.
     """
     report = compare_models(completed(output, teacher), teacher, ids=ids, device=device, progress=progress)
     kept = [name for name in output.plan if name not in replaced]
@@ -62,7 +64,10 @@ def check_calibrated(
     lost = [name for name in replaced if name not in output.plan]
     if replaced:
         report.check("fitted tensors", not lost, listing(lost, "are missing") or f"{len(replaced)} are there")
+    changed = {layer_index(name) for name in replaced}
+    check_gqa_layers(report, without=changed)
     if factors is not None:
+        check_copies(report, completed(output, teacher), teacher, without=replaced)
         rest = replace(output, plan={name: output.plan[name] for name in kept})
         check_rwkv_layers(report, rest, teacher.plan, factors)
     return report

@@ -96,7 +96,8 @@ def _warnings(seen: Attention, config: StudentConfig) -> list[str]:
     if tokens < FEW_TOKENS_PER_CHANNEL * config.head_dim:
         found.append(f"{tokens} tokens to fit are few for heads of {config.head_dim} channels")
     energy = seen.heads.square().sum(dim=(0, 1)).view(config.num_attention_heads, -1).sum(dim=1)
-    dead = [str(i) for i in (energy == 0).nonzero()[:, 0].tolist()]
+    reach = seen.output_weight.square().sum(dim=0).view(config.num_attention_heads, -1).sum(dim=1)
+    dead = [str(i) for i in ((energy == 0) | (reach == 0)).nonzero()[:, 0].tolist()]
     if dead:
         found.append(f"the teacher's attention is zero in head {', '.join(dead)}")
     return found

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hxaconv.verification import Report
 
 
+SHARE_OF_ONE_TOKEN = 0.5
 RANDOM_HINT = "--random-tokens goes on without a text (much worse)."
 
 
@@ -114,6 +115,14 @@ class Task:
         )
         idle = self.settings.fold_rope and not self.plain.student.gqa_layers
         return [note, *(["--fold-rope changes nothing: no layer stays attention"] if idle else [])]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the tokens no text."""
+        [(token, count)] = Counter(self.pieces.flatten().tolist()).most_common(1)
+        share = count / self.pieces.numel()
+        said = f"{share:.0%} of the calibration tokens are one and the same (id {token})"
+        return [f"{said}: figures made of them say little of text"] if share > SHARE_OF_ONE_TOKEN else []
 
     @property
     def planned(self) -> Plan:
@@ -236,7 +245,7 @@ def perform_calibrated(
         CheckFailed: when the output does not pass its verification.
     """
     calibrated = None if write.dry_run else calibrate_student(task, job, write)
-    notes = [*notes, *task.notes]
+    notes, warnings = [*notes, *task.notes], [*warnings, *task.warnings]
     if calibrated is None and write.dry_run:
         planned = task.planned
         job = replace(job, student=replace(job.student, plan=job.student.plan | planned))

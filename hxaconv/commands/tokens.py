@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from hxaconv.checkpoint import Checkpoint
 
 
+LARGEST_SEED = 2**63
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenOptions:
     """Where tokens come from; `tokens` is how many are used at most, `batch` only shapes random ones."""
@@ -23,6 +26,10 @@ class TokenOptions:
     tokens: int = 1024
     batch: int = 1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < LARGEST_SEED:
+            raise HxaconvError(f"--seed {self.seed} is not possible", hint=f"It takes 0 to {LARGEST_SEED - 1}.")
 
     @property
     def given(self) -> bool:

@@ -18,7 +18,7 @@ from hxaconv.lint import lint
 from hxaconv.model import Model
 from hxaconv.opening import open_checkpoint
 from hxaconv.records import record_of
-from hxaconv.student import is_student
+from hxaconv.student import MissingSettings, is_student
 from hxaconv.teacher import open_teacher
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def run(
     checked_device(options.device)
     if options.expect is not None:
         one_of("--expect", options.expect, EXPECTATIONS)
+    wrong = [f"--max-{key.removesuffix('s')} {value}" for key, value in options.thresholds.items() if not value >= 0]
+    raise_all("limits are 0 or more:", wrong)
     if against is None:
         about = ["--expect"] if options.expect is not None else []
         about += [f"--max-{key.removesuffix('s')}" for key in options.thresholds]
@@ -92,16 +94,19 @@ def run(
     if not any(_is_student(found) for found in opened):
         _refuse_for_teachers(source, {"--teacher": teacher, "--layer-map": layer_map})
     try:
-        model = whole_model(checkpoint, teacher, layer_map, flags)
-        other = whole_model(beside, teacher, layer_map, flags, model.config) if beside else None
+        model, other = _both(checkpoint, beside, teacher, layer_map, flags)
         for found in (model, other):
             if found is not None and found.tied_head is not None:
                 found.tied_head.check()
     except Inconsistent as error:
         return inconsistent(checkpoint, beside, error)
+    except MissingSettings as error:
+        if checkpoint.config is None:
+            raise
+        return inconsistent(checkpoint, beside, error)
     vocabulary = min(m.config.vocab_size for m in (model, other) if m is not None)
     tokens = TokenOptions(tokens=options.tokens) if isinstance(options.tokens, int) else options.tokens
-    ids = tokens_of(tokens, vocabulary, checkpoint)
+    ids = tokens_of(tokens, vocabulary, next((c for c in opened if "tokenizer.json" in c.companions), checkpoint))
     if other is None:
         report = verify_model(
             model,
@@ -124,6 +129,9 @@ def run(
             logits_out=logits_out,
             progress=options.progress,
         )
+    for one, two in ((checkpoint, beside), (beside, checkpoint)):
+        if one is not None and two is not None and teacher is None and _says_nothing(one):
+            report.notes.append(f"{one.label} says nothing of rope_theta, rms_norm_eps and tying: as in {two.label}")
     report.notes += [line for found in opened for line in dropped_scaling(found.config or {})]
     return report
 
@@ -181,7 +189,7 @@ def digests(source: str, *, revision: str | None = None, progress: Progress | No
     return report
 
 
-def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: Inconsistent) -> Report:
+def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: HxaconvError) -> Report:
     """The report on a checkpoint that is no model at all: what does not fit, and what loaders would say."""
     from hxaconv.verification import Report
 
@@ -197,6 +205,28 @@ def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: Incons
 
 def _is_student(checkpoint: Checkpoint) -> bool:
     return is_student(checkpoint) or checkpoint.config is None
+
+
+def _says_nothing(checkpoint: Checkpoint) -> bool:
+    """Whether it is a student whose files tell none of the settings that tensors cannot tell."""
+    return checkpoint.config is None and checkpoint.sidecar is None
+
+
+def _both(
+    checkpoint: Checkpoint,
+    beside: Checkpoint | None,
+    teacher: str | None,
+    layer_map: str | None,
+    flags: Mapping[str, Any],
+) -> tuple[Model, Model | None]:
+    """Both models; one of them may say what the other cannot."""
+    if beside is None:
+        return whole_model(checkpoint, teacher, layer_map, flags), None
+    if _says_nothing(checkpoint) and not _says_nothing(beside):
+        other = whole_model(beside, teacher, layer_map, flags)
+        return whole_model(checkpoint, teacher, layer_map, flags, other.config), other
+    model = whole_model(checkpoint, teacher, layer_map, flags)
+    return model, whole_model(beside, teacher, layer_map, flags, model.config)
 
 
 def _refuse_for_teachers(source: str, given: Mapping[str, Any]) -> None:
@@ -222,7 +252,7 @@ def whole_model(
     """
     if _is_student(checkpoint):
         given = dict(flags)
-        if beside is not None and checkpoint.config is None and checkpoint.sidecar is None and teacher is None:
+        if beside is not None and _says_nothing(checkpoint) and teacher is None:
             for key in ("rope_theta", "rms_norm_eps", "tie_word_embeddings"):
                 given[key] = given.get(key) if given.get(key) is not None else getattr(beside, key)
         opened = open_student(checkpoint, teacher=teacher, layer_map=layer_map, flags=given)

@@ -134,6 +134,9 @@ def _encode(text: Path, tokenizer: SourceFile | None) -> list[int]:
         made = Tokenizer.from_str(tokenizer.read(0, tokenizer.size).decode("utf-8"))
     except Exception as error:
         raise HxaconvError(f"{tokenizer.label} is not a tokenizer that `tokenizers` reads: {error}") from None
+    # Both can be stored with a tokenizer: it would give a piece of the text, and fill up what is short of it.
+    made.no_truncation()
+    made.no_padding()
     ids: list[int] = made.encode(content).ids
     return ids
 
