@@ -115,11 +115,8 @@ def read(path: Path, check: Check | None = None) -> LayerMap:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise HxaconvError(f"layer map {path} is not valid TOML: {detail}") from None
-    raise_all(
-        f"layer map {path}:",
-        _problems(raw, check or range_problems),
-        hint="A minimal map is one line: gqa_layers = [4, 9, 14]",
-    )
+    minimal = "" if "gqa_layers" in raw else "A minimal map is one line: gqa_layers = [4, 9, 14]"
+    raise_all(f"layer map {path}:", _problems(raw, check or range_problems), hint=minimal)
     return LayerMap(
         name=path.stem,
         gqa_layers=tuple(sorted(raw["gqa_layers"])),

@@ -30,7 +30,7 @@ def parse_scale(text: str | None, preset: str) -> dict[str, float]:
     """
     if preset not in PRESETS:
         raise HxaconvError(f"unknown preset {preset!r}", hint=f"Presets: {', '.join(PRESETS)}.")
-    factors, problems = dict(PRESETS[preset]), []
+    factors, problems, seen = dict(PRESETS[preset]), [], set[str]()
     for part in filter(None, (text or "").split(",")):
         name, _, value = part.partition("=")
         try:
@@ -39,8 +39,11 @@ def parse_scale(text: str | None, preset: str) -> dict[str, float]:
             number = float("nan")
         if name.strip() not in factors or not abs(number) < float("inf"):
             problems.append(f"{part!r} is not one of {', '.join(factors)} followed by =NUMBER")
+        elif name.strip() in seen:
+            problems.append(f"{name.strip()} is given twice")
         else:
             factors[name.strip()] = number
+            seen.add(name.strip())
     raise_all("--scale is not understood:", problems, hint="Example: --scale receptance=0.5,value=0.3")
     return factors
 

@@ -43,7 +43,7 @@ REKA = {
 def config_of(name):
     model = dict(layer_maps.load(name).model)
     model.setdefault("tie_word_embeddings", False)
-    return teacher_config({"hidden_act": "silu", **model}, where=name)
+    return teacher_config({"hidden_act": "silu", "sliding_window": None, **model}, where=name)
 
 
 def test_shipped_maps_are_the_published_choices():

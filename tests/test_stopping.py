@@ -105,6 +105,7 @@ def test_locks_without_help_of_the_system(tmp_path, monkeypatch):
         ({**alive, "started": "another time"}, False),
         (alive, True),
         ({**alive, "host": "elsewhere"}, True),
+        ({**alive, "pid": "4711"}, False),
     ):
         path.write_text(json.dumps(holder))
         lock = locks.acquire(path, "test")
@@ -112,6 +113,10 @@ def test_locks_without_help_of_the_system(tmp_path, monkeypatch):
         if isinstance(lock, locks.Lock):
             lock.release()
             assert not path.exists()
+    path.write_text(json.dumps({**alive, "host": "elsewhere"}))
+    with pytest.raises(HxaconvError, match="on host elsewhere .* is writing") as caught, locks.held(path, path, None):
+        pass
+    assert f"delete {path}" in caught.value.hint
 
 
 # Signals and kills

@@ -157,6 +157,8 @@ def test_scale_says_everything_that_is_wrong() -> None:
     assert parse_scale("value=1", "openmose-stage1")["value"] == 1.0
     with pytest.raises(HxaconvError) as caught:
         parse_scale("valu=1,key=x", "openmose-stage1")
+    with pytest.raises(HxaconvError, match="receptance is given twice"):
+        parse_scale("receptance=0.5,receptance=0.6", "openmose-stage1")
     assert "valu=1" in str(caught.value)
     assert "key=x" in str(caught.value)
 

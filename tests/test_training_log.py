@@ -157,3 +157,12 @@ def test_short_rows_under_names_that_go_layer_by_layer_are_refused(tmp_path):
     rows = [[s, *r, *c] for s, r, c in zip(steps, raw, scale, strict=True)]
     with pytest.raises(HxaconvError, match="which field is which cannot be told"):
         read_log(write_log(tmp_path / "short.csv", rows, names))
+
+
+def test_one_layer_under_two_spellings_of_its_number_is_refused(tmp_path):
+    names = [name.replace("layer_1_rawMSE", "layer_01_rawMSE") for name in header()]
+    names.insert(2, "layer_1_rawMSE")
+    steps, raw, scale = log_rows()
+    rows = [[s, 1.0, *r, *(r * c), *c] for s, r, c in zip(steps, raw, scale, strict=True)]
+    with pytest.raises(HxaconvError, match="layer 1 has its rawMSE twice"):
+        read_log(write_log(tmp_path / "log.csv", rows, names))

@@ -65,6 +65,8 @@ class Tensor:
     strides: tuple[int, ...]
 
 
+_QUANTIZED = ("_rebuild_qtensor", "_rebuild_tensor_v3", "_rebuild_wrapper_subclass")
+"""What torch.save names for tensors of float8 and other types that need more than bytes and a shape."""
 _CALLEES = {
     ("collections", "OrderedDict"): Callee.ORDERED_DICT,
     ("torch._utils", "_rebuild_tensor_v2"): Callee.TENSOR,
@@ -221,7 +223,9 @@ class Machine:
         raise HxaconvError(
             f"{self.where}: its pickle asks for {show(f'{module}.{name}')}, which a state dict does not need;"
             " nothing of it was executed",
-            hint="If you trust its origin, load it with torch.load(..., weights_only=True) and save the plain"
+            hint="Its tensors are quantized: take the bf16 original."
+            if module == "torch._utils" and name in _QUANTIZED
+            else "If you trust its origin, load it with torch.load(..., weights_only=True) and save the plain"
             " state dict (name -> dense tensor) again.",
         )
 

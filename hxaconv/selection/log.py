@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,12 @@ def _columns(header: Sequence[str], kind: str) -> dict[int, str]:
 
 def _check_columns(path: Path, header: Sequence[str], columns: dict[str, dict[int, str]]) -> None:
     problems = [] if "step" in header else ["there is no column step"]
+    known = [(int(match[1]), match[2]) for match in map(_COLUMN.fullmatch, header) if match]
+    problems += [
+        f"layer {layer} has its {kind} twice, its number written in two ways"
+        for (layer, kind), count in Counter(known).items()
+        if count > 1 and header.count(f"layer_{layer}_{kind}") < count
+    ]
     for kind in _NEEDED:
         if not columns[kind]:
             problems.append(f"there is no column layer_{{i}}_{kind}")

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hxaconv.reference.batches import First
 
+FIRSTS = ("first", "first_of_fork_0", "first_of_teacher")
+
 
 @dataclass(slots=True)
 class State:
@@ -24,6 +26,8 @@ class State:
     """v_first and k_first of layer 0, which base and all forks after layer 0 share."""
     first_of_fork_0: First = None
     """Those of layer 1, the first RWKV layer where layer 0 is GQA."""
+    first_of_teacher: First = None
+    """What layer 0 of the student makes of the teacher's stream."""
     scores: dict[str, list[float]] = field(default_factory=dict)
     moved: int = 0
     """Forks that have passed the next layer already: a sweep may stop between any two of them."""
@@ -44,7 +48,7 @@ class State:
         """The state as plain arrays, for a file."""
         found: dict[str, Tensor | None] = {"teacher": self.teacher, "base": self.base}
         found |= {f"fork {i}": x for i, x in self.forks.items()}
-        for name in ("first", "first_of_fork_0"):
+        for name in FIRSTS:
             pair = getattr(self, name)
             found |= {f"{name} {i}": x for i, x in enumerate(pair or ())}
         arrays = {name: x.cpu().numpy() for name, x in found.items() if x is not None}
@@ -64,7 +68,7 @@ class State:
             if values.dtype.kind == "f" and not name.startswith("score ")
         }
         forks = {int(name[5:]): values for name, values in x.items() if name.startswith("fork ")}
-        firsts = pair("first"), pair("first_of_fork_0")
+        firsts = pair("first"), pair("first_of_fork_0"), pair("first_of_teacher")
         between = int(arrays["moved"]), bool(arrays["normed"])
         return cls(int(arrays["layer"]), x["teacher"], x.get("base"), forks, *firsts, scores_of(arrays), *between)
 

@@ -163,8 +163,8 @@ class Sweep:
             after = _each(lambda s: llama.feed_forward(s, teacher.__getitem__, self.teacher.config, layer), fork)
             state.fork(layer, after, self.num_layers)
         if "mse" in self.strategies:
-            mixed, first = time_mix(normed, mixer.__getitem__, config, layer, state.first)
-            state.first = first
+            mixed, first = time_mix(normed, mixer.__getitem__, config, layer, state.first_of_teacher)
+            state.first_of_teacher = first
             missed, energy = (part.double().square().sum().item() for part in (mixed - attended, attended))
             # Nobody misses an attention that says nothing.
             found["mse"] = missed / energy if energy else 0.0

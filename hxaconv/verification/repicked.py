@@ -43,7 +43,7 @@ def check_repicked(
     if other is not None and donated:
         mixers = _mixers(output, donated)
         wrong = [n for n in mixers if n not in other.plan or not is_scaled(mixers[n], other.plan[n], 1.0)]
-        text = f"{len(donated)} layers are those of --from"
+        text = f"{len(donated)} {'layer is' if len(donated) == 1 else 'layers are'} of --from"
         report.check("layers taken over", not wrong, listing(wrong, "differ from the other checkpoint") or text)
     if teacher is not None:
         _check_from_teacher(report, teacher.plan, output, changed - donated, factors)

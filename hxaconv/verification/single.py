@@ -89,7 +89,7 @@ def _check_config(report: Report, config: ModelConfig) -> None:
     if isinstance(config, StudentConfig):
         outside = [layer for layer in config.gqa_layers if not 0 <= layer < config.num_hidden_layers]
         problems += [f"GQA layer {layer} is outside 0..{config.num_hidden_layers - 1}" for layer in outside]
-        if 0 in config.gqa_layers:
+        if 0 in config.gqa_layers and config.rwkv_layers:
             report.notes.append(
                 "Layer 0 is GQA: the published trainer mixes a zero v_first into the first RWKV layer, the inference"
                 " engine takes that layer's own v and k. The forward here follows the engine."

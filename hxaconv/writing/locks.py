@@ -70,7 +70,7 @@ def _try(fd: int, path: Path, doing: str, shared: bool) -> Lock | dict[str, Any]
     locked = _flock(fd, shared=shared)
     holder = _read(fd)
     if locked is False or (locked is None and _alive(holder) and not shared):
-        return holder or {"doing": "unknown"}
+        return (holder or {"doing": "unknown"}) | ({"believed": True} if locked is None else {})
     if not _still_there(fd, path):
         return None
     if not shared or not holder:
@@ -98,9 +98,11 @@ def held(path: Path, target: Path, part: tuple[int, int] | None, *, shared: bool
     except OSError as error:
         raise diskio.output_error(error, path, "locking") from error
     if not isinstance(lock, Lock):
+        # Where the system keeps no locks, a file is all there is to go by.
+        gone = f" If it is gone without a trace, delete {path}." if lock.get("believed") else ""
         raise HxaconvError(
             f"{target}: {describe_holder(lock)} is writing the same target",
-            hint="Wait until it has finished, or stop it first; --resume takes over what it has done.",
+            hint=f"Wait until it has finished, or stop it first; --resume takes over what it has done.{gone}",
         )
     try:
         yield
@@ -132,7 +134,7 @@ def _read(fd: int) -> dict[str, Any]:
         holder = json.loads(os.read(fd, 4096))
     except (OSError, ValueError):
         return {}
-    return holder if isinstance(holder, dict) else {}
+    return holder if isinstance(holder, dict) and type(holder.get("pid")) is int else {}
 
 
 def _still_there(fd: int, path: Path) -> bool:
