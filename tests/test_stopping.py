@@ -114,7 +114,7 @@ def test_locks_without_help_of_the_system(tmp_path, monkeypatch):
             lock.release()
             assert not path.exists()
     path.write_text(json.dumps({**alive, "host": "elsewhere"}))
-    with pytest.raises(HxaconvError, match="on host elsewhere .* is writing") as caught, locks.held(path, path, None):
+    with pytest.raises(HxaconvError, match=r"on host elsewhere .* is writing") as caught, locks.held(path, path, None):
         pass
     assert f"delete {path}" in caught.value.hint
 

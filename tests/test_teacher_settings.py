@@ -215,7 +215,7 @@ def test_files_are_closed_when_nobody_has_them_any_more(golden: Path) -> None:
     before = count()
     for _ in range(5):
         hxaconv.inspect(source)
-    assert count() == before
+    assert count() <= before
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
