@@ -62,7 +62,6 @@ ROWS = (
         _convert("to-hf", "--digest", "sha256"),
         "out",
         1.8,
-        verifies=False,
         title="sha256 of every tensor",
     ),
     Row(
@@ -73,7 +72,6 @@ ROWS = (
         1.3,
         2.0,
         rss_mib=400,
-        verifies=False,
         title="everything cast, bf16 → fp16",
     ),
     Row(
@@ -88,7 +86,7 @@ ROWS = (
         title="everything scaled, bf16",
     ),
     Row("from-pth", "pth", _convert("to-hf"), "out", 1.25, title=".pth (zip) → safetensors"),
-    Row("from-legacy", "legacy", _convert("to-hf"), "out", 1.25, verifies=False, title=".pth (legacy) → safetensors"),
+    Row("from-legacy", "legacy", _convert("to-hf"), "out", 1.25, title=".pth (legacy) → safetensors"),
     Row(
         "init",
         "teacher",
@@ -108,7 +106,6 @@ ROWS = (
         1.3,
         2.0,
         rss_mib=400,
-        verifies=False,
         title="everything cast, fp32 → bf16",
     ),
 )

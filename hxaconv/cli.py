@@ -132,7 +132,7 @@ def init_from_teacher(
     device: CalDevice = "cpu",
     plot: CalPlot = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the output.", rich_help_panel=OUTPUT)] = "bfloat16",
-    format: Annotated[str, typer.Option(help="hf, pth or training.", rich_help_panel=OUTPUT)] = "hf",
+    format: Annotated[str, typer.Option(help="hf, pth or training (attention alone).", rich_help_panel=OUTPUT)] = "hf",
     max_shard_size: MaxShard = "5GB",
     copy_code: CopyCode = False,
     dry_run: DryRun = False,
@@ -238,7 +238,8 @@ def calibrate(
     revision: Revision = None,
     seed: TokenSeed = 0,
     format: Annotated[
-        str | None, typer.Option(help="hf, pth or training. Default: by OUT's suffix.", rich_help_panel=OUTPUT)
+        str | None,
+        typer.Option(help="hf, pth or training (attention alone). Default: by OUT's suffix.", rich_help_panel=OUTPUT),
     ] = None,
     max_shard_size: MaxShard = "5GB",
     dry_run: DryRun = False,
@@ -466,7 +467,8 @@ def pick_gqa_layers(
     seed: Seed = 0,
     max_shard_size: MaxShard = "5GB",
     format: Annotated[
-        str | None, typer.Option(help="hf, pth or training. Default: by OUT's suffix.", rich_help_panel=OUTPUT)
+        str | None,
+        typer.Option(help="hf, pth or training (attention alone). Default: by OUT's suffix.", rich_help_panel=OUTPUT),
     ] = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,

@@ -524,3 +524,16 @@ def test_shards_that_are_only_linked_need_no_space(
     assert whole > 4_000_000
     monkeypatch.setattr("hxaconv.writing.preflight._WITHOUT_LINKS", (_file_system(tmp_path),))
     assert cli(*pick, "--overwrite") == 2
+
+
+def test_a_training_file_holds_attention_alone_whatever_made_it(
+    cli: Cli, tiny_teacher: Path, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    student = make("s", "2,5")
+    training = ("--teacher", tiny_teacher, "--format", "training", "--quiet")
+    assert cli("pick-gqa-layers", student, tmp_path / "p.pth", "--layers", "1,5", *training) == 0
+    ids = ("--input-ids", tiny_teacher / "calibration_tokens.npy", "--tokens", "64", "--refine-steps", "0")
+    assert cli("calibrate", student, tmp_path / "c.pth", *ids, *training) == 0
+    for name in ("p.pth", "c.pth"):
+        held = torch.load(tmp_path / name)
+        assert held and all(".student_attn." in key for key in held)

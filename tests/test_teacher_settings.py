@@ -252,6 +252,7 @@ def test_a_head_that_is_stored_and_said_to_be_tied(
     assert torch.equal(load_file(tmp_path / "h" / "model.safetensors")["lm_head.weight"], head)
     assert cli("verify", teacher, "--quiet") == 1
     assert cli("verify", teacher, "--quiet", "--no-tie-word-embeddings") == 0
+    assert cli("verify", teacher, "--quiet", "--tie-word-embeddings") == 2
 
 
 def test_an_untied_student_of_a_tied_teacher_that_stores_no_head(cli: Cli, golden: Path, tmp_path: Path) -> None:
@@ -263,6 +264,8 @@ def test_an_untied_student_of_a_tied_teacher_that_stores_no_head(cli: Cli, golde
     words = ("to-hf", tmp_path / "u", tmp_path / "h", "--teacher", case / "teacher", "--no-tie-word-embeddings")
     assert cli(*words, "--quiet") == 0
     assert torch.equal(load_file(tmp_path / "h" / "model.safetensors")["lm_head.weight"], held["lm_head.weight"])
+    compare = ("verify", tmp_path / "h", "--against", case / "teacher", "--quiet")
+    assert cli(*compare) == cli(*compare, "--no-tie-word-embeddings") == 0
 
 
 @pytest.mark.parametrize("same", [True, False])

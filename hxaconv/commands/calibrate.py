@@ -51,7 +51,7 @@ def run(
         rope_theta, rms_norm_eps, tie_word_embeddings: Settings that no source tells, or that overrule it.
         calibration: Tokens and how to fit.
         seed: Of tokens, where they are random.
-        format: `hf`, `pth` or `training`; None: by the suffix of `out`.
+        format: `hf`, `pth` or `training` (attention alone); None: by the suffix of `out`.
         max_shard_size: Of a weight file, such as `5GB`.
         write: Overwriting, resuming, parts, verification, progress.
 
@@ -77,6 +77,7 @@ def run(
         student=plain,
         target=Path(out),
         format=format or ("pth" if Path(out).suffix == ".pth" else "hf"),
+        everything=format != "training",
         dtype=main_dtype(plain.plan),
         max_shard_bytes=parse_size(max_shard_size),
         sources=opened.sources,

@@ -213,7 +213,7 @@ def open_student(
             rms_norm_eps=(flags or {}).get("rms_norm_eps"),
             allow_output_bias=True,
             drop_rope_scaling=True,
-            tie_word_embeddings=_own_head(sources["teacher"], flags or {}),
+            tie_word_embeddings=own_head(sources["teacher"], flags or {}),
             headers_only=True,
         )
     config = teacher_model.config if teacher_model else None
@@ -225,7 +225,7 @@ def open_student(
     return Opened(student, sources, teacher_model)
 
 
-def _own_head(teacher: Checkpoint, flags: Mapping[str, Any]) -> bool | None:
+def own_head(teacher: Checkpoint, flags: Mapping[str, Any]) -> bool | None:
     """False where a head is stored and is said not to be tied; a teacher without one may have an untied student."""
     return False if flags.get("tie_word_embeddings") is False and HEAD in teacher.plan else None
 

@@ -75,7 +75,7 @@ def run(
         preset, scale, seed: As `init_from_teacher` takes them.
         allow_gqa_layer_0: Layer 0 as GQA is refused otherwise, with the reason.
         max_shard_size: Of a weight file that is written again.
-        format: `hf`, `pth` or `training`; None: by the suffix of `out`.
+        format: `hf`, `pth` or `training` (attention alone); None: by the suffix of `out`.
         write: Overwriting, resuming, parts, verification, progress.
 
     Raises:
@@ -145,16 +145,17 @@ def run(
         base_model=base_model_name(sources.get("teacher", sources["source"])),
         purpose=_purpose(history, made, fresh, new),
         shards=shards,
+        everything=container != "training",
         extra=made,
     )
 
     def verify(output: Model, progress: Progress | None) -> Report:
-        from hxaconv.verification import check_repicked
+        from hxaconv.verification import check_repicked, completed
 
         return check_repicked(
             student,
             opened.teacher,
-            output,
+            completed(output, student),
             other=donor.student if donor else None,
             factors=settings.factors,
             progress=progress,

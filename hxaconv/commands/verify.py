@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.checkpoint import Checkpoint
 from hxaconv.commands.common import checked_device, one_of, useless
-from hxaconv.commands.convert import complete, open_student
+from hxaconv.commands.convert import complete, open_student, own_head
 from hxaconv.commands.tokens import TokenOptions, tokens_of
 from hxaconv.config import ModelConfig, dropped_scaling
 from hxaconv.digests import DigestReport, check_digests
@@ -92,7 +92,8 @@ def run(
     beside = open_checkpoint(against, progress=options.progress) if against else None
     opened = [found for found in (checkpoint, beside) if found is not None]
     if not any(_is_student(found) for found in opened):
-        _refuse_for_teachers(source, {"--teacher": teacher, "--layer-map": layer_map})
+        tied = tie_word_embeddings or None
+        _refuse_for_teachers(source, {"--teacher": teacher, "--layer-map": layer_map, "--tie-word-embeddings": tied})
     try:
         model, other = _both(checkpoint, beside, teacher, layer_map, flags)
         for found in (model, other):
@@ -262,7 +263,7 @@ def whole_model(
         checkpoint,
         rope_theta=flags["rope_theta"],
         rms_norm_eps=flags["rms_norm_eps"],
-        tie_word_embeddings=flags["tie_word_embeddings"],
+        tie_word_embeddings=own_head(checkpoint, flags),
         allow_output_bias=True,
         drop_rope_scaling=True,
     )

@@ -59,6 +59,8 @@ def compare_models(
         _refuse_incomparable(source.config, other.config)
         report.settings = {"tokens": ids.shape[1], "batch": ids.shape[0], "dtype": dtype, "device": device}
         _forward(report, source, other, ids, logits_out, progress)
+    if isinstance(source.config, TeacherConfig) and isinstance(other.config, StudentConfig):
+        report.notes.append("Name the student first to see how near it is to attention zeroed, and its GQA layers.")
     judge(report, thresholds or Thresholds(), source)
     report.seconds = time.monotonic() - began
     return report
