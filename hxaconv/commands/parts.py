@@ -25,7 +25,9 @@ def resolve_part(text: str | None, environment: Mapping[str, str] = os.environ) 
         return None
     if text is not None:
         match = re.fullmatch(r"(\d+)/(\d+)", text)
-        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+        if match is None:
+            raise HxaconvError(f"--part {text!r} is not understood", hint="Parts are 1/n to n/n.")
+        number, count = int(match[1]), int(match[2])
     elif source == _joined(TORCHRUN):
         rank, count = (_whole(environment, name) for name in TORCHRUN)
         number = rank + 1
