@@ -118,11 +118,12 @@ def test_a_tied_head_that_is_stored_is_compared_when_it_is_here(
     assert config["tie_word_embeddings"]
     (teacher / "config.json").write_text(json.dumps(config))
     hub.add_folder("org/tied", teacher)
-    for words in (
+    plans = (
         ["init-from-teacher", "org/tied", tmp_path / "s", "--gqa-layers", "1,3", "--dry-run"],
         ["to-hf", case / "trained_attention.pth", tmp_path / "s", "--teacher", "org/tied", "--dry-run"],
         ["to-training", case / "trained_attention.pth", tmp_path / "a.pth", "--teacher", "org/tied", "--no-verify"],
-    ):
+    )
+    for words in plans if same else plans[:1]:
         done = run(hub, tmp_path / "home", *words, "--quiet")
         assert done.returncode == 0, done.stderr
     assert all(ranged is not None for ranged in hub.downloaded(".safetensors"))

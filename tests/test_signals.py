@@ -75,7 +75,15 @@ def test_before_the_first_byte(convert, tmp_path, place, number):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("more", [[KEPT], [SAYING], ["atexit"], [KEPT, SAYING, "atexit"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([KEPT], marks=pytest.mark.slow),
+        pytest.param([SAYING], marks=pytest.mark.slow),
+        ["atexit"],
+        [KEPT, SAYING, "atexit"],
+    ],
+)
 @pytest.mark.parametrize("second", [INT, TERM])
 def test_further_signals_leave_the_line_and_the_exit_code_of_the_first(convert, tmp_path, more, second):
     code, lines = convert((WRITTEN, TERM), *((place, second) for place in more))
