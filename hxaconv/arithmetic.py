@@ -11,7 +11,7 @@ import torch
 from hxaconv.dtypes import BY_NAME, BY_TORCH_NAME, FLOATS
 from hxaconv.files import SourceFile
 from hxaconv.one_thread import one_thread
-from hxaconv.plan import Bytes, Recipe, Scratch, rows
+from hxaconv.plan import Bytes, Recipe, Scratch, is_one_range, rows
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -137,7 +137,12 @@ def _values(piece: memoryview, dtype: torch.dtype) -> torch.Tensor:
 
 
 def tensor_rows(recipe: Recipe, indices: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of a copied matrix by number, (len(indices), columns): only they are read."""
-    unique, inverse = torch.unique(indices, return_inverse=True)
-    picked = [tensor(rows(recipe, int(i), int(i) + 1, recipe.origin), dtype=dtype) for i in unique]
-    return torch.cat(picked)[inverse]
+    """Rows of a matrix by number, (*indices.shape, columns): only they are read, where it is a copy."""
+    flat = indices.reshape(-1).cpu()
+    if is_one_range(recipe):
+        unique, inverse = torch.unique(flat, return_inverse=True)
+        picked = torch.cat([tensor(rows(recipe, int(i), int(i) + 1, recipe.origin), dtype=dtype) for i in unique])
+        found = picked[inverse]
+    else:
+        found = tensor(recipe, dtype=dtype)[flat]
+    return found.view(*indices.shape, recipe.shape[1])

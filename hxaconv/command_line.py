@@ -21,8 +21,8 @@ def version() -> str:
 
 
 def option_name(key: str) -> str:
-    """The option of an argument: `max_shard_size` -> `max-shard-size`."""
-    return OPTION_NAMES.get(key, key.replace("_", "-"))
+    """The option of an argument: `max_shard_size` -> `max-shard-size`, `from_` -> `from`."""
+    return OPTION_NAMES.get(key, key.rstrip("_").replace("_", "-"))
 
 
 def bare(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hxaconv.arithmetic import tensor, tensor_rows
 from hxaconv.model import Model
 from hxaconv.names import EMBEDDING, is_attention, layer_prefix, template_of
-from hxaconv.plan import Recipe, is_one_range
+from hxaconv.plan import Recipe
 
 
 @dataclass(slots=True, eq=False)
@@ -60,9 +60,4 @@ def layer_names(model: Model, layer: int, *, mixer: bool | None = None) -> list[
 
 def embed(model: Model, ids: Tensor, compute: Compute) -> Tensor:
     """Token ids (B, T) -> (B, T, C); only the rows that are asked for are read."""
-    recipe = model.plan[EMBEDDING]
-    if is_one_range(recipe):
-        picked = tensor_rows(recipe, ids.reshape(-1).cpu(), dtype=compute.dtype)
-    else:
-        picked = tensor(recipe, dtype=compute.dtype)[ids.reshape(-1).cpu()]
-    return picked.view(*ids.shape, -1).to(compute.device)
+    return tensor_rows(model.plan[EMBEDDING], ids, dtype=compute.dtype).to(compute.device)

@@ -53,12 +53,17 @@ class Job:
     purpose: str
     section: str = ""
     """One more section of the model card, Markdown."""
-    everything: bool = True
-    """Whether a `training` output holds all tensors, or attention only."""
+    all_tensors: bool = False
+    """Whether a `training` output holds all tensors, not attention alone."""
     copy_code: bool = False
     shards: Sequence[Shard] | None = None
     """For hf: a sharding to keep; None: by size."""
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def everything(self) -> bool:
+        """Whether all of the student's tensors are written."""
+        return self.all_tensors or self.format != "training"
 
     @property
     def command_line(self) -> str:

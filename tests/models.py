@@ -59,6 +59,11 @@ def student(name: str, container: str = "student.pth") -> Model:
     return Model(model.config, graft(model.plan, base.plan, model.student).plan, model.label)
 
 
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder of safetensors files."""
+    return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
+
+
 def ids(model: Model, tokens: int = 12) -> Tensor:
     """Probe tokens for a model."""
     return probe_tokens(model.config.vocab_size, tokens=tokens)

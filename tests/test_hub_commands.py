@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import TOKEN, HubServer
+from models import weights
 from safetensors.torch import load_file, save_file
 
 
@@ -101,7 +102,7 @@ def test_a_tied_head_that_is_stored_is_compared_when_it_is_here(
     """Two shards: the embedding in one, the head and the rest in the other."""
     case, teacher = golden / "qwen3_tiny", tmp_path / "teacher"
     teacher.mkdir()
-    tensors = {name: x for file in (case / "teacher").glob("*.safetensors") for name, x in load_file(file).items()}
+    tensors = weights(case / "teacher")
     embedding = tensors["model.embed_tokens.weight"]
     shards = {
         "model-00001-of-00002.safetensors": {"model.embed_tokens.weight": embedding},

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from models import weights
 
 from hxaconv import cli as command_line
 from hxaconv import commands, layer_choice, layer_maps, selection
@@ -22,10 +22,6 @@ from hxaconv.writing.preflight import _file_system
 
 Cli = Callable[..., int]
 COMMAND = "pick-gqa-layers"
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import weights
 from safetensors.torch import load_file, save_file
 
 import hxaconv
@@ -216,10 +217,6 @@ def test_files_are_closed_when_nobody_has_them_any_more(golden: Path) -> None:
     for _ in range(5):
         hxaconv.inspect(source)
     assert count() <= before
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
 
 
 def tied_teacher(golden: Path, folder: Path, head: Callable[[torch.Tensor], torch.Tensor]) -> Path:

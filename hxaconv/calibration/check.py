@@ -56,7 +56,8 @@ def check_calibrated(
     GQA layers that were not replaced equal the teacher's attention with all positions 0. With `factors`, what was
     copied and the projections that were not replaced are checked against the teacher's as well.
     """
-    report = compare_models(completed(output, teacher), teacher, ids=ids, device=device, progress=progress)
+    whole = completed(output, teacher)
+    report = compare_models(whole, teacher, ids=ids, device=device, progress=progress)
     kept = [name for name in output.plan if name not in replaced]
     wrong = [n for n in kept if n not in plain.plan or not same_bytes(output.plan[n], plain.plan[n])]
     text = f"{len(kept)} tensors are the plain student's, {len(replaced)} are fitted"
@@ -67,7 +68,7 @@ def check_calibrated(
     changed = {layer_index(name) for name in replaced}
     check_gqa_layers(report, without=changed)
     if factors is not None:
-        check_copies(report, completed(output, teacher), teacher, without=replaced)
+        check_copies(report, whole, teacher, without=replaced)
         rest = replace(output, plan={name: output.plan[name] for name in kept})
         check_rwkv_layers(report, rest, teacher.plan, factors)
     return report

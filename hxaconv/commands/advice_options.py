@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hxaconv import layer_choice
+from hxaconv.command_line import option_name
 from hxaconv.commands.common import useless
 from hxaconv.commands.parts import resolve_part
 from hxaconv.errors import HxaconvError, raise_all
@@ -100,7 +101,7 @@ def rules(values: Mapping[str, Any], num_layers: int) -> Rules | None:
         HxaconvError: for gaps below 1, and for --exclude that names no layers of the model.
     """
     given = {key: values[key] for key in ("min_gap", "max_gap", "max_consecutive") if values[key] is not None}
-    problems = [f"--{key.replace('_', '-')} {value}: from 1 on" for key, value in given.items() if value < 1]
+    problems = [f"--{option_name(key)} {value}: from 1 on" for key, value in given.items() if value < 1]
     if not problems and {"min_gap", "max_gap"} <= given.keys() and given["min_gap"] > given["max_gap"]:
         problems.append(f"--min-gap {given['min_gap']} is more than --max-gap {given['max_gap']}")
     raise_all("the rules cannot be kept:", problems, hint="Adjacent layers have gap 1, and are a run of 2.")

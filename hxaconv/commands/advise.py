@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_choice
 from hxaconv.commands.advice_options import cache_path, rules
-from hxaconv.commands.common import base_model_name, checked_device, download, one_of
+from hxaconv.commands.common import base_model_name, checked_device, download, one_of, scaling_warnings
 from hxaconv.commands.convert import complete, main_dtype, open_student
 from hxaconv.commands.donor import open_donor
 from hxaconv.commands.tokens import TokenOptions, calibration_tokens
-from hxaconv.config import dropped_scaling, student_of
+from hxaconv.config import student_of
 from hxaconv.dtypes import FLOATS
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.model import Model, TiedHead
+from hxaconv.model import Model
 from hxaconv.opening import open_checkpoint
 from hxaconv.plan import source_files
 from hxaconv.selection import report
@@ -46,11 +46,6 @@ class Subject:
     """Every layer RWKV."""
     sources: tuple[Checkpoint, ...]
     """SOURCE first, its teacher last."""
-
-    @property
-    def tied_heads(self) -> list[TiedHead]:
-        """Those that are still to be compared with their embedding."""
-        return [model.tied_head for model in (self.teacher, self.student) if model and model.tied_head]
 
     @property
     def origin(self) -> Checkpoint:
@@ -147,13 +142,9 @@ def run(
         say("Scores are kept nowhere: with --save MAP.toml, interrupted scoring would go on where it stopped.")
     with interruptible(lambda: _kept(request)) as signals:
         if "tokens" in wanted:
-            plans = [model.plan for model in (subject.teacher, subject.student) if model is not None]
+            models = [model for model in (subject.teacher, subject.student) if model is not None]
             # Before scoring, which does not stop between two layers for as long as a download takes.
-            heads = subject.tied_heads
-            needed = [file for plan in plans for file in source_files(plan)] + [f for head in heads for f in head.files]
-            download(subject.sources, needed, progress)
-            for head in heads:
-                head.check()
+            download(subject.sources, [f for model in models for f in source_files(model.plan)], models, progress)
         with signals.deferred():
             advice = advise(
                 num_layers,
@@ -166,8 +157,7 @@ def run(
             )
         signals.stop_if_requested()
     if "tokens" in wanted:
-        dropped = [line for checkpoint in subject.sources for line in dropped_scaling(checkpoint.config or {})]
-        advice = replace(advice, warnings=(*dropped, *advice.warnings))
+        advice = replace(advice, warnings=(*scaling_warnings(subject.sources), *advice.warnings))
     return Advised(advice, subject, tuple(settings), request.cache)
 
 

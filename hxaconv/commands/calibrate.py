@@ -13,6 +13,7 @@ from hxaconv.commands.common import (
     WriteOptions,
     base_model_name,
     defaults_of,
+    format_by_suffix,
     layer_0_warning,
     parse_size,
 )
@@ -76,8 +77,7 @@ def run(
         defaults=defaults_of(run) | defaults_of(CalibrateOptions),
         student=plain,
         target=Path(out),
-        format=format or ("pth" if Path(out).suffix == ".pth" else "hf"),
-        everything=format != "training",
+        format=format or format_by_suffix(out),
         dtype=main_dtype(plain.plan),
         max_shard_bytes=parse_size(max_shard_size),
         sources=opened.sources,

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv import layer_choice
+from hxaconv.command_line import option_name
 from hxaconv.commands.parts import WHOLE
-from hxaconv.config import StudentConfig
+from hxaconv.config import StudentConfig, dropped_scaling
 from hxaconv.errors import HxaconvError
 from hxaconv.json_files import plain_data
 from hxaconv.model import Model
@@ -125,12 +126,8 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
     reports: list[Report] = []
     check = _staged_check(job, verify, reports, write) if verify is not None and write.verify else None
 
-    tied = job.student.tied_head
-
     def prepare(needed: Sequence[SourceFile]) -> None:
-        download(job.sources.values(), [*needed, *(tied.files if tied else [])], write.progress)
-        if tied is not None:
-            tied.check()
+        download(job.sources.values(), needed, [job.student], write.progress)
 
     written = write_output(output, write, verify=check, prepare=prepare, progress=write.progress)
     notes += _what_remains(job.target, written, write.part)
@@ -157,13 +154,26 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
     )
 
 
-def download(checkpoints: Iterable[Checkpoint], needed: Sequence[SourceFile], progress: Progress | None) -> None:
-    """Have these files of the checkpoints here, where they come from the Hub."""
+def download(
+    checkpoints: Iterable[Checkpoint],
+    needed: Sequence[SourceFile],
+    models: Iterable[Model],
+    progress: Progress | None,
+) -> None:
+    """Have these files of the checkpoints here, where they come from the Hub, and compare heads that waited for it.
+
+    Raises:
+        Inconsistent: when a model's tied head is not its embedding.
+    """
     from hxaconv.hub import download_weights
 
+    heads = [model.tied_head for model in models if model.tied_head is not None]
+    files = [*needed, *(file for head in heads for file in head.files)]
     for checkpoint in checkpoints:
         if checkpoint.repo is not None:
-            download_weights(checkpoint, progress, needed=needed)
+            download_weights(checkpoint, progress, needed=files)
+    for head in heads:
+        head.check()
 
 
 def _nothing_written(written: WriteResult, write: WriteOptions) -> list[str]:
@@ -220,7 +230,7 @@ def given_options(function: Callable[..., Any], values: Mapping[str, Any]) -> se
 
 def useless(given: Collection[str], names: Iterable[str], reason: str) -> list[str]:
     """A line that tells why those of `names` that were given have no use, if there are any."""
-    options = [f"--{name.strip('_').replace('_', '-')}" for name in names if name in given]
+    options = [f"--{option_name(name)}" for name in names if name in given]
     return [f"{', '.join(options)}: {reason}"] if options else []
 
 
@@ -269,6 +279,16 @@ def _staged_check(
 def base_model_name(checkpoint: Checkpoint) -> str:
     """A Hub id, or the bare name of a folder."""
     return str(checkpoint.repo or Path(checkpoint.label).resolve().name)
+
+
+def scaling_warnings(checkpoints: Iterable[Checkpoint]) -> list[str]:
+    """What the configs of teachers say of RoPE that is not followed."""
+    return [line for checkpoint in checkpoints for line in dropped_scaling(checkpoint.config or {})]
+
+
+def format_by_suffix(out: str) -> str:
+    """The format of an output where nobody says it."""
+    return "pth" if Path(out).suffix == ".pth" else "hf"
 
 
 def layer_0_warning(config: StudentConfig) -> list[str]:

@@ -19,8 +19,9 @@ from hxaconv.commands.common import (
     layer_0_warning,
     parse_size,
     perform,
+    scaling_warnings,
 )
-from hxaconv.config import TeacherConfig, dropped_scaling
+from hxaconv.config import TeacherConfig
 from hxaconv.dtypes import FLOATS, parse_dtype
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.model import Model, TiedHead, checked_here
@@ -160,7 +161,7 @@ def _convert(command: str, function: Callable[..., Outcome], given: Mapping[str,
         base_model=base_model_name(opened.sources.get("teacher", opened.sources["source"])),
         purpose=f"{CONVERTED} {by_record(purpose_by(history, changed.student.rwkv_layers))}".rstrip(),
         section=calibration_section(fitted, FROM_RECORD) if fitted else "",
-        everything=need_all,
+        all_tensors=need_all,
         copy_code=given.get("copy_code", False),
     )
 
@@ -185,7 +186,7 @@ class Opened:
     @property
     def warnings(self) -> list[str]:
         """What a teacher's config says that is not followed."""
-        return [line for checkpoint in self.sources.values() for line in dropped_scaling(checkpoint.config or {})]
+        return scaling_warnings(self.sources.values())
 
 
 def open_student(

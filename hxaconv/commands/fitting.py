@@ -11,10 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hxaconv.card import CALIBRATED, UNTRAINED, calibration_section
-from hxaconv.commands.common import Outcome, WriteOptions, check_target, checked_device, download, perform
+from hxaconv.commands.common import (
+    Outcome,
+    WriteOptions,
+    check_target,
+    checked_device,
+    download,
+    perform,
+    useless,
+)
 from hxaconv.commands.tokens import TokenOptions, calibration_tokens
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.model import Model, TiedHead
+from hxaconv.model import Model
 from hxaconv.output import Job
 from hxaconv.plan import source_files
 from hxaconv.writing.interruption import interruptible
@@ -57,8 +65,8 @@ class CalibrateOptions:
         plain = CalibrateOptions()
         given = [f.name for f in fields(self) if getattr(self, f.name) != getattr(plain, f.name)]
         if given:
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise HxaconvError(f"{names}: these are for a calibration", hint="Add --init calibrated.")
+            (line,) = useless(given, given, "these are for a calibration")
+            raise HxaconvError(line, hint="Add --init calibrated.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +83,7 @@ class Task:
     @property
     def files(self) -> list[SourceFile]:
         """Those that are read."""
-        heads = [file for head in self.tied_heads for file in head.files]
-        return [*source_files(self.teacher.plan), *source_files(self.plain.plan), *heads]
-
-    @property
-    def tied_heads(self) -> list[TiedHead]:
-        """Those that are still to be compared with their embedding."""
-        return [model.tied_head for model in (self.teacher, self.plain) if model.tied_head is not None]
+        return [*source_files(self.teacher.plan), *source_files(self.plain.plan)]
 
     @property
     def pieces(self) -> Tensor:
@@ -292,9 +294,7 @@ def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated |
         cache = Cache(folder, fingerprint(task.teacher, task.plain, task.pieces, task.settings))
         distances = cache.load_distances()
         if distances is None:
-            download(job.sources.values(), task.files, write.progress)
-            for head in task.tied_heads:
-                head.check()
+            download(job.sources.values(), task.files, [task.teacher, task.plain], write.progress)
         done = calibrate(
             task.teacher,
             task.plain,

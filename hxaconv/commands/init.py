@@ -112,8 +112,7 @@ def run(
     layers, reason = choose_layers(model.teacher, teacher, layer_map, gqa_layers, allow_gqa_layer_0)
     config = student_of(model.config, layers)
     warnings = [*model.teacher.warnings, *layer_0_warning(config)]
-    everything = format != "training"
-    tied = model.tied_head if everything else None
+    tied = model.tied_head if format != "training" else None
     student = Model(config, init_from_teacher(model.plan, config, settings), out, model.raw, tied)
     notes = [f"GQA layers: {reason}"]
     fit = calibration if isinstance(calibration, CalibrateOptions) else CalibrateOptions(**(calibration or {}))
@@ -133,7 +132,6 @@ def run(
         sources={"teacher": checkpoint},
         base_model=base_model_name(checkpoint),
         purpose=UNTRAINED,
-        everything=everything,
         copy_code=copy_code,
         extra={
             "init": init_record(config.rwkv_layers, init, preset, settings),

@@ -13,6 +13,7 @@ from hxaconv.commands.common import (
     WriteOptions,
     base_model_name,
     defaults_of,
+    format_by_suffix,
     layer_0_warning,
     layers_text,
     parse_size,
@@ -125,7 +126,7 @@ def run(
         warnings.append(f"--from {other} has none of the changed layers in its new kind: it is not used")
     shards = kept_shards(opened.sources["source"], student.plan, plan, shard_bytes)
     linked = sum(shard.mirror is not None for shard in shards or ())
-    container = format or ("pth" if Path(out).suffix == ".pth" else "hf")
+    container = format or format_by_suffix(out)
     if linked and container == "hf":
         notes.append(
             f"{linked} of {len(shards or ())} files do not change: they become hard links to the source's, where the"
@@ -145,7 +146,6 @@ def run(
         base_model=base_model_name(sources.get("teacher", sources["source"])),
         purpose=_purpose(history, made, fresh, new),
         shards=shards,
-        everything=container != "training",
         extra=made,
     )
 

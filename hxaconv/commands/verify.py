@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.checkpoint import Checkpoint
-from hxaconv.commands.common import checked_device, one_of, useless
+from hxaconv.commands.common import checked_device, one_of, scaling_warnings, useless
 from hxaconv.commands.convert import complete, open_student, own_head
 from hxaconv.commands.tokens import TokenOptions, tokens_of
-from hxaconv.config import ModelConfig, dropped_scaling
+from hxaconv.config import ModelConfig
 from hxaconv.digests import DigestReport, check_digests
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.lint import lint
@@ -77,11 +77,10 @@ def run(
     checked_device(options.device)
     if options.expect is not None:
         one_of("--expect", options.expect, EXPECTATIONS)
-    wrong = [f"--max-{key.removesuffix('s')} {value}" for key, value in options.thresholds.items() if not value >= 0]
-    raise_all("limits are 0 or more:", wrong)
+    limits = {f"--max-{key.removesuffix('s')}": value for key, value in options.thresholds.items()}
+    raise_all("limits are 0 or more:", [f"{name} {value}" for name, value in limits.items() if not value >= 0])
     if against is None:
-        about = ["--expect"] if options.expect is not None else []
-        about += [f"--max-{key.removesuffix('s')}" for key in options.thresholds]
+        about = [*(["--expect"] if options.expect is not None else []), *limits]
         if about:
             raise HxaconvError(f"{', '.join(about)}: for comparisons only", hint="Add --against OTHER.")
     logits_out = Path(options.logits_out) if options.logits_out else None
@@ -133,7 +132,7 @@ def run(
     for one, two in ((checkpoint, beside), (beside, checkpoint)):
         if one is not None and two is not None and teacher is None and _says_nothing(one):
             report.notes.append(f"{one.label} says nothing of rope_theta, rms_norm_eps and tying: as in {two.label}")
-    report.notes += [line for found in opened for line in dropped_scaling(found.config or {})]
+    report.notes += scaling_warnings(opened)
     return report
 
 

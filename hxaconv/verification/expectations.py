@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from hxaconv.config import ModelConfig, StudentConfig
 from hxaconv.errors import shortened
@@ -97,19 +97,18 @@ def _same_config(report: Report) -> None:
 def _within(report: Report, given: Thresholds, usual: Thresholds) -> None:
     """Judge what was measured by the limits that were given, and by those that the expectation has."""
     assert report.logits is not None
-    limits = {f.name: getattr(given, f.name) for f in fields(Thresholds)}
-    limits = {name: getattr(usual, name) if limit is None else limit for name, limit in limits.items()}
-    if limits["logits"] is not None:
+    limits = replace(usual, **{name: limit for name, limit in asdict(given).items() if limit is not None})
+    if limits.logits is not None:
         found = report.logits.max_difference
-        text = f"max |d| {found:.3g}, allowed {limits['logits']:.3g}{_first(report)}"
-        report.check("logits", found <= limits["logits"], text)
-    if limits["layer"] is not None:
+        text = f"max |d| {found:.3g}, allowed {limits.logits:.3g}{_first(report)}"
+        report.check("logits", found <= limits.logits, text)
+    if limits.layer is not None:
         worst = max(report.layers, key=lambda result: _nan_is_worst(result.output_error))
-        text = f"relative error at most {worst.output_error:.3g} (layer {worst.layer}), allowed {limits['layer']:.3g}"
-        report.check("layers", worst.output_error <= limits["layer"], text + _first(report))
-    if limits["kl"] is not None:
+        text = f"relative error at most {worst.output_error:.3g} (layer {worst.layer}), allowed {limits.layer:.3g}"
+        report.check("layers", worst.output_error <= limits.layer, text + _first(report))
+    if limits.kl is not None:
         kl = max(report.logits.kl_other_source, report.logits.kl_source_other, key=_nan_is_worst)
-        report.check("KL", kl <= limits["kl"], f"{kl:.3g} nats per token, allowed {limits['kl']:.3g}")
+        report.check("KL", kl <= limits.kl, f"{kl:.3g} nats per token, allowed {limits.kl:.3g}")
 
 
 def _nan_is_worst(value: float) -> float:

@@ -42,12 +42,7 @@ class Weights:
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """Rows of a matrix by number, (*indices.shape, columns); only they are read where it is a copy."""
-        recipe, flat = self.plan[name], indices.reshape(-1)
-        if is_one_range(recipe):
-            picked = tensor_rows(recipe, flat, dtype=self.dtype)
-        else:
-            picked = tensor(recipe, dtype=self.dtype)[flat]
-        return picked.view(*indices.shape, recipe.shape[1]).to(self.device)
+        return tensor_rows(self.plan[name], indices, dtype=self.dtype).to(self.device)
 
     def slices(self, name: str) -> Iterator[Tensor]:
         """All rows of a matrix in order, in slices of about SLICE_BYTES; each is valid until the next."""

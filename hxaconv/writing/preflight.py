@@ -34,13 +34,15 @@ def bytes_needed(output: Output, files: Sequence[FileLayout]) -> int:
     documents = sum(len(data) for data in output.documents.values())
     copied = sum(file.size for file in output.copied_files.values())
     slack = SLACK_BYTES + SLACK_BYTES_PER_TENSOR * len(output.tensors)
-    weights = sum(layout.size for layout in files if not _linkable(layout.mirror, output.target.parent))
-    return weights + documents + copied + slack
+    mirrored = [layout for layout in files if layout.mirror is not None]
+    links = bool(mirrored) and _file_system(output.target.parent) not in _WITHOUT_LINKS
+    linked = sum(layout.size for layout in mirrored if links and _same_device(layout.mirror, output.target.parent))
+    return sum(layout.size for layout in files) - linked + documents + copied + slack
 
 
-def _linkable(file: SourceFile | None, folder: Path) -> bool:
-    """Whether a hard link in the folder can stand for the file."""
-    if file is None or file.path is None or _file_system(folder) in _WITHOUT_LINKS:
+def _same_device(file: SourceFile | None, folder: Path) -> bool:
+    """Whether the file is on the folder's file system, so that a link there can stand for it."""
+    if file is None or file.path is None:
         return False
     try:
         return os.stat(file.path).st_dev == os.stat(folder).st_dev
