@@ -17,14 +17,14 @@ from dataclasses import dataclass
 
 import torch
 
-from hxaconv.architecture import expected_tensors
 from hxaconv.calibration import Settings
 from hxaconv.calibration.streaming import calibrate
-from hxaconv.config import TeacherConfig, student_of
-from hxaconv.files import SourceFile
-from hxaconv.model import Model
-from hxaconv.plan import Recipe, Scratch
-from hxaconv.surgery import PRESETS, InitSettings, init_from_teacher
+from hxaconv.formats.files import SourceFile
+from hxaconv.model.architecture import expected_tensors
+from hxaconv.model.config import TeacherConfig, student_of
+from hxaconv.model.model import Model
+from hxaconv.model.plan import Recipe, Scratch
+from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from hxaconv.calibration import Settings
 from hxaconv.calibration.streaming import calibrate
-from hxaconv.config import student_of
-from hxaconv.model import Model
-from hxaconv.opening import open_checkpoint
-from hxaconv.surgery import PRESETS, InitSettings, init_from_teacher
-from hxaconv.teacher import open_teacher
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.teacher import open_teacher
+from hxaconv.model.config import student_of
+from hxaconv.model.model import Model
+from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.compare import compare_models
 
-TEACHER = Path(__file__).parents[1] / "hxaconv" / "demo" / "teacher"
+TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "demo_teacher"
 MARKS = ("<!-- written by calibration_kl.py -->", "<!-- until here -->")
 MAPS = {"rwkv": (), "gqa-2-5": (2, 5)}
 SETTINGS: dict[str, dict[str, Any]] = {

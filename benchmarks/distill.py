@@ -19,20 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hxaconv.arithmetic import tensor
 from hxaconv.calibration import Settings
 from hxaconv.calibration.streaming import calibrate
-from hxaconv.config import StudentConfig, student_of
-from hxaconv.model import Model
-from hxaconv.names import is_attention
-from hxaconv.opening import open_checkpoint
-from hxaconv.plan import Plan
-from hxaconv.reference import hxa079, llama
-from hxaconv.reference.chunked import chunked
-from hxaconv.surgery import PRESETS, InitSettings, init_from_teacher
-from hxaconv.teacher import open_teacher
+from hxaconv.forward import hxa079, llama
+from hxaconv.forward.chunked import chunked
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.teacher import open_teacher
+from hxaconv.model.config import StudentConfig, student_of
+from hxaconv.model.model import Model
+from hxaconv.model.names import is_attention
+from hxaconv.model.plan import Plan
+from hxaconv.surgery.arithmetic import tensor
+from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
 
-TEACHER = Path(__file__).parents[1] / "hxaconv" / "demo" / "teacher"
+TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "demo_teacher"
 BATCH, LENGTH, PROMPT = 4, 512, 64
 JUDGED = 6
 POINTS = 8

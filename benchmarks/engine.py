@@ -14,12 +14,12 @@ from pathlib import Path
 
 def initialise(teacher: str) -> None:
     """Make every initial value of the default student, and print how long it took."""
-    from hxaconv.config import student_of
-    from hxaconv.initial import initial_parameters
-    from hxaconv.layer_choice import uniform
-    from hxaconv.opening import open_checkpoint
-    from hxaconv.plan import Scratch
-    from hxaconv.teacher import open_teacher
+    from hxaconv.load.opening import open_checkpoint
+    from hxaconv.load.teacher import open_teacher
+    from hxaconv.model.config import student_of
+    from hxaconv.model.layer_choice import uniform
+    from hxaconv.model.plan import Scratch
+    from hxaconv.surgery.initial import initial_parameters
 
     model = open_teacher(open_checkpoint(teacher))
     config = student_of(model.config, uniform(model.config.num_hidden_layers))
@@ -42,10 +42,10 @@ def initialise(teacher: str) -> None:
 
 def scale(source: str, target: str) -> None:
     """Write `source` with every tensor halved."""
-    from hxaconv.arithmetic import scaled
-    from hxaconv.opening import open_checkpoint
-    from hxaconv.writing.target import Output, WriteSettings
-    from hxaconv.writing.writer import write
+    from hxaconv.load.opening import open_checkpoint
+    from hxaconv.save.target import Output, WriteSettings
+    from hxaconv.save.writer import write
+    from hxaconv.surgery.arithmetic import scaled
 
     checkpoint = open_checkpoint(source)
     plan = {name: scaled(recipe, 0.5, recipe.dtype, recipe.origin) for name, recipe in checkpoint.plan.items()}

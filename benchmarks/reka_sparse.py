@@ -104,8 +104,8 @@ def _measured(name: str, command: list[str], check: Any, target_rss: int, *outpu
 
 def student_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """What the specification demands of Reka's student, by the shapes in its config, counted by hand."""
-    from hxaconv.architecture import expected_tensors
-    from hxaconv.config import student_of, teacher_config
+    from hxaconv.model.architecture import expected_tensors
+    from hxaconv.model.config import student_of, teacher_config
 
     teacher = teacher_config(synthetic.REKA, where="benchmark")
     return expected_tensors(student_of(teacher, tuple(config["transformer_layers"])))

@@ -38,8 +38,8 @@ def write_teacher(folder: Path) -> None:
     """config.json and one safetensors file; weights of standard deviation 0.02, norms of one."""
     import torch
 
-    from hxaconv.architecture import expected_tensors
-    from hxaconv.config import teacher_config
+    from hxaconv.model.architecture import expected_tensors
+    from hxaconv.model.config import teacher_config
 
     config = teacher_config(CONFIG, where="benchmark")
     header, offset = {}, 0
@@ -92,12 +92,12 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from hxaconv.config import student_of
-    from hxaconv.model import Model
-    from hxaconv.opening import open_checkpoint
+    from hxaconv.load.opening import open_checkpoint
+    from hxaconv.load.teacher import open_teacher
+    from hxaconv.model.config import student_of
+    from hxaconv.model.model import Model
     from hxaconv.selection.advice import Request, advise
-    from hxaconv.surgery import PRESETS, InitSettings, init_from_teacher
-    from hxaconv.teacher import open_teacher
+    from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
 
     if not (arguments.folder / "config.json").is_file():
         write_teacher(arguments.folder)

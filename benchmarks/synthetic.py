@@ -24,17 +24,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from hxaconv.architecture import expected_tensors
 from hxaconv.commands.common import parse_size
-from hxaconv.config import ModelConfig, TeacherConfig, student_of, teacher_config
-from hxaconv.containers import safetensors_layout, torchzip_layout
-from hxaconv.containers.layout import FileLayout
-from hxaconv.containers.torch_pickle import contiguous_strides
-from hxaconv.dtypes import BY_NAME, num_bytes, parse_dtype
-from hxaconv.layer_choice import uniform
-from hxaconv.names import stored_name
-from hxaconv.plan import Literal, Plan, Recipe
-from hxaconv.student_json import student_json
+from hxaconv.formats import safetensors_layout, torchzip_layout
+from hxaconv.formats.dtypes import BY_NAME, num_bytes, parse_dtype
+from hxaconv.formats.layout import FileLayout
+from hxaconv.formats.torch_pickle import contiguous_strides
+from hxaconv.model.architecture import expected_tensors
+from hxaconv.model.config import ModelConfig, TeacherConfig, student_of, teacher_config
+from hxaconv.model.layer_choice import uniform
+from hxaconv.model.names import stored_name
+from hxaconv.model.plan import Literal, Plan, Recipe
+from hxaconv.save.student_json import student_json
 
 REKA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

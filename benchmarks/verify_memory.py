@@ -28,7 +28,7 @@ BLOCK = 1 << 23
 
 def reka_config(num_layers: int) -> Any:
     """Reka Flash 3 with fewer layers, the last one GQA."""
-    from hxaconv.config import StudentConfig, published_ranks
+    from hxaconv.model.config import StudentConfig, published_ranks
 
     return StudentConfig(
         num_hidden_layers=num_layers,
@@ -50,8 +50,8 @@ def write_model(path: Path, num_layers: int) -> None:
     """Random normal weights of standard deviation 0.02, tensor by tensor."""
     import numpy as np
 
-    from hxaconv.architecture import expected_tensors
-    from hxaconv.dtypes import num_bytes
+    from hxaconv.formats.dtypes import num_bytes
+    from hxaconv.model.architecture import expected_tensors
 
     header, position = {}, 0
     for name, shape in expected_tensors(reka_config(num_layers)).items():
@@ -115,13 +115,13 @@ def measure(paths: list[str], num_layers: int, tokens: int, threads: int, queue:
     """In a fresh process: verify one model, or two against each other."""
     import torch
 
+    import hxaconv.forward.runner as runner_module
+    import hxaconv.forward.weights as weights_module
     import hxaconv.verification.compare as compare_module
-    import hxaconv.verification.runner as runner_module
     import hxaconv.verification.single as single_module
-    import hxaconv.verification.weights as weights_module
-    from hxaconv.model import Model
-    from hxaconv.opening import open_checkpoint
-    from hxaconv.reference import hxa079
+    from hxaconv.forward import hxa079
+    from hxaconv.load.opening import open_checkpoint
+    from hxaconv.model.model import Model
     from hxaconv.verification import compare_models, probe_tokens, verify_model
 
     torch.set_num_threads(threads)

@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from hxaconv.commands.init import run as init_from_teacher  # noqa: F401
     from hxaconv.commands.inspect import run as inspect  # noqa: F401
     from hxaconv.commands.pick import run as pick_gqa_layers  # noqa: F401
-    from hxaconv.commands.tokens import TokenOptions as TokenOptions
     from hxaconv.commands.verify import VerifyOptions as VerifyOptions
     from hxaconv.commands.verify import run as verify  # noqa: F401
     from hxaconv.errors import CheckFailed as CheckFailed
     from hxaconv.errors import HxaconvError as HxaconvError
-    from hxaconv.opening import open_checkpoint as open_checkpoint
+    from hxaconv.forward.tokens import TokenOptions as TokenOptions
+    from hxaconv.load.opening import open_checkpoint as open_checkpoint
 
 _EXPORTS = {
     "CalibrateOptions": ("hxaconv.commands.fitting", "CalibrateOptions"),
     "CheckFailed": ("hxaconv.errors", "CheckFailed"),
     "HxaconvError": ("hxaconv.errors", "HxaconvError"),
-    "TokenOptions": ("hxaconv.commands.tokens", "TokenOptions"),
+    "TokenOptions": ("hxaconv.forward.tokens", "TokenOptions"),
     "VerifyOptions": ("hxaconv.commands.verify", "VerifyOptions"),
     "WriteOptions": ("hxaconv.commands.common", "WriteOptions"),
     "calibrate": ("hxaconv.commands.calibrate", "run"),
     "init_from_teacher": ("hxaconv.commands.init", "run"),
     "inspect": ("hxaconv.commands.inspect", "run"),
-    "open_checkpoint": ("hxaconv.opening", "open_checkpoint"),
+    "open_checkpoint": ("hxaconv.load.opening", "open_checkpoint"),
     "pick_gqa_layers": ("hxaconv.commands.pick", "run"),
     "to_hf": ("hxaconv.commands.convert", "to_hf"),
     "to_pth": ("hxaconv.commands.convert", "to_pth"),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from hxaconv.writing import interruption
+from hxaconv.save import interruption
 
 
 def main() -> int:
     """Run the command line; returns 0 done, 1 a check failed, 2 wrong use or bad input, 130 or 143 interrupted."""
     try:
         interruption.for_life()
-        from hxaconv.cli import app
-        from hxaconv.exits import guarded
+        from hxaconv.cli.app import app
+        from hxaconv.cli.exits import guarded
 
         code = guarded(app)
         interruption.ignore_from_now()

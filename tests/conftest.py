@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
-TINY_TEACHER = Path(__file__).parents[1] / "hxaconv" / "demo" / "teacher"
+TINY_TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "demo_teacher"
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def tiny_teacher() -> Path:
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Run the command line in this process; returns its exit code."""
-    from hxaconv.cli import app
-    from hxaconv.exits import guarded
+    from hxaconv.cli.app import app
+    from hxaconv.cli.exits import guarded
 
     def call(*arguments: object) -> int:
         monkeypatch.setattr("sys.argv", ["hxaconv", *map(str, arguments)])
@@ -39,7 +39,7 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Journal lines after every few tensors, as a large output has them."""
-    from hxaconv.writing import fill
+    from hxaconv.save import fill
 
     monkeypatch.setattr(fill, "BATCH_BYTES", 20_000)
 

@@ -13,10 +13,10 @@ from unittest import mock
 
 from models import expected, student
 
-from hxaconv.arithmetic import computed, tensor
-from hxaconv.model import Model
-from hxaconv.reference import hxa079
-from hxaconv.verification import compare_models, runner
+from hxaconv.forward import hxa079, runner
+from hxaconv.model.model import Model
+from hxaconv.surgery.arithmetic import computed, tensor
+from hxaconv.verification import compare_models
 
 ROTATION = "    r, k = rotate(r, positions, config.rope_theta), rotate(k, positions, config.rope_theta)\n"
 QK_NORM = "    if config.qk_norm:\n        r = "

@@ -34,26 +34,26 @@ if GUIDED:
     import atheris
 
     with atheris.instrument_imports(include=["hxaconv"]):
-        import hxaconv.checkpoint
-        import hxaconv.inspection  # noqa: F401
+        import hxaconv.load.checkpoint
+        import hxaconv.load.inspection  # noqa: F401
 
 from hostile import corpus, forge  # noqa: E402
 
-from hxaconv.card import model_card  # noqa: E402
-from hxaconv.checkpoint import assemble  # noqa: E402
-from hxaconv.config import student_of  # noqa: E402
-from hxaconv.containers import Contents, read_contents  # noqa: E402
-from hxaconv.containers.unpickler import parse  # noqa: E402
-from hxaconv.dtypes import num_bytes  # noqa: E402
 from hxaconv.errors import HxaconvError  # noqa: E402
-from hxaconv.files import Extent, SourceFile  # noqa: E402
-from hxaconv.inspection import inspect  # noqa: E402
-from hxaconv.json_files import as_bytes, read_json  # noqa: E402
-from hxaconv.plan import Plan, Ranges, Recipe, Scratch  # noqa: E402
-from hxaconv.student import looks_like_student, student_model  # noqa: E402
-from hxaconv.student_json import student_json  # noqa: E402
-from hxaconv.teacher import open_teacher  # noqa: E402
-from hxaconv.weight_files import Listing  # noqa: E402
+from hxaconv.formats import Contents, read_contents  # noqa: E402
+from hxaconv.formats.dtypes import num_bytes  # noqa: E402
+from hxaconv.formats.files import Extent, SourceFile  # noqa: E402
+from hxaconv.formats.json_files import as_bytes, read_json  # noqa: E402
+from hxaconv.formats.unpickler import parse  # noqa: E402
+from hxaconv.load.checkpoint import assemble  # noqa: E402
+from hxaconv.load.inspection import inspect  # noqa: E402
+from hxaconv.load.student import looks_like_student, student_model  # noqa: E402
+from hxaconv.load.teacher import open_teacher  # noqa: E402
+from hxaconv.load.weight_files import Listing  # noqa: E402
+from hxaconv.model.config import student_of  # noqa: E402
+from hxaconv.model.plan import Plan, Ranges, Recipe, Scratch  # noqa: E402
+from hxaconv.save.card import model_card  # noqa: E402
+from hxaconv.save.student_json import student_json  # noqa: E402
 
 MAX_INPUT_BYTES = 16_384
 MEMORY_LIMIT = 1_500_000_000

@@ -32,7 +32,7 @@ from typing import Any
 
 from writing import leftovers, tree
 
-TEACHER = Path(__file__).parents[1] / "hxaconv" / "demo" / "teacher"
+TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "demo_teacher"
 PAUSE_SECONDS = 0.003
 HALF_BYTES = 20_000
 BATCH_BYTES = 500_000
@@ -100,7 +100,7 @@ def in_halves(write: Any) -> Any:
 
 def slow_down() -> None:
     """In this process, from now on: writes, syncs, renames and deletions take their time."""
-    from hxaconv.writing import fill
+    from hxaconv.save import fill
 
     fill.BATCH_BYTES = BATCH_BYTES
     for name in ("fsync", "fdatasync", "replace", "unlink", "mkdir"):
@@ -115,7 +115,7 @@ def import_everything() -> None:
     import hxaconv
 
     for module in pkgutil.walk_packages(hxaconv.__path__, "hxaconv."):
-        if not module.name.startswith("hxaconv.hf"):
+        if not module.name.startswith("hxaconv.model.hf"):
             importlib.import_module(module.name)
 
 
@@ -125,9 +125,9 @@ def start(words: Sequence[str], log: Path, *, publishing: bool = True) -> int:
     if pid:
         return pid
     try:
-        from hxaconv.cli import app
-        from hxaconv.exits import guarded
-        from hxaconv.writing import writer
+        from hxaconv.cli.app import app
+        from hxaconv.cli.exits import guarded
+        from hxaconv.save import writer
 
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(out, 1)

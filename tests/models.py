@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hxaconv.arithmetic import computed, tensor
-from hxaconv.config import student_of
-from hxaconv.model import Model
-from hxaconv.opening import open_checkpoint
-from hxaconv.student import student_model
-from hxaconv.surgery import PRESETS, InitSettings, graft, init_from_teacher
-from hxaconv.teacher import open_teacher
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.student import student_model
+from hxaconv.load.teacher import open_teacher
+from hxaconv.model.config import student_of
+from hxaconv.model.model import Model
+from hxaconv.surgery.arithmetic import computed, tensor
+from hxaconv.surgery.operations import PRESETS, InitSettings, graft, init_from_teacher
 from hxaconv.verification import Report, probe_tokens
 
 # Matrices this small are slower on several threads.

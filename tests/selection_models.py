@@ -4,14 +4,14 @@ from pathlib import Path
 
 import torch
 
-from hxaconv.architecture import expected_tensors
-from hxaconv.arithmetic import tensor
-from hxaconv.config import TeacherConfig, student_of
-from hxaconv.model import Model
-from hxaconv.plan import Literal, Recipe
-from hxaconv.surgery import PRESETS, InitSettings, init_from_teacher
+from hxaconv.model.architecture import expected_tensors
+from hxaconv.model.config import TeacherConfig, student_of
+from hxaconv.model.model import Model
+from hxaconv.model.plan import Literal, Recipe
+from hxaconv.surgery.arithmetic import tensor
+from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
 
-TEACHER = Path(__file__).resolve().parent.parent / "hxaconv" / "demo" / "teacher"
+TEACHER = Path(__file__).resolve().parent.parent / "hxaconv" / "commands" / "demo_teacher"
 
 
 def literal(values, dtype="F32"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import hxaconv
-from hxaconv.names import layer_kinds
+from hxaconv.model.names import layer_kinds
 
 QUIET = hxaconv.WriteOptions(verify=False)
 FUNCTIONS = [name for name in hxaconv.__all__ if inspect.isfunction(getattr(hxaconv, name))]

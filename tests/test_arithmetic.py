@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hxaconv.arithmetic import dtype_name, scaled, tensor
-from hxaconv.files import SourceFile
-from hxaconv.plan import Recipe, stored
+from hxaconv.formats.files import SourceFile
+from hxaconv.model.plan import Recipe, stored
+from hxaconv.surgery.arithmetic import dtype_name, scaled, tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FACTORS = (1.0, 0.5, 0.3, -1.7)

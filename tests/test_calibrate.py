@@ -13,23 +13,23 @@ import torch
 from conftest import TINY_TEACHER
 from models import GOLDEN
 
-from hxaconv.architecture import expected_tensors
-from hxaconv.arithmetic import tensor
 from hxaconv.calibration import Settings, folding, heads, output_matrix
 from hxaconv.calibration.cache import Cache, fingerprint, locked
 from hxaconv.calibration.pool import Pool
 from hxaconv.calibration.report import Distances
 from hxaconv.calibration.streaming import calibrate, cut, fitted_tokens
 from hxaconv.calibration.time_mix import mixed_rows
-from hxaconv.config import TeacherConfig, student_of
 from hxaconv.errors import HxaconvError
-from hxaconv.model import Model
-from hxaconv.opening import open_checkpoint
-from hxaconv.plan import Literal, Recipe, check
-from hxaconv.reference import hxa079, llama
-from hxaconv.reference.chunked import chunked
-from hxaconv.surgery import PRESETS, InitSettings, init_from_teacher
-from hxaconv.teacher import open_teacher
+from hxaconv.forward import hxa079, llama
+from hxaconv.forward.chunked import chunked
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.teacher import open_teacher
+from hxaconv.model.architecture import expected_tensors
+from hxaconv.model.config import TeacherConfig, student_of
+from hxaconv.model.model import Model
+from hxaconv.model.plan import Literal, Recipe, check
+from hxaconv.surgery.arithmetic import tensor
+from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.origins import untouched_layers
 
 

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 import hxaconv
 from hxaconv.calibration.plot import check_plot, plot
 from hxaconv.calibration.report import CalibrationReport, Distances, LayerReport
-from hxaconv.card import calibration_section
 from hxaconv.errors import HxaconvError
-from hxaconv.json_files import plain_data
+from hxaconv.formats.json_files import plain_data
+from hxaconv.save.card import calibration_section
 
 Cli = Callable[..., int]
 TOKENS = TINY_TEACHER / "calibration_tokens.npy"
@@ -181,7 +181,7 @@ def test_the_plot_is_drawn_though_nobody_reads_the_output(
     def closed(*_: object) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr("hxaconv.console.Talk.result", closed)
+    monkeypatch.setattr("hxaconv.cli.console.Talk.result", closed)
     plots = [tmp_path / "a.svg", tmp_path / "b.svg", tmp_path / "c.svg"]
     words = ["init-from-teacher", TINY_TEACHER, tmp_path / "a", *QUICK, "--no-verify", "--plot", plots[0]]
     assert cli(*words) == 0
@@ -235,7 +235,7 @@ def test_finish_publishes_calibrated_parts_without_calibrating_again(
     assert cli(*words, "1/2") == 0
     monkeypatch.setattr("hxaconv.calibration.streaming.fit_layer", computed)
     with monkeypatch.context() as patch:
-        patch.setattr("hxaconv.writing.writer.publish", die)
+        patch.setattr("hxaconv.save.writer.publish", die)
         assert cli(*words, "2/2") == 130
     assert cli("finish", tmp_path / "student", "--quiet", "--no-verify") == 0
     assert files(tmp_path / "student") == files(whole)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hostile import corpus, forge
 
-from hxaconv.architecture import expected_tensors
-from hxaconv.checkpoint import Checkpoint
-from hxaconv.config import teacher_config
 from hxaconv.errors import HxaconvError
-from hxaconv.names import stored_name
-from hxaconv.opening import open_checkpoint
-from hxaconv.plan import Scratch, pad_columns, pad_rows, rows, total_bytes
+from hxaconv.load.checkpoint import Checkpoint
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.model.architecture import expected_tensors
+from hxaconv.model.config import teacher_config
+from hxaconv.model.names import stored_name
+from hxaconv.model.plan import Scratch, pad_columns, pad_rows, rows, total_bytes
 
 GOLDEN = Path(__file__).parent / "golden"
 REKA = Path(__file__).parents[2] / "shared" / "reka-flash-3"

@@ -307,7 +307,7 @@ def imported(arguments: list[str], names: list[str]) -> list[str]:
     script = (
         "import sys, json\n"
         f"sys.argv = ['hxaconv', *{arguments!r}]\n"
-        "from hxaconv.cli import app\nfrom hxaconv.exits import guarded\n"
+        "from hxaconv.cli.app import app\nfrom hxaconv.cli.exits import guarded\n"
         "code = guarded(app)\n"
         f"print(json.dumps([code, [n for n in {names!r} if n in sys.modules]]))\n"
     )
@@ -411,13 +411,13 @@ def test_an_interruption_says_what_is_kept(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from hxaconv.writing.interruption import Interrupted
+    from hxaconv.save.interruption import Interrupted
 
     def stop(*_: object, **__: object) -> None:
         raise Interrupted(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hxaconv.writing.writer.publish", stop)
+        patch.setattr("hxaconv.save.writer.publish", stop)
         assert cli("init-from-teacher", tiny_teacher, tmp_path / "o", "--no-verify", "--quiet") == code
     assert "--resume" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from hxaconv.architecture import expected_tensors
-from hxaconv.config import Ranks, published_ranks, student_of, teacher_config
-from hxaconv.dtypes import num_bytes
 from hxaconv.errors import HxaconvError
+from hxaconv.formats.dtypes import num_bytes
+from hxaconv.model.architecture import expected_tensors
+from hxaconv.model.config import Ranks, published_ranks, student_of, teacher_config
 
 BASE: dict[str, Any] = {
     "model_type": "llama",

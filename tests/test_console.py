@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hxaconv.console import Bars, Lines, Talk
+from hxaconv.cli.console import Bars, Lines, Talk
 
 
 class Clock:

@@ -16,14 +16,14 @@ import torch
 from hostile import forge
 from safetensors.torch import load_file, save_file
 
-from hxaconv.containers import Contents, read_contents
-from hxaconv.containers.strided import Strided, is_contiguous, overlaps_itself, span
-from hxaconv.containers.torchzip_reader import read_directory
-from hxaconv.containers.unpickler import parse
-from hxaconv.dtypes import BY_NAME
 from hxaconv.errors import HxaconvError
-from hxaconv.files import SourceFile
-from hxaconv.plan import Scratch
+from hxaconv.formats import Contents, read_contents
+from hxaconv.formats.dtypes import BY_NAME
+from hxaconv.formats.files import SourceFile
+from hxaconv.formats.strided import Strided, is_contiguous, overlaps_itself, span
+from hxaconv.formats.torchzip_reader import read_directory
+from hxaconv.formats.unpickler import parse
+from hxaconv.model.plan import Scratch
 
 GOLDEN = Path(__file__).parent / "golden"
 FORMS = {"zip": True, "legacy": False}
@@ -267,7 +267,7 @@ def test_headers_are_digested(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("block_bytes", [16, 100, 10**6])
 def test_strided_in_blocks_of_any_size(view: Any, block_bytes: int, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("hxaconv.containers.strided.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("hxaconv.formats.strided.BLOCK_BYTES", block_bytes)
     whole = torch.randn(30, 40)
     (tmp_path / "x").write_bytes(b"before" + raw(whole))
     part = view(whole)
@@ -323,7 +323,7 @@ def test_directory_of_a_torch_file(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     script = (
-        "import sys; from hxaconv.opening import open_checkpoint\n"
+        "import sys; from hxaconv.load.opening import open_checkpoint\n"
         "for path in sys.argv[1:]: assert open_checkpoint(path).plan\n"
         "print(sorted({'torch', 'numpy', 'huggingface_hub', 'rich', 'pickle', 'zipfile'} & set(sys.modules)))"
     )

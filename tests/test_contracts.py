@@ -9,11 +9,11 @@ import pytest
 from models import FACTORS, changed, failed, fresh, ids, student
 from torch import Tensor
 
-from hxaconv.arithmetic import cast, scaled
 from hxaconv.errors import CheckFailed
-from hxaconv.model import Model
-from hxaconv.names import is_attention
-from hxaconv.surgery import PRESETS, pad_ffn
+from hxaconv.model.model import Model
+from hxaconv.model.names import is_attention
+from hxaconv.surgery.arithmetic import cast, scaled
+from hxaconv.surgery.operations import PRESETS, pad_ffn
 from hxaconv.verification import (
     Report,
     check_converted,

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hxaconv.digests import check_digests, digest
 from hxaconv.errors import CheckFailed, HxaconvError
-from hxaconv.opening import open_checkpoint
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.verification.digests import check_digests, digest
 
 
 @pytest.mark.parametrize("algorithm", ["crc32", "sha256"])
@@ -44,5 +44,8 @@ def test_records_of_another_form_are_refused(tensors: object) -> None:
 
 
 def test_neither_digests_nor_the_lint_need_torch() -> None:
-    code = "import sys, hxaconv.digests, hxaconv.lint; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = (
+        "import sys, hxaconv.verification.digests, hxaconv.verification.lint;"
+        " sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hxaconv.opening import open_checkpoint
-from hxaconv.reference import llama
-from hxaconv.teacher import open_teacher
-from hxaconv.verification.weights import Weights
+from hxaconv.forward import llama
+from hxaconv.forward.weights import Weights
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.teacher import open_teacher
 
 transformers = pytest.importorskip("transformers")
 

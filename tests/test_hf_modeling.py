@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
 
-from hxaconv.architecture import expected_tensors  # noqa: E402
-from hxaconv.config import StudentConfig, published_ranks  # noqa: E402
-from hxaconv.hf import modeling_hxa079 as code  # noqa: E402
-from hxaconv.hf.configuration_hxa079 import AUTO_MAP, REQUIRED, Hxa079Config  # noqa: E402
-from hxaconv.student_json import student_json  # noqa: E402
+from hxaconv.model.architecture import expected_tensors  # noqa: E402
+from hxaconv.model.config import StudentConfig, published_ranks  # noqa: E402
+from hxaconv.model.hf import modeling_hxa079 as code  # noqa: E402
+from hxaconv.model.hf.configuration_hxa079 import AUTO_MAP, REQUIRED, Hxa079Config  # noqa: E402
+from hxaconv.save.student_json import student_json  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("reka_tiny", "reka_tiny_init", "qwen3_tiny")

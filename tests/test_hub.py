@@ -16,7 +16,7 @@ import torch
 from hub_server import TOKEN, HubServer
 
 from hxaconv.errors import HxaconvError
-from hxaconv.hub_push import push_folder
+from hxaconv.save.hub_push import push_folder
 
 ROOT = Path(__file__).parents[1]
 TEACHER = Path(__file__).parent / "golden" / "reka_tiny" / "teacher"
@@ -25,11 +25,11 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 PRELUDE = """
 import sys
 from pathlib import Path
-from hxaconv.opening import open_checkpoint
+from hxaconv.load.opening import open_checkpoint
 from hxaconv.errors import HxaconvError
-from hxaconv.hub import download_weights
-from hxaconv.hub_push import push_folder
-from hxaconv.plan import Scratch
+from hxaconv.formats.hub import download_weights
+from hxaconv.save.hub_push import push_folder
+from hxaconv.model.plan import Scratch
 def digest(checkpoint):
     import hashlib
     total = hashlib.sha256()
@@ -82,8 +82,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def local_digest() -> str:
-    from hxaconv.opening import open_checkpoint
-    from hxaconv.plan import Scratch
+    from hxaconv.load.opening import open_checkpoint
+    from hxaconv.model.plan import Scratch
 
     total = hashlib.sha256()
     plan = open_checkpoint(TEACHER).plan

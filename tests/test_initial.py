@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from hxaconv import initial
-from hxaconv.initial import decay_bias, orthogonal
-from hxaconv.one_thread import one_thread
+from hxaconv.surgery import initial
+from hxaconv.surgery.initial import decay_bias, orthogonal
+from hxaconv.surgery.one_thread import one_thread
 
 
 @pytest.mark.parametrize("shape", [(32, 48), (256, 48), (40, 40), (16, 300)])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hxaconv.errors import HxaconvError
-from hxaconv.writing.interruption import Interrupted, interruptible
+from hxaconv.save.interruption import Interrupted, interruptible
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hxaconv import layer_choice, layer_maps
-from hxaconv.config import student_of, teacher_config
 from hxaconv.errors import HxaconvError
+from hxaconv.model import layer_choice, layer_maps
+from hxaconv.model.config import student_of, teacher_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = {

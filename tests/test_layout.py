@@ -15,12 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hxaconv.containers import safetensors_layout, torchzip_layout
-from hxaconv.containers.layout import FileLayout
-from hxaconv.containers.serialization_id import serialization_id, string_hash
-from hxaconv.dtypes import BY_NAME, BY_TORCH_NAME
 from hxaconv.errors import HxaconvError
-from hxaconv.plan import Literal, Plan, Recipe, Scratch
+from hxaconv.formats import safetensors_layout, torchzip_layout
+from hxaconv.formats.dtypes import BY_NAME, BY_TORCH_NAME
+from hxaconv.formats.layout import FileLayout
+from hxaconv.formats.serialization_id import serialization_id, string_hash
+from hxaconv.model.plan import Literal, Plan, Recipe, Scratch
 
 TORCH_DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
 

@@ -14,14 +14,14 @@ import pytest
 from models import GOLDEN, student, teacher
 from rich.console import Console
 
-from hxaconv.checkpoint import Checkpoint
-from hxaconv.config import StudentConfig
-from hxaconv.dtypes import num_bytes
-from hxaconv.files import SourceFile
-from hxaconv.lint import INFER_FOLDER, INFER_PTH, RWKV_INFER_KEYS, TRANSFORMERS, Verdict, lint
-from hxaconv.opening import open_checkpoint
-from hxaconv.plan import Literal, Plan, Recipe
-from hxaconv.student_json import student_json
+from hxaconv.formats.dtypes import num_bytes
+from hxaconv.formats.files import SourceFile
+from hxaconv.load.checkpoint import Checkpoint
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.model.config import StudentConfig
+from hxaconv.model.plan import Literal, Plan, Recipe
+from hxaconv.save.student_json import student_json
+from hxaconv.verification.lint import INFER_FOLDER, INFER_PTH, RWKV_INFER_KEYS, TRANSFORMERS, Verdict, lint
 from hxaconv.verification.render import render_loaders
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hxaconv.architecture import expected_tensors
-from hxaconv.config import Ranks, StudentConfig
 from hxaconv.errors import HxaconvError
-from hxaconv.names import TABLE, detect_dialect, layer_kinds, stored_name, template_of, to_canonical
+from hxaconv.model.architecture import expected_tensors
+from hxaconv.model.config import Ranks, StudentConfig
+from hxaconv.model.names import TABLE, detect_dialect, layer_kinds, stored_name, template_of, to_canonical
 
 CONFIG = StudentConfig(
     num_hidden_layers=4,

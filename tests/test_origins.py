@@ -9,11 +9,11 @@ import torch
 from models import FACTORS, changed, fresh, student, teacher
 from torch import Tensor
 
-from hxaconv.arithmetic import computed, scaled
-from hxaconv.config import student_of
-from hxaconv.model import Model
-from hxaconv.plan import Recipe
-from hxaconv.surgery import InitSettings, init_from_teacher, pad_ffn
+from hxaconv.model.config import student_of
+from hxaconv.model.model import Model
+from hxaconv.model.plan import Recipe
+from hxaconv.surgery.arithmetic import computed, scaled
+from hxaconv.surgery.operations import InitSettings, init_from_teacher, pad_ffn
 from hxaconv.verification.origins import foreign_tensors, is_multiple, touched_tensors, untouched_layers
 
 PREFIX = "model.layers.0.self_attn."

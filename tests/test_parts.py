@@ -72,7 +72,7 @@ def test_finish_publishes_what_nobody_did(
     monkeypatch.chdir(tiny_teacher.parent)
     assert cli("init-from-teacher", tiny_teacher.name, out, *options, "--part", "1/2") == 0
     with monkeypatch.context() as patch:
-        patch.setattr("hxaconv.writing.writer.publish", die)
+        patch.setattr("hxaconv.save.writer.publish", die)
         assert cli("init-from-teacher", tiny_teacher.name, out, *options, "--part", "2/2") == 130
     assert not out.exists()
     monkeypatch.chdir(tmp_path)

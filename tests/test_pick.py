@@ -14,11 +14,12 @@ import pytest
 import torch
 from models import weights
 
-from hxaconv import cli as command_line
-from hxaconv import commands, layer_choice, layer_maps, selection
+from hxaconv import commands, selection
+from hxaconv.cli.app import app as command_line
+from hxaconv.model import layer_choice, layer_maps
+from hxaconv.save.interruption import Interrupted
+from hxaconv.save.preflight import _file_system
 from hxaconv.selection.streaming import Sweep
-from hxaconv.writing.interruption import Interrupted
-from hxaconv.writing.preflight import _file_system
 
 Cli = Callable[..., int]
 COMMAND = "pick-gqa-layers"
@@ -114,7 +115,7 @@ def test_scores_outlive_a_failure_to_write(
         raise Interrupted(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr("hxaconv.writing.writer.publish", stop)
+        patch.setattr("hxaconv.save.writer.publish", stop)
         assert cli(*words) == 143
     assert not saved.exists()
     assert (tmp_path / "map.toml.scores.npz").is_file()
@@ -347,8 +348,9 @@ def test_a_saved_map_has_a_title_and_is_shown_whole(
 def test_every_source_is_opened_once(
     cli: Cli, make: Callable[..., Path], tiny_teacher: Path, tokens: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hxaconv import opening
-    from hxaconv.commands import advise, convert, donor
+    from hxaconv.commands import advise, convert
+    from hxaconv.load import opening
+    from hxaconv.load import source_student as donor
 
     opened: list[str] = []
     real = opening.open_checkpoint
@@ -366,11 +368,11 @@ def test_every_source_is_opened_once(
 
 
 def test_messages_name_commands_and_options_that_exist() -> None:
-    root = Path(command_line.__file__).parent
-    mine = [root / "commands" / f"{name}.py" for name in ("pick", "donor", "advise", "advice_options")]
-    mine += [root / "layer_maps.py", root / "layer_choice.py"]
+    root = Path(command_line.__file__).parents[1]
+    mine = [root / "commands" / f"{name}.py" for name in ("pick", "advise", "advice_options")]
+    mine += [root / "load" / "source_student.py", root / "model" / "layer_maps.py", root / "model" / "layer_choice.py"]
     text = "\n".join(path.read_text() for path in [*(root / "selection").glob("*.py"), *mine])
-    declared = (root / "cli.py").read_text() + (root / "options.py").read_text()
+    declared = (root / "cli" / "app.py").read_text() + (root / "cli" / "options.py").read_text()
     known = {info.name for info in command_line.app.registered_commands}
     assert set(re.findall(r"[`:] ?hxaconv ([a-z][a-z-]+)", text)) <= known
     for option in set(re.findall(r"--[a-z][a-z0-9-]+", text)):
@@ -395,7 +397,7 @@ def test_nothing_is_lost_when_nobody_reads_the_output(
     def closed(*_: object) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr("hxaconv.console.Talk.result", closed)
+    monkeypatch.setattr("hxaconv.cli.console.Talk.result", closed)
     words = [COMMAND, student, *([tmp_path / "b"] if applied else []), "--strategy", "influence", *tokens]
     assert cli(*words, "--teacher", tiny_teacher, "--count", 2, "--save", saved, "--plot", plot) == 0
     assert saved.is_file()
@@ -512,13 +514,13 @@ def test_shards_that_are_only_linked_need_no_space(
     shards = ("--max-shard-size", "1MB", "--no-verify", "--quiet")
     assert cli("init-from-teacher", tiny_teacher, tmp_path / "s", "--gqa-layers", "2,5", *shards) == 0
     pick = ("pick-gqa-layers", tmp_path / "s", tmp_path / "p", "--layers", "2", "--teacher", tiny_teacher, *shards[:3])
-    monkeypatch.setattr("hxaconv.writing.diskio.free_bytes", lambda folder: 4_000_000)
+    monkeypatch.setattr("hxaconv.save.diskio.free_bytes", lambda folder: 4_000_000)
     capsys.readouterr()
     assert cli(*pick) == 0
     assert "hard links to the source's" in capsys.readouterr().err
     whole = sum(path.stat().st_size for path in (tmp_path / "p").glob("*.safetensors"))
     assert whole > 4_000_000
-    monkeypatch.setattr("hxaconv.writing.preflight._WITHOUT_LINKS", (_file_system(tmp_path),))
+    monkeypatch.setattr("hxaconv.save.preflight._WITHOUT_LINKS", (_file_system(tmp_path),))
     assert cli(*pick, "--overwrite") == 2
 
 

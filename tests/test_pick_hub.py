@@ -14,10 +14,10 @@ from hub_server import HubServer
 
 FINGERPRINT = """
 import numpy as np
-from hxaconv.opening import open_checkpoint
-from hxaconv.hub import download_weights
-from hxaconv.model_fingerprint import fingerprint
-from hxaconv.teacher import open_teacher
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.formats.hub import download_weights
+from hxaconv.forward.fingerprint import fingerprint
+from hxaconv.load.teacher import open_teacher
 checkpoint = open_checkpoint("org/teacher")
 download_weights(checkpoint)
 print(fingerprint({"teacher": open_teacher(checkpoint)}, np.zeros((1, 2), dtype=np.int64), {}))

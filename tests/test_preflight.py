@@ -9,9 +9,9 @@ import pytest
 from writing import leftovers, output, partials, plan_over, source, verified
 
 from hxaconv.errors import HxaconvError
-from hxaconv.writing import diskio
-from hxaconv.writing.target import WriteSettings
-from hxaconv.writing.writer import write
+from hxaconv.save import diskio
+from hxaconv.save.target import WriteSettings
+from hxaconv.save.writer import write
 
 
 def test_all_problems_are_told_at_once(tmp_path, monkeypatch):
@@ -55,8 +55,8 @@ def test_a_missing_parent_and_too_large_files_are_refused(tmp_path, monkeypatch)
     plan = plan_over(source(tmp_path))
     with pytest.raises(HxaconvError, match="not a folder"):
         write(output(tmp_path / "no" / "out", plan), WriteSettings())
-    monkeypatch.setattr("hxaconv.writing.preflight._file_system", lambda folder: "vfat")
-    monkeypatch.setattr("hxaconv.writing.preflight._LARGEST_FILE", {"vfat": 30_000})
+    monkeypatch.setattr("hxaconv.save.preflight._file_system", lambda folder: "vfat")
+    monkeypatch.setattr("hxaconv.save.preflight._LARGEST_FILE", {"vfat": 30_000})
     with pytest.raises(HxaconvError, match=r"a vfat file system holds at most 30,000 per file"):
         write(output(tmp_path / "out", plan), WriteSettings())
     with pytest.raises(HxaconvError, match="longer than"):

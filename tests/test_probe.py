@@ -57,7 +57,7 @@ def test_files_that_hold_no_ids_are_refused(name: str, content: bytes, tmp_path:
 
 def test_text_needs_a_tokenizer_and_enough_tokens(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    from hxaconv.files import SourceFile
+    from hxaconv.formats.files import SourceFile
 
     text = tmp_path / "sample.txt"
     text.write_text("a b a c b")

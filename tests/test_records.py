@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from hxaconv.calibration import CalibrationReport, LayerReport
 from hxaconv.calibration.report import Distances
-from hxaconv.card import CALIBRATED, UNTRAINED
-from hxaconv.opening import open_checkpoint
-from hxaconv.records import FITTED, INITIAL, calibration_of, history_of, layer_states
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.save.card import CALIBRATED, UNTRAINED
+from hxaconv.save.records import FITTED, INITIAL, calibration_of, history_of, layer_states
 
 Cli = Callable[..., int]
 Make = Callable[..., Path]

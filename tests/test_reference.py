@@ -10,10 +10,10 @@ from faults import FAULTS, Fault
 from models import AGREEMENT, CASES, CONTAINERS, expected, student, teacher
 from torch import Tensor
 
-from hxaconv.model import Model
-from hxaconv.reference import hxa079, llama
-from hxaconv.reference.chunked import chunked
-from hxaconv.verification.weights import Weights
+from hxaconv.forward import hxa079, llama
+from hxaconv.forward.chunked import chunked
+from hxaconv.forward.weights import Weights
+from hxaconv.model.model import Model
 
 ROUNDING = 1e-12
 """Float64, where only the order of summation differs."""

@@ -10,21 +10,21 @@ import pytest
 import torch
 from selection_models import TEACHER, as_if_trained, copying_teacher, literal
 
-from hxaconv import layer_choice, layer_maps
-from hxaconv.arithmetic import tensor
-from hxaconv.config import student_of
 from hxaconv.errors import HxaconvError
-from hxaconv.layer_weights import Compute
-from hxaconv.model import Model
-from hxaconv.opening import open_checkpoint
-from hxaconv.reference import hxa079, llama
+from hxaconv.forward import hxa079, llama
+from hxaconv.forward.layer_weights import Compute
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.teacher import open_teacher
+from hxaconv.model import layer_choice, layer_maps
+from hxaconv.model.config import student_of
+from hxaconv.model.model import Model
 from hxaconv.selection import divergences, report, streaming
 from hxaconv.selection.advice import Request, advise, needs
 from hxaconv.selection.schedule import Rules
 from hxaconv.selection.scores import Column, check_finite, pick
 from hxaconv.selection.streaming import Sweep
-from hxaconv.surgery import PRESETS, InitSettings, init_from_teacher
-from hxaconv.teacher import open_teacher
+from hxaconv.surgery.arithmetic import tensor
+from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.origins import untouched_layers
 
 GOLDEN = Path(__file__).resolve().parent / "golden"

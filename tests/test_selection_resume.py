@@ -7,14 +7,14 @@ import pytest
 import torch
 from selection_models import TEACHER, as_if_trained
 
-from hxaconv.model_fingerprint import fingerprint
-from hxaconv.opening import open_checkpoint
+from hxaconv.forward.fingerprint import fingerprint
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.teacher import open_teacher
 from hxaconv.selection import cache as cache_module
 from hxaconv.selection import retrieval
 from hxaconv.selection.advice import Request, advise
 from hxaconv.selection.cache import Cache
 from hxaconv.selection.streaming import Sweep
-from hxaconv.teacher import open_teacher
 
 
 @pytest.fixture(scope="module")

@@ -48,11 +48,11 @@ sys.exit(main())
 """
 INT, TERM = int(signal.SIGINT), int(signal.SIGTERM)
 PLANNING = "hxaconv.commands.init:open_checkpoint"
-WRITTEN = "hxaconv.writing.writer:write_provenance"
-KEPT = "hxaconv.writing.writer:_Run.what_is_kept"
-SAYING = "hxaconv.console:Talk.say"
-PUBLISHING = "hxaconv.writing.staging:_rename_into_place"
-TELLING = "hxaconv.tables:outcome_tables"
+WRITTEN = "hxaconv.save.writer:write_provenance"
+KEPT = "hxaconv.save.writer:_Run.what_is_kept"
+SAYING = "hxaconv.cli.console:Talk.say"
+PUBLISHING = "hxaconv.save.staging:_rename_into_place"
+TELLING = "hxaconv.cli.tables:outcome_tables"
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import pytest
 from writing import TARGETS, leftovers, output, partials, plan_over, reference, source, stop_after, tree, verified
 
 from hxaconv.errors import CheckFailed, HxaconvError
-from hxaconv.plan import with_origin
-from hxaconv.writing import fill, staging
-from hxaconv.writing.target import WriteSettings
-from hxaconv.writing.writer import write
+from hxaconv.model.plan import with_origin
+from hxaconv.save import fill, staging
+from hxaconv.save.target import WriteSettings
+from hxaconv.save.writer import write
 
 # Existing targets
 

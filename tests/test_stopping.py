@@ -16,11 +16,11 @@ from kill_rounds import CI_KILLS
 from writing import leftovers, output, partials, plan_over, reference, source, tree, verified
 
 from hxaconv.errors import HxaconvError
-from hxaconv.writing import locks, writer
-from hxaconv.writing.interruption import Interrupted
-from hxaconv.writing.journal import read_journals
-from hxaconv.writing.target import WriteSettings, files_of_part, layouts
-from hxaconv.writing.writer import write
+from hxaconv.save import locks, writer
+from hxaconv.save.interruption import Interrupted
+from hxaconv.save.journal import read_journals
+from hxaconv.save.target import WriteSettings, files_of_part, layouts
+from hxaconv.save.writer import write
 
 HERE = Path(__file__).parent
 

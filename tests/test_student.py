@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from hxaconv.dtypes import num_elements
 from hxaconv.errors import HxaconvError
-from hxaconv.json_files import as_bytes
-from hxaconv.opening import open_checkpoint
-from hxaconv.plan import Recipe
-from hxaconv.student import Facts, other_variant, student_model
-from hxaconv.student_json import student_json
-from hxaconv.teacher import open_teacher
+from hxaconv.formats.dtypes import num_elements
+from hxaconv.formats.json_files import as_bytes
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.student import Facts, other_variant, student_model
+from hxaconv.load.teacher import open_teacher
+from hxaconv.model.plan import Recipe
+from hxaconv.save.student_json import student_json
 
 FLAGS = {"rope_theta": 8e6, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 

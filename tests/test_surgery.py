@@ -9,18 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hxaconv.architecture import expected_tensors
-from hxaconv.arithmetic import tensor
-from hxaconv.config import student_of, teacher_config
 from hxaconv.errors import HxaconvError
-from hxaconv.files import SourceFile
-from hxaconv.model import Model
-from hxaconv.names import layer_kinds
-from hxaconv.opening import open_checkpoint
-from hxaconv.output import stored_plan
-from hxaconv.plan import Plan, same_bytes, stored
-from hxaconv.surgery import PRESETS, InitSettings, graft, init_from_teacher, pad_ffn, parse_scale, repick
-from hxaconv.teacher import open_teacher
+from hxaconv.formats.files import SourceFile
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.teacher import open_teacher
+from hxaconv.model.architecture import expected_tensors
+from hxaconv.model.config import student_of, teacher_config
+from hxaconv.model.model import Model
+from hxaconv.model.names import layer_kinds
+from hxaconv.model.plan import Plan, same_bytes, stored
+from hxaconv.save.output import stored_plan
+from hxaconv.surgery.arithmetic import tensor
+from hxaconv.surgery.operations import PRESETS, InitSettings, graft, init_from_teacher, pad_ffn, parse_scale, repick
 
 RANDOM = {"w2", "a2", "v2", "k2", "g2"}
 SETTINGS = InitSettings(PRESETS["openmose-stage1"], 0, "BF16")

@@ -290,7 +290,7 @@ def test_inspect_reads_no_head(golden: Path, tmp_path: Path, monkeypatch: pytest
     def refuse(*_: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("hxaconv.model.same_bytes", refuse)
+    monkeypatch.setattr("hxaconv.model.model.same_bytes", refuse)
     assert hxaconv.inspect(str(tmp_path / "s.pth"))["dimensions"]["tie_word_embeddings"] is True
     with pytest.raises(AssertionError, match="weights were read"):
         hxaconv.verify(str(tmp_path / "s.pth"))
@@ -354,7 +354,7 @@ def test_a_config_that_lacks_a_key_fails_and_is_linted(
 
 def test_a_tokenizer_that_cuts_and_pads_does_neither(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    from hxaconv.files import SourceFile
+    from hxaconv.formats.files import SourceFile
     from hxaconv.verification import probe_tokens
 
     words = {"a": 0, "b": 1, "<pad>": 2}

@@ -17,17 +17,17 @@ from models import AGREEMENT, CASES, changed, expected, failed, fresh, ids, stud
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hxaconv.arithmetic import cast
 from hxaconv.errors import CheckFailed, HxaconvError
-from hxaconv.model import Model
-from hxaconv.plan import Literal, Recipe
+from hxaconv.forward import runner as runner_module
+from hxaconv.forward import weights as weights_module
+from hxaconv.model.model import Model
+from hxaconv.model.plan import Literal, Recipe
+from hxaconv.surgery.arithmetic import cast
 from hxaconv.verification import (
     Thresholds,
     compare_models,
     verify_model,
 )
-from hxaconv.verification import runner as runner_module
-from hxaconv.verification import weights as weights_module
 from hxaconv.verification.expectations import judge
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "NEGATIVE_CONTROLS.md"

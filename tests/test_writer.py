@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 from writing import leftovers, output, partials, plan_over, reference, source, tree, verified
 
-from hxaconv.containers.layout import FileLayout
-from hxaconv.dtypes import BY_NAME
 from hxaconv.errors import CheckFailed, HxaconvError
-from hxaconv.files import Extent, SourceFile
-from hxaconv.plan import Literal, Ranges, Recipe, Scratch
-from hxaconv.writing import behind, diskio, fill, writer
-from hxaconv.writing.finite import count_nonfinite
-from hxaconv.writing.target import WriteSettings, describe
-from hxaconv.writing.writer import check, write
+from hxaconv.formats.dtypes import BY_NAME
+from hxaconv.formats.files import Extent, SourceFile
+from hxaconv.formats.layout import FileLayout
+from hxaconv.model.plan import Literal, Ranges, Recipe, Scratch
+from hxaconv.save import diskio, fill, writer
+from hxaconv.save import writeback as behind
+from hxaconv.save.finite import count_nonfinite
+from hxaconv.save.target import WriteSettings, describe
+from hxaconv.save.writer import check, write
 
 TARGETS = ("out", "out.pth")
 
@@ -312,10 +313,10 @@ CONVERT = """
 import sys
 from pathlib import Path
 import rich.progress, typer
-from hxaconv.files import SourceFile
-from hxaconv.plan import Scratch, stored
-from hxaconv.writing.target import Output, WriteSettings
-from hxaconv.writing.writer import write
+from hxaconv.formats.files import SourceFile
+from hxaconv.model.plan import Scratch, stored
+from hxaconv.save.target import Output, WriteSettings
+from hxaconv.save.writer import write
 file = SourceFile.local(Path(sys.argv[1]))
 step = 6_000_000
 plan = {f"t{i}": stored("BF16", (step // 2,), file, i * step, "x") for i in range(file.size // step)}
@@ -335,7 +336,7 @@ def test_a_pure_conversion_needs_64_mib_and_no_torch(tmp_path, name):
     with open(path, "wb") as file:
         file.truncate(240_000_000)
     arguments = [sys.executable, "-c", CONVERT, str(path), str(tmp_path / name)]
-    environment = os.environ | {"PYTHONPATH": str(Path(writer.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(writer.__file__).parents[2])}
     result = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
     peak_kib, imported = result.stdout.split()
     # 64 MiB is the promise; the file is four times as large, so that holding it would be seen.

@@ -17,10 +17,10 @@ from typing import Any
 from writing import output, plan_over, source
 
 from hxaconv.errors import HxaconvError
-from hxaconv.writing import fill
-from hxaconv.writing.interruption import Interrupted
-from hxaconv.writing.target import WriteSettings
-from hxaconv.writing.writer import write
+from hxaconv.save import fill
+from hxaconv.save.interruption import Interrupted
+from hxaconv.save.target import WriteSettings
+from hxaconv.save.writer import write
 
 
 def slowed(call: Any, seconds: float) -> Any:

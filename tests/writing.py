@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from hxaconv.files import SourceFile
-from hxaconv.plan import Plan, stored
-from hxaconv.writing import fill
-from hxaconv.writing.target import Output, WriteResult, WriteSettings
-from hxaconv.writing.writer import write
+from hxaconv.formats.files import SourceFile
+from hxaconv.model.plan import Plan, stored
+from hxaconv.save import fill
+from hxaconv.save.target import Output, WriteResult, WriteSettings
+from hxaconv.save.writer import write
 
 TARGETS = ("out", "out.pth")
 

@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hxaconv.calibration.report import Distances, LayerReport, Settings
-from hxaconv.console import Progress
+from hxaconv.cli.console import Progress
 from hxaconv.errors import HxaconvError
-from hxaconv.model import Model
-from hxaconv.model_fingerprint import fingerprint as fingerprint_of
-from hxaconv.reference.batches import First
-from hxaconv.writing import locks
+from hxaconv.forward.batches import First
+from hxaconv.forward.fingerprint import fingerprint as fingerprint_of
+from hxaconv.model.model import Model
+from hxaconv.save import locks
 
 FORMAT = 2
 SECONDS_BETWEEN_LOOKS = 1.0

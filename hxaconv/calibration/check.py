@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from hxaconv.calibration.report import Distances
-from hxaconv.model import Model
-from hxaconv.names import layer_index
-from hxaconv.plan import same_bytes
+from hxaconv.model.model import Model
+from hxaconv.model.names import layer_index
+from hxaconv.model.plan import same_bytes
 from hxaconv.verification.compare import compare_models
 from hxaconv.verification.contracts import check_copies, check_gqa_layers, check_rwkv_layers, completed, listing
 from hxaconv.verification.report import Report
 
 if TYPE_CHECKING:
-    from hxaconv.console import Progress
+    from hxaconv.cli.console import Progress
 
 
 def measure(

@@ -15,7 +15,7 @@ from hxaconv.calibration.heads import rotation
 from hxaconv.calibration.pool import Pool
 from hxaconv.calibration.report import LayerReport
 from hxaconv.calibration.time_mix import Attention, Fit, mixed_rows
-from hxaconv.config import ModelConfig
+from hxaconv.model.config import ModelConfig
 
 
 def fold_rope(

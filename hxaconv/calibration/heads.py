@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from hxaconv.reference.chunked import chunked
-from hxaconv.reference.hxa079 import rmsnorm, rotate
+from hxaconv.forward.chunked import chunked
+from hxaconv.forward.hxa079 import rmsnorm, rotate
 
 DECAYS = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.996)
 LONG_DECAYS = (0.998, 0.9995)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 
-from hxaconv.arithmetic import Computed, tensor
 from hxaconv.calibration.output_matrix import TOKENS_PER_COLUMN
 from hxaconv.calibration.report import Settings
-from hxaconv.model import Model
-from hxaconv.names import is_attention, layer_index
-from hxaconv.plan import Plan, Recipe
+from hxaconv.model.model import Model
+from hxaconv.model.names import is_attention, layer_index
+from hxaconv.model.plan import Plan, Recipe
+from hxaconv.surgery.arithmetic import Computed, tensor
 
 PROJECTIONS = {"receptance.weight", "receptance.bias", "key.weight", "key.bias", "output.bias"}
 RWKV = {"v0", "k0", "w0", "a0", "r_k", "g2"} | PROJECTIONS

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.calibration.report import CalibrationReport
-from hxaconv.plots import check_plot, save_figure
+from hxaconv.cli.plots import check_plot, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

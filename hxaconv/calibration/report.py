@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hxaconv.errors import raise_all
-from hxaconv.json_files import plain_data
+from hxaconv.formats.json_files import plain_data
 
 REFIT_OUTPUT = ("auto", "never", "always")
 

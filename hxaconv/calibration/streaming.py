@@ -14,22 +14,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hxaconv.arithmetic import Computed, torch_dtype
 from hxaconv.calibration import teacher as teacher_pass
 from hxaconv.calibration.cache import Cache, Done, State
 from hxaconv.calibration.folding import fold_rope
 from hxaconv.calibration.pool import ROWS, Pool
 from hxaconv.calibration.report import CalibrationReport, Settings
 from hxaconv.calibration.time_mix import Attention, Fit, fit_layer
-from hxaconv.console import Progress, bar
+from hxaconv.cli.console import Progress, bar
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.layer_weights import Compute, embed, layer_names
-from hxaconv.model import Model
-from hxaconv.names import layer_index, mixer_prefix
-from hxaconv.plan import Plan, Recipe, Scratch, layer_bytes, total_bytes
-from hxaconv.reference import llama
+from hxaconv.forward import llama
+from hxaconv.forward.layer_weights import Compute, embed, layer_names
+from hxaconv.model.model import Model
+from hxaconv.model.names import layer_index, mixer_prefix
+from hxaconv.model.plan import Plan, Recipe, Scratch, layer_bytes, total_bytes
+from hxaconv.save.finite import count_nonfinite
+from hxaconv.surgery.arithmetic import Computed, torch_dtype
 from hxaconv.verification.origins import foreign_tensors, touched_tensors
-from hxaconv.writing.finite import count_nonfinite
 
 FEWEST_TO_JUDGE = 8
 """Held-out tokens without which nobody can say that a fit is better."""

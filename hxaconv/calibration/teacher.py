@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hxaconv.calibration.pool import Pool
-from hxaconv.config import ModelConfig
-from hxaconv.reference import llama
+from hxaconv.forward import llama
+from hxaconv.model.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

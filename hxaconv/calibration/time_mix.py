@@ -19,9 +19,9 @@ from torch import Tensor
 from hxaconv.calibration import heads, output_matrix
 from hxaconv.calibration.pool import Pool
 from hxaconv.calibration.report import LayerReport, Settings
-from hxaconv.config import StudentConfig
-from hxaconv.names import mixer_prefix
-from hxaconv.reference.batches import First, time_mix
+from hxaconv.forward.batches import First, time_mix
+from hxaconv.model.config import StudentConfig
+from hxaconv.model.names import mixer_prefix
 
 FIRST_LAYER_SHARE = -2.0
 FEW_TOKENS_PER_CHANNEL = 4

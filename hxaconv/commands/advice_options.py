@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hxaconv import layer_choice
-from hxaconv.command_line import option_name
+from hxaconv.cli.plots import plot_problems
 from hxaconv.commands.common import useless
 from hxaconv.commands.parts import resolve_part
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.plots import plot_problems
+from hxaconv.model import layer_choice
+from hxaconv.save.command_line import option_name
 from hxaconv.selection.advice import needs
 from hxaconv.selection.schedule import Rules
 from hxaconv.selection.scores import STRATEGIES

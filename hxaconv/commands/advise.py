@@ -8,32 +8,32 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv import layer_choice
 from hxaconv.commands.advice_options import cache_path, rules
 from hxaconv.commands.common import base_model_name, checked_device, download, one_of, scaling_warnings
 from hxaconv.commands.convert import complete, main_dtype, open_student
-from hxaconv.commands.donor import open_donor
-from hxaconv.commands.tokens import TokenOptions, calibration_tokens
-from hxaconv.config import student_of
-from hxaconv.dtypes import FLOATS
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.model import Model
-from hxaconv.opening import open_checkpoint
-from hxaconv.plan import source_files
+from hxaconv.formats.dtypes import FLOATS
+from hxaconv.forward.tokens import TokenOptions, calibration_tokens
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.source_student import open_donor
+from hxaconv.load.student import FLAGS, is_student
+from hxaconv.load.teacher import open_teacher
+from hxaconv.model import layer_choice
+from hxaconv.model.config import student_of
+from hxaconv.model.model import Model
+from hxaconv.model.plan import source_files
+from hxaconv.save.diskio import write_result
+from hxaconv.save.interruption import interruptible
 from hxaconv.selection import report
 from hxaconv.selection.advice import Advice, Request, advise, needs
 from hxaconv.selection.scores import check_request
-from hxaconv.student import FLAGS, is_student
-from hxaconv.surgery import InitSettings, as_options, init_from_teacher, parse_scale, repick
-from hxaconv.teacher import open_teacher
-from hxaconv.writing.diskio import write_result
-from hxaconv.writing.interruption import interruptible
+from hxaconv.surgery.operations import InitSettings, as_options, init_from_teacher, parse_scale, repick
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from hxaconv.checkpoint import Checkpoint
-    from hxaconv.console import Progress
+    from hxaconv.cli.console import Progress
+    from hxaconv.load.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hxaconv.card import UNTRAINED
 from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
@@ -19,8 +18,9 @@ from hxaconv.commands.common import (
 )
 from hxaconv.commands.convert import complete, dtype_warnings, main_dtype, open_student
 from hxaconv.commands.fitting import CalibrateOptions, perform_calibrated, prepare
-from hxaconv.model import checked_here
-from hxaconv.output import Job
+from hxaconv.model.model import checked_here
+from hxaconv.save.card import UNTRAINED
+from hxaconv.save.output import Job
 
 COMMAND = "calibrate"
 

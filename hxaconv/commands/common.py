@@ -9,24 +9,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv import layer_choice
-from hxaconv.command_line import option_name
 from hxaconv.commands.parts import WHOLE
-from hxaconv.config import StudentConfig, dropped_scaling
 from hxaconv.errors import HxaconvError
-from hxaconv.json_files import plain_data
-from hxaconv.model import Model
-from hxaconv.output import Job, build_output
-from hxaconv.writing.interruption import interruptible
-from hxaconv.writing.target import WriteSettings
+from hxaconv.formats.json_files import plain_data
+from hxaconv.model import layer_choice
+from hxaconv.model.config import StudentConfig, dropped_scaling
+from hxaconv.model.model import Model
+from hxaconv.save.command_line import option_name
+from hxaconv.save.interruption import interruptible
+from hxaconv.save.output import Job, build_output
+from hxaconv.save.target import WriteSettings
 
 if TYPE_CHECKING:
     from hxaconv.calibration import CalibrationReport
-    from hxaconv.checkpoint import Checkpoint
-    from hxaconv.console import Progress
-    from hxaconv.files import SourceFile
+    from hxaconv.cli.console import Progress
+    from hxaconv.formats.files import SourceFile
+    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.save.target import Output, WriteResult
     from hxaconv.verification import Report
-    from hxaconv.writing.target import Output, WriteResult
 
 Verify = Callable[[Model, "Progress | None"], "Report"]
 """Checks the student that was written, and shows how far it is."""
@@ -117,7 +117,7 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
         HxaconvError: when the plan or the target is refused.
         CheckFailed: when the output did not pass; it is left beside the target for inspection.
     """
-    from hxaconv.writing.writer import write as write_output
+    from hxaconv.save.writer import write as write_output
 
     output = build_output(job)
     warnings += oversized(output, job.max_shard_bytes)
@@ -134,7 +134,7 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
     warnings += _nothing_written(written, write)
     pushed = None
     if write.push_to and written.published:
-        from hxaconv.hub_push import push_folder
+        from hxaconv.save.hub_push import push_folder
 
         kept = f"{written.path} is complete; `hf upload {write.push_to} {written.path}` sends it as well."
         with interruptible(lambda: kept):
@@ -165,7 +165,7 @@ def download(
     Raises:
         Inconsistent: when a model's tied head is not its embedding.
     """
-    from hxaconv.hub import download_weights
+    from hxaconv.formats.hub import download_weights
 
     heads = [model.tied_head for model in models if model.tied_head is not None]
     files = [*needed, *(file for head in heads for file in head.files)]
@@ -207,7 +207,7 @@ def check_target(job: Job, write: WriteOptions) -> bool:
     Raises:
         HxaconvError: listing every problem.
     """
-    from hxaconv.writing.writer import check
+    from hxaconv.save.writer import check
 
     return check(build_output(job), write)
 
@@ -261,7 +261,7 @@ def _staged_check(
     job: Job, verify: Verify, reports: list[Report], write: WriteOptions
 ) -> Callable[[Path], Mapping[str, Any]]:
     def check(staged: Path) -> Mapping[str, Any]:
-        from hxaconv.opening import open_checkpoint
+        from hxaconv.load.opening import open_checkpoint
 
         checkpoint = open_checkpoint(staged)
         student = Model(job.student.config, dict(checkpoint.plan), str(job.target), job.student.raw)

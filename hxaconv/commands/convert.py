@@ -7,10 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv import layer_maps
-from hxaconv.architecture import expected_tensors
-from hxaconv.card import CONVERTED, by_record, calibration_section, purpose_by
-from hxaconv.checkpoint import Checkpoint
 from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
@@ -21,21 +17,25 @@ from hxaconv.commands.common import (
     perform,
     scaling_warnings,
 )
-from hxaconv.config import TeacherConfig
-from hxaconv.dtypes import FLOATS, parse_dtype
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
-from hxaconv.model import Model, TiedHead, checked_here
-from hxaconv.names import EMBEDDING, HEAD, is_attention
-from hxaconv.opening import open_checkpoint
-from hxaconv.output import Job
-from hxaconv.plan import Plan, check
-from hxaconv.records import calibration_of, history_of
-from hxaconv.student import FLAGS, Facts, student_model, with_intermediate_size
-from hxaconv.surgery import graft, pad_ffn
-from hxaconv.teacher import open_teacher
+from hxaconv.formats.dtypes import FLOATS, parse_dtype
+from hxaconv.load.checkpoint import Checkpoint
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.student import FLAGS, Facts, student_model, with_intermediate_size
+from hxaconv.load.teacher import open_teacher
+from hxaconv.model import layer_maps
+from hxaconv.model.architecture import expected_tensors
+from hxaconv.model.config import TeacherConfig
+from hxaconv.model.model import Model, TiedHead, checked_here
+from hxaconv.model.names import EMBEDDING, HEAD, is_attention
+from hxaconv.model.plan import Plan, check
+from hxaconv.save.card import CONVERTED, by_record, calibration_section, purpose_by
+from hxaconv.save.output import Job
+from hxaconv.save.records import calibration_of, history_of
+from hxaconv.surgery.operations import graft, pad_ffn
 
 if TYPE_CHECKING:
-    from hxaconv.console import Progress
+    from hxaconv.cli.console import Progress
     from hxaconv.verification import Report
 
 COMMANDS = {"to-hf": "hf", "to-pth": "pth", "to-training": "training"}
@@ -288,7 +288,7 @@ def reshape(student: Model, dtype: str | None, multiple: int | None) -> tuple[Mo
     if dtype is not None:
         name = parse_dtype(dtype)
         if any(recipe.dtype in FLOATS and recipe.dtype != name for recipe in plan.values()):
-            from hxaconv.arithmetic import cast
+            from hxaconv.surgery.arithmetic import cast
 
             plan = {key: cast(recipe, name) for key, recipe in plan.items()}
     else:

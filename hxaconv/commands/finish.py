@@ -27,7 +27,7 @@ def run(out: str, write: WriteOptions) -> Outcome:
     Raises:
         HxaconvError: when there is no conversion to finish, or more than one, or files are missing.
     """
-    from hxaconv.writing.staging import read_record, stagings_at
+    from hxaconv.save.staging import read_record, stagings_at
 
     found = stagings_at(Path(out).absolute())
     if len(found) != 1:

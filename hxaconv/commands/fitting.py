@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hxaconv.card import CALIBRATED, UNTRAINED, calibration_section
 from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
@@ -20,21 +19,22 @@ from hxaconv.commands.common import (
     perform,
     useless,
 )
-from hxaconv.commands.tokens import TokenOptions, calibration_tokens
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.model import Model
-from hxaconv.output import Job
-from hxaconv.plan import source_files
-from hxaconv.writing.interruption import interruptible
+from hxaconv.forward.tokens import TokenOptions, calibration_tokens
+from hxaconv.model.model import Model
+from hxaconv.model.plan import source_files
+from hxaconv.save.card import CALIBRATED, UNTRAINED, calibration_section
+from hxaconv.save.interruption import interruptible
+from hxaconv.save.output import Job
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hxaconv.calibration import CalibrationReport, Settings
-    from hxaconv.checkpoint import Checkpoint
-    from hxaconv.console import Progress
-    from hxaconv.files import SourceFile
-    from hxaconv.plan import Plan
+    from hxaconv.cli.console import Progress
+    from hxaconv.formats.files import SourceFile
+    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.model.plan import Plan
     from hxaconv.verification import Report
 
 

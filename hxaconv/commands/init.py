@@ -7,8 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv import layer_choice, layer_maps
-from hxaconv.card import UNTRAINED
 from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
@@ -21,18 +19,20 @@ from hxaconv.commands.common import (
     perform,
 )
 from hxaconv.commands.fitting import CalibrateOptions, perform_calibrated, prepare
-from hxaconv.config import TeacherConfig, student_of
-from hxaconv.dtypes import parse_dtype
 from hxaconv.errors import HxaconvError
-from hxaconv.model import Model
-from hxaconv.opening import open_checkpoint
-from hxaconv.output import FORMATS, Job
-from hxaconv.records import init_record
-from hxaconv.surgery import InitSettings, init_from_teacher, parse_scale
-from hxaconv.teacher import open_teacher
+from hxaconv.formats.dtypes import parse_dtype
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.teacher import open_teacher
+from hxaconv.model import layer_choice, layer_maps
+from hxaconv.model.config import TeacherConfig, student_of
+from hxaconv.model.model import Model
+from hxaconv.save.card import UNTRAINED
+from hxaconv.save.output import FORMATS, Job
+from hxaconv.save.records import init_record
+from hxaconv.surgery.operations import InitSettings, init_from_teacher, parse_scale
 
 if TYPE_CHECKING:
-    from hxaconv.console import Progress
+    from hxaconv.cli.console import Progress
     from hxaconv.verification import Report
 
 COMMAND = "init-from-teacher"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.inspection import inspect
-from hxaconv.opening import open_checkpoint
+from hxaconv.load.inspection import inspect
+from hxaconv.load.opening import open_checkpoint
 
 if TYPE_CHECKING:
-    from hxaconv.console import Progress
+    from hxaconv.cli.console import Progress
 
 
 def run(

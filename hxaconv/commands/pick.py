@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv import layer_choice
-from hxaconv.card import UNTRAINED, by_record, partly_untrained, purpose_by
 from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
@@ -20,20 +18,22 @@ from hxaconv.commands.common import (
     perform,
 )
 from hxaconv.commands.convert import complete, dtype_warnings, main_dtype, open_student
-from hxaconv.commands.donor import open_donor
-from hxaconv.config import StudentConfig, student_of
-from hxaconv.containers.safetensors_layout import Shard, shard_layouts
 from hxaconv.errors import HxaconvError, all_of
-from hxaconv.model import Model
-from hxaconv.output import Job
-from hxaconv.plan import Plan, Recipe, total_bytes
-from hxaconv.records import FITTED, history_of, init_record, layer_states
-from hxaconv.surgery import InitSettings, as_options, parse_scale, repick
+from hxaconv.formats.safetensors_layout import Shard, shard_layouts
+from hxaconv.load.source_student import open_donor
+from hxaconv.model import layer_choice
+from hxaconv.model.config import StudentConfig, student_of
+from hxaconv.model.model import Model
+from hxaconv.model.plan import Plan, Recipe, total_bytes
+from hxaconv.save.card import UNTRAINED, by_record, partly_untrained, purpose_by
+from hxaconv.save.output import Job
+from hxaconv.save.records import FITTED, history_of, init_record, layer_states
+from hxaconv.surgery.operations import InitSettings, as_options, parse_scale, repick
 
 if TYPE_CHECKING:
-    from hxaconv.checkpoint import Checkpoint
-    from hxaconv.console import Progress
-    from hxaconv.files import SourceFile
+    from hxaconv.cli.console import Progress
+    from hxaconv.formats.files import SourceFile
+    from hxaconv.load.checkpoint import Checkpoint
     from hxaconv.verification import Report
 
 COMMAND = "pick-gqa-layers"

@@ -7,22 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.checkpoint import Checkpoint
 from hxaconv.commands.common import checked_device, one_of, scaling_warnings, useless
 from hxaconv.commands.convert import complete, open_student, own_head
-from hxaconv.commands.tokens import TokenOptions, tokens_of
-from hxaconv.config import ModelConfig
-from hxaconv.digests import DigestReport, check_digests
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
-from hxaconv.lint import lint
-from hxaconv.model import Model
-from hxaconv.opening import open_checkpoint
-from hxaconv.records import record_of
-from hxaconv.student import MissingSettings, is_student
-from hxaconv.teacher import open_teacher
+from hxaconv.forward.tokens import TokenOptions, tokens_of
+from hxaconv.load.checkpoint import Checkpoint
+from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.student import MissingSettings, is_student
+from hxaconv.load.teacher import open_teacher
+from hxaconv.model.config import ModelConfig
+from hxaconv.model.model import Model
+from hxaconv.save.records import record_of
+from hxaconv.verification.digests import DigestReport, check_digests
+from hxaconv.verification.lint import lint
 
 if TYPE_CHECKING:
-    from hxaconv.console import Progress
+    from hxaconv.cli.console import Progress
     from hxaconv.verification import Report
 
 

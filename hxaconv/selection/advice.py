@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hxaconv.errors import HxaconvError
-from hxaconv.layer_choice import default_count
+from hxaconv.model.layer_choice import default_count
 from hxaconv.selection.schedule import Rules
 from hxaconv.selection.scores import SPACED, STRATEGIES, Column, Pick, check_finite, check_request, pick
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from hxaconv.console import Progress
-    from hxaconv.layer_weights import Compute
-    from hxaconv.model import Model
+    from hxaconv.cli.console import Progress
+    from hxaconv.forward.layer_weights import Compute
+    from hxaconv.model.model import Model
     from hxaconv.selection.cache import Cache
 
 TEACHER_ONLY = ("influence", "entropy", "distance", "retrieval")
@@ -179,13 +179,13 @@ def _retrieval_column(
 
 
 def _compute(request: Request) -> Compute:
-    from hxaconv.layer_weights import Compute
+    from hxaconv.forward.layer_weights import Compute
 
     return Compute(device=request.device)
 
 
 def _cache(request: Request, models: Mapping[str, Model], ids: np.ndarray, names: list[str]) -> Cache:
-    from hxaconv.model_fingerprint import fingerprint
+    from hxaconv.forward.fingerprint import fingerprint
     from hxaconv.selection.cache import Cache
 
     settings = {"strategies": names, "kl_mode": request.kl_mode}

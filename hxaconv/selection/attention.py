@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from hxaconv.config import ModelConfig
-from hxaconv.names import mixer_prefix
-from hxaconv.reference.llama import Get, rmsnorm, rotate
+from hxaconv.forward.llama import Get, rmsnorm, rotate
+from hxaconv.model.config import ModelConfig
+from hxaconv.model.names import mixer_prefix
 
 
 def head_weights(normed: Tensor, get: Get, config: ModelConfig, layer: int) -> Iterator[tuple[int, Tensor]]:

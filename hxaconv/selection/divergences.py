@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from hxaconv.arithmetic import tensor
-from hxaconv.layer_weights import Compute
-from hxaconv.model import Model
-from hxaconv.names import EMBEDDING, HEAD
-from hxaconv.plan import is_one_range, rows, same_ranges
+from hxaconv.forward.layer_weights import Compute
+from hxaconv.model.model import Model
+from hxaconv.model.names import EMBEDDING, HEAD
+from hxaconv.model.plan import is_one_range, rows, same_ranges
+from hxaconv.surgery.arithmetic import tensor
 
 LOGITS_AT_ONCE = 2**20
 """Elements of a block of logits: in float64, and with its temporaries, some 50 MB."""

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.console import STRIP_WIDTH, WIDTH, strip_lines, table
-from hxaconv.layer_maps import LayerMap, dump, of_config
-from hxaconv.plots import check_plot, save_figure
+from hxaconv.cli.console import STRIP_WIDTH, WIDTH, strip_lines, table
+from hxaconv.cli.plots import check_plot, save_figure
+from hxaconv.model.layer_maps import LayerMap, dump, of_config
 from hxaconv.selection.scores import STRATEGIES, reasons
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hxaconv.config import ModelConfig
+    from hxaconv.model.config import ModelConfig
     from hxaconv.selection.advice import Advice
 
 BARS = " ▁▂▃▄▅▆▇█"

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from hxaconv.errors import HxaconvError
-from hxaconv.layer_choice import LAYER_0_REASON, uniform
+from hxaconv.model.layer_choice import LAYER_0_REASON, uniform
 from hxaconv.selection.schedule import LOG_RULES, SOFT_RULES, Choice, Rules, choose, describe, ideal_gap, objective
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hxaconv.reference.batches import First
+from hxaconv.forward.batches import First
 
 FIRSTS = ("first", "first_of_fork_0", "first_of_teacher")
 

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hxaconv.config import StudentConfig
-from hxaconv.console import Progress, bar
-from hxaconv.layer_weights import Compute, embed, layer_names
-from hxaconv.model import Model
-from hxaconv.names import EMBEDDING, HEAD
-from hxaconv.plan import layer_bytes, same_ranges
-from hxaconv.reference import hxa079, llama
-from hxaconv.reference.batches import First, time_mix
-from hxaconv.reference.hxa079 import Get
+from hxaconv.cli.console import Progress, bar
+from hxaconv.forward import hxa079, llama
+from hxaconv.forward.batches import First, time_mix
+from hxaconv.forward.hxa079 import Get
+from hxaconv.forward.layer_weights import Compute, embed, layer_names
+from hxaconv.model.config import StudentConfig
+from hxaconv.model.model import Model
+from hxaconv.model.names import EMBEDDING, HEAD
+from hxaconv.model.plan import layer_bytes, same_ranges
 from hxaconv.selection.attention import entropy_and_distance
 from hxaconv.selection.cache import Cache
 from hxaconv.selection.divergences import Head, divergences

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from hxaconv.forward.probe import probe_tokens
 from hxaconv.verification.compare import compare_models
 from hxaconv.verification.contracts import check_converted, check_initialised, completed
 from hxaconv.verification.expectations import Thresholds
-from hxaconv.verification.probe import probe_tokens
 from hxaconv.verification.repicked import check_repicked
 from hxaconv.verification.report import EXPECTATIONS, Check, LayerResult, LogitResult, Report, TensorResult
 from hxaconv.verification.single import verify_model

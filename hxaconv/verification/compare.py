@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from hxaconv.config import ModelConfig, StudentConfig, TeacherConfig
-from hxaconv.console import Progress, bar
+from hxaconv.cli.console import Progress, bar
 from hxaconv.errors import raise_all
-from hxaconv.model import Model
-from hxaconv.names import layer_index
-from hxaconv.plan import Plan, layer_bytes, total_bytes
-from hxaconv.reference import llama
-from hxaconv.reference.hxa079 import Carry
-from hxaconv.verification.dump import Dump, dumping
+from hxaconv.forward import llama
+from hxaconv.forward.dump import Dump, dumping
+from hxaconv.forward.hxa079 import Carry
+from hxaconv.forward.runner import Runner, Stream, compute_settings
+from hxaconv.model.config import ModelConfig, StudentConfig, TeacherConfig
+from hxaconv.model.model import Model
+from hxaconv.model.names import layer_index
+from hxaconv.model.plan import Plan, layer_bytes, total_bytes
 from hxaconv.verification.expectations import Thresholds, config_differences, judge, usual_expectation
 from hxaconv.verification.report import LayerResult, LogitResult, Report, TensorResult
-from hxaconv.verification.runner import Runner, Stream, compute_settings
 from hxaconv.verification.tensors import compare_tensor, with_head
 
 NOISE = {torch.float32: 1e-6, torch.float64: 1e-12}

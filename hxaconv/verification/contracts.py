@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hxaconv.config import StudentConfig
 from hxaconv.errors import shortened
-from hxaconv.model import Model
-from hxaconv.names import HEAD, is_attention
-from hxaconv.plan import Plan, Recipe
+from hxaconv.forward.probe import probe_tokens
+from hxaconv.model.config import StudentConfig
+from hxaconv.model.model import Model
+from hxaconv.model.names import HEAD, is_attention
+from hxaconv.model.plan import Plan, Recipe
 from hxaconv.verification.compare import compare_models
 from hxaconv.verification.expectations import Thresholds
 from hxaconv.verification.origins import (
@@ -27,12 +28,11 @@ from hxaconv.verification.origins import (
     part_of_mixer,
     teacher_name,
 )
-from hxaconv.verification.probe import probe_tokens
 from hxaconv.verification.report import Report, TensorResult
 from hxaconv.verification.tensors import with_head
 
 if TYPE_CHECKING:
-    from hxaconv.console import Progress
+    from hxaconv.cli.console import Progress
 
 SAME_ATTENTION = 1e-5
 """Relative error of two float32 attentions with the same weights that sum in another order."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields, replace
 
-from hxaconv.config import ModelConfig, StudentConfig
 from hxaconv.errors import shortened
-from hxaconv.model import Model
+from hxaconv.model.config import ModelConfig, StudentConfig
+from hxaconv.model.model import Model
 from hxaconv.verification.origins import untouched_layers
 from hxaconv.verification.report import Report
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hxaconv.arithmetic import Scaled, tensor, torch_dtype
-from hxaconv.config import StudentConfig
-from hxaconv.initial import decay_bias, iclr_bias
-from hxaconv.model import Model
-from hxaconv.names import is_attention, layer_index
-from hxaconv.plan import Plan, Recipe, same_bytes
+from hxaconv.model.config import StudentConfig
+from hxaconv.model.model import Model
+from hxaconv.model.names import is_attention, layer_index
+from hxaconv.model.plan import Plan, Recipe, same_bytes
+from hxaconv.surgery.arithmetic import Scaled, tensor, torch_dtype
+from hxaconv.surgery.initial import decay_bias, iclr_bias
 from hxaconv.verification.tensors import element_pairs, same_bits, with_head
 
 SCALED = {"receptance": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hxaconv.cli.plots import check_plot, save_figure
 from hxaconv.errors import HxaconvError
-from hxaconv.plots import check_plot, save_figure
 from hxaconv.verification.report import Report
 
 if TYPE_CHECKING:

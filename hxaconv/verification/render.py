@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.console import WIDTH, strip_lines, table
+from hxaconv.cli.console import WIDTH, strip_lines, table
 from hxaconv.errors import MAX_LISTED
 from hxaconv.verification.report import LayerResult, LogitResult, Report
 

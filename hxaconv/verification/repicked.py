@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hxaconv.model import Model
-from hxaconv.names import is_attention, layer_index
-from hxaconv.plan import Plan, same_bytes
+from hxaconv.forward.probe import probe_tokens
+from hxaconv.model.model import Model
+from hxaconv.model.names import is_attention, layer_index
+from hxaconv.model.plan import Plan, same_bytes
 from hxaconv.verification.contracts import check_rwkv_layers, listing
 from hxaconv.verification.origins import is_scaled
-from hxaconv.verification.probe import probe_tokens
 from hxaconv.verification.report import Report
 from hxaconv.verification.single import verify_model
 from hxaconv.verification.tensors import with_head
 
 if TYPE_CHECKING:
-    from hxaconv.console import Progress
+    from hxaconv.cli.console import Progress
 
 
 def check_repicked(

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hxaconv.errors import CheckFailed, bullet_list
-from hxaconv.json_files import plain_data
+from hxaconv.formats.json_files import plain_data
 
 EXPECTATIONS = ("identical", "close", "report")
 

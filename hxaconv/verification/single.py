@@ -10,20 +10,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hxaconv.architecture import expected_tensors
-from hxaconv.config import ModelConfig, StudentConfig
-from hxaconv.console import Progress, bar
-from hxaconv.dtypes import FLOATS
+from hxaconv.cli.console import Progress, bar
 from hxaconv.errors import shortened
-from hxaconv.model import Model
-from hxaconv.names import EMBEDDING, HEAD, layer_index
-from hxaconv.plan import Recipe, Scratch, layer_bytes, total_bytes
-from hxaconv.verification.dump import Dump, dumping
+from hxaconv.formats.dtypes import FLOATS
+from hxaconv.forward.dump import Dump, dumping
+from hxaconv.forward.runner import Runner, compute_settings
+from hxaconv.forward.weights import Weights
+from hxaconv.model.architecture import expected_tensors
+from hxaconv.model.config import ModelConfig, StudentConfig
+from hxaconv.model.model import Model
+from hxaconv.model.names import EMBEDDING, HEAD, layer_index
+from hxaconv.model.plan import Recipe, Scratch, layer_bytes, total_bytes
+from hxaconv.save.finite import count_nonfinite
 from hxaconv.verification.report import Report
-from hxaconv.verification.runner import Runner, compute_settings
 from hxaconv.verification.tensors import compare_tensor
-from hxaconv.verification.weights import Weights
-from hxaconv.writing.finite import count_nonfinite
 
 
 def verify_model(

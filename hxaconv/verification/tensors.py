@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hxaconv.arithmetic import SERIAL_BYTES, torch_dtype
-from hxaconv.model import Model
-from hxaconv.names import EMBEDDING, HEAD
-from hxaconv.plan import Plan, Recipe, Scratch
+from hxaconv.model.model import Model
+from hxaconv.model.names import EMBEDDING, HEAD
+from hxaconv.model.plan import Plan, Recipe, Scratch
+from hxaconv.surgery.arithmetic import SERIAL_BYTES, torch_dtype
 from hxaconv.verification.report import TensorResult
 
 

@@ -1,0 +1,155 @@
+"""JSON: files that come with a checkpoint, read within bounds, values of the right type; and figures to store."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.formats.contents import show
+from hxaconv.formats.files import SourceFile
+
+PROVENANCE_NAME = "hxaconv.json"
+"""In a folder that this package wrote: how it was made."""
+MAX_JSON_BYTES = 16 * 1024 * 1024
+MAX_LAYERS = 10_000
+"""Everything that is done per layer must end, whatever a config says."""
+
+
+def read_json(file: SourceFile) -> dict[str, Any]:
+    """The object that a small JSON file holds.
+
+    Raises:
+        HxaconvError: when it is too large, malformed, or holds something else than an object.
+    """
+    if file.size > MAX_JSON_BYTES:
+        raise HxaconvError(f"{file.label} has {file.size} bytes, expected at most {MAX_JSON_BYTES}")
+    try:
+        value = json.loads(file.read(0, file.size).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        detail = "nested too deeply" if isinstance(error, RecursionError) else show(str(error))
+        raise HxaconvError(f"{file.label} is not valid JSON: {detail}") from None
+    finally:
+        file.close()
+    if not isinstance(value, dict):
+        raise HxaconvError(f"{file.label} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def read_config(file: SourceFile) -> dict[str, Any]:
+    """A config.json whose known keys have values of the right type.
+
+    Raises:
+        HxaconvError: listing every value of another type.
+    """
+    return _checked(read_json(file), file.label)
+
+
+def read_sidecar(file: SourceFile) -> dict[str, Any] | None:
+    """The settings beside a `.pth`; None for a JSON file of that name that somebody else wrote.
+
+    Raises:
+        HxaconvError: when it is malformed, or ours with values of the wrong type.
+    """
+    raw = read_json(file)
+    return _checked(raw, file.label) if raw.keys() & {"rwkv_architecture", "hxaconv"} else None
+
+
+def as_bytes(document: Mapping[str, Any]) -> bytes:
+    """A JSON file's bytes: two-space indent, UTF-8, a final newline; NaN is ours to avoid."""
+    return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def plain_data(value: Any, digits: int | None = None) -> Any:
+    """What JSON has words for: tuples as lists, floats that are not finite as text, others to so many digits."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return str(value)
+        return value if digits is None else float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {key: plain_data(item, digits) for key, item in value.items()}
+    return [plain_data(item, digits) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _checked(raw: dict[str, Any], label: str) -> dict[str, Any]:
+    problems = _type_problems(raw, _TYPES, "")
+    raise_all(f"{label}: values of the wrong type:", problems, hint="Compare it with the original model's file.")
+    return raw
+
+
+def _type_problems(raw: Mapping[str, Any], types: Mapping[str, Any], prefix: str) -> list[str]:
+    problems: list[str] = []
+    for key, expected in types.items():
+        value = raw.get(key)
+        if value is None:
+            continue
+        if isinstance(expected, dict):
+            if isinstance(value, dict):
+                problems += _type_problems(value, expected, f"{prefix}{key}.")
+            else:
+                problems.append(f"{prefix}{key} is {_described(value)}, expected an object")
+        elif not expected[0](value):
+            problems.append(f"{prefix}{key} is {_described(value)}, expected {expected[1]}")
+    return problems
+
+
+def _described(value: Any) -> str:
+    # Not the repr of lists and objects: it recurses as deeply as they are nested.
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return show(repr(value))
+
+
+def _whole(limit: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: type(value) is int and 0 <= value <= limit, f"a whole number up to {limit}"
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+
+
+_NUMBER = (_is_number, "a number")
+_BOOL = (lambda value: isinstance(value, bool), "true or false")
+_TEXT = (lambda value: isinstance(value, str), "text")
+_TEXTS = (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "texts only")
+_LAYERS = (
+    lambda value: isinstance(value, list) and all(type(item) is int and 0 <= item < MAX_LAYERS for item in value),
+    "layer numbers only",
+)
+_SIZE = _whole(2**31 - 1)
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**31
+
+
+_TOKENS = (
+    lambda value: _is_token(value) or (isinstance(value, list) and all(map(_is_token, value))),
+    "a token id or a list of them",
+)
+_ROPE = {"rope_theta": _NUMBER, "rope_type": _TEXT, "type": _TEXT, "partial_rotary_factor": _NUMBER}
+_TYPES: dict[str, Any] = {
+    "num_hidden_layers": _whole(MAX_LAYERS),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"), _SIZE),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"), _SIZE),
+    **dict.fromkeys(("lora_rank_decay", "lora_rank_iclr", "lora_rank_gate"), _SIZE),
+    **dict.fromkeys(("lora_rank_value_residual_mix", "lora_rank_key_residual_mix"), _SIZE),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), _SIZE),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", "partial_rotary_factor"), _NUMBER),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias"), _BOOL),
+    **dict.fromkeys(("use_sliding_window", "enable_qk_norm", "has_layer_records"), _BOOL),
+    **dict.fromkeys(("nope_in_transformer", "nope_in_rwkv"), _BOOL),
+    **dict.fromkeys(("model_type", "hidden_act", "hidden_activation", "rwkv_architecture"), _TEXT),
+    **dict.fromkeys(("dtype", "torch_dtype"), _TEXT),
+    **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
+    **dict.fromkeys(("transformer_layers", "rwkv_layers"), _LAYERS),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _TOKENS),
+    **dict.fromkeys(("initializer_range", "attention_dropout"), _NUMBER),
+    "auto_map": {},
+    "hxaconv": {},
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), _ROPE),
+    "quantization_config": {"quant_method": _TEXT},
+}
+"""What the keys hold that are read anywhere in the package; null is allowed, and left to who reads it."""

@@ -1,0 +1,300 @@
+"""What interprets a pickle: its stack, its memo, its budget, and the few values that a state dict is made of.
+
+It imports nothing and calls nothing that a pickle names: the globals of a state dict are plain markers here,
+so there is no way from a file to code. Time and memory are bounded by the budget.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+from hxaconv.errors import HxaconvError
+from hxaconv.formats.contents import broken, show
+from hxaconv.formats.dtypes import BY_STORAGE_CLASS
+
+MAX_PICKLE_BYTES = 64 * 1024 * 1024
+MAX_OPCODES = 1_000_000
+"""A tensor takes about 25 opcodes and an opcode at most about 100 bytes of memory."""
+MAX_DIMS = 16
+MAX_TEXT_BYTES = 16 * 1024 * 1024
+MAX_LONG_BYTES = 16
+_MAX_SIZE = 2**62
+
+
+class Truncated(HxaconvError):
+    """The data ended before the pickle did."""
+
+
+class Callee(Enum):
+    """The callables that a state dict needs; none is ever called."""
+
+    ORDERED_DICT = auto()
+    TENSOR = auto()
+    PARAMETER = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class StorageClass:
+    """A typed storage such as `torch.BFloat16Storage`, by the dtype of its elements."""
+
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of elements somewhere else in the file: a zip record or a part of a legacy file."""
+
+    dtype: str
+    key: str
+    numel: int
+    view: tuple[str, int, int] | None = None
+    """Of legacy files: the view's own key, its first element and its number of elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A view of a storage; offset and strides count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+_QUANTIZED = ("_rebuild_qtensor", "_rebuild_tensor_v3", "_rebuild_wrapper_subclass")
+"""What torch.save names for tensors of float8 and other types that need more than bytes and a shape."""
+_CALLEES = {
+    ("collections", "OrderedDict"): Callee.ORDERED_DICT,
+    ("torch._utils", "_rebuild_tensor_v2"): Callee.TENSOR,
+    ("torch._utils", "_rebuild_parameter"): Callee.PARAMETER,
+}
+_KEY_TYPES = frozenset({str, int, float, bool, bytes, type(None)})
+MAX_KEY = 2**31
+"""Numbers from 2**61 on can be chosen to hash alike, and a dictionary of such keys takes quadratic time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """What one pickle holds."""
+
+    value: Any
+    end: int
+    """Position behind the pickle."""
+    storages: dict[str, Storage]
+    """Every storage that is referred to, by key, as it was first seen."""
+
+
+class Machine:
+    """Stack, marks and memo of one pickle."""
+
+    def __init__(self, data: bytes, where: str, start: int) -> None:
+        self.data, self.where, self.position = data, where, start
+        self.stack: list[Any] = []
+        self.marked: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.storages: dict[str, Storage] = {}
+        self.budget = MAX_OPCODES
+
+    def fail(self, what: str) -> HxaconvError:
+        """The error for a pickle that no torch.save writes: what it does, and where."""
+        return broken(self.where, f"its pickle {what} (at byte {self.position})")
+
+    def charge(self, count: int) -> None:
+        """Take `count` steps off the budget.
+
+        Raises:
+            HxaconvError: when it is spent.
+        """
+        self.budget -= count
+        if self.budget < 0:
+            raise HxaconvError(
+                f"{self.where}: its pickle takes more than {MAX_OPCODES} steps, which no state dict needs"
+            )
+
+    def run(self, operations: Mapping[int, Callable[[Machine], None]]) -> Any:
+        """Interpret up to STOP; the value that is left.
+
+        Raises:
+            Truncated: when the data ends before.
+            HxaconvError: for an opcode that is not in `operations`, and for what these refuse.
+        """
+        data = self.data
+        while True:
+            self.budget -= 1
+            if self.budget < 0:
+                self.charge(0)
+            if self.position >= len(data):
+                raise self.truncated()
+            opcode = data[self.position]
+            self.position += 1
+            if opcode == 0x2E:  # STOP
+                if self.marked or len(self.stack) != 1:
+                    raise self.fail("leaves more or less than one value")
+                return self.stack[0]
+            operation = operations.get(opcode)
+            if operation is None:
+                raise self.fail(f"uses opcode 0x{opcode:02x}, which torch.save does not write")
+            operation(self)
+
+    def truncated(self) -> Truncated:
+        """The error for data that ends inside the pickle."""
+        return Truncated(
+            f"{self.where} ends inside a pickle, at byte {len(self.data)}",
+            hint="The file is damaged or truncated; download or copy it again.",
+        )
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes, or Truncated is raised."""
+        start, self.position = self.position, self.position + count
+        if self.position > len(self.data):
+            raise self.truncated()
+        return self.data[start : self.position]
+
+    def number(self, width: int, signed: bool = False) -> int:
+        """The next little-endian number of `width` bytes."""
+        return int.from_bytes(self.take(width), "little", signed=signed)
+
+    def line(self) -> bytes:
+        """The next bytes up to a newline, which is passed over; HxaconvError is raised beyond 1024."""
+        end = self.data.find(b"\n", self.position, self.position + 1024)
+        if end < 0:
+            if self.position + 1024 > len(self.data):
+                raise self.truncated()
+            raise self.fail("holds a line of more than 1024 bytes")
+        start, self.position = self.position, end + 1
+        return self.data[start:end]
+
+    def text(self, width: int) -> str:
+        """The next text, its length before it in `width` bytes; HxaconvError is raised for one that is too long."""
+        count = self.number(width)
+        if count > MAX_TEXT_BYTES:
+            raise self.fail(f"holds a text of {count} bytes")
+        return self.decode(self.take(count))
+
+    def decode(self, raw: bytes) -> str:
+        """Bytes as UTF-8, or HxaconvError is raised."""
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.fail("holds text that is not UTF-8") from None
+
+    def items_above_mark(self) -> list[Any]:
+        """What was pushed since the last MARK, which goes with it."""
+        items = self.stack
+        self.stack = self.marked.pop()
+        return items
+
+    def top(self, kind: type) -> Any:
+        """The value on top of the stack, of this type, or HxaconvError is raised."""
+        if not isinstance(self.stack[-1], kind):
+            raise self.fail(f"adds items to a {type(self.stack[-1]).__name__}")
+        return self.stack[-1]
+
+    def store_items(self, target: dict[Any, Any], flat: list[Any]) -> None:
+        """Put keys and values, which alternate in `flat`, into a dictionary.
+
+        Raises:
+            HxaconvError: for keys that are no text or small numbers.
+        """
+        if len(flat) % 2:
+            raise self.fail("has a key without a value")
+        keys = flat[::2]
+        # Other keys could be hashed only by recursion, which has no bound here.
+        if not all(type(key) in _KEY_TYPES for key in keys):
+            raise self.fail("has dictionary keys that are neither text nor numbers")
+        if not all(-MAX_KEY < key < MAX_KEY for key in keys if type(key) in (int, float)):
+            raise self.fail(f"has dictionary keys beyond {MAX_KEY}, which no state dict needs")
+        target.update(zip(keys, flat[1::2], strict=True))
+
+    def find_global(self, module: str, name: str) -> Callee | StorageClass:
+        """What stands for a name of the allow-list.
+
+        Raises:
+            HxaconvError: for every other name.
+        """
+        if module == "torch" and name in BY_STORAGE_CLASS:
+            return StorageClass(BY_STORAGE_CLASS[name].name)
+        if (module, name) in _CALLEES:
+            return _CALLEES[module, name]
+        raise HxaconvError(
+            f"{self.where}: its pickle asks for {show(f'{module}.{name}')}, which a state dict does not need;"
+            " nothing of it was executed",
+            hint="Its tensors are quantized: take the bf16 original."
+            if module == "torch._utils" and name in _QUANTIZED
+            else "If you trust its origin, load it with torch.load(..., weights_only=True) and save the plain"
+            " state dict (name -> dense tensor) again.",
+        )
+
+    def call(self, callee: Any, arguments: Any) -> Any:
+        """What the callee would make of its arguments; HxaconvError is raised where they are not what it takes."""
+        if not isinstance(arguments, tuple):
+            raise self.fail("calls with arguments that are no tuple")
+        if callee is Callee.TENSOR:
+            return self.tensor(arguments)
+        if callee is Callee.PARAMETER:
+            if len(arguments) != 3 or not isinstance(arguments[0], Tensor):
+                raise self.fail("builds a parameter from something else than a tensor")
+            return arguments[0]
+        if callee is Callee.ORDERED_DICT and len(arguments) <= 1:
+            return self.ordered_dict(arguments[0] if arguments else [])
+        raise self.fail(f"calls a {type(callee).__name__}")
+
+    def ordered_dict(self, pairs: Any) -> OrderedDict[Any, Any]:
+        """The dictionary that these pairs make; HxaconvError is raised for anything else."""
+        # Python 2 hands the items over as one list of two-item lists.
+        if not isinstance(pairs, list):
+            raise self.fail("builds a dictionary from something else than a list")
+        self.charge(len(pairs))  # the list may be shared: what it costs is not bounded by the pickle's length
+        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+            raise self.fail("builds a dictionary from something else than pairs")
+        made: OrderedDict[Any, Any] = OrderedDict()
+        self.store_items(made, [item for pair in pairs for item in pair])
+        return made
+
+    def tensor(self, arguments: tuple[Any, ...]) -> Tensor:
+        """What `_rebuild_tensor_v2` would view; HxaconvError is raised for numbers that no tensor has."""
+        if len(arguments) not in (6, 7) or not isinstance(arguments[0], Storage):
+            raise self.fail("builds a tensor from something else than a storage")
+        storage, offset, shape, strides = arguments[:4]
+        if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= MAX_DIMS):
+            raise self.fail("builds a tensor whose shape and strides do not fit together")
+        if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in (offset, *shape, *strides)):
+            raise self.fail("builds a tensor with a size, stride or offset that is no whole number from 0 to 2**62")
+        if len(arguments) == 7 and arguments[6]:
+            raise self.fail("marks a tensor as conjugated or negated, which is not supported")
+        return Tensor(storage, offset, shape, strides)
+
+    def storage(self, ident: Any) -> Storage:
+        """The storage that a persistent id names.
+
+        Raises:
+            HxaconvError: for ids of another form, and for a whole module.
+        """
+        if not isinstance(ident, tuple) or not ident or ident[0] not in ("storage", "module"):
+            raise self.fail("refers to something else than a storage")
+        if ident[0] == "module":
+            raise HxaconvError(
+                f"{self.where} holds a whole module with its code, not a state dict",
+                hint="Save module.state_dict() instead, where you trust the module's code.",
+            )
+        if len(ident) not in (5, 6):
+            raise self.fail("refers to a storage of unknown form")
+        kind, key, _device, numel, view = (*ident[1:], None)[:5]
+        if not (isinstance(kind, StorageClass) and isinstance(key, str)):
+            raise self.fail("refers to a storage of unknown form")
+        if not (type(numel) is int and 0 <= numel < _MAX_SIZE):
+            raise self.fail("refers to a storage with an impossible number of elements")
+        if view is not None and not (
+            isinstance(view, tuple)
+            and len(view) == 3
+            and isinstance(view[0], str)
+            and all(type(n) is int and 0 <= n < _MAX_SIZE for n in view[1:])
+        ):
+            raise self.fail("refers to a storage view of unknown form")
+        made = Storage(kind.dtype, key, numel, view)
+        self.storages.setdefault(key, made)
+        return made

@@ -1,0 +1,157 @@
+"""Llama-style transformers (Llama, Mistral, Qwen2, Qwen3, Phi-3), forward only.
+
+B batch          C hidden_size             V vocab_size
+T new tokens     H num_attention_heads     A = H * N, the width inside attention
+S all tokens     G num_key_value_heads     F intermediate_size
+                 N head_dim
+
+x     (B, T, C)      the residual stream, in the compute dtype (float32 or float64)
+q     (B, H, T, N)   k, v (B, G, S, N)
+get   canonical tensor name -> weight in the compute dtype; asked for one layer at a time
+
+    x = x + attention(rmsnorm(x, input_layernorm))
+    x = x + swiglu(rmsnorm(x, post_attention_layernorm))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from hxaconv.model.config import ModelConfig
+
+Get = Callable[[str], Tensor]
+Cache = dict[int, tuple[Tensor, Tensor]]
+"""Layer -> its k (rotated) and v of all tokens so far, (B, G, S, N) each."""
+
+
+def forward(
+    ids: Tensor, get: Get, config: ModelConfig, *, rope: bool = True, cache: Cache | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Token ids (B, T) -> logits (B, T, V) and the residual stream after each layer.
+
+    With a `cache`, the tokens continue those that it has seen.
+    """
+    x, hidden = embed(ids, get), []
+    for index in range(config.num_hidden_layers):
+        x = layer(x, get, config, index, rope=rope, cache=cache)
+        hidden.append(x)
+    return logits(x, get, config), hidden
+
+
+def embed(ids: Tensor, get: Get) -> Tensor:
+    """(B, T) -> (B, T, C)."""
+    return get("model.embed_tokens.weight")[ids]
+
+
+def layer(
+    x: Tensor,
+    get: Get,
+    config: ModelConfig,
+    index: int,
+    *,
+    rope: bool = True,
+    positions: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Tensor:
+    """One block: (B, T, C) -> (B, T, C)."""
+    normed = input_norm(x, get, config, index)
+    x = x + attention(normed, get, config, index, rope=rope, positions=positions, cache=cache)
+    return feed_forward(x, get, config, index)
+
+
+def input_norm(x: Tensor, get: Get, config: ModelConfig, index: int) -> Tensor:
+    """What the attention of a layer sees of the residual stream."""
+    return rmsnorm(x, get(f"model.layers.{index}.input_layernorm.weight"), config.rms_norm_eps)
+
+
+def attention(
+    x: Tensor,
+    get: Get,
+    config: ModelConfig,
+    index: int,
+    *,
+    rope: bool = True,
+    positions: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Tensor:
+    """Causal grouped-query attention on a normed input, (B, T, C) -> (B, T, C).
+
+    `positions` (T,) are those of the new tokens; by default they count on from the cache.
+    """
+    name = f"model.layers.{index}.self_attn"
+    past = cache[index][0].shape[2] if cache and index in cache else 0
+    q = _heads(_project(x, get, f"{name}.q_proj", config.attention_bias), config.head_dim)
+    k = _heads(_project(x, get, f"{name}.k_proj", config.attention_bias), config.head_dim)
+    v = _heads(_project(x, get, f"{name}.v_proj", config.attention_bias), config.head_dim)
+    if config.qk_norm:
+        q = rmsnorm(q, get(f"{name}.q_norm.weight"), config.rms_norm_eps)
+        k = rmsnorm(k, get(f"{name}.k_norm.weight"), config.rms_norm_eps)
+    if rope:
+        if positions is None:
+            positions = torch.arange(past, past + x.shape[1], device=x.device)
+        q, k = rotate(q, positions, config.rope_theta), rotate(k, positions, config.rope_theta)
+    if cache is not None:
+        if past:
+            k, v = torch.cat([cache[index][0], k], dim=2), torch.cat([cache[index][1], v], dim=2)
+        cache[index] = (k, v)
+    y = attend(q, k, v)
+    return _project(y.transpose(1, 2).flatten(2), get, f"{name}.o_proj", config.output_bias)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (B, H, T, N) over k, v (B, G, S, N), the last T of S tokens being q's own -> (B, H, T, N)."""
+    heads_per_group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(heads_per_group, dim=1), v.repeat_interleave(heads_per_group, dim=1)
+    num_new, num_all = q.shape[2], k.shape[2]
+    scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+    future = torch.ones(num_new, num_all, dtype=torch.bool, device=q.device).triu(num_all - num_new + 1)
+    weights: Tensor = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
+    return weights @ v
+
+
+def feed_forward(x: Tensor, get: Get, config: ModelConfig, index: int) -> Tensor:
+    """The second half of a block: x + swiglu(rmsnorm(x))."""
+    name = f"model.layers.{index}"
+    normed = rmsnorm(x, get(f"{name}.post_attention_layernorm.weight"), config.rms_norm_eps)
+    gate = _project(normed, get, f"{name}.mlp.gate_proj", config.mlp_bias)
+    up = _project(normed, get, f"{name}.mlp.up_proj", config.mlp_bias)
+    return x + _project(silu(gate) * up, get, f"{name}.mlp.down_proj", config.mlp_bias)
+
+
+def logits(x: Tensor, get: Get, config: ModelConfig) -> Tensor:
+    """The residual stream after the last layer (B, T, C) -> (B, T, V)."""
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return linear(final_norm(x, get, config), get(head))
+
+
+def final_norm(x: Tensor, get: Get, config: ModelConfig) -> Tensor:
+    """What the head sees of the residual stream."""
+    return rmsnorm(x, get("model.norm.weight"), config.rms_norm_eps)
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Over the last axis. In the compute dtype; published code drops to float32 here."""
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """RoPE in the rotate-half layout, x (B, heads, T, N): channel n is paired with n + N/2."""
+    half = x.shape[-1] // 2
+    # The angles in float64: at position 10,000 float32 is off by 1e-3.
+    exponents = torch.arange(half, dtype=torch.float64, device=x.device) / half
+    angles = positions.to(torch.float64)[:, None] * theta**-exponents
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _project(x: Tensor, get: Get, name: str, bias: bool) -> Tensor:
+    return linear(x, get(f"{name}.weight"), get(f"{name}.bias") if bias else None)
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)

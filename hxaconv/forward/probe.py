@@ -1,0 +1,153 @@
+"""Probe tokens: random ones, given ones, or those of a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hxaconv.errors import HxaconvError
+
+if TYPE_CHECKING:
+    from hxaconv.formats.files import SourceFile
+
+
+def probe_tokens(
+    vocab_size: int,
+    *,
+    tokens: int = 64,
+    batch: int = 1,
+    seed: int = 0,
+    input_ids: Path | None = None,
+    text: Path | None = None,
+    tokenizer: SourceFile | None = None,
+) -> Tensor:
+    """Token ids (batch, tokens), int64, all below `vocab_size`.
+
+    From `input_ids` (all of them, as they are), else the start of `text`, else drawn from `seed`.
+
+    Raises:
+        HxaconvError: for files that hold something else, and ids outside the vocabulary.
+    """
+    if input_ids is not None and text is not None:
+        raise HxaconvError("--input-ids and --text both say which tokens to use", hint="Give one of them.")
+    if input_ids is None and text is None:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(vocab_size, (batch, tokens), generator=generator)
+    if input_ids is not None:
+        ids, where = read_ids(input_ids), str(input_ids)
+    else:
+        assert text is not None
+        ids, where = _cut(_encode(text, tokenizer), tokens, batch, text), f"{text}, by this tokenizer,"
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise HxaconvError(
+            f"{where} holds token ids {ids.min().item()}..{ids.max().item()}, the vocabulary has {vocab_size}",
+            hint="Were they made with another model's tokenizer?",
+        )
+    return ids
+
+
+def read_ids(path: Path) -> Tensor:
+    """Token ids of a .npy, .safetensors or JSON file, (T,) or (B, T) -> (B, T).
+
+    A safetensors file holds them as `input_ids`, or as its only tensor.
+
+    Raises:
+        HxaconvError: for another suffix, and for content that is not one or two axes of whole numbers.
+    """
+    readers = {".npy": _read_npy, ".safetensors": _read_safetensors, ".json": _read_json}
+    if path.suffix not in readers:
+        raise HxaconvError(f"{path}: token ids are read from {', '.join(readers)} files")
+    if not path.is_file():
+        raise HxaconvError(f"{path} is not a file; token ids are read from one")
+    try:
+        ids = readers[path.suffix](path)
+    except HxaconvError:
+        raise
+    except Exception as error:
+        raise HxaconvError(f"{path} could not be read as token ids: {error}") from None
+    if not ids.numel():
+        raise HxaconvError(f"{path} is empty: it holds no token ids", hint="Expected whole numbers.")
+    if ids.dim() == 1:
+        ids = ids[None]
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise HxaconvError(
+            f"{path} holds {str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}, not token ids",
+            hint="Expected whole numbers of shape (tokens,) or (batch, tokens).",
+        )
+    return ids.to(torch.int64)
+
+
+def _read_npy(path: Path) -> Tensor:
+    import numpy as np
+
+    try:
+        values: Any = np.load(path, allow_pickle=False)
+    except ValueError:  # numpy's message recommends to unpickle it
+        raise HxaconvError(f"{path} could not be read as token ids: it is no .npy file of numbers") from None
+    return torch.from_numpy(values.astype(np.int64) if values.dtype.kind in "iu" else values.astype(np.float64))
+
+
+def _read_safetensors(path: Path) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        name = "input_ids" if "input_ids" in names else names[0]
+        if name != "input_ids" and len(names) != 1:
+            raise HxaconvError(f"{path} holds {len(names)} tensors, none of them called input_ids")
+        ids: Tensor = file.get_tensor(name)
+    return ids
+
+
+def _read_json(path: Path) -> Tensor:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return torch.tensor(content["input_ids"] if isinstance(content, dict) else content)
+
+
+def _encode(text: Path, tokenizer: SourceFile | None) -> list[int]:
+    try:
+        content = text.read_text(encoding="utf-8")
+    except OSError as error:
+        raise HxaconvError(
+            f"--text {text} cannot be read: {error.strerror}", hint="It takes a file of UTF-8 text."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise HxaconvError(
+            f"--text {text} is not UTF-8 text: {error.reason} at byte {error.start}", hint="Convert it with iconv."
+        ) from None
+    if tokenizer is None:
+        raise HxaconvError(
+            f"--text {text} needs a tokenizer.json beside the weights, and there is none",
+            hint="Copy the teacher's tokenizer.json into the folder, or use --input-ids.",
+        )
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise HxaconvError(
+            "--text needs the `tokenizers` library", hint="pip install 'hxaconv[text]', or use --input-ids."
+        ) from None
+    try:
+        made = Tokenizer.from_str(tokenizer.read(0, tokenizer.size).decode("utf-8"))
+    except Exception as error:
+        raise HxaconvError(f"{tokenizer.label} is not a tokenizer that `tokenizers` reads: {error}") from None
+    # Both can be stored with a tokenizer: it would give a piece of the text, and fill up what is short of it.
+    made.no_truncation()
+    made.no_padding()
+    ids: list[int] = made.encode(content).ids
+    return ids
+
+
+def _cut(ids: list[int], tokens: int, batch: int, text: Path) -> Tensor:
+    if not ids:
+        raise HxaconvError(f"--text {text} is empty: the tokenizer makes no tokens of it", hint="Give it some text.")
+    if batch == 1:
+        tokens = min(tokens, len(ids))
+    if len(ids) < tokens * batch:
+        raise HxaconvError(
+            f"{text} has {len(ids)} tokens, {batch} x {tokens} are asked for", hint="Use a longer text, or --batch 1."
+        )
+    return torch.tensor(ids[: tokens * batch]).view(batch, tokens)

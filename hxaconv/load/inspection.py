@@ -1,0 +1,214 @@
+"""What a checkpoint is, from its headers alone; with statistics, from its weights too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from hxaconv.errors import HxaconvError
+from hxaconv.load.student import (
+    ARCHITECTURE,
+    MissingSettings,
+    is_student,
+    other_variant,
+    student_model,
+    tensor_facts,
+)
+from hxaconv.load.teacher import split_fused
+from hxaconv.model.architecture import expected_tensors
+from hxaconv.model.config import (
+    RANK_KEYS,
+    ModelConfig,
+    StudentConfig,
+    TeacherConfig,
+    kv_cache_bytes,
+    rope_settings,
+    state_bytes,
+    teacher_config,
+)
+from hxaconv.model.names import HEAD, is_attention, layer_kinds, template_of
+from hxaconv.model.plan import Plan, Recipe, Scratch, check, total_bytes
+
+if TYPE_CHECKING:
+    from hxaconv.load.checkpoint import Checkpoint
+
+PARTS = {
+    "embedding": ("model.embed_tokens.",),
+    "RWKV mixers": (),
+    "GQA attention": (),
+    "MLPs": (".mlp.",),
+    "norms": ("layernorm.", "model.norm."),
+    "head": ("lm_head.",),
+}
+
+
+def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
+    """Everything that headers and config say, as plain data; `stats` reads every weight.
+
+    Values that nothing names are None and listed under `unknown`, never filled in.
+    """
+    plan = checkpoint.plan
+    config, problem = _config(checkpoint)
+    report: dict[str, Any] = {
+        "path": checkpoint.label,
+        "format": describe_format(checkpoint),
+        "dialect": checkpoint.dialect,
+        "variant": _variant(checkpoint),
+        "files": [{"name": file.name, "bytes": file.size} for file in checkpoint.files],
+        "tensors": len(plan),
+        "parameters": sum(recipe.numel for recipe in plan.values()),
+        "bytes": total_bytes(plan),
+        "dtypes": _count(recipe.dtype for recipe in plan.values()),
+        "parts": parts(plan),
+        "layers": strip(plan),
+        "left_behind": list(checkpoint.dropped),
+        "nested_under": checkpoint.extra.get("nested_under"),
+        "not_tensors": list(checkpoint.extra.get("ignored", ())),
+        "one_tensor": [list(names) for names in checkpoint.extra.get("aliases", ())],
+        "dimensions": _dimensions(checkpoint, config),
+        "problem": problem,
+    }
+    if config is not None and problem is None:
+        report["problem"] = _contradictions(checkpoint, config)
+    report["unknown"] = [key for key, value in report["dimensions"].items() if value is None]
+    report["memory"] = _memory(report["dimensions"], plan)
+    if stats:
+        report["statistics"] = {name: statistics(recipe) for name, recipe in plan.items()}
+    return report
+
+
+def describe_format(checkpoint: Checkpoint) -> str:
+    """For people: what kind of files these are."""
+    kinds = {"safetensors": "safetensors", "pth": "PyTorch zip", "legacy": "PyTorch legacy pickle (before 1.6)"}
+    count = len(checkpoint.files)
+    return f"{kinds.get(checkpoint.container, checkpoint.container)}, {count} file{'s' if count != 1 else ''}"
+
+
+def _config(checkpoint: Checkpoint) -> tuple[ModelConfig | None, str | None]:
+    try:
+        if is_student(checkpoint):
+            return student_model(checkpoint, headers_only=True).config, None
+        if checkpoint.config is not None:
+            head = HEAD in checkpoint.plan
+            return teacher_config(checkpoint.config, where=checkpoint.label, has_head=head), None
+    except MissingSettings as error:
+        return None, f"no file says {', '.join(error.missing)}"
+    except HxaconvError as error:
+        return None, error.message
+    return None, None
+
+
+def _contradictions(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
+    """What the tensors lack or have too much, by the config; an attention-only checkpoint lacks nothing else."""
+    plan, expected = checkpoint.plan, expected_tensors(config)
+    if all(is_attention(name) for name in plan):
+        expected = {name: shape for name, shape in expected.items() if is_attention(name)}
+    try:
+        if isinstance(config, TeacherConfig):
+            plan = split_fused(plan, config)
+        check({name: recipe for name, recipe in plan.items() if name != HEAD or name in expected}, expected, "it")
+    except HxaconvError as error:
+        return error.message
+    return None
+
+
+def _variant(checkpoint: Checkpoint) -> str:
+    if any(kind == "rwkv" for kind in layer_kinds(checkpoint.plan).values()):
+        reason = other_variant(checkpoint.plan)
+        if reason:
+            return f"looks like hxa07a/b/c, which this tool does not convert ({reason})"
+        named = (checkpoint.config or {}).get("rwkv_architecture", ARCHITECTURE)
+        return ARCHITECTURE if named == ARCHITECTURE else f"{ARCHITECTURE} by its tensors, {named} by its config"
+    family = (checkpoint.config or {}).get("model_type")
+    if family:
+        return f"transformer ({family})"
+    return "attention layers only" if layer_kinds(checkpoint.plan) else "unknown"
+
+
+def strip(plan: Plan) -> str:
+    """One letter per layer found: R, G, or ? for a layer without a mixer."""
+    kinds = layer_kinds(plan)
+    indices = [index for name in plan if (index := template_of(name)[1]) is not None]
+    letters = {"rwkv": "R", "gqa": "G"}
+    return "".join(letters.get(kinds.get(i, ""), "?") for i in range(max(indices, default=-1) + 1))
+
+
+def part_of(name: str, kinds: Mapping[int, str]) -> str:
+    """The part of the model that a canonical name belongs to."""
+    index = template_of(name)[1]
+    if ".self_attn." in name and index is not None:
+        return "RWKV mixers" if kinds.get(index) == "rwkv" else "GQA attention"
+    return next(part for part, marks in PARTS.items() if any(mark in name for mark in marks))
+
+
+def parts(plan: Plan) -> dict[str, dict[str, int]]:
+    """Parameters and bytes by part of the model; parts that it does not have are left out."""
+    kinds = layer_kinds(plan)
+    sums = {part: {"tensors": 0, "parameters": 0, "bytes": 0} for part in PARTS}
+    for name, recipe in plan.items():
+        entry = sums[part_of(name, kinds)]
+        entry["tensors"] += 1
+        entry["parameters"] += recipe.numel
+        entry["bytes"] += recipe.nbytes
+    return {part: entry for part, entry in sums.items() if entry["tensors"]}
+
+
+def _count(values: Iterator[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return counts
+
+
+def _dimensions(checkpoint: Checkpoint, config: ModelConfig | None) -> dict[str, Any]:
+    if config is not None:
+        known = asdict(config)
+        known.pop("raw", None)
+        known.pop("warnings", None)
+        if isinstance(config, StudentConfig):
+            ranks = known.pop("ranks")
+            known |= {key: ranks[short] for short, key in RANK_KEYS.items()}
+            known["gqa_layers"] = list(config.gqa_layers)
+        return known
+    facts = tensor_facts(checkpoint.plan)
+    theta, _ = rope_settings(checkpoint.config or checkpoint.sidecar or {})
+    keys = list(ModelConfig.__dataclass_fields__)
+    raw = checkpoint.config or checkpoint.sidecar or {}
+    return {key: facts.get(key, theta if key == "rope_theta" else raw.get(key)) for key in keys} | {
+        key: list(value) if isinstance(value, tuple) else value for key, value in facts.items() if key not in keys
+    }
+
+
+def _memory(dimensions: Mapping[str, Any], plan: Plan) -> dict[str, int] | None:
+    kinds = layer_kinds(plan)
+    heads, groups, width = (dimensions[key] or 0 for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    if not kinds or not heads * groups * width:
+        return None
+    attention = sum(kind == "gqa" for kind in kinds.values())
+    return {
+        "kv_cache_bytes_per_token": kv_cache_bytes(attention, groups, width),
+        "teacher_kv_cache_bytes_per_token": kv_cache_bytes(len(kinds), groups, width),
+        "state_bytes_per_sequence": state_bytes(len(kinds) - attention, heads, width),
+    }
+
+
+def statistics(recipe: Recipe) -> dict[str, Any]:
+    """Range, mean, and counts of NaN, Inf and zero of one tensor, a piece at a time."""
+    import torch
+
+    from hxaconv.surgery.arithmetic import torch_dtype
+
+    result: dict[str, Any] = {"dtype": recipe.dtype, "shape": list(recipe.shape), "nan": 0, "inf": 0, "zeros": 0}
+    low, high, total, count = float("inf"), float("-inf"), 0.0, 0
+    for piece in recipe.pieces(Scratch()):
+        values = torch.frombuffer(bytearray(piece), dtype=torch_dtype(recipe.dtype)).double()
+        finite = values[torch.isfinite(values)]
+        result["nan"] += int(torch.isnan(values).sum())
+        result["inf"] += int(torch.isinf(values).sum())
+        result["zeros"] += int((values == 0).sum())
+        if len(finite):
+            low, high = min(low, finite.min().item()), max(high, finite.max().item())
+            total, count = total + finite.sum().item(), count + len(finite)
+    ranges = {"min": low, "max": high, "mean": total / max(count, 1)}
+    return result | {key: value if count else None for key, value in ranges.items()}

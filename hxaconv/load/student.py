@@ -1,0 +1,335 @@
+"""A checkpoint opened as an hxa079 student: its config read off config.json, tensors and named settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from hxaconv.errors import HxaconvError, Inconsistent, bullet_list, raise_all
+from hxaconv.load.teacher import split_tied_head
+from hxaconv.model.config import (
+    FAMILIES,
+    RANK_KEYS,
+    ROPE_SCALING_DEFAULTS,
+    ModelConfig,
+    Ranks,
+    StudentConfig,
+    TeacherConfig,
+    number_problems,
+    rope_settings,
+    teacher_config,
+)
+from hxaconv.model.model import Model, checked_here
+from hxaconv.model.names import EMBEDDING, is_attention, layer_kinds, mixer_prefix, template_of
+from hxaconv.model.plan import Plan
+
+if TYPE_CHECKING:
+    from hxaconv.load.checkpoint import Checkpoint
+
+ARCHITECTURE = "hxa079"
+FLAGS = {
+    "rope_theta": "--rope-theta",
+    "rms_norm_eps": "--rms-norm-eps",
+    "tie_word_embeddings": "--tie-word-embeddings or --no-tie-word-embeddings",
+}
+"""What no tensor says, and the option that does."""
+
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Values with the name of where they come from; sources are asked in order."""
+
+    source: str
+    values: Mapping[str, Any]
+
+
+class MissingSettings(HxaconvError):
+    """Settings that no source gives."""
+
+    def __init__(self, where: str, missing: list[str], lines: list[str]) -> None:
+        super().__init__(
+            f"{where} does not say everything that a student's config needs, and nothing is guessed:\n"
+            f"{bullet_list(lines)}",
+            hint="What hxaconv wrote has them in config.json, or beside a .pth in NAME.json: put that file back.",
+        )
+        self.missing = missing
+
+
+FIXED = {"nope_in_transformer": (True,), "nope_in_rwkv": (False,), "hidden_act": ("silu", "swish")}
+"""What hxa079 leaves no choice in; a config.json that says otherwise describes another model."""
+
+
+def looks_like_student(names: Iterable[str]) -> bool:
+    """Whether canonical names hold a time-mix layer."""
+    return any(name.endswith(".self_attn.r_k") for name in names)
+
+
+def is_student(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is a student by its tensors, or, with every layer GQA, by its config."""
+    raw = checkpoint.config or {}
+    return looks_like_student(checkpoint.plan) or ARCHITECTURE in (raw.get("rwkv_architecture"), raw.get("model_type"))
+
+
+def refuse_other_variants(plan: Plan, where: str) -> None:
+    """Stop at RWKV hybrids that are not hxa079.
+
+    Raises:
+        HxaconvError: naming what differs.
+    """
+    reason = other_variant(plan)
+    if reason:
+        raise Inconsistent(
+            f"{where} looks like hxa07a, hxa07b or hxa07c, which this tool does not convert: {reason}",
+            hint="hxa079 has k0 and a two-dimensional r_k in every RWKV layer, and v2 of width kv heads x head_dim.",
+        )
+
+
+def other_variant(plan: Plan) -> str | None:
+    """Why the time-mix layers are not hxa079's, or None."""
+    layers = {i: mixer_prefix(i) for i, kind in layer_kinds(plan).items() if kind == "rwkv"}
+    nowhere = [name for name in ("k0", "r_k", "v2") if not any(prefix + name in plan for prefix in layers.values())]
+    if layers and nowhere:
+        return f"no layer has {', '.join(nowhere)}"
+    for layer, prefix in layers.items():
+        if prefix + "v2" not in plan or prefix + "r_k" not in plan:
+            continue
+        width, key = plan[prefix + "v2"].shape[-1], plan.get(prefix + "key.weight")
+        if key is not None and width != key.shape[0]:
+            return f"layer {layer}: v2 has width {width}, its key has {key.shape[0]}"
+        if len(plan[prefix + "r_k"].shape) != 2:
+            return f"layer {layer}: r_k has shape {plan[prefix + 'r_k'].shape}, not (heads, head_dim)"
+    return None
+
+
+def tensor_facts(plan: Plan) -> dict[str, Any]:
+    """What shapes and names alone say about a student's config, whole or attention only."""
+    kinds = layer_kinds(plan)
+    facts: dict[str, Any] = {
+        "num_hidden_layers": max(kinds) + 1 if kinds else 0,
+        "gqa_layers": tuple(sorted(i for i, kind in kinds.items() if kind == "gqa")),
+    }
+    if EMBEDDING in plan:
+        facts["vocab_size"] = plan[EMBEDDING].shape[0]
+    for name, recipe in plan.items():
+        template = template_of(name)[0]
+        short = template.rsplit("self_attn.", 1)[-1] if ".self_attn." in template else template
+        _shape_facts(short, recipe.shape, facts)
+    if "rwkv_key_rows" in facts and "head_dim" in facts:
+        facts["num_key_value_heads"] = facts["rwkv_key_rows"] // facts["head_dim"]
+    facts.pop("rwkv_key_rows", None)
+    names = {template_of(name)[0].rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1] for name in plan if "." in name}
+    if plan:
+        facts["qk_norm"] = bool(names & {"r_norm.weight", "q_norm.weight"})
+        facts["attention_bias"] = bool(names & {"receptance.bias", "q_proj.bias"})
+        facts["output_bias"] = bool(names & {"output.bias", "o_proj.bias"})
+    if "intermediate_size" in facts:
+        facts["mlp_bias"] = "up_proj.bias" in names
+    return facts
+
+
+def _shape_facts(short: str, shape: tuple[int, ...], facts: dict[str, Any]) -> None:
+    ranks = {"w1": "decay", "a1": "iclr", "v1": "value", "k1": "key", "g1": "gate"}
+    if short == "r_k" and len(shape) == 2:
+        facts["num_attention_heads"], facts["head_dim"] = shape
+    elif short == "key.weight":
+        facts["rwkv_key_rows"] = shape[0]
+    elif short in ("receptance.weight", "q_proj.weight"):
+        facts["hidden_size"] = shape[1]
+    elif short in ranks and len(shape) == 2:
+        facts[RANK_KEYS[ranks[short]]] = shape[1]
+    elif short == "layer_architecture":
+        facts["layer_records"] = True
+    elif short.endswith("mlp.up_proj.weight"):
+        facts["intermediate_size"] = shape[0]
+
+
+def config_facts(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What an hxa079 config.json says.
+
+    Raises:
+        HxaconvError: listing what is not hxa079: another variant, scaled RoPE, layer kinds that do not add up.
+    """
+    theta, problems = rope_settings(raw)[0], _config_problems(raw)
+    hint = "Correct the file if it is wrong; if it is right, this is another model, which this tool does not convert."
+    raise_all(f"{where}: config.json is not an hxa079 student's:", problems, hint=hint, kind=Inconsistent)
+    keys = (*SIZES, "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias", *RANK_KEYS.values())
+    facts = {key: raw[key] for key in keys if raw.get(key) is not None}
+    if theta is not None:
+        facts["rope_theta"] = theta
+    renamed = {"enable_qk_norm": "qk_norm", "attention_out_bias": "output_bias", "has_layer_records": "layer_records"}
+    for key, ours in renamed.items():
+        if raw.get(key) is not None:
+            facts[ours] = bool(raw[key])
+    if raw.get("transformer_layers") is not None:
+        facts["gqa_layers"] = tuple(sorted(raw["transformer_layers"]))
+    return facts
+
+
+def _config_problems(raw: Mapping[str, Any]) -> list[str]:
+    variant, scaling = raw.get("rwkv_architecture"), rope_settings(raw)[1]
+    problems = []
+    if variant is None:
+        problems.append(f'there is no rwkv_architecture; loaders need "rwkv_architecture": "{ARCHITECTURE}"')
+    elif variant != ARCHITECTURE:
+        problems.append(f"rwkv_architecture is {variant!r}, this tool converts {ARCHITECTURE!r} only")
+    if scaling not in ROPE_SCALING_DEFAULTS:
+        problems.append(f"rope_scaling is {scaling!r}, hxa079 has the default frequencies")
+    problems += [
+        f"{key} is {raw[key]!r}, expected {allowed[0]!r}"
+        for key, allowed in FIXED.items()
+        if raw.get(key) is not None and raw[key] not in allowed
+    ]
+    gqa, rwkv, count = raw.get("transformer_layers"), raw.get("rwkv_layers"), raw.get("num_hidden_layers")
+    if gqa is not None and rwkv is not None and count is not None and sorted([*gqa, *rwkv]) != list(range(count)):
+        problems.append(f"rwkv_layers {rwkv} and transformer_layers {gqa} are not layers 0..{count - 1}, each once")
+    return problems
+
+
+def model_facts(config: ModelConfig) -> dict[str, Any]:
+    """What a teacher's config says of its students, and theirs of each other."""
+    keys = (*SIZES, "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+    return {key: getattr(config, key) for key in (*keys, "qk_norm", "attention_bias", "output_bias", "mlp_bias")}
+
+
+def student_facts(config: StudentConfig) -> dict[str, Any]:
+    """What a student's config says of others of its teacher: everything but the choice of layers."""
+    return model_facts(config) | {key: getattr(config.ranks, short) for short, key in RANK_KEYS.items()}
+
+
+def gather_facts(
+    checkpoint: Checkpoint,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    teacher: TeacherConfig | None = None,
+    layer_map: Facts | None = None,
+) -> list[Facts]:
+    """Every source that says something about a student's config, the strongest first."""
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    facts = [Facts("the options given", given), Facts("the tensors", tensor_facts(checkpoint.plan))]
+    raw, sidecar = checkpoint.config or {}, checkpoint.sidecar
+    if teacher is not None and all(is_attention(name) for name in checkpoint.plan):
+        # The MLPs will be the teacher's; the student that this attention is from may have had padded ones.
+        raw = {key: value for key, value in raw.items() if key != "intermediate_size"}
+        sidecar = sidecar and {key: value for key, value in sidecar.items() if key != "intermediate_size"}
+    if raw.get("rwkv_architecture") or raw.get("model_type") == ARCHITECTURE:
+        facts += _file_facts("config.json", raw, checkpoint.label)
+    elif raw.get("model_type") in FAMILIES:
+        beside = teacher_config(
+            checkpoint.config or {},
+            where=checkpoint.label,
+            rope_theta=given.get("rope_theta"),
+            rms_norm_eps=given.get("rms_norm_eps"),
+            allow_output_bias=True,
+            drop_rope_scaling=True,
+        )
+        facts.append(Facts("config.json", model_facts(beside)))
+    if sidecar is not None:
+        facts += _file_facts("the sidecar", sidecar, f"sidecar of {checkpoint.label}")
+    if teacher is not None:
+        facts.append(Facts("the teacher", model_facts(teacher)))
+    if layer_map is not None:
+        facts.append(layer_map)
+    return facts
+
+
+def _file_facts(source: str, raw: Mapping[str, Any], where: str) -> list[Facts]:
+    """What a file says; a second rope_theta in it is a source of its own, which has to agree."""
+    nested = (raw.get("rope_parameters") or {}).get("rope_theta")
+    inner = [Facts(f"rope_parameters in {source}", {"rope_theta": float(nested)})] if nested is not None else []
+    return [Facts(source, config_facts(raw, where)), *inner]
+
+
+def resolve(sources: list[Facts], where: str) -> StudentConfig:
+    """One config from many sources: an option wins, everything else has to agree.
+
+    Raises:
+        HxaconvError: listing all contradictions, or all values that no source gives.
+    """
+    values: dict[str, Any] = dict(sources[0].values)
+    origin: dict[str, str | None] = dict.fromkeys(values)
+    problems, keys = [], set()
+    for facts in sources[1:]:
+        for key, value in facts.values.items():
+            if key not in values:
+                values[key], origin[key] = value, facts.source
+            elif values[key] != value and origin[key] is not None:
+                keys.add(key)
+                problems.append(f"{key} is {values[key]!r} by {origin[key]}, {value!r} by {facts.source}")
+    hint = "Give the right value as an option."
+    if not keys <= FLAGS.keys():
+        hint = "One of them belongs to another model, or the checkpoint holds tensors that it should not."
+    raise_all(f"{where}: its sources contradict each other:", problems, hint=hint, kind=Inconsistent)
+    _refuse_gaps(values, where)
+    raise_all(f"{where}:", number_problems({key: values[key] for key in ("rope_theta", "rms_norm_eps")}))
+    ranks = Ranks(**{short: values[key] for short, key in RANK_KEYS.items()})
+    sizes = {key: values[key] for key in SIZES}
+    return StudentConfig(
+        **sizes,
+        rms_norm_eps=float(values["rms_norm_eps"]),
+        rope_theta=float(values["rope_theta"]),
+        tie_word_embeddings=bool(values["tie_word_embeddings"]),
+        gqa_layers=values["gqa_layers"],
+        ranks=ranks,
+        layer_records=values.get("layer_records", False),
+        **{key: bool(values.get(key)) for key in ("qk_norm", "attention_bias", "output_bias", "mlp_bias")},
+    )
+
+
+def _refuse_gaps(values: dict[str, Any], where: str) -> None:
+    if RANK_KEYS["decay"] not in values:
+        raise HxaconvError(
+            f"{where} has no RWKV layers: it is a teacher or all-attention checkpoint, not an hxa079 student",
+            hint="`hxaconv init-from-teacher` makes a student of a teacher.",
+        )
+    raise_all(
+        f"{where} lacks low-rank tensors of its RWKV layers, and config.json does not give their sizes either:",
+        [key for key in RANK_KEYS.values() if key not in values],
+        hint="The checkpoint is incomplete; an hxa079 layer has w1, a1, v1, k1 and g1.",
+        kind=Inconsistent,
+    )
+    missing = [key for key in (*SIZES, *FLAGS) if key not in values]
+    needs_teacher = [key for key in missing if key not in FLAGS]
+    lines = [f"{key}: pass {FLAGS[key]}, or --teacher, or --layer-map" for key in missing if key in FLAGS]
+    lines += [f"{key}: pass --teacher (the checkpoint holds attention only)" for key in needs_teacher]
+    if missing:
+        raise MissingSettings(where, missing, lines)
+
+
+def student_model(
+    checkpoint: Checkpoint,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    teacher: TeacherConfig | None = None,
+    layer_map: Facts | None = None,
+    headers_only: bool = False,
+) -> Model:
+    """The student in a checkpoint, whole or attention only; a head stored by a tied model is left out.
+
+    `headers_only` leaves that head for later; see `checked_here`.
+
+    Raises:
+        HxaconvError: for other variants, contradictions, and settings that no source gives.
+    """
+    refuse_other_variants(checkpoint.plan, checkpoint.label)
+    config = resolve(gather_facts(checkpoint, flags=flags, teacher=teacher, layer_map=layer_map), checkpoint.label)
+    plan, tied = checkpoint.plan, None
+    if config.tie_word_embeddings:
+        plan, tied = split_tied_head(plan, checkpoint.label)
+    model = Model(config, plan, checkpoint.label, checkpoint.config or checkpoint.sidecar or {}, tied)
+    return model if headers_only else checked_here(model)
+
+
+def with_intermediate_size(config: StudentConfig, size: int) -> StudentConfig:
+    """The same student with a wider MLP."""
+    return replace(config, intermediate_size=size)

@@ -1,0 +1,95 @@
+"""A checkpoint opened as a teacher: its config checked, fused projections split, names canonical."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hxaconv.errors import HxaconvError, Inconsistent
+from hxaconv.model.architecture import expected_tensors
+from hxaconv.model.config import TeacherConfig, teacher_config
+from hxaconv.model.model import Model, TiedHead, checked_here
+from hxaconv.model.names import EMBEDDING, HEAD, template_of
+from hxaconv.model.plan import Plan, Recipe, check, rows
+
+if TYPE_CHECKING:
+    from hxaconv.load.checkpoint import Checkpoint
+
+
+def open_teacher(
+    checkpoint: Checkpoint,
+    *,
+    rope_theta: float | None = None,
+    rms_norm_eps: float | None = None,
+    allow_output_bias: bool = False,
+    drop_rope_scaling: bool = False,
+    tie_word_embeddings: bool | None = None,
+    headers_only: bool = False,
+) -> Model:
+    """The teacher in a checkpoint, its names and shapes checked against its config.
+
+    `headers_only` leaves a stored head that the config ties for later; see `checked_here`.
+
+    Raises:
+        HxaconvError: for a config that hxa079 cannot carry, and for tensors that do not fit it.
+        Inconsistent: when the config ties the head, and the stored one is another.
+    """
+    if checkpoint.config is None:
+        raise HxaconvError(
+            f"{checkpoint.label} has no config.json, so its dimensions and rope_theta are not known",
+            hint="Give the teacher's folder or Hub id, not one weight file.",
+        )
+    config = teacher_config(
+        checkpoint.config,
+        where=checkpoint.label,
+        has_head=HEAD in checkpoint.plan,
+        rope_theta=rope_theta,
+        rms_norm_eps=rms_norm_eps,
+        allow_output_bias=allow_output_bias,
+        drop_rope_scaling=drop_rope_scaling,
+        tie_word_embeddings=tie_word_embeddings,
+    )
+    plan = split_fused(checkpoint.plan, config)
+    tied = None
+    if config.tie_word_embeddings:
+        plan, tied = split_tied_head(plan, checkpoint.label)
+    expected = expected_tensors(config)
+    check(plan, expected, f"teacher {checkpoint.label}")
+    ordered = {name: _from_teacher(name, plan[name]) for name in expected}
+    model = Model(config, ordered, checkpoint.label, checkpoint.config, tied)
+    return model if headers_only else checked_here(model)
+
+
+def _from_teacher(name: str, recipe: Recipe) -> Recipe:
+    return Recipe(recipe.dtype, recipe.shape, recipe.make, f"teacher {name}")
+
+
+def split_fused(plan: Plan, config: TeacherConfig) -> Plan:
+    """Phi-3's qkv_proj and gate_up_proj as the row ranges they are made of; other tensors as they are."""
+    a, kv, f = config.attention_size, config.key_value_size, config.intermediate_size
+    parts = {
+        "model.layers.{i}.self_attn.qkv_proj.weight": (("q_proj", a), ("k_proj", kv), ("v_proj", kv)),
+        "model.layers.{i}.mlp.gate_up_proj.weight": (("gate_proj", f), ("up_proj", f)),
+    }
+    result: Plan = {}
+    for name, recipe in plan.items():
+        pieces = parts.get(template_of(name)[0])
+        if pieces is None:
+            result[name] = recipe
+            continue
+        if recipe.shape[0] != sum(size for _, size in pieces):
+            sizes = " + ".join(str(size) for _, size in pieces)
+            raise Inconsistent(f"{name} has {recipe.shape[0]} rows, the config implies {sizes}")
+        start, fused = 0, name.rsplit(".", 2)[1]
+        for part, size in pieces:
+            part_name = name.replace(fused, part)
+            result[part_name] = rows(recipe, start, start + size, f"{name} rows {start}:{start + size}")
+            start += size
+    return result
+
+
+def split_tied_head(plan: Plan, where: str) -> tuple[Plan, TiedHead | None]:
+    """(a tied model's plan without the copy of the embedding that some files store as head, that copy)."""
+    if HEAD not in plan or EMBEDDING not in plan:
+        return plan, None
+    rest = {name: recipe for name, recipe in plan.items() if name != HEAD}
+    return rest, TiedHead(plan[HEAD], plan[EMBEDDING], where)

@@ -1,0 +1,80 @@
+"""Every tensor a model must have, in order, with its shape: computed from the config alone.
+
+Nothing here knows how tensors are made, so that it can contradict the recipes.
+"""
+
+from __future__ import annotations
+
+from hxaconv.model.config import ModelConfig, StudentConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def expected_tensors(config: ModelConfig) -> Shapes:
+    """Canonical name -> shape, in layer order; for a StudentConfig its layer kinds decide."""
+    c, v = config.hidden_size, config.vocab_size
+    shapes: Shapes = {"model.embed_tokens.weight": (v, c)}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (c,)
+        for name, shape in mixer_tensors(config, layer).items():
+            shapes[f"{prefix}.self_attn.{name}"] = shape
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (c,)
+        for name, shape in _mlp(config).items():
+            shapes[f"{prefix}.mlp.{name}"] = shape
+    shapes["model.norm.weight"] = (c,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (v, c)
+    return shapes
+
+
+def mixer_tensors(config: ModelConfig, layer: int) -> Shapes:
+    """The mixer's tensors of one layer, without the `self_attn.` prefix."""
+    if isinstance(config, StudentConfig) and config.layer_kind(layer) == "rwkv":
+        return _time_mix(config)
+    return _gqa(config)
+
+
+def _mlp(config: ModelConfig) -> Shapes:
+    c, f = config.hidden_size, config.intermediate_size
+    shapes: Shapes = {}
+    for name, out_size, in_size in (("gate_proj", f, c), ("up_proj", f, c), ("down_proj", c, f)):
+        shapes[f"{name}.weight"] = (out_size, in_size)
+        if config.mlp_bias:
+            shapes[f"{name}.bias"] = (out_size,)
+    return shapes
+
+
+def _projections(config: ModelConfig, names: tuple[str, str, str, str]) -> Shapes:
+    c, a, kv = config.hidden_size, config.attention_size, config.key_value_size
+    shapes: Shapes = {}
+    for name, out_size, in_size in zip(names, (a, kv, kv, c), (c, c, c, a), strict=True):
+        shapes[f"{name}.weight"] = (out_size, in_size)
+        if config.output_bias if name == names[3] else config.attention_bias:
+            shapes[f"{name}.bias"] = (out_size,)
+    return shapes
+
+
+def _gqa(config: ModelConfig) -> Shapes:
+    shapes = _projections(config, ("q_proj", "k_proj", "v_proj", "o_proj"))
+    if config.qk_norm:
+        shapes |= {"q_norm.weight": (config.head_dim,), "k_norm.weight": (config.head_dim,)}
+    return shapes
+
+
+def _time_mix(config: StudentConfig) -> Shapes:
+    c, a, kv, ranks = config.hidden_size, config.attention_size, config.key_value_size, config.ranks
+    shapes: Shapes = {"layer_architecture": (), "head_size_record": ()} if config.layer_records else {}
+    for letter, rank, width in (
+        ("w", ranks.decay, a),
+        ("a", ranks.iclr, a),
+        ("v", ranks.value, kv),
+        ("k", ranks.key, kv),
+    ):
+        shapes |= {f"{letter}1": (c, rank), f"{letter}2": (rank, width), f"{letter}0": (1, 1, width)}
+    shapes["r_k"] = (config.num_attention_heads, config.head_dim)
+    shapes |= {"g1": (c, ranks.gate), "g2": (ranks.gate, a)}
+    shapes |= _projections(config, ("receptance", "key", "value", "output"))
+    if config.qk_norm:
+        shapes |= {"r_norm.weight": (config.head_dim,), "k_norm.weight": (config.head_dim,)}
+    return shapes

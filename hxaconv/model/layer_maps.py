@@ -1,0 +1,242 @@
+"""Layer maps: which layers stay attention, as TOML. The shipped ones and a user's own."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hxaconv.errors import HxaconvError, raise_all
+
+if TYPE_CHECKING:
+    from hxaconv.model.config import ModelConfig
+
+_MODEL_KEYS: dict[str, tuple[type, ...]] = {
+    "model_type": (str,),
+    "num_hidden_layers": (int,),
+    "hidden_size": (int,),
+    "intermediate_size": (int,),
+    "num_attention_heads": (int,),
+    "num_key_value_heads": (int,),
+    "head_dim": (int,),
+    "vocab_size": (int,),
+    "rope_theta": (float, int),
+    "rms_norm_eps": (float, int),
+    "tie_word_embeddings": (bool,),
+}
+Check = Callable[[Sequence[int], int | None], list[str]]
+"""(layers, how many the map says that its model has) -> what is wrong with them, a line each."""
+_TOP_KEYS = ("title", "model_ids", "default", "gqa_layers", "source", "model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerMap:
+    """A choice of GQA layers for one model; `model` holds what is known of its config.json, nothing guessed."""
+
+    name: str
+    gqa_layers: tuple[int, ...]
+    title: str = ""
+    model_ids: tuple[str, ...] = ()
+    source: str = ""
+    default: bool = True
+    """Whether `match` may take it without being asked for by name."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+    """The file it was read from."""
+
+    @property
+    def num_hidden_layers(self) -> int | None:
+        """L, where the map says it."""
+        return self.model.get("num_hidden_layers")
+
+
+def folder() -> Path:
+    """Where the shipped maps are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "layer_maps"
+    if installed.is_dir():
+        return installed
+    checkout = package.parent / "layer_maps"
+    assert checkout.is_dir(), f"{checkout} is missing: the package was built without its layer maps"
+    return checkout
+
+
+def shipped() -> dict[str, LayerMap]:
+    """Every shipped map by name, sorted."""
+    return {path.stem: read(path) for path in sorted(folder().glob("*.toml"))}
+
+
+def load(name: str | Path, check: Check | None = None) -> LayerMap:
+    """A map by its name or by the path of a TOML file; a shipped name wins.
+
+    Args:
+        name: What to read.
+        check: What is wrong with its layers, where more is known of the model than the file says.
+
+    Raises:
+        HxaconvError: naming the nearest shipped maps where there is no such map or file, or everything
+            that is wrong with the file.
+    """
+    text = str(name)
+    names = [path.stem for path in sorted(folder().glob("*.toml"))]
+    if text in names:
+        return read(folder() / f"{text}.toml", check)
+    path = Path(text)
+    if os.path.isfile(text):  # unlike Path's, no error for a name that is too long
+        return read(path, check)
+    if os.path.isdir(text):
+        raise HxaconvError(f"layer map {text}: that is a folder, expected a TOML file", hint=_WHERE)
+    if path.suffix == ".toml" or "/" in text or "\\" in text:
+        raise HxaconvError(f"layer map {text}: there is no such file", hint=_WHERE)
+    near = difflib.get_close_matches(text.lower().replace("_", "-"), names, n=3, cutoff=0.4)
+    raise HxaconvError(
+        f"layer map {text!r} is neither the name of a shipped map nor a file",
+        hint=f"Did you mean {' or '.join(near)}?" if near else f"Shipped maps: {', '.join(names)}",
+    )
+
+
+_WHERE = "Name the file, or one of the shipped maps: hxaconv maps"
+
+
+def read(path: Path, check: Check | None = None) -> LayerMap:
+    """Parse one file; `check` as `load` has it.
+
+    Raises:
+        HxaconvError: listing everything in it that is not understood.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HxaconvError(f"layer map {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise HxaconvError(f"layer map {path} is not valid TOML: {detail}") from None
+    minimal = "" if "gqa_layers" in raw else "A minimal map is one line: gqa_layers = [4, 9, 14]"
+    raise_all(f"layer map {path}:", _problems(raw, check or range_problems), hint=minimal)
+    return LayerMap(
+        name=path.stem,
+        gqa_layers=tuple(sorted(raw["gqa_layers"])),
+        title=raw.get("title", ""),
+        model_ids=tuple(raw.get("model_ids", ())),
+        source=raw.get("source", ""),
+        default=raw.get("default", True),
+        model=dict(raw.get("model", {})),
+        label=str(path),
+    )
+
+
+def _is(value: object, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def _problems(raw: Mapping[str, Any], check: Check) -> list[str]:
+    found = [f"unknown key {key!r}{_near(key, _TOP_KEYS)}" for key in raw if key not in _TOP_KEYS]
+    layers, model = raw.get("gqa_layers"), raw.get("model", {})
+    if not isinstance(layers, list) or not all(_is(layer, (int,)) for layer in layers):
+        found.append(f"gqa_layers is {layers!r}, expected a list of layer numbers")
+        layers = None
+    for key, kind in (("title", str), ("source", str), ("default", bool)):
+        if not isinstance(raw.get(key, kind()), kind):
+            found.append(f"{key} is {raw[key]!r}, expected a {kind.__name__}")
+    ids = raw.get("model_ids", [])
+    if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
+        found.append(f"model_ids is {ids!r}, expected a list of Hub ids")
+    if not isinstance(model, dict):
+        return [*found, f"model is {model!r}, expected a table of config.json settings"]
+    for key, value in model.items():
+        if key not in _MODEL_KEYS:
+            found.append(f"unknown key model.{key}{_near(key, tuple(_MODEL_KEYS))}")
+        elif not _is(value, _MODEL_KEYS[key]) or (not isinstance(value, str | bool) and value <= 0):
+            found.append(f"model.{key} is {value!r}, expected {_MODEL_KEYS[key][0].__name__}, above 0")
+    depth = model.get("num_hidden_layers")
+    return found + ([] if layers is None else check(layers, depth if _is(depth, (int,)) else None))
+
+
+def _near(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def match(config: ModelConfig, names: Iterable[str] = ()) -> LayerMap | None:
+    """The shipped map of this teacher, or None where none fits or more than one does.
+
+    A map fits when everything it says of the model (sizes, vocabulary, rope_theta, eps, family) is so.
+    Teachers of one shape (Devstral Small, Magistral Small) are told apart by `names`: Hub id or folder name.
+    """
+    fitting = [candidate for candidate in shipped().values() if candidate.default and fits(candidate, config)]
+    if len(fitting) > 1:
+        wanted = [_comparable(name) for name in names]
+        fitting = [found for found in fitting if any(_named(found, name) for name in wanted)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def fits(layer_map: LayerMap, config: ModelConfig) -> bool:
+    """Whether all that the map says of its model holds for `config` (settings a config lacks do not count)."""
+    return bool(layer_map.model) and not differences(layer_map, config)
+
+
+def differences(layer_map: LayerMap, config: ModelConfig) -> list[str]:
+    """What the map says of its model and `config` says otherwise, a line each."""
+    return [
+        f"{key} is {value} in the map, {getattr(config, key)} in the model"
+        for key, value in layer_map.model.items()
+        if hasattr(config, key) and getattr(config, key) != value
+    ]
+
+
+def _comparable(name: str) -> str:
+    # A folder is named like the model, whoever published it; a revision says nothing about the model.
+    return name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1].partition("@")[0].lower()
+
+
+def _named(layer_map: LayerMap, name: str) -> bool:
+    return any(_comparable(model_id) == name for model_id in layer_map.model_ids)
+
+
+def range_problems(layers: Sequence[int], num_layers: int | None) -> list[str]:
+    """Layers that do not exist and layers named twice, a line each."""
+    found = []
+    outside = sorted({x for x in layers if x < 0 or (num_layers is not None and x >= num_layers)})
+    if outside:
+        last = "" if num_layers is None else f" (the last is {num_layers - 1})"
+        found.append(f"out of range{last}: {', '.join(map(str, outside))}")
+    twice = sorted({x for x in layers if list(layers).count(x) > 1})
+    if twice:
+        found.append(f"named more than once: {', '.join(map(str, twice))}")
+    return found
+
+
+def of_config(name: str, config: ModelConfig, gqa_layers: Iterable[int], **more: Any) -> LayerMap:
+    """A map for `config`; `more` are further fields of LayerMap."""
+    model = {key: getattr(config, key) for key in _MODEL_KEYS if hasattr(config, key)}
+    return LayerMap(name=name, gqa_layers=tuple(sorted(gqa_layers)), model=model, **more)
+
+
+def dump(layer_map: LayerMap, comments: Iterable[str] = ()) -> str:
+    """The map as TOML, `comments` (reason, figures, date) on top; `read` gives it back."""
+    lines = [f"# {line}".rstrip() for comment in comments for line in comment.splitlines() or [""]]
+    lines += [""] if lines else []
+    for item in fields(layer_map):
+        value = getattr(layer_map, item.name)
+        if item.name in ("title", "source") and value:
+            lines.append(f"{item.name} = {_toml(value)}")
+        elif item.name in ("model_ids", "gqa_layers") and (value or item.name == "gqa_layers"):
+            lines.append(f"{item.name} = [{', '.join(map(_toml, value))}]")
+        elif item.name == "default" and not value:
+            lines.append("default = false")
+    if layer_map.model:
+        lines += ["", "[model]", *(f"{key} = {_toml(value)}" for key, value in layer_map.model.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        plain = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in plain) + '"'
+    return repr(value)

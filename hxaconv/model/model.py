@@ -1,0 +1,77 @@
+"""A model: a configuration and the plan that fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hxaconv.errors import Inconsistent
+from hxaconv.formats.files import SourceFile
+from hxaconv.model.config import ModelConfig, StudentConfig, TeacherConfig
+from hxaconv.model.names import EMBEDDING, HEAD
+from hxaconv.model.plan import Plan, Recipe, same_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TiedHead:
+    """A head that is stored although its model's settings tie it to the embedding: both must have the same bits."""
+
+    head: Recipe
+    embedding: Recipe
+    where: str
+
+    @property
+    def files(self) -> list[SourceFile]:
+        """Those that both are in."""
+        return list(dict.fromkeys([*self.head.make.sources(), *self.embedding.make.sources()]))
+
+    def check(self) -> None:
+        """Read both, where their headers do not tell already.
+
+        Raises:
+            Inconsistent: when they differ.
+        """
+        if not same_bytes(self.head, self.embedding):
+            raise Inconsistent(
+                f"{self.where}: its settings tie the head to the embedding, but {HEAD} differs from {EMBEDDING}",
+                hint="If the stored head is the right one: --no-tie-word-embeddings,"
+                ' or "tie_word_embeddings": false in the config.json that says otherwise.',
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What surgeries, the reference forward and verify work on; `label` is what messages call it."""
+
+    config: ModelConfig
+    plan: Plan
+    label: str
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The config.json it was read from, where there is one."""
+    tied_head: TiedHead | None = field(default=None, compare=False, repr=False)
+    """A stored head that has not been compared with the embedding yet, and is not in the plan."""
+
+    @property
+    def student(self) -> StudentConfig:
+        """The config of an hxa079 model. An AssertionError is ours: commands check before."""
+        assert isinstance(self.config, StudentConfig)
+        return self.config
+
+    @property
+    def teacher(self) -> TeacherConfig:
+        """The config of a teacher."""
+        assert isinstance(self.config, TeacherConfig)
+        return self.config
+
+
+def checked_here(model: Model) -> Model:
+    """The model, its tied head compared if its files are on this machine; otherwise that is left for later.
+
+    Raises:
+        Inconsistent: when the head is not the embedding.
+    """
+    if model.tied_head is None or any(file.path is None for file in model.tied_head.files):
+        return model
+    model.tied_head.check()
+    return replace(model, tied_head=None)

@@ -1,0 +1,242 @@
+"""A plan: every tensor of a checkpoint, by name, with its shape, its origin and how to make its bytes.
+
+A checkpoint that is opened, an intermediate result and an output are the same type, so that every
+operation is a function from plans to plans. Insertion order is the order on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
+
+from hxaconv.errors import HxaconvError, Inconsistent, raise_all
+from hxaconv.formats.dtypes import BY_NAME, FLOATS, num_bytes, num_elements
+from hxaconv.formats.files import PIECE_BYTES, Extent, SourceFile
+from hxaconv.model.names import layer_prefix
+
+
+class Scratch:
+    """Buffers that one worker uses again for every tensor."""
+
+    def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
+        self.read = memoryview(bytearray(piece_bytes))
+
+    @cached_property
+    def compute(self) -> memoryview:
+        """Room for a piece after a cast that widens it (at most 2 -> 8 bytes per element); copies need none."""
+        return memoryview(bytearray(4 * len(self.read)))
+
+
+class Bytes(Protocol):
+    """How the bytes of a tensor come about."""
+
+    @property
+    def kind(self) -> str:
+        """`copy`, `scale`, `cast`, `init`, ...: what the plan's table says of the tensor."""
+        ...
+
+    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+        """Little-endian row-major bytes, in order; a piece is valid until the next one is asked for."""
+        ...
+
+    def sources(self) -> Iterable[SourceFile]:
+        """The files that will be read."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One tensor: what it will be, how to make it, and, for people, where it comes from."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Bytes
+    origin: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return num_bytes(self.dtype, self.shape)
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return num_elements(self.shape)
+
+    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces, checked to be as many as promised."""
+        total = 0
+        for piece in self.make.pieces(scratch):
+            total += len(piece)
+            yield piece
+        assert total == self.nbytes, f"{self.origin}: made {total} bytes, promised {self.nbytes}"
+
+
+Plan = dict[str, Recipe]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """Bytes that stand in source files already: copied, never interpreted."""
+
+    extents: tuple[Extent, ...]
+    kind: str = "copy"
+
+    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+        """The ranges, one after the other."""
+        for extent in self.extents:
+            if extent.file is None:
+                yield from _zeros(extent.nbytes)
+            else:
+                yield from extent.file.pieces(extent.offset, extent.nbytes, scratch.read)
+
+    def sources(self) -> Iterable[SourceFile]:
+        """The files the ranges are in."""
+        return [extent.file for extent in self.extents if extent.file is not None]
+
+
+def _zeros(count: int) -> Iterator[memoryview]:
+    # Writable only for torch's sake, which warns about tensors on a buffer that is not.
+    zeros = memoryview(bytearray(min(count, PIECE_BYTES)))
+    while count:
+        piece = zeros[: min(count, len(zeros))]
+        yield piece
+        count -= len(piece)
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes that are at hand."""
+
+    data: bytes
+    kind: str = "init"
+
+    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+        """The bytes in one piece."""
+        yield memoryview(self.data)
+
+    def sources(self) -> Iterable[SourceFile]:
+        """No files."""
+        return []
+
+
+def stored(dtype: str, shape: tuple[int, ...], file: SourceFile, offset: int, origin: str) -> Recipe:
+    """A contiguous tensor that stands in `file` at `offset`."""
+    return Recipe(dtype, shape, Ranges((Extent(file, offset, num_bytes(dtype, shape)),)), origin)
+
+
+def is_one_range(recipe: Recipe) -> bool:
+    """Whether a tensor stands in its file as a whole, so that rows of it can be read alone."""
+    return isinstance(recipe.make, Ranges) and len(recipe.make.extents) == 1
+
+
+def same_ranges(one: Recipe, other: Recipe) -> bool:
+    """Whether both are copies of the same ranges of the same opened files."""
+    return isinstance(one.make, Ranges) and one.make == other.make and one.dtype == other.dtype
+
+
+def _extent(recipe: Recipe) -> Extent:
+    """Where a tensor stands as a whole.
+
+    Raises:
+        HxaconvError: for one that is stored transposed or as a slice of another.
+    """
+    if not isinstance(recipe.make, Ranges):
+        raise HxaconvError(
+            f"{recipe.origin} is not stored contiguously, so that its rows can be neither split nor padded",
+            hint="Save the state dict with contiguous tensors: {k: v.contiguous() for k, v in state_dict.items()}.",
+        )
+    assert len(recipe.make.extents) == 1
+    return recipe.make.extents[0]
+
+
+def rows(recipe: Recipe, start: int, stop: int, origin: str) -> Recipe:
+    """Rows [start, stop) of a tensor that is copied: still a range of its file.
+
+    Fused projections (Phi-3's `qkv_proj`) are split this way.
+    """
+    assert 0 <= start < stop <= recipe.shape[0]
+    whole = _extent(recipe)
+    row_bytes = recipe.nbytes // recipe.shape[0]
+    part = Extent(whole.file, whole.offset + start * row_bytes, (stop - start) * row_bytes)
+    return Recipe(recipe.dtype, (stop - start, *recipe.shape[1:]), Ranges((part,)), origin)
+
+
+def pad_rows(recipe: Recipe, num_rows: int) -> Recipe:
+    """Zero rows below a copied matrix, up to `num_rows`."""
+    whole = _extent(recipe)
+    more = (num_rows - recipe.shape[0]) * (recipe.nbytes // recipe.shape[0])
+    make = Ranges((whole, Extent(None, 0, more)), "pad")
+    return Recipe(recipe.dtype, (num_rows, *recipe.shape[1:]), make, f"{recipe.origin} + zero rows")
+
+
+def pad_columns(recipe: Recipe, num_columns: int) -> Recipe:
+    """Zero columns to the right of a copied matrix, up to `num_columns`."""
+    assert len(recipe.shape) == 2
+    whole, itemsize = _extent(recipe), BY_NAME[recipe.dtype].itemsize
+    row_bytes, more = recipe.shape[1] * itemsize, (num_columns - recipe.shape[1]) * itemsize
+    extents: list[Extent] = []
+    for row in range(recipe.shape[0]):
+        extents += [Extent(whole.file, whole.offset + row * row_bytes, row_bytes), Extent(None, 0, more)]
+    shape = (recipe.shape[0], num_columns)
+    return Recipe(recipe.dtype, shape, Ranges(tuple(extents), "pad"), f"{recipe.origin} + zero columns")
+
+
+def with_origin(recipe: Recipe, origin: str) -> Recipe:
+    """The same tensor under another description of where it comes from."""
+    return replace(recipe, origin=origin)
+
+
+def total_bytes(plan: Mapping[str, Recipe]) -> int:
+    """Bytes of all tensors together."""
+    return sum(recipe.nbytes for recipe in plan.values())
+
+
+def layer_bytes(plan: Mapping[str, Recipe], layer: int) -> int:
+    """Bytes of one layer."""
+    prefix = layer_prefix(layer)
+    return sum(recipe.nbytes for name, recipe in plan.items() if name.startswith(prefix))
+
+
+def source_files(plan: Mapping[str, Recipe]) -> list[SourceFile]:
+    """The files that making this plan will read, each once, in order of first use."""
+    return list(dict.fromkeys(file for recipe in plan.values() for file in recipe.make.sources()))
+
+
+def check(plan: Mapping[str, Recipe], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Compare a plan's names, shapes and dtypes with what the architecture demands.
+
+    Raises:
+        Inconsistent: listing every missing, unexpected, misshapen and quantized tensor at once.
+    """
+    problems = [f"{name} is missing, expected shape {shape}" for name, shape in expected.items() if name not in plan]
+    problems += [f"{name} is not part of the architecture" for name in plan if name not in expected]
+    problems += [
+        f"{name} has dtype {recipe.dtype}: quantized weights are not converted, take the bf16 original"
+        for name, recipe in plan.items()
+        if recipe.dtype not in FLOATS
+    ]
+    problems += [
+        f"{name} has shape {plan[name].shape}, the config implies {shape} ({plan[name].origin})"
+        for name, shape in expected.items()
+        if name in plan and plan[name].shape != shape
+    ]
+    raise_all(
+        f"{what} does not match its config ({len(problems)} problems):",
+        problems,
+        hint="Is config.json from another model, or a shard missing?",
+        kind=Inconsistent,
+    )
+
+
+def same_bytes(a: Recipe, b: Recipe) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; reads both, a piece at a time."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    if a.make == b.make:
+        return True
+    left, right = a.pieces(Scratch()), b.pieces(Scratch())
+    # Comparing bytes is one memcmp; comparing memoryviews unpacks every element.
+    return all(bytes(x) == bytes(y) for x, y in zip(left, right, strict=True))

@@ -1,0 +1,59 @@
+"""Checksums of a tensor and the count of its NaN and infinite values, computed as its bytes pass by."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from dataclasses import dataclass
+
+from hxaconv.save.finite import count_nonfinite
+
+DIGESTS = ("crc32", "sha256", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A tensor whose bytes are written: its checksums, and how many of its values are NaN or infinite."""
+
+    name: str
+    crc32: int | None
+    sha256: str | None
+    nonfinite: int
+
+    def digest(self, kind: str) -> str | None:
+        """`crc32:0a1b2c3d` or `sha256:...`; None for `none`."""
+        if kind == "crc32":
+            assert self.crc32 is not None
+            return f"crc32:{self.crc32:08x}"
+        return f"sha256:{self.sha256}" if kind == "sha256" else None
+
+
+class Checks:
+    """Checksums and the count of values that are not finite, over the pieces of one tensor."""
+
+    def __init__(self, dtype: str, *, crc32: bool, sha256: bool, finite: bool = True) -> None:
+        self._dtype = dtype if finite else None
+        self._crc = 0 if crc32 else None
+        self._sha = hashlib.sha256() if sha256 else None
+        self._nonfinite = 0
+
+    def update(self, piece: memoryview) -> None:
+        """Count in the next bytes of the tensor."""
+        if self._crc is not None:
+            self._crc = zlib.crc32(piece, self._crc)
+        if self._sha is not None:
+            self._sha.update(piece)
+        if self._dtype is not None:
+            self._nonfinite += count_nonfinite(piece, self._dtype)
+
+    def finished(self, name: str) -> Finished:
+        """What was found, as that of the tensor `name`."""
+        sha = None if self._sha is None else self._sha.hexdigest()
+        return Finished(name, self._crc, sha, self._nonfinite)
+
+    def agrees(self, earlier: Finished) -> bool:
+        """Whether these bytes have the checksums that were recorded; without any there is no telling."""
+        now = self.finished(earlier.name)
+        if now.sha256 is None and now.crc32 is None:
+            return False
+        return (now.crc32, now.sha256) == (earlier.crc32, earlier.sha256)

@@ -1,0 +1,224 @@
+"""What the system offers beyond reading and writing, each call with a fallback where it does not.
+
+Linux has all of it; macOS and Windows go without write-behind and cache control, which costs speed only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from hxaconv.errors import HxaconvError
+from hxaconv.formats.files import PIECE_BYTES
+
+_F_FULLFSYNC = 51
+_SYNC_WAIT_BEFORE, _SYNC_WRITE, _SYNC_WAIT_AFTER = 1, 2, 4
+_NOT_OFFERED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
+
+
+@functools.cache
+def _libc(name: str) -> Callable[..., int] | None:
+    """A call of the C library that Python does not wrap; None where there is none."""
+    if not sys.platform.startswith("linux"):
+        return None
+    import ctypes
+
+    try:
+        call = getattr(ctypes.CDLL(None, use_errno=True), name)
+    except (OSError, AttributeError):
+        return None
+    offset = ctypes.c_int64
+    call.argtypes = {
+        "fallocate": [ctypes.c_int, ctypes.c_int, offset, offset],
+        "sync_file_range": [ctypes.c_int, offset, offset, ctypes.c_uint],
+    }[name]
+    call.restype = ctypes.c_int
+    return call  # type: ignore[no-any-return]
+
+
+def _last_errno() -> int:
+    import ctypes
+
+    return ctypes.get_errno()
+
+
+def reserve(fd: int, size: int) -> None:
+    """Give the file its final size, and its blocks where the file system can.
+
+    The C library's own posix_fallocate is avoided: where the file system cannot reserve, it writes a byte into
+    every block instead.
+
+    Raises:
+        OSError: ENOSPC, EDQUOT or EFBIG when the size does not fit.
+    """
+    fallocate = _libc("fallocate")
+    if size and fallocate is not None:
+        while fallocate(fd, 0, 0, size) != 0:
+            number = _last_errno()
+            if number in _NOT_OFFERED:
+                break
+            if number != errno.EINTR:
+                raise OSError(number, os.strerror(number))
+    os.ftruncate(fd, size)
+
+
+def start_writing_back(fd: int, offset: int, count: int) -> None:
+    """Ask for these dirty pages to go to disk, without waiting."""
+    call = _libc("sync_file_range")
+    if call is not None:
+        call(fd, offset, count, _SYNC_WRITE)
+
+
+def wait_written_back(fd: int, offset: int, count: int) -> None:
+    """Wait until these pages are on disk. Errors are left for the fsync that follows in any case."""
+    call = _libc("sync_file_range")
+    if call is not None:
+        call(fd, offset, count, _SYNC_WAIT_BEFORE | _SYNC_WRITE | _SYNC_WAIT_AFTER)
+
+
+def drop_cached(fd: int, offset: int = 0, count: int = 0) -> None:
+    """Tell the system that the cached pages (all of the file by default) will not be needed again."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)
+
+
+def sync_file(fd: int) -> None:
+    """Wait until the file's bytes, and its size, would survive a power loss.
+
+    Raises:
+        OSError: when the device reports an error. It does so once: what was not synced then never is.
+    """
+    if sys.platform == "darwin":
+        import fcntl
+
+        with contextlib.suppress(OSError):  # macOS's own fsync stops at the drive's cache
+            fcntl.fcntl(fd, _F_FULLFSYNC)
+            return
+    getattr(os, "fdatasync", os.fsync)(fd)
+
+
+def sync_folder(path: Path) -> None:
+    """Make creations and renames in a folder survive a power loss."""
+    if sys.platform == "win32":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise
+    finally:
+        os.close(fd)
+
+
+def write_file(path: Path, data: bytes, workplace: Path) -> None:
+    """A small file, complete and synced under its name, or not there at all.
+
+    It is written in the folder `workplace`, on the same file system: a crash leaves nothing beside `path`.
+    """
+    temporary = workplace / f"{path.name}.tmp-{os.getpid()}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+    fd = os.open(temporary, flags, 0o666)
+    try:
+        try:
+            view = memoryview(data)
+            while len(view):
+                view = view[os.write(fd, view) :]
+            sync_file(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_result(path: Path, data: bytes) -> None:
+    """A small file that was asked for (a layer map, a plot), whole or not at all.
+
+    Raises:
+        HxaconvError: when it cannot be written.
+    """
+    try:
+        write_file(path, data, path.parent)
+    except OSError as error:
+        raise output_error(error, path, f"writing {len(data):,} bytes") from error
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that an ordinary user may still write here."""
+    return shutil.disk_usage(folder).free
+
+
+def memory_limit() -> int | None:
+    """Bytes of memory that are to be had, cached file pages included; None where the system does not say.
+
+    The least of the machine's available memory and the limits of the control groups this process is in.
+    """
+    return min([*_available_memory(), *_group_limits()], default=None)
+
+
+def _available_memory() -> list[int]:
+    with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return [int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024]
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    return []
+
+
+def _group_limits() -> list[int]:
+    root, limits = Path("/sys/fs/cgroup"), []
+    folders = {root, root / "memory"}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            inner = Path(line.split(":", 2)[2].lstrip("/"))
+            for base in (root, root / "memory"):
+                folders |= {base / part for part in (inner, *inner.parents)}
+    for folder in folders:
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):
+                limits.append(int((folder / name).read_text()))
+    return limits
+
+
+_NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
+
+
+def output_error(error: OSError, path: Path, doing: str, total: int | None = None) -> HxaconvError:
+    """What went wrong while writing `path`, and what to do; `total` bytes are what the whole output takes."""
+    hint = _space_hint(path.parent, total) if error.errno in _NO_SPACE else hint_for(error)
+    return HxaconvError(f"{path}: {doing} failed: {error.strerror or error}", hint=hint)
+
+
+def hint_for(error: OSError) -> str:
+    """What to do about an error of the system, as far as its number says."""
+    if error.errno in _TOO_MANY_OPEN:
+        return "Raise the limit of open files (ulimit -n), or end programs that hold many."
+    if error.errno in _NOT_ALLOWED:
+        return "Choose a folder that files can be made in."
+    return "Check the disk or the network file system."
+
+
+def _space_hint(folder: Path, total: int | None) -> str:
+    need = "" if total is None else f"The output needs {total:,} bytes in all; "
+    try:
+        free = free_bytes(folder)
+    except OSError:
+        return f"{need}how much is free is not known. Make room, or choose another disk."
+    if free < (total or PIECE_BYTES):
+        return f"{need}{free:,} are free now. Make room, or choose another disk."
+    return (
+        f"{need}{free:,} are free now: what has run out is a quota, or inodes (`df -i`)."
+        " Delete files, or choose another disk."
+    )

@@ -1,0 +1,148 @@
+"""The recipes that compute, and the way from a recipe to a torch tensor. Only this side imports torch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from hxaconv.formats.dtypes import BY_NAME, BY_TORCH_NAME, FLOATS
+from hxaconv.formats.files import SourceFile
+from hxaconv.model.plan import Bytes, Recipe, Scratch, is_one_range, rows
+from hxaconv.surgery.one_thread import one_thread
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`BF16` -> torch.bfloat16."""
+    dtype = getattr(torch, BY_NAME[name].torch_name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> `BF16`."""
+    return BY_TORCH_NAME[str(dtype).removeprefix("torch.")].name
+
+
+def _product_dtype(source: str) -> torch.dtype:
+    return torch.float64 if source == "F64" else torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """factor * source in another dtype: the product in float32 (float64 for F64), rounded once.
+
+    That is what `tensor * factor` of a bf16 tensor gives in torch, bit for bit.
+    """
+
+    source: Bytes
+    source_dtype: str
+    dtype: str
+    factor: float
+    kind: str = "scale"
+
+    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+        """Each piece of the source, converted in a buffer that is used again."""
+        read_dtype, write_dtype = torch_dtype(self.source_dtype), torch_dtype(self.dtype)
+        room = torch.frombuffer(scratch.compute, dtype=write_dtype)
+        products = torch.empty(len(scratch.read) // read_dtype.itemsize, dtype=_product_dtype(self.source_dtype))
+        with one_thread():
+            for piece in self.source.pieces(scratch):
+                values = _values(piece, read_dtype)
+                out = room[: len(values)]
+                # bf16 to fp16 too goes by way of float32: torch is three times as fast there.
+                if self.factor != 1.0 or (values.dtype != products.dtype != out.dtype):
+                    values = products[: len(values)].copy_(values)
+                if self.factor != 1.0:
+                    values *= self.factor
+                out.copy_(values)
+                yield scratch.compute[: len(values) * out.element_size()]
+
+    def sources(self) -> Iterable[SourceFile]:
+        """Those of what is scaled."""
+        return self.source.sources()
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A tensor that a function makes whole, when it is its turn to be written."""
+
+    function: Callable[[], torch.Tensor]
+    dtype: str
+    kind: str = "init"
+    files: tuple[SourceFile, ...] = ()
+
+    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+        """The finished tensor's bytes."""
+        with one_thread():
+            values = self.function().to(torch_dtype(self.dtype)).contiguous()
+        # A 0-dim tensor cannot be viewed as bytes, a flat one can.
+        yield memoryview(values.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+    def sources(self) -> Iterable[SourceFile]:
+        """The files the function reads."""
+        return self.files
+
+
+def scaled(recipe: Recipe, factor: float, dtype: str, origin: str) -> Recipe:
+    """The recipe times a factor, in `dtype`; the very same bytes where that changes nothing."""
+    if factor == 1.0 and dtype == recipe.dtype:
+        return replace(recipe, origin=origin)
+    kind = "cast" if factor == 1.0 else "scale"
+    return Recipe(dtype, recipe.shape, Scaled(recipe.make, recipe.dtype, dtype, factor, kind), origin)
+
+
+def cast(recipe: Recipe, dtype: str) -> Recipe:
+    """The recipe in another dtype; unchanged where it has it already, or is no float tensor."""
+    if recipe.dtype == dtype or recipe.dtype not in FLOATS:
+        return recipe
+    return scaled(recipe, 1.0, dtype, f"{recipe.origin}, cast from {recipe.dtype}")
+
+
+def computed(function: Callable[[], torch.Tensor], dtype: str, shape: tuple[int, ...], origin: str) -> Recipe:
+    """A recipe for a tensor that `function` makes."""
+    return Recipe(dtype, shape, Computed(function, dtype), origin)
+
+
+SERIAL_BYTES = 60 * 1024
+"""A piece that torch handles on the calling thread: from 32,768 elements on it would split each one over all
+threads, whose barriers cost many times the work on a machine with other things to do."""
+
+_LOCAL = threading.local()
+
+
+def tensor(recipe: Recipe, *, dtype: torch.dtype | None = None, into: torch.Tensor | None = None) -> torch.Tensor:
+    """Make a recipe's tensor in memory: (shape), in `dtype` or its own; filled into `into` where given.
+
+    `into` is a flat tensor of at least recipe.numel elements that is used again for the next weight;
+    its dtype counts. Pieces are converted one at a time, so that no second copy is needed.
+    """
+    if not hasattr(_LOCAL, "scratch"):
+        _LOCAL.scratch = Scratch(SERIAL_BYTES)
+    source = torch_dtype(recipe.dtype)
+    flat = torch.empty(recipe.numel, dtype=dtype or source) if into is None else into[: recipe.numel]
+    done = 0
+    for piece in recipe.pieces(_LOCAL.scratch):
+        values = _values(piece, source)
+        flat[done : done + len(values)].copy_(values)
+        done += len(values)
+    return flat.view(recipe.shape)
+
+
+def _values(piece: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    # torch warns about buffers it could write to by mistake; a copy is a writable one.
+    return torch.frombuffer(bytearray(piece) if piece.readonly else piece, dtype=dtype)
+
+
+def tensor_rows(recipe: Recipe, indices: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a matrix by number, (*indices.shape, columns): only they are read, where it is a copy."""
+    flat = indices.reshape(-1).cpu()
+    if is_one_range(recipe):
+        unique, inverse = torch.unique(flat, return_inverse=True)
+        picked = torch.cat([tensor(rows(recipe, int(i), int(i) + 1, recipe.origin), dtype=dtype) for i in unique])
+        found = picked[inverse]
+    else:
+        found = tensor(recipe, dtype=dtype)[flat]
+    return found.view(*indices.shape, recipe.shape[1])

@@ -1,0 +1,300 @@
+"""Which loaders take a checkpoint, and with what settings: answered from headers and config alone.
+
+What is said about RWKV-Infer was read off its published loader; transformers follows its own documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from hxaconv.errors import shortened
+from hxaconv.load.student import is_student
+from hxaconv.model.config import FAMILIES, ROPE_SCALING_DEFAULTS, ModelConfig, StudentConfig, rope_settings
+from hxaconv.model.names import EMBEDDING, HEAD, layer_kinds, mixer_prefix
+from hxaconv.model.plan import Plan
+
+if TYPE_CHECKING:
+    from hxaconv.load.checkpoint import Checkpoint
+
+RWKV_INFER_KEYS = (
+    "rwkv_architecture",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "head_dim",
+    "num_attention_heads",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+)
+"""What RWKV-Infer reads from config.json without a default."""
+
+TRANSFORMERS_KEYS = (
+    *("hidden_size", "intermediate_size", "vocab_size", "transformer_layers"),
+    *("lora_rank_decay", "lora_rank_iclr", "lora_rank_value_residual_mix"),
+    *("lora_rank_key_residual_mix", "lora_rank_gate"),
+)
+"""What the modelling code needs on top of RWKV_INFER_KEYS."""
+
+SWITCHES = {
+    "enable_qk_norm": (".r_norm.weight", ".q_norm.weight"),
+    "attention_bias": (".receptance.bias", ".q_proj.bias"),
+    "attention_out_bias": (".output.bias", ".o_proj.bias"),
+    "mlp_bias": (".up_proj.bias",),
+}
+"""What config.json has to say where there are such tensors."""
+
+FUSED = ("w1", "a1", "v1", "k1", "g1")
+"""Low-rank matrices that RWKV-Infer concatenates in every RWKV layer."""
+
+PADDING = 256
+"""RWKV-Infer pads MLP weights to a multiple of this in both directions when it loads them."""
+
+TRANSFORMERS, INFER_FOLDER, INFER_PTH = "transformers", "RWKV-Infer, HF folder", "RWKV-Infer, .pth"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something a loader stumbles over: `what` is wrong, `where`, and what to `do`.
+
+    `blocks` says whether the loader fails (or computes something else), or only needs care.
+    """
+
+    what: str
+    where: str
+    do: str
+    blocks: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One loader's answer."""
+
+    loader: str
+    settings: tuple[str, ...]
+    """What its user has to pass by hand."""
+    findings: tuple[Finding, ...]
+
+    @property
+    def takes(self) -> bool:
+        """Whether the loader takes the checkpoint as it is."""
+        return not any(finding.blocks for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"takes": self.takes} | asdict(self)
+
+
+def lint(checkpoint: Checkpoint, config: ModelConfig | None = None) -> list[Verdict]:
+    """Ask every loader; `config` is the model's, where it is known: it names settings and layer kinds."""
+    student = is_student(checkpoint)
+    verdicts = [_transformers(checkpoint, config, student)]
+    if student:
+        verdicts += [_infer_folder(checkpoint), _infer_pth(checkpoint, config)]
+    return verdicts
+
+
+def _transformers(checkpoint: Checkpoint, config: ModelConfig | None, student: bool) -> Verdict:
+    stop = _not_a_folder(checkpoint, needs_safetensors=False)
+    if stop is not None:
+        return Verdict(TRANSFORMERS, (), (stop,))
+    raw, findings = checkpoint.config or {}, list[Finding]()
+    if not student:
+        if raw.get("model_type") not in FAMILIES:
+            findings.append(Finding(f"model_type {raw.get('model_type')!r}", "config.json", "Check its documentation."))
+        findings += _file_names(checkpoint)
+        return Verdict(TRANSFORMERS, (), tuple(findings))
+    findings += _missing_keys(raw, (*RWKV_INFER_KEYS, *TRANSFORMERS_KEYS), "the modelling code")
+    findings += _switches(checkpoint.plan, raw)
+    findings += _code(checkpoint, raw)
+    findings += _file_names(checkpoint)
+    if not any(key in raw for key in ("torch_dtype", "dtype")):
+        do = "Add torch_dtype, or pass dtype= when loading."
+        findings.append(Finding("no torch_dtype: some versions load float32", "config.json", do, blocks=False))
+    if config is not None and isinstance(config, StudentConfig) and not config.tie_word_embeddings:
+        findings += _head(checkpoint, "tie_word_embeddings is false")
+    return Verdict(TRANSFORMERS, ("trust_remote_code=True",), tuple(findings))
+
+
+def _switches(plan: Plan, raw: Mapping[str, Any]) -> Iterator[Finding]:
+    for key, endings in SWITCHES.items():
+        name = next((name for name in plan if name.endswith(endings)), None)
+        if name is not None and not raw.get(key):
+            what = f"{key} is not true: the modelling code leaves out {name} and all like it"
+            yield Finding(what, "config.json", f'Add "{key}": true.')
+
+
+def _file_names(checkpoint: Checkpoint) -> Iterator[Finding]:
+    stem = "model.safetensors" if checkpoint.container == "safetensors" else "pytorch_model.bin"
+    index, names = checkpoint.extra.get("index"), [file.name for file in checkpoint.files]
+    if index != f"{stem}.index.json" and (index is not None or names != [stem]):
+        do = "Convert with hxaconv, which names them so."
+        yield Finding(f"it looks for {stem} or {stem}.index.json", _name(checkpoint), do)
+
+
+def _code(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Iterator[Finding]:
+    auto_map = raw.get("auto_map") or {}
+    again = "Convert with hxaconv, which adds the code, or copy it from a converted folder."
+    for key in ("AutoConfig", "AutoModelForCausalLM"):
+        reference = auto_map.get(key)
+        if not isinstance(reference, str):
+            yield Finding(f"auto_map has no {key}", "config.json", again)
+            continue
+        file = reference.rpartition("--")[2].partition(".")[0] + ".py"
+        if file not in checkpoint.code_files and "--" not in reference:
+            yield Finding(f"{file}, which auto_map names, is not there", _name(checkpoint), again)
+
+
+def _not_a_folder(checkpoint: Checkpoint, needs_safetensors: bool) -> Finding | None:
+    """Why loaders of Hugging Face folders cannot begin with this, or None."""
+    where, do = _name(checkpoint), "Convert it with `hxaconv to-hf`."
+    if checkpoint.dialect != "hf":
+        return Finding(f"tensor names are of the {checkpoint.dialect} dialect", where, do)
+    if checkpoint.config is None:
+        return Finding("there is no config.json", where, do)
+    if checkpoint.container != "safetensors" and needs_safetensors:
+        return Finding("only *.safetensors files are read from a folder", where, do)
+    return None
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    return checkpoint.root.name if checkpoint.root is not None else checkpoint.label
+
+
+def _missing_keys(raw: Mapping[str, Any], keys: tuple[str, ...], reader: str) -> Iterator[Finding]:
+    for key in keys:
+        if raw.get(key) is None:
+            nested = key == "rope_theta" and rope_settings(raw)[0] is not None
+            what = "rope_theta stands only inside rope_parameters" if nested else f"{key} is missing"
+            yield Finding(f"{what}: {reader} reads it at top level", "config.json", f"Add {key} to config.json.")
+
+
+def _infer_folder(checkpoint: Checkpoint) -> Verdict:
+    stop = _not_a_folder(checkpoint, needs_safetensors=True)
+    if stop is not None:
+        return Verdict(INFER_FOLDER, (), (stop,))
+    raw = checkpoint.config or {}
+    findings = list(_missing_keys(raw, RWKV_INFER_KEYS, "RWKV-Infer"))
+    if raw.get("rwkv_architecture") not in (None, "hxa079"):
+        found = f"rwkv_architecture is {raw['rwkv_architecture']!r}"
+        findings.append(Finding(found, "config.json", 'Set it to "hxa079".'))
+    findings += _rope_scaling(raw)
+    for file in checkpoint.extra.get("stray_files", ()):
+        if str(file).endswith(".safetensors"):
+            findings.append(
+                Finding(
+                    f"{file} is not part of the model, and RWKV-Infer loads it too", _name(checkpoint), "Move it away."
+                )
+            )
+    if ".pth" in str(checkpoint.root or checkpoint.label):
+        found = "the path contains '.pth', so RWKV-Infer takes the folder for a file"
+        findings.append(Finding(found, _name(checkpoint), "Rename the folder."))
+    findings += _infer_tensors(checkpoint)
+    if not raw.get("tie_word_embeddings"):
+        findings += _head(checkpoint, "tie_word_embeddings is not true")
+    return Verdict(INFER_FOLDER, (), tuple(findings))
+
+
+def _infer_pth(checkpoint: Checkpoint, config: ModelConfig | None) -> Verdict:
+    findings: list[Finding] = []
+    convert = "Convert it with `hxaconv to-pth`."
+    if checkpoint.container != "pth":
+        kinds = {"legacy": "a legacy pickle, which mmap=True refuses", "safetensors": "safetensors"}
+        findings.append(Finding(f"it is {kinds[checkpoint.container]}", _name(checkpoint), convert))
+        if checkpoint.container == "safetensors":
+            return Verdict(INFER_PTH, (), tuple(findings))
+    if not all(".pth" in file.name for file in checkpoint.files) or len(checkpoint.files) != 1:
+        findings.append(Finding("RWKV-Infer wants one file whose name contains '.pth'", _name(checkpoint), convert))
+    if checkpoint.dialect != "rwkv":
+        findings.append(Finding(f"tensor names are of the {checkpoint.dialect} dialect", _name(checkpoint), convert))
+    inside, beside = checkpoint.extra.get("nested_under"), checkpoint.extra.get("ignored")
+    if inside:
+        findings.append(Finding(f"the tensors are nested under {inside!r}", _name(checkpoint), convert))
+    elif beside:
+        findings.append(Finding(f"not everything in it is a tensor: {shortened(beside)}", _name(checkpoint), convert))
+    findings += _infer_tensors(checkpoint)
+    findings += _head(checkpoint, "a .pth never ties")
+    findings += _rope_scaling(checkpoint.sidecar or {})
+    findings.append(
+        Finding(
+            "releases from 2025-09-16 on look for tie_word_embeddings, which a .pth cannot carry, and fail",
+            "RWKV-Infer",
+            "Use an earlier release, or a folder made with `hxaconv to-hf`.",
+            blocks=False,
+        )
+    )
+    theta = f"rope_theta={config.rope_theta:.10g}" if config else "rope_theta (the file does not say; default 1e6)"
+    eps = f"rms_norm_eps={config.rms_norm_eps:g}" if config else "rms_norm_eps (the file does not say; default 1e-6)"
+    return Verdict(INFER_PTH, (theta, eps), tuple(findings))
+
+
+def _rope_scaling(raw: Mapping[str, Any]) -> Iterator[Finding]:
+    kind = rope_settings(raw)[1]
+    if kind not in ROPE_SCALING_DEFAULTS:
+        yield Finding(f"rope_scaling {kind!r} is ignored", "config.json", "Only default frequencies are computed.")
+
+
+def _head(checkpoint: Checkpoint, why: str) -> Iterator[Finding]:
+    if HEAD not in checkpoint.plan:
+        name = "head.weight" if checkpoint.dialect == "rwkv" else HEAD
+        yield Finding(
+            f"{name} is missing, and {why}", _name(checkpoint), "Convert again with hxaconv, which writes it."
+        )
+
+
+def _infer_tensors(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """What RWKV-Infer asks of the tensors, whatever file they are in."""
+    plan, kinds = checkpoint.plan, layer_kinds(checkpoint.plan)
+    for layer, kind in kinds.items():
+        if kind == "rwkv":
+            yield from _rwkv_layer(checkpoint, mixer_prefix(layer))
+    if kinds.get(0) == "gqa":
+        yield Finding(
+            "layer 0 is GQA: the engine takes v_first from the first RWKV layer, the published trainer mixes in zeros",
+            "layer 0",
+            "Choose other layers with `hxaconv pick-gqa-layers`.",
+        )
+    if EMBEDDING not in plan:
+        yield Finding(
+            "the embedding is missing: only attention is stored",
+            _name(checkpoint),
+            "Convert it with --teacher, which has the rest.",
+        )
+    elif plan[EMBEDDING].shape[1] % PADDING:
+        size = plan[EMBEDDING].shape[1]
+        found = f"hidden_size {size} is no multiple of {PADDING}: MLP weights are padded on loading and do not fit"
+        yield Finding(found, EMBEDDING, "Nothing: this teacher's size does not run there.")
+    yield from _dtypes(checkpoint)
+    yield from _biases(checkpoint)
+
+
+def _rwkv_layer(checkpoint: Checkpoint, prefix: str) -> Iterator[Finding]:
+    plan = checkpoint.plan
+    bonus = plan.get(f"{prefix}r_k")
+    if bonus is None or len(bonus.shape) != 2:
+        found = "is missing" if bonus is None else f"has shape {bonus.shape}"
+        yield Finding(f"r_k {found}: (heads, head_dim) are read off it", f"{prefix}r_k", "Convert again with hxaconv.")
+    missing = [name for name in FUSED if f"{prefix}{name}" not in plan]
+    if missing:
+        yield Finding(f"{', '.join(missing)} missing", prefix.removesuffix("."), "This is not hxa079.")
+
+
+def _dtypes(checkpoint: Checkpoint) -> Iterator[Finding]:
+    matrices = [name for name, recipe in checkpoint.plan.items() if name.endswith(".weight") and len(recipe.shape) == 2]
+    other = [name for name in matrices if checkpoint.plan[name].dtype != "BF16"]
+    if other:
+        dtypes = ", ".join(sorted({checkpoint.plan[name].dtype for name in other}))
+        found = f"{len(other)} of {len(matrices)} matrices are {dtypes}: the engine multiplies bf16"
+        yield Finding(found, other[0], "Convert with --dtype bfloat16.")
+
+
+def _biases(checkpoint: Checkpoint) -> Iterator[Finding]:
+    ends = ("output.bias", "o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")
+    dropped = [name for name in checkpoint.plan if name.endswith(ends)]
+    if dropped:
+        yield Finding(
+            f"{len(dropped)} biases of attention outputs or MLPs, which the engine drops silently",
+            dropped[0],
+            "Use transformers: the engine would compute another model.",
+        )
