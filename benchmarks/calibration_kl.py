@@ -28,7 +28,7 @@ from hxaconv.model.model import Model
 from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.compare import compare_models
 
-TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "demo_teacher"
+TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "embedded" / "teacher"
 MARKS = ("<!-- written by calibration_kl.py -->", "<!-- until here -->")
 MAPS = {"rwkv": (), "gqa-2-5": (2, 5)}
 SETTINGS: dict[str, dict[str, Any]] = {

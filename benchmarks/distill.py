@@ -32,7 +32,7 @@ from hxaconv.model.plan import Plan
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
 
-TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "demo_teacher"
+TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "embedded" / "teacher"
 BATCH, LENGTH, PROMPT = 4, 512, 64
 JUDGED = 6
 POINTS = 8

@@ -120,9 +120,11 @@ def measure(paths: list[str], num_layers: int, tokens: int, threads: int, queue:
     import hxaconv.verification.compare as compare_module
     import hxaconv.verification.single as single_module
     from hxaconv.forward import hxa079
+    from hxaconv.forward.probe import probe_tokens
     from hxaconv.load.opening import open_checkpoint
     from hxaconv.model.model import Model
-    from hxaconv.verification import compare_models, probe_tokens, verify_model
+    from hxaconv.verification.compare import compare_models
+    from hxaconv.verification.single import verify_model
 
     torch.set_num_threads(threads)
     watch = Stopwatch()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
-TINY_TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "demo_teacher"
+TINY_TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "embedded" / "teacher"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from models import expected, student
 from hxaconv.forward import hxa079, runner
 from hxaconv.model.model import Model
 from hxaconv.surgery.arithmetic import computed, tensor
-from hxaconv.verification import compare_models
+from hxaconv.verification.compare import compare_models
 
 ROTATION = "    r, k = rotate(r, positions, config.rope_theta), rotate(k, positions, config.rope_theta)\n"
 QK_NORM = "    if config.qk_norm:\n        r = "

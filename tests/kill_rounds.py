@@ -32,7 +32,7 @@ from typing import Any
 
 from writing import leftovers, tree
 
-TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "demo_teacher"
+TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "embedded" / "teacher"
 PAUSE_SECONDS = 0.003
 HALF_BYTES = 20_000
 BATCH_BYTES = 500_000

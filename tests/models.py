@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hxaconv.forward.probe import probe_tokens
 from hxaconv.load.opening import open_checkpoint
 from hxaconv.load.student import student_model
 from hxaconv.load.teacher import open_teacher
@@ -19,7 +20,7 @@ from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
 from hxaconv.surgery.arithmetic import computed, tensor
 from hxaconv.surgery.operations import PRESETS, InitSettings, graft, init_from_teacher
-from hxaconv.verification import Report, probe_tokens
+from hxaconv.verification.report import Report
 
 # Matrices this small are slower on several threads.
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ from hxaconv.model.plan import Literal, Recipe
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
 
-TEACHER = Path(__file__).resolve().parent.parent / "hxaconv" / "commands" / "demo_teacher"
+TEACHER = Path(__file__).resolve().parent.parent / "hxaconv" / "commands" / "embedded" / "teacher"
 
 
 def literal(values, dtype="F32"):

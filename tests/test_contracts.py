@@ -14,14 +14,9 @@ from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention
 from hxaconv.surgery.arithmetic import cast, scaled
 from hxaconv.surgery.operations import PRESETS, pad_ffn
-from hxaconv.verification import (
-    Report,
-    check_converted,
-    check_initialised,
-    completed,
-    verify_model,
-)
-from hxaconv.verification.contracts import check_rwkv_layers
+from hxaconv.verification.contracts import check_converted, check_initialised, check_rwkv_layers, completed
+from hxaconv.verification.report import Report
+from hxaconv.verification.single import verify_model
 
 
 def test_a_fresh_student_keeps_every_promise() -> None:

@@ -192,13 +192,14 @@ def test_everything_wrong_with_layers_is_said_at_once():
 
 
 def test_an_installed_package_finds_its_maps(tmp_path):
-    """In a wheel the folder layer_maps/ lies beside layer_maps.py: the module must win, and find the folder."""
+    """In a wheel the folder layer_maps/ lies inside the package."""
     package = tmp_path / "hxaconv"
     (package / "layer_maps").mkdir(parents=True)
-    for name in ("__init__.py", "errors.py", "layer_maps.py"):
+    (package / "model").mkdir()
+    for name in ("__init__.py", "errors.py", "model/__init__.py", "model/layer_maps.py"):
         (package / name).write_bytes((ROOT / "hxaconv" / name).read_bytes())
     (package / "layer_maps" / "only.toml").write_text("gqa_layers = [2]")
-    code = "from hxaconv import layer_maps; print(list(layer_maps.shipped()), layer_maps.load('only').gqa_layers)"
+    code = "from hxaconv.model import layer_maps; print(list(layer_maps.shipped()), layer_maps.load('only').gqa_layers)"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert run.stdout.split("\n")[0] == "['only'] (2,)"
 

@@ -368,7 +368,7 @@ def test_every_source_is_opened_once(
 
 
 def test_messages_name_commands_and_options_that_exist() -> None:
-    root = Path(command_line.__file__).parents[1]
+    root = Path(layer_choice.__file__).parents[1]
     mine = [root / "commands" / f"{name}.py" for name in ("pick", "advise", "advice_options")]
     mine += [root / "load" / "source_student.py", root / "model" / "layer_maps.py", root / "model" / "layer_choice.py"]
     text = "\n".join(path.read_text() for path in [*(root / "selection").glob("*.py"), *mine])

@@ -11,9 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hxaconv.errors import HxaconvError
-from hxaconv.verification import (
-    probe_tokens,
-)
+from hxaconv.forward.probe import probe_tokens
 
 
 def test_probe_tokens_depend_on_the_seed() -> None:

@@ -12,12 +12,10 @@ from models import changed, fresh, ids, student
 from rich.console import Console
 
 from hxaconv.errors import HxaconvError
-from hxaconv.verification import (
-    Report,
-    compare_models,
-    verify_model,
-)
+from hxaconv.verification.compare import compare_models
 from hxaconv.verification.render import bar, render
+from hxaconv.verification.report import Report
+from hxaconv.verification.single import verify_model
 
 
 def text_of(report: Report) -> str:

@@ -23,12 +23,9 @@ from hxaconv.forward import weights as weights_module
 from hxaconv.model.model import Model
 from hxaconv.model.plan import Literal, Recipe
 from hxaconv.surgery.arithmetic import cast
-from hxaconv.verification import (
-    Thresholds,
-    compare_models,
-    verify_model,
-)
-from hxaconv.verification.expectations import judge
+from hxaconv.verification.compare import compare_models
+from hxaconv.verification.expectations import Thresholds, judge
+from hxaconv.verification.single import verify_model
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "NEGATIVE_CONTROLS.md"
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hxaconv.cli.console import Talk
     from hxaconv.model.layer_maps import LayerMap
     from hxaconv.selection.advice import Advice
-    from hxaconv.verification import Report
+    from hxaconv.verification.report import Report
 
 
 def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hxaconv.formats.files import SourceFile
     from hxaconv.load.checkpoint import Checkpoint
     from hxaconv.save.target import Output, WriteResult
-    from hxaconv.verification import Report
+    from hxaconv.verification.report import Report
 
 Verify = Callable[[Model, "Progress | None"], "Report"]
 """Checks the student that was written, and shows how far it is."""

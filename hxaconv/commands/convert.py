@@ -36,7 +36,7 @@ from hxaconv.surgery.operations import graft, pad_ffn
 
 if TYPE_CHECKING:
     from hxaconv.cli.console import Progress
-    from hxaconv.verification import Report
+    from hxaconv.verification.report import Report
 
 COMMANDS = {"to-hf": "hf", "to-pth": "pth", "to-training": "training"}
 """Command -> format of its output."""
@@ -166,7 +166,7 @@ def _convert(command: str, function: Callable[..., Outcome], given: Mapping[str,
     )
 
     def verify(output: Model, progress: Progress | None) -> Report:
-        from hxaconv.verification import check_converted
+        from hxaconv.verification.contracts import check_converted
 
         before = student if need_all else Model(student.config, _attention(student.plan), student.label)
         return check_converted(before, output, progress=progress)

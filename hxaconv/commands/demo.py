@@ -35,7 +35,7 @@ def steps(out: Path) -> list[tuple[str, list[str]]]:
 
 def run(out: Path, call: Run, say: Callable[[str], None]) -> int:
     """Run all steps, stopping at the first that fails; returns its exit code, or 0."""
-    embedded = Path(str(resources.files("hxaconv") / "commands" / "demo_teacher"))
+    embedded = Path(str(resources.files("hxaconv") / "commands" / "embedded" / "teacher"))
     try:
         shutil.copytree(embedded, out / "teacher", dirs_exist_ok=True)
     except OSError as error:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hxaconv.formats.files import SourceFile
     from hxaconv.load.checkpoint import Checkpoint
     from hxaconv.model.plan import Plan
-    from hxaconv.verification import Report
+    from hxaconv.verification.report import Report
 
 
 SHARE_OF_ONE_TOKEN = 0.5

@@ -33,7 +33,7 @@ from hxaconv.surgery.operations import InitSettings, init_from_teacher, parse_sc
 
 if TYPE_CHECKING:
     from hxaconv.cli.console import Progress
-    from hxaconv.verification import Report
+    from hxaconv.verification.report import Report
 
 COMMAND = "init-from-teacher"
 INITS = ("openmose", "calibrated")
@@ -143,7 +143,7 @@ def run(
         return perform_calibrated(task, job, write, factors, warnings, notes)
 
     def verify(output: Model, progress: Progress | None) -> Report:
-        from hxaconv.verification import check_initialised
+        from hxaconv.verification.contracts import check_initialised
 
         return check_initialised(model, output, factors=factors, progress=progress)
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hxaconv.cli.console import Progress
     from hxaconv.formats.files import SourceFile
     from hxaconv.load.checkpoint import Checkpoint
-    from hxaconv.verification import Report
+    from hxaconv.verification.report import Report
 
 COMMAND = "pick-gqa-layers"
 
@@ -150,7 +150,8 @@ def run(
     )
 
     def verify(output: Model, progress: Progress | None) -> Report:
-        from hxaconv.verification import check_repicked, completed
+        from hxaconv.verification.contracts import completed
+        from hxaconv.verification.repicked import check_repicked
 
         return check_repicked(
             student,

@@ -23,7 +23,7 @@ from hxaconv.verification.lint import lint
 
 if TYPE_CHECKING:
     from hxaconv.cli.console import Progress
-    from hxaconv.verification import Report
+    from hxaconv.verification.report import Report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,10 @@ def run(
     Raises:
         HxaconvError: when a setting is known from no source, or the two cannot be fed the same input.
     """
-    from hxaconv.verification import EXPECTATIONS, Thresholds, compare_models, verify_model
+    from hxaconv.verification.compare import compare_models
+    from hxaconv.verification.expectations import Thresholds
+    from hxaconv.verification.report import EXPECTATIONS
+    from hxaconv.verification.single import verify_model
 
     options = options or VerifyOptions()
     one_of("--dtype", options.dtype, ("float32", "float64"))
@@ -191,7 +194,7 @@ def digests(source: str, *, revision: str | None = None, progress: Progress | No
 
 def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: HxaconvError) -> Report:
     """The report on a checkpoint that is no model at all: what does not fit, and what loaders would say."""
-    from hxaconv.verification import Report
+    from hxaconv.verification.report import Report
 
     report = Report(source=checkpoint.label, other=other.label if other else None)
     report.check("names, shapes and config", False, str(error))

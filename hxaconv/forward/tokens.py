@@ -43,7 +43,7 @@ def tokens_of(options: TokenOptions, vocab_size: int, checkpoint: Checkpoint) ->
     Raises:
         HxaconvError: for files that hold no token ids, and ids outside the vocabulary.
     """
-    from hxaconv.verification import probe_tokens
+    from hxaconv.forward.probe import probe_tokens
 
     return probe_tokens(
         vocab_size,
