@@ -1,4 +1,4 @@
-"""What the commands write stays what it was: digests of outputs, recorded once, on the golden cases and a small teacher.
+"""What the commands write stays what it was: digests of outputs, recorded on the golden cases and a small teacher.
 
 safetensors files are compared byte by byte, `.pth` files tensor by tensor, config.json and sidecars value by value.
 `python tests/test_outputs.py` records them anew, which only a change that is meant to alter outputs justifies.
