@@ -373,7 +373,7 @@ def test_messages_name_commands_and_options_that_exist() -> None:
     mine += [root / "load" / "source_student.py", root / "model" / "layer_maps.py", root / "model" / "layer_choice.py"]
     text = "\n".join(path.read_text() for path in [*(root / "selection").glob("*.py"), *mine])
     declared = (root / "cli" / "app.py").read_text() + (root / "cli" / "options.py").read_text()
-    known = {info.name for info in command_line.app.registered_commands}
+    known = {info.name for info in command_line.registered_commands}
     assert set(re.findall(r"[`:] ?hxaconv ([a-z][a-z-]+)", text)) <= known
     for option in set(re.findall(r"--[a-z][a-z0-9-]+", text)):
         name = option[2:].replace("-", "_")
