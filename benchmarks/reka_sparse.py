@@ -65,7 +65,7 @@ def init(folder: Path) -> list[dict[str, Any]]:
     teacher, out = folder / "teacher", folder / "student"
     synthetic.make(teacher, synthetic.Wanted(kind="teacher", sparse=True, max_shard_bytes=5_000_000_000))
     command = [HXACONV, "init-from-teacher", str(teacher), str(out), "--no-verify", "--quiet"]
-    return [_measured("init-from-teacher", command, lambda: check_folder(out), 400, out)]
+    return [_measured("init-from-teacher", command, lambda: check_folder(out), out)]
 
 
 def to_pth(folder: Path) -> list[dict[str, Any]]:
@@ -74,12 +74,12 @@ def to_pth(folder: Path) -> list[dict[str, Any]]:
     synthetic.make(source, synthetic.Wanted(kind="student", sparse=True, max_shard_bytes=5_000_000_000))
     command = [HXACONV, "to-pth", str(source), str(out), "--no-verify", "--quiet"]
     expected = json.loads((source / "config.json").read_text())
-    rows = [_measured("to-pth", command, lambda: check_pth(out, expected), 64, out, out.with_suffix(".json"))]
+    rows = [_measured("to-pth", command, lambda: check_pth(out, expected), out, out.with_suffix(".json"))]
     shutil.rmtree(source)
     return rows
 
 
-def _measured(name: str, command: list[str], check: Any, target_rss: int, *outputs: Path) -> dict[str, Any]:
+def _measured(name: str, command: list[str], check: Any, *outputs: Path) -> dict[str, Any]:
     free = shutil.disk_usage(outputs[0].parent).free
     if free < OUTPUT_BYTES + 5_000_000_000:
         raise SystemExit(f"{free:,} bytes are free, {OUTPUT_BYTES:,} and some to spare are needed")
@@ -96,7 +96,6 @@ def _measured(name: str, command: list[str], check: Any, target_rss: int, *outpu
         "seconds": round(sample.wall, 1),
         "cpu_seconds": round(sample.cpu, 1),
         "load": round(sample.load, 1),
-        "target_rss_mib": target_rss,
         **measure.peaks([sample]),
         **found,
     }

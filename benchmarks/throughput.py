@@ -33,20 +33,15 @@ PYTHON = sys.executable
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: a command, what it reads, and how it may compare with `cp`."""
+    """One line of the table: a command, and what it reads."""
 
     name: str
     source: str
     command: tuple[str, ...]
     """{source} and {out} are filled in."""
     out: str
-    ratio: float
-    plus_seconds: float = 0.0
-    """Allowed on top: importing torch."""
-    plus_initialisation: bool = False
-    rss_mib: float = 64
+    title: str
     verifies: bool = True
-    title: str = ""
 
 
 def _convert(command: str, *more: str) -> tuple[str, ...]:
@@ -54,60 +49,22 @@ def _convert(command: str, *more: str) -> tuple[str, ...]:
 
 
 ROWS = (
-    Row("reshard", "student", _convert("to-hf"), "out", 1.25, title="safetensors → safetensors"),
-    Row("to-pth", "student", _convert("to-pth"), "out.pth", 1.3, title="safetensors → .pth, CRC"),
-    Row(
-        "sha256",
-        "student",
-        _convert("to-hf", "--digest", "sha256"),
-        "out",
-        1.8,
-        title="sha256 of every tensor",
-    ),
-    Row(
-        "cast-f16",
-        "student",
-        _convert("to-hf", "--dtype", "float16"),
-        "out",
-        1.3,
-        2.0,
-        rss_mib=400,
-        title="everything cast, bf16 → fp16",
-    ),
+    Row("reshard", "student", _convert("to-hf"), "out", "safetensors → safetensors"),
+    Row("to-pth", "student", _convert("to-pth"), "out.pth", "safetensors → .pth, CRC"),
+    Row("sha256", "student", _convert("to-hf", "--digest", "sha256"), "out", "sha256 of every tensor"),
+    Row("cast-f16", "student", _convert("to-hf", "--dtype", "float16"), "out", "everything cast, bf16 → fp16"),
     Row(
         "scale",
         "student",
         (PYTHON, str(HERE / "engine.py"), "scale", "{source}", "{out}"),
         "out",
-        1.3,
-        2.0,
-        rss_mib=400,
+        "everything scaled, bf16",
         verifies=False,
-        title="everything scaled, bf16",
     ),
-    Row("from-pth", "pth", _convert("to-hf"), "out", 1.25, title=".pth (zip) → safetensors"),
-    Row("from-legacy", "legacy", _convert("to-hf"), "out", 1.25, title=".pth (legacy) → safetensors"),
-    Row(
-        "init",
-        "teacher",
-        _convert("init-from-teacher"),
-        "out",
-        1.3,
-        2.0,
-        plus_initialisation=True,
-        rss_mib=400,
-        title="init-from-teacher",
-    ),
-    Row(
-        "cast-bf16",
-        "student-f32",
-        _convert("to-hf", "--dtype", "bfloat16"),
-        "out",
-        1.3,
-        2.0,
-        rss_mib=400,
-        title="everything cast, fp32 → bf16",
-    ),
+    Row("from-pth", "pth", _convert("to-hf"), "out", ".pth (zip) → safetensors"),
+    Row("from-legacy", "legacy", _convert("to-hf"), "out", ".pth (legacy) → safetensors"),
+    Row("init", "teacher", _convert("init-from-teacher"), "out", "init-from-teacher"),
+    Row("cast-bf16", "student-f32", _convert("to-hf", "--dtype", "bfloat16"), "out", "everything cast, fp32 → bf16"),
 )
 
 NAIVE = (
@@ -197,38 +154,32 @@ class Bench:
         return chosen
 
     def row(self, row: Row, source: Path) -> None:
-        """Measure one row and record it."""
+        """Measure one row and record it: without the verification, and, where wanted, as people run it."""
         say(f"{row.name}, {self.total / 1e9:g} GB")
+        plain = row.command if row.name == "scale" else (*row.command, "--no-verify")
+        self._compare(row, plain, source, verified=False)
+        if self.args.verify and row.verifies:
+            self._compare(row, row.command, source, verified=True)
+
+    def _compare(self, row: Row, command: tuple[str, ...], source: Path, *, verified: bool) -> None:
         out = self.folder / row.out
-        command = row.command if row.name == "scale" else (*row.command, "--no-verify")
         copied = self.copied(source)
         run = lambda: self.ours(source, command, out)  # noqa: E731
         found = measure.compare(run, lambda: self.copy(source, copied), self.args.pairs, say)
-        summary = found.summary()
         written = sum(path.stat().st_size for path in (out.rglob("*") if out.is_dir() else [out]) if path.is_file())
-        copied_bytes = sum(path.stat().st_size for path in copied)
-        result = {
-            "row": row.name,
-            "title": row.title,
-            "bytes": written,
-            "cp_bytes": copied_bytes,
-            "cold": self.cold,
-            "nice": self.args.nice,
-            "limit_mib": None if self.limit is None else self.limit // measure.MIB,
-            **summary,
-            "target_ratio": row.ratio,
-            "target_rss_mib": row.rss_mib,
-        }
-        allowed = row.ratio * summary["cp_seconds"] + row.plus_seconds
-        if row.plus_initialisation:
-            result["initialisation_seconds"] = initialisation_seconds(source)
-            allowed += result["initialisation_seconds"]
-        result["allowed_seconds"] = round(allowed, 2)
-        if self.args.verify and row.verifies:
-            checked = self.ours(source, row.command, out)
-            result["verification_seconds"] = round(checked.wall - summary["seconds"], 2)
-            result["verification_rss_mib"] = round(checked.rss, 1)
-        self.record(result)
+        self.record(
+            {
+                "row": f"{row.name}, verified" if verified else row.name,
+                "title": row.title,
+                "verified": verified,
+                "bytes": written,
+                "cp_bytes": sum(path.stat().st_size for path in copied),
+                "cold": self.cold,
+                "nice": self.args.nice,
+                "limit_mib": None if self.limit is None else self.limit // measure.MIB,
+                **found.summary(),
+            }
+        )
         _remove(out, out.with_suffix(".json"))
 
     def naive(self, way: str, title: str, source: Path, out: Path) -> None:
@@ -251,14 +202,6 @@ class Bench:
         with open(self.args.results, "a") as file:
             file.write(line + "\n")
         say(json.dumps(result))
-
-
-def initialisation_seconds(teacher: Path) -> float:
-    """Time of one thread for all initial values of a teacher's student, nothing read or written."""
-    import subprocess
-
-    command = [PYTHON, str(HERE / "engine.py"), "initialise", str(teacher)]
-    return float(json.loads(subprocess.check_output(command))["seconds"])
 
 
 def _bytes(text: str) -> int:
@@ -304,7 +247,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("benchmark-files"), help="on the disk to measure")
     parser.add_argument("--limit", help="memory of a cgroup for both sides: 256MiB; needs root")
     parser.add_argument("--nice", type=int, default=0, help="of both sides; below 0 on a busy machine (root)")
-    parser.add_argument("--verify", action="store_true", help="also measure the default verification, once")
+    parser.add_argument("--verify", action="store_true", help="also measure every command with its verification")
     parser.add_argument("--naive", action="store_true", help="also measure what others would run")
     parser.add_argument("--pause", type=float, default=0.5, help="seconds of rest before every run")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "throughput.jsonl")
