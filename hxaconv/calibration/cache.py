@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hxaconv.calibration.report import Distances, LayerReport, Settings
-from hxaconv.cli.console import Progress
 from hxaconv.errors import HxaconvError
 from hxaconv.forward.batches import First
 from hxaconv.forward.fingerprint import fingerprint as fingerprint_of
 from hxaconv.model.model import Model
+from hxaconv.progress import Progress
 from hxaconv.save import locks
 
 FORMAT = 2

@@ -17,7 +17,7 @@ from hxaconv.verification.contracts import check_copies, check_gqa_layers, check
 from hxaconv.verification.report import Report
 
 if TYPE_CHECKING:
-    from hxaconv.cli.console import Progress
+    from hxaconv.progress import Progress
 
 
 def measure(

@@ -20,13 +20,13 @@ from hxaconv.calibration.folding import fold_rope
 from hxaconv.calibration.pool import ROWS, Pool
 from hxaconv.calibration.report import CalibrationReport, Settings
 from hxaconv.calibration.time_mix import Attention, Fit, fit_layer
-from hxaconv.cli.console import Progress, bar
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.forward import llama
 from hxaconv.forward.layer_weights import Compute, embed, layer_names
 from hxaconv.model.model import Model
 from hxaconv.model.names import layer_index, mixer_prefix
 from hxaconv.model.plan import Plan, Recipe, Scratch, layer_bytes, total_bytes
+from hxaconv.progress import Progress, bar
 from hxaconv.save.finite import count_nonfinite
 from hxaconv.surgery.arithmetic import Computed, torch_dtype
 from hxaconv.verification.origins import foreign_tensors, touched_tensors

@@ -6,11 +6,11 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError
+from hxaconv.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -24,32 +24,6 @@ STRIP_WIDTH = 60
 """Layers in a line of the layer strip."""
 _UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 """Control characters but for newlines, and those that turn the direction of what follows."""
-
-
-class Progress(Protocol):
-    """What long work tells about itself; `total` and `n` are bytes unless the title says otherwise."""
-
-    def start(self, title: str, total: int) -> None:
-        """A new stretch of work begins."""
-
-    def advance(self, n: int, what: str = "") -> None:
-        """`n` more of the total is done; `what` is at work now."""
-
-    def stop(self) -> None:
-        """The stretch has ended."""
-
-
-@contextmanager
-def bar(progress: Progress | None, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A stretch of work, ended however the work ends; yields what is called with what is done, and what is at work."""
-    if progress is None:
-        yield lambda n, what: None
-        return
-    progress.start(title, total)
-    try:
-        yield progress.advance
-    finally:
-        progress.stop()
 
 
 def result_width() -> int:

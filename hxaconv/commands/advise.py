@@ -32,8 +32,8 @@ from hxaconv.surgery.operations import InitSettings, as_options, init_from_teach
 if TYPE_CHECKING:
     import numpy as np
 
-    from hxaconv.cli.console import Progress
     from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

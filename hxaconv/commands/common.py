@@ -22,9 +22,9 @@ from hxaconv.save.target import WriteSettings
 
 if TYPE_CHECKING:
     from hxaconv.calibration import CalibrationReport
-    from hxaconv.cli.console import Progress
     from hxaconv.formats.files import SourceFile
     from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.progress import Progress
     from hxaconv.save.target import Output, WriteResult
     from hxaconv.verification.report import Report
 

@@ -35,7 +35,7 @@ from hxaconv.save.records import calibration_of, history_of
 from hxaconv.surgery.operations import graft, pad_ffn
 
 if TYPE_CHECKING:
-    from hxaconv.cli.console import Progress
+    from hxaconv.progress import Progress
     from hxaconv.verification.report import Report
 
 COMMANDS = {"to-hf": "hf", "to-pth": "pth", "to-training": "training"}

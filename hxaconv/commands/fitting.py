@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hxaconv.calibration import CalibrationReport, Settings
-    from hxaconv.cli.console import Progress
     from hxaconv.formats.files import SourceFile
     from hxaconv.load.checkpoint import Checkpoint
     from hxaconv.model.plan import Plan
+    from hxaconv.progress import Progress
     from hxaconv.verification.report import Report
 
 

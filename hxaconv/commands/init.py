@@ -32,7 +32,7 @@ from hxaconv.save.records import init_record
 from hxaconv.surgery.operations import InitSettings, init_from_teacher, parse_scale
 
 if TYPE_CHECKING:
-    from hxaconv.cli.console import Progress
+    from hxaconv.progress import Progress
     from hxaconv.verification.report import Report
 
 COMMAND = "init-from-teacher"

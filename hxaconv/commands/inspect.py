@@ -8,7 +8,7 @@ from hxaconv.load.inspection import inspect
 from hxaconv.load.opening import open_checkpoint
 
 if TYPE_CHECKING:
-    from hxaconv.cli.console import Progress
+    from hxaconv.progress import Progress
 
 
 def run(

@@ -31,9 +31,9 @@ from hxaconv.save.records import FITTED, history_of, init_record, layer_states
 from hxaconv.surgery.operations import InitSettings, as_options, parse_scale, repick
 
 if TYPE_CHECKING:
-    from hxaconv.cli.console import Progress
     from hxaconv.formats.files import SourceFile
     from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.progress import Progress
     from hxaconv.verification.report import Report
 
 COMMAND = "pick-gqa-layers"

@@ -22,7 +22,7 @@ from hxaconv.verification.digests import DigestReport, check_digests
 from hxaconv.verification.lint import lint
 
 if TYPE_CHECKING:
-    from hxaconv.cli.console import Progress
+    from hxaconv.progress import Progress
     from hxaconv.verification.report import Report
 
 

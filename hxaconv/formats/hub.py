@@ -27,7 +27,7 @@ from hxaconv.load.checkpoint import Checkpoint, assemble, open_folder
 from hxaconv.load.weight_files import Listing
 
 if TYPE_CHECKING:
-    from hxaconv.cli.console import Progress
+    from hxaconv.progress import Progress
 
 FIRST_REQUEST_BYTES = 128 * 1024
 """Enough for most headers: a second request is rarely needed."""

@@ -12,7 +12,7 @@ from hxaconv.load.checkpoint import Checkpoint, open_file, open_folder
 from hxaconv.load.weight_files import WEIGHTS
 
 if TYPE_CHECKING:
-    from hxaconv.cli.console import Progress
+    from hxaconv.progress import Progress
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 

@@ -14,8 +14,8 @@ from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING
 
 if TYPE_CHECKING:
-    from hxaconv.cli.console import Progress
     from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

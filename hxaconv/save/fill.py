@@ -26,7 +26,7 @@ from hxaconv.save.output_file import OutputFile, open_output
 from hxaconv.save.writeback import WriteBehind
 
 if TYPE_CHECKING:
-    from hxaconv.cli.console import Progress
+    from hxaconv.progress import Progress
 
 BATCH_BYTES = 512 * 1024 * 1024
 """Bytes that are finished before they are synced and recorded together."""

@@ -23,7 +23,7 @@ from hxaconv.save.staging import Staging, plan_record, publish, recover, refuse_
 from hxaconv.save.target import Output, WriteResult, WriteSettings, files_of_part, layouts
 
 if TYPE_CHECKING:
-    from hxaconv.cli.console import Progress
+    from hxaconv.progress import Progress
 
 Prepare = Callable[[Sequence[SourceFile]], None]
 """Gets source files ready to be read: downloads them."""

@@ -15,9 +15,9 @@ from hxaconv.selection.scores import SPACED, STRATEGIES, Column, Pick, check_fin
 if TYPE_CHECKING:
     import numpy as np
 
-    from hxaconv.cli.console import Progress
     from hxaconv.forward.layer_weights import Compute
     from hxaconv.model.model import Model
+    from hxaconv.progress import Progress
     from hxaconv.selection.cache import Cache
 
 TEACHER_ONLY = ("influence", "entropy", "distance", "retrieval")

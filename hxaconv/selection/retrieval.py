@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hxaconv.cli.console import Progress, bar
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import llama
 from hxaconv.forward.layer_weights import Compute, embed, layer_names
 from hxaconv.model.model import Model
 from hxaconv.model.plan import layer_bytes
+from hxaconv.progress import Progress, bar
 from hxaconv.selection.attention import copying
 from hxaconv.selection.cache import Cache
 

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hxaconv.cli.console import Progress, bar
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.batches import First, time_mix
 from hxaconv.forward.hxa079 import Get
@@ -30,6 +29,7 @@ from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD
 from hxaconv.model.plan import layer_bytes, same_ranges
+from hxaconv.progress import Progress, bar
 from hxaconv.selection.attention import entropy_and_distance
 from hxaconv.selection.cache import Cache
 from hxaconv.selection.divergences import Head, divergences

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from hxaconv.cli.console import Progress, bar
 from hxaconv.errors import raise_all
 from hxaconv.forward import llama
 from hxaconv.forward.dump import Dump, dumping
@@ -21,6 +20,7 @@ from hxaconv.model.config import ModelConfig, StudentConfig, TeacherConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import layer_index
 from hxaconv.model.plan import Plan, layer_bytes, total_bytes
+from hxaconv.progress import Progress, bar
 from hxaconv.verification.expectations import Thresholds, config_differences, judge, usual_expectation
 from hxaconv.verification.report import LayerResult, LogitResult, Report, TensorResult
 from hxaconv.verification.tensors import compare_tensor, with_head

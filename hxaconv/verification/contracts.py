@@ -32,7 +32,7 @@ from hxaconv.verification.report import Report, TensorResult
 from hxaconv.verification.tensors import with_head
 
 if TYPE_CHECKING:
-    from hxaconv.cli.console import Progress
+    from hxaconv.progress import Progress
 
 SAME_ATTENTION = 1e-5
 """Relative error of two float32 attentions with the same weights that sum in another order."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.cli.console import Progress, bar
 from hxaconv.errors import CheckFailed, HxaconvError, bullet_list
 from hxaconv.formats.contents import show
 from hxaconv.model.plan import Recipe, Scratch, total_bytes
+from hxaconv.progress import Progress, bar
 from hxaconv.save.checksums import DIGESTS, Checks
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from hxaconv.verification.single import verify_model
 from hxaconv.verification.tensors import with_head
 
 if TYPE_CHECKING:
-    from hxaconv.cli.console import Progress
+    from hxaconv.progress import Progress
 
 
 def check_repicked(

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hxaconv.cli.console import Progress, bar
 from hxaconv.errors import shortened
 from hxaconv.formats.dtypes import FLOATS
 from hxaconv.forward.dump import Dump, dumping
@@ -21,6 +20,7 @@ from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, layer_index
 from hxaconv.model.plan import Recipe, Scratch, layer_bytes, total_bytes
+from hxaconv.progress import Progress, bar
 from hxaconv.save.finite import count_nonfinite
 from hxaconv.verification.report import Report
 from hxaconv.verification.tensors import compare_tensor

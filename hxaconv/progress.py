@@ -1,0 +1,33 @@
+"""How long work reports itself: a protocol that anybody can implement, and nothing that prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """What long work tells about itself; `total` and `n` are bytes unless the title says otherwise."""
+
+    def start(self, title: str, total: int) -> None:
+        """A new stretch of work begins."""
+
+    def advance(self, n: int, what: str = "") -> None:
+        """`n` more of the total is done; `what` is at work now."""
+
+    def stop(self) -> None:
+        """The stretch has ended."""
+
+
+@contextmanager
+def bar(progress: Progress | None, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A stretch of work, ended however the work ends; yields what is called with what is done, and what is at work."""
+    if progress is None:
+        yield lambda n, what: None
+        return
+    progress.start(title, total)
+    try:
+        yield progress.advance
+    finally:
+        progress.stop()
