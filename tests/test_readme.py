@@ -91,7 +91,8 @@ def test_links_lead_somewhere() -> None:
 
 def test_the_annotated_tree_is_true() -> None:
     root = Path(__file__).parents[1]
-    tree = re.search(r"```text\nlayer_maps/(.*?)```", README, re.DOTALL)
+    text = (root / "docs" / "design.md").read_text(encoding="utf-8")
+    tree = re.search(r"```text\nlayer_maps/(.*?)```", text, re.DOTALL)
     assert tree is not None
     for name in re.findall(r"\b([a-z_0-9]+\.py)\b", tree[1]):
         assert list((root / "hxaconv").rglob(name)), name
