@@ -196,6 +196,29 @@ class SourceFile:
 
 
 @dataclass(frozen=True, slots=True)
+class Section:
+    """A file inside a file: the bytes [start, start + size) of `file`, read as if they began at 0."""
+
+    file: SourceFile
+    start: int
+    size: int
+    label: str
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Exactly `count` bytes at `offset` of the section.
+
+        Raises:
+            HxaconvError: when the section or the file ends before.
+        """
+        if offset < 0 or offset + count > self.size:
+            raise HxaconvError(
+                f"{self.label} ends at byte {self.size}, expected {offset + count}",
+                hint="The file is damaged or truncated; download or copy it again.",
+            )
+        return self.file.read(self.start + offset, count)
+
+
+@dataclass(frozen=True, slots=True)
 class Extent:
     """A range of bytes of a source file; `file` None stands for zero bytes."""
 

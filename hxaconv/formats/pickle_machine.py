@@ -7,7 +7,7 @@ so there is no way from a file to code. Time and memory are bounded by the budge
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -35,6 +35,29 @@ class Callee(Enum):
     ORDERED_DICT = auto()
     TENSOR = auto()
     PARAMETER = auto()
+    TYPED = auto()
+    SIZE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Inert:
+    """A class or constant that a pickle names and that is passed over: its dotted name."""
+
+    name: str
+
+
+@dataclass(eq=False, slots=True)
+class Record:
+    """What an object of an inert class was written with. No such object is ever made."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    state: Any = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The object's attributes, where it was written with some."""
+        return self.state if isinstance(self.state, dict) else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +94,11 @@ _CALLEES = {
     ("collections", "OrderedDict"): Callee.ORDERED_DICT,
     ("torch._utils", "_rebuild_tensor_v2"): Callee.TENSOR,
     ("torch._utils", "_rebuild_parameter"): Callee.PARAMETER,
+    ("torch._tensor", "_rebuild_from_type_v2"): Callee.TYPED,
+    ("torch", "Size"): Callee.SIZE,
 }
-_KEY_TYPES = frozenset({str, int, float, bool, bytes, type(None)})
+_KEY_TYPES = frozenset({str, int, float, bool, bytes, type(None), Record})
+"""Records are told apart by identity, so that hashing one takes no recursion."""
 MAX_KEY = 2**31
 """Numbers from 2**61 on can be chosen to hash alike, and a dictionary of such keys takes quadratic time."""
 
@@ -91,13 +117,16 @@ class Pickled:
 class Machine:
     """Stack, marks and memo of one pickle."""
 
-    def __init__(self, data: bytes, where: str, start: int) -> None:
+    def __init__(
+        self, data: bytes, where: str, start: int, inert: Sequence[str] = (), max_steps: int = MAX_OPCODES
+    ) -> None:
         self.data, self.where, self.position = data, where, start
+        self.inert, self.max_steps = inert, max_steps
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Storage] = {}
-        self.budget = MAX_OPCODES
+        self.budget = max_steps
 
     def fail(self, what: str) -> HxaconvError:
         """The error for a pickle that no torch.save writes: what it does, and where."""
@@ -112,7 +141,7 @@ class Machine:
         self.budget -= count
         if self.budget < 0:
             raise HxaconvError(
-                f"{self.where}: its pickle takes more than {MAX_OPCODES} steps, which no state dict needs"
+                f"{self.where}: its pickle takes more than {self.max_steps} steps, which no state dict needs"
             )
 
     def run(self, operations: Mapping[int, Callable[[Machine], None]]) -> Any:
@@ -188,9 +217,9 @@ class Machine:
         self.stack = self.marked.pop()
         return items
 
-    def top(self, kind: type) -> Any:
-        """The value on top of the stack, of this type, or HxaconvError is raised."""
-        if not isinstance(self.stack[-1], kind):
+    def top(self, *kinds: type) -> Any:
+        """The value on top of the stack, of one of these types, or HxaconvError is raised."""
+        if not isinstance(self.stack[-1], kinds):
             raise self.fail(f"adds items to a {type(self.stack[-1]).__name__}")
         return self.stack[-1]
 
@@ -210,7 +239,7 @@ class Machine:
             raise self.fail(f"has dictionary keys beyond {MAX_KEY}, which no state dict needs")
         target.update(zip(keys, flat[1::2], strict=True))
 
-    def find_global(self, module: str, name: str) -> Callee | StorageClass:
+    def find_global(self, module: str, name: str) -> Callee | StorageClass | Inert:
         """What stands for a name of the allow-list.
 
         Raises:
@@ -220,6 +249,8 @@ class Machine:
             return StorageClass(BY_STORAGE_CLASS[name].name)
         if (module, name) in _CALLEES:
             return _CALLEES[module, name]
+        if f"{module}.{name}" in self.inert or f"{module.partition('.')[0]}.*" in self.inert:
+            return Inert(f"{module}.{name}")
         raise HxaconvError(
             f"{self.where}: its pickle asks for {show(f'{module}.{name}')}, which a state dict does not need;"
             " nothing of it was executed",
@@ -241,6 +272,12 @@ class Machine:
             return arguments[0]
         if callee is Callee.ORDERED_DICT and len(arguments) <= 1:
             return self.ordered_dict(arguments[0] if arguments else [])
+        if callee is Callee.TYPED and len(arguments) == 4 and arguments[0] is Callee.TENSOR:
+            return self.tensor(arguments[2])  # one that has attributes of its own, which are passed over
+        if callee is Callee.SIZE and len(arguments) == 1 and isinstance(arguments[0], tuple):
+            return arguments[0]
+        if isinstance(callee, Inert):
+            return Record(callee.name, arguments)
         raise self.fail(f"calls a {type(callee).__name__}")
 
     def ordered_dict(self, pairs: Any) -> OrderedDict[Any, Any]:
@@ -255,9 +292,9 @@ class Machine:
         self.store_items(made, [item for pair in pairs for item in pair])
         return made
 
-    def tensor(self, arguments: tuple[Any, ...]) -> Tensor:
+    def tensor(self, arguments: Any) -> Tensor:
         """What `_rebuild_tensor_v2` would view; HxaconvError is raised for numbers that no tensor has."""
-        if len(arguments) not in (6, 7) or not isinstance(arguments[0], Storage):
+        if not isinstance(arguments, tuple) or len(arguments) not in (6, 7) or not isinstance(arguments[0], Storage):
             raise self.fail("builds a tensor from something else than a storage")
         storage, offset, shape, strides = arguments[:4]
         if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= MAX_DIMS):

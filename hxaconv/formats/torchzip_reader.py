@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats.contents import Contents, broken, show
 from hxaconv.formats.dtypes import BY_NAME
-from hxaconv.formats.files import SourceFile
+from hxaconv.formats.files import Section, SourceFile
 from hxaconv.formats.pickle_machine import MAX_PICKLE_BYTES, Storage
 from hxaconv.formats.state_dict import find_state_dict, recipes
 from hxaconv.formats.unpickler import parse
@@ -54,7 +55,7 @@ class Archive:
     """sha256 of the central directory."""
 
 
-def read_directory(file: SourceFile) -> Archive:
+def read_directory(file: SourceFile | Section) -> Archive:
     """The central directory, checked against the file's size; local headers are not read.
 
     Raises:
@@ -74,9 +75,11 @@ def read_directory(file: SourceFile) -> Archive:
     return Archive(by_name, hashlib.sha256(data).hexdigest())
 
 
-def _find_directory(file: SourceFile) -> tuple[int, int, int, int]:
+def _find_directory(file: SourceFile | Section) -> tuple[int, int, int, int]:
     """Number of records, bytes and offset of the directory, and where it must end."""
-    tail = file.read(max(0, file.size - _END_SIZE - _IN_16_BITS), min(file.size, _END_SIZE + _IN_16_BITS))
+    tail = file.read(max(0, file.size - _END_SIZE), min(file.size, _END_SIZE))
+    if not (tail.startswith(_END) and tail.endswith(b"\0\0")):  # it has a comment, which torch.save does not write
+        tail = file.read(max(0, file.size - _END_SIZE - _IN_16_BITS), min(file.size, _END_SIZE + _IN_16_BITS))
     at = tail.rfind(_END)
     while at >= 0 and len(tail) != at + _END_SIZE + int.from_bytes(tail[at + 20 : at + 22], "little"):
         at = tail.rfind(_END, 0, at)
@@ -159,7 +162,7 @@ def _check_records(records: list[Record], where: str) -> None:
     raise_all(f"{where}: zip records that overlap or leave the file:", overlapping, hint="The file is damaged.")
 
 
-def data_offset(file: SourceFile, record: Record) -> int:
+def data_offset(file: SourceFile | Section, record: Record) -> int:
     """Where the data of a record stands: its local header has a name and extra field of its own lengths.
 
     Raises:
@@ -175,39 +178,61 @@ def data_offset(file: SourceFile, record: Record) -> int:
     return start
 
 
+class TorchZip:
+    """A file of torch.save, or a section of a file that is one: what its pickle says, and where its storages stand."""
+
+    def __init__(self, file: SourceFile | Section, *, inert: Sequence[str] = ()) -> None:
+        """Read directory and pickle; `inert` as in `parse`.
+
+        Raises:
+            HxaconvError: for anything that torch.save does not write, big-endian files, and damage.
+        """
+        self._file, self._archive = file, read_directory(file)
+        self._prefix = _prefix(self._archive, file.label)
+        if _small(file, self._archive, f"{self._prefix}/byteorder") == "big":
+            raise HxaconvError(
+                f"{file.label} was written on a big-endian machine", hint="Load and save it again with torch here."
+            )
+        record = self._archive.records[f"{self._prefix}/data.pkl"]
+        if record.size > MAX_PICKLE_BYTES:
+            raise HxaconvError(f"{file.label}: a pickle of {record.size} bytes, expected at most {MAX_PICKLE_BYTES}")
+        self._pickled = file.read(data_offset(file, record), record.size)
+        self.value = parse(self._pickled, file.label, inert=inert).value
+        self._places: dict[str, int] = {}
+
+    def place(self, storage: Storage) -> tuple[int, int]:
+        """Where a storage begins, in the file that holds the section, and its bytes.
+
+        Raises:
+            HxaconvError: when its record is missing or of another size.
+        """
+        found = self._archive.records.get(f"{self._prefix}/data/{storage.key}")
+        nbytes = storage.numel * BY_NAME[storage.dtype].itemsize
+        if found is None or not 0 <= found.size - nbytes < BY_NAME[storage.dtype].itemsize:
+            has = "is missing" if found is None else f"has {found.size} bytes"
+            raise broken(self._file.label, f"record data/{show(storage.key)} {has}, its tensors need {nbytes}")
+        if storage.key not in self._places:
+            start = self._file.start if isinstance(self._file, Section) else 0
+            self._places[storage.key] = start + data_offset(self._file, found)
+        return self._places[storage.key], nbytes
+
+    def digest(self) -> str:
+        """sha256 of what says where the tensors are that were asked for so far."""
+        digest = hashlib.sha256(f"{self._archive.digest} {sorted(self._places.items())}".encode())
+        digest.update(self._pickled)
+        return digest.hexdigest()
+
+
 def read_torchzip(file: SourceFile) -> Contents:
     """The tensors of a `.pth`, `.pt` or `.bin` that torch.save wrote.
 
     Raises:
         HxaconvError: for anything that torch.save does not write, big-endian files, and damage.
     """
-    archive = read_directory(file)
-    prefix = _prefix(archive, file.label)
-    if _small(file, archive, f"{prefix}/byteorder") == "big":
-        raise HxaconvError(
-            f"{file.label} was written on a big-endian machine", hint="Load and save it again with torch here."
-        )
-    record = archive.records[f"{prefix}/data.pkl"]
-    if record.size > MAX_PICKLE_BYTES:
-        raise HxaconvError(f"{file.label}: a pickle of {record.size} bytes, expected at most {MAX_PICKLE_BYTES}")
-    pickled = file.read(data_offset(file, record), record.size)
-    state = find_state_dict(parse(pickled, file.label).value, file.label)
-    places: dict[str, int] = {}
-
-    def place(storage: Storage) -> tuple[int, int]:
-        found = archive.records.get(f"{prefix}/data/{storage.key}")
-        nbytes = storage.numel * BY_NAME[storage.dtype].itemsize
-        if found is None or not 0 <= found.size - nbytes < BY_NAME[storage.dtype].itemsize:
-            has = "is missing" if found is None else f"has {found.size} bytes"
-            raise broken(file.label, f"record data/{show(storage.key)} {has}, its tensors need {nbytes}")
-        if storage.key not in places:
-            places[storage.key] = data_offset(file, found)
-        return places[storage.key], nbytes
-
-    plan, aliases = recipes(state, place, file)
-    digest = hashlib.sha256(f"{archive.digest} {sorted(places.items())}".encode())
-    digest.update(pickled)
-    file.header_digest = digest.hexdigest()
+    archive = TorchZip(file)
+    state = find_state_dict(archive.value, file.label)
+    plan, aliases = recipes(state, archive.place, file)
+    file.header_digest = archive.digest()
     return Contents(container="pth", tensors=plan, extra={**state.facts, "aliases": aliases})
 
 
@@ -225,7 +250,7 @@ def _prefix(archive: Archive, where: str) -> str:
     return found[0]
 
 
-def _small(file: SourceFile, archive: Archive, name: str) -> str | None:
+def _small(file: SourceFile | Section, archive: Archive, name: str) -> str | None:
     record = archive.records.get(name)
     if record is None:
         return None

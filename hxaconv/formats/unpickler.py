@@ -7,27 +7,35 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hxaconv.formats.pickle_machine import (
     MAX_LONG_BYTES,
+    MAX_OPCODES,
     MAX_TEXT_BYTES,
     Callee,
+    Inert,
     Machine,
     Pickled,
+    Record,
     StorageClass,
 )
 
 
-def parse(data: bytes, where: str, start: int = 0) -> Pickled:
+def parse(
+    data: bytes, where: str, start: int = 0, *, inert: Sequence[str] = (), max_steps: int = MAX_OPCODES
+) -> Pickled:
     """Interpret the pickle at `start`; nothing is executed.
+
+    `inert` names classes and constants (`package.module.Class`, or `package.*`) beside those of a state dict
+    that are expected and become records of what they were written with.
 
     Raises:
         Truncated: when the data ends first.
         HxaconvError: for a global that a state dict does not need, a malformed or an oversized pickle.
     """
-    machine = Machine(data, where, start)
+    machine = Machine(data, where, start, inert, max_steps)
     try:
         return Pickled(machine.run(_OPERATIONS), machine.position, machine.storages)
     except IndexError:
@@ -147,12 +155,21 @@ def _reduce(machine: Machine) -> None:
     machine.stack.append(machine.call(callee, arguments))
 
 
+def _new_object(machine: Machine) -> None:
+    arguments, callee = machine.stack.pop(), machine.stack.pop()
+    if not isinstance(callee, Inert):
+        raise machine.fail("uses opcode 0x81, which torch.save does not write")
+    machine.stack.append(machine.call(callee, arguments))
+
+
 def _build(machine: Machine) -> None:
-    machine.stack.pop()  # `_metadata` of a module's state dict: versions of modules, of no use here
-    machine.top(OrderedDict)
+    state = machine.stack.pop()
+    target = machine.top(OrderedDict, Record)
+    if isinstance(target, Record):  # else `_metadata` of a module's state dict: versions of modules, of no use here
+        target.state = state
 
 
-def _global(machine: Machine) -> Callee | StorageClass:
+def _global(machine: Machine) -> Callee | StorageClass | Inert:
     module = machine.decode(machine.line())
     return machine.find_global(module, machine.decode(machine.line()))
 
@@ -209,5 +226,6 @@ _OPERATIONS: dict[int, Callable[[Machine], None]] = {
     0x93: _stack_global,
     ord("Q"): _push(lambda m: m.storage(m.stack.pop())),
     ord("R"): _reduce,
+    0x81: _new_object,
     ord("b"): _build,
 }
