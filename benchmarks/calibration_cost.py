@@ -24,7 +24,7 @@ from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import TeacherConfig, student_of
 from hxaconv.model.model import Model
 from hxaconv.model.plan import Recipe, Scratch
-from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
+from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from hxaconv.load.opening import open_checkpoint
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
-from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
+from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.compare import compare_models
 
 TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "embedded" / "teacher"

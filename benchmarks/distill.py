@@ -30,7 +30,7 @@ from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention
 from hxaconv.model.plan import Plan
 from hxaconv.surgery.arithmetic import tensor
-from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
+from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 
 TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "embedded" / "teacher"
 BATCH, LENGTH, PROMPT = 4, 512, 64

@@ -97,7 +97,7 @@ def main() -> None:
     from hxaconv.model.config import student_of
     from hxaconv.model.model import Model
     from hxaconv.selection.advice import Request, advise
-    from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
+    from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 
     if not (arguments.folder / "config.json").is_file():
         write_teacher(arguments.folder)

@@ -28,7 +28,8 @@ BLOCK = 1 << 23
 
 def reka_config(num_layers: int) -> Any:
     """Reka Flash 3 with fewer layers, the last one GQA."""
-    from hxaconv.model.config import StudentConfig, published_ranks
+    from hxaconv.model.config import StudentConfig
+    from hxaconv.model.variants import hxa079
 
     return StudentConfig(
         num_hidden_layers=num_layers,
@@ -42,7 +43,7 @@ def reka_config(num_layers: int) -> Any:
         rope_theta=8e6,
         tie_word_embeddings=False,
         gqa_layers=(num_layers - 1,),
-        ranks=published_ranks(6144),
+        ranks=hxa079.ranks(6144),
     )
 
 

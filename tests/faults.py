@@ -15,17 +15,18 @@ from models import expected, student
 
 from hxaconv.forward import hxa079, runner
 from hxaconv.model.model import Model
+from hxaconv.model.variants import hxa079 as formula
 from hxaconv.surgery.arithmetic import computed, tensor
 from hxaconv.verification.compare import compare_models
 
-ROTATION = "    r, k = rotate(r, positions, config.rope_theta), rotate(k, positions, config.rope_theta)\n"
-QK_NORM = "    if config.qk_norm:\n        r = "
-KEEP_FIRST = "carry.v_first, carry.k_first = v, k  # k after norm and RoPE"
+R, K = 'm.rope(m.heads("receptance", "r_norm"))', 'm.rope(m.heads("key", "k_norm"))'
+KEEP_FIRST = "m.carry.v_first, m.carry.k_first = v, k  # k after norm and RoPE"
+FORMULA = "config.variant.time_mix("
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A mistake: in the text of the forward, in the config, or in a weight; `layer` is the first that differs."""
+    """A mistake: in the forward's or the formula's text, the config, or a weight; `layer` is the first that differs."""
 
     name: str
     case: str
@@ -37,14 +38,16 @@ class Fault:
 
     def module(self) -> ModuleType:
         """The reference forward with the mistake in it."""
-        text = Path(str(hxa079.__file__)).read_text()
-        for old, new in self.edits:
-            assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in the forward"
-            text = text.replace(old, new)
-        module = types.ModuleType("faulty")
-        sys.modules["faulty"] = module  # dataclasses look their module up
-        exec(compile(text, "faulty", "exec"), vars(module))
-        return module
+        texts = [Path(str(module.__file__)).read_text() for module in (hxa079, formula)]
+        for old, new in ((FORMULA, "time_mix_of_variant("), *self.edits):
+            assert sum(text.count(old) for text in texts) == 1, f"{old!r} does not stand once in {texts}"
+            texts = [text.replace(old, new) for text in texts]
+        forward, mixer = types.ModuleType("faulty"), types.ModuleType("faulty_formula")
+        sys.modules["faulty"] = forward  # dataclasses look their module up
+        for module, text in zip((forward, mixer), texts, strict=True):
+            exec(compile(text, module.__name__, "exec"), vars(module))
+        vars(forward)["time_mix_of_variant"] = mixer.time_mix
+        return forward
 
     def model(self, model: Model) -> Model:
         """The model with the mistake in its config or weights."""
@@ -69,42 +72,43 @@ ROPE_IN_GQA = (
     if index in carry.caches:
 """,
 )
-HXA07C = ("k = k * (1 - w + a)  # w, not the decay", "k = k * (1 - torch.exp(-torch.exp(w)) + a)")
+HXA07C = ("k = k * (1 - w + a)  # w, not the decay", "k = k * (1 - (-w.exp()).exp() + a)")
 WRONG_FIRST = (
-    "        v = v + (carry.v_first",
-    "        carry.v_first = v if index == config.rwkv_layers[1] else carry.v_first\n        v = v + (carry.v_first",
+    "        v = v + (m.carry.v_first",
+    (
+        "        m.carry.v_first = v if m.index == m.config.rwkv_layers[1] else m.carry.v_first\n"
+        "        v = v + (m.carry.v_first"
+    ),
 )
 TILED = (
-    "    k, v = k.repeat_interleave(heads_per_group, dim=2), v.repeat_interleave(heads_per_group, dim=2)\n    w = ",
-    "    k, v = k.repeat(1, 1, heads_per_group, 1), v.repeat(1, 1, heads_per_group, 1)\n    w = ",
+    "        return x.repeat_interleave(self.config.num_attention_heads // self.config.num_key_value_heads, dim=2)\n",
+    "        return x.repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)\n",
 )
+NO_ROPE = ((R, 'm.heads("receptance", "r_norm")'), (K, 'm.heads("key", "k_norm")'))
 
 FAULTS = (
     Fault("RoPE left on in GQA layers", REKA, 2, (ROPE_IN_GQA,)),
     Fault("RoPE left on in GQA layers", QWEN, 1, (ROPE_IN_GQA,)),
-    Fault("RoPE off in RWKV layers", REKA, 0, ((ROTATION, ""),)),
-    Fault("RoPE off in RWKV layers", QWEN, 0, ((ROTATION, ""),)),
+    Fault("RoPE off in RWKV layers", REKA, 0, NO_ROPE),
+    Fault("RoPE off in RWKV layers", QWEN, 0, NO_ROPE),
     Fault(
         "k_first taken before norm",
         QWEN,
         0,
-        (
-            (QK_NORM, "    raw = k\n" + QK_NORM),
-            (KEEP_FIRST, "carry.v_first, carry.k_first = v, rotate(raw, positions, config.rope_theta)"),
-        ),
+        ((KEEP_FIRST, 'm.carry.v_first, m.carry.k_first = v, m.rope(m.heads("key"))'),),
     ),
     Fault(
         "k_first taken before RoPE",
         REKA,
         0,
-        ((ROTATION, "    raw = k\n" + ROTATION), (KEEP_FIRST, "carry.v_first, carry.k_first = v, raw")),
+        ((KEEP_FIRST, 'm.carry.v_first, m.carry.k_first = v, m.heads("key", "k_norm")'),),
     ),
     Fault("v_first from the second RWKV layer", REKA, 1, (WRONG_FIRST,)),
     Fault("v_first from the second RWKV layer", QWEN, 2, (WRONG_FIRST,)),
     Fault("k scaled with the decay (hxa07c)", REKA, 0, (HXA07C,)),
     Fault("k scaled with the decay (hxa07c)", QWEN, 0, (HXA07C,)),
     Fault("kv heads tiled, not interleaved", REKA, 0, (TILED,)),
-    Fault("bonus scaled by head_dim**-0.5", REKA, 0, (("+ bonus  #", "+ bonus * config.head_dim**-0.5  #"),)),
+    Fault("bonus scaled by head_dim**-0.5", REKA, 0, (("+ bonus  #", "+ bonus * m.config.head_dim**-0.5  #"),)),
     Fault("two kv heads swapped in key of layer 3", REKA, 3, swapped="model.layers.3.self_attn.key.weight"),
     Fault("two kv heads swapped in v_proj of layer 2", REKA, 2, swapped="model.layers.2.self_attn.v_proj.weight"),
     Fault("rms_norm_eps 1e-6 for 1e-5", REKA, 0, settings=(("rms_norm_eps", 1e-6),)),

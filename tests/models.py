@@ -19,7 +19,8 @@ from hxaconv.load.teacher import open_teacher
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
 from hxaconv.surgery.arithmetic import computed, tensor
-from hxaconv.surgery.operations import PRESETS, InitSettings, graft, init_from_teacher
+from hxaconv.surgery.graft import graft
+from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.report import Report
 
 # Matrices this small are slower on several threads.

@@ -9,7 +9,7 @@ from hxaconv.model.config import TeacherConfig, student_of
 from hxaconv.model.model import Model
 from hxaconv.model.plan import Literal, Recipe
 from hxaconv.surgery.arithmetic import tensor
-from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
+from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 
 TEACHER = Path(__file__).resolve().parent.parent / "hxaconv" / "commands" / "embedded" / "teacher"
 

@@ -29,7 +29,7 @@ from hxaconv.model.config import TeacherConfig, student_of
 from hxaconv.model.model import Model
 from hxaconv.model.plan import Literal, Recipe, check
 from hxaconv.surgery.arithmetic import tensor
-from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
+from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.origins import untouched_layers
 
 

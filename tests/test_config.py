@@ -11,7 +11,9 @@ import pytest
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.dtypes import num_bytes
 from hxaconv.model.architecture import expected_tensors
-from hxaconv.model.config import Ranks, published_ranks, student_of, teacher_config
+from hxaconv.model.config import student_of, teacher_config
+from hxaconv.model.variants import hxa079
+from hxaconv.model.variants.base import Ranks
 
 BASE: dict[str, Any] = {
     "model_type": "llama",
@@ -121,8 +123,8 @@ def test_wrong_numbers_are_named() -> None:
 
 
 def test_published_ranks() -> None:
-    assert published_ranks(6144) == Ranks(decay=320, iclr=128, value=96, key=96, gate=384)
-    assert published_ranks(48) == Ranks(decay=256, iclr=32, value=32, key=32, gate=256)
+    assert hxa079.ranks(6144) == Ranks(decay=320, iclr=128, value=96, key=96, gate=384)
+    assert hxa079.ranks(48) == Ranks(decay=256, iclr=32, value=32, key=32, gate=256)
 
 
 @pytest.mark.skipif(not REKA.exists(), reason="Reka's published config is not beside the checkout")

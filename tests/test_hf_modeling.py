@@ -26,9 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
 
 from hxaconv.model.architecture import expected_tensors  # noqa: E402
-from hxaconv.model.config import StudentConfig, published_ranks  # noqa: E402
+from hxaconv.model.config import StudentConfig  # noqa: E402
 from hxaconv.model.hf import modeling_hxa079 as code  # noqa: E402
 from hxaconv.model.hf.configuration_hxa079 import AUTO_MAP, REQUIRED, Hxa079Config  # noqa: E402
+from hxaconv.model.variants import hxa079  # noqa: E402
 from hxaconv.save.student_json import student_json  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -712,7 +713,7 @@ REKA = {
 
 
 def student(**changes: Any) -> StudentConfig:
-    facts = REKA | {"gqa_layers": (8, 15, 22, 29, 36, 43), "ranks": published_ranks(6144)} | changes
+    facts = REKA | {"gqa_layers": (8, 15, 22, 29, 36, 43), "ranks": hxa079.ranks(6144)} | changes
     return StudentConfig(**facts)
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from test_names import CONFIG
 
+from hxaconv.model.variants.base import decay_ramp
 from hxaconv.surgery import initial
-from hxaconv.surgery.initial import decay_bias, orthogonal
-from hxaconv.surgery.one_thread import one_thread
+from hxaconv.surgery.arithmetic import one_thread
+from hxaconv.surgery.initial import orthogonal
 
 
 @pytest.mark.parametrize("shape", [(32, 48), (256, 48), (40, 40), (16, 300)])
 def test_orthogonal_is_orthogonal(shape: tuple[int, int]) -> None:
-    made = orthogonal(shape, 0, "w2")
+    made = orthogonal(shape, 0, "w2", 0.1)
     rows, columns = shape
     gram = made @ made.T if rows <= columns else made.T @ made
     gain = 0.01 * (rows / columns if rows > columns else 1)
@@ -23,11 +26,11 @@ def test_orthogonal_is_orthogonal(shape: tuple[int, int]) -> None:
 
 
 def test_orthogonal_depends_on_seed_and_name_alone() -> None:
-    first = orthogonal((32, 48), 7, "a")
-    orthogonal((16, 16), 7, "b")
-    assert torch.equal(first, orthogonal((32, 48), 7, "a"))
-    assert not torch.equal(first, orthogonal((32, 48), 8, "a"))
-    assert not torch.equal(first, orthogonal((32, 48), 7, "b"))
+    first = orthogonal((32, 48), 7, "a", 0.1)
+    orthogonal((16, 16), 7, "b", 0.1)
+    assert torch.equal(first, orthogonal((32, 48), 7, "a", 0.1))
+    assert not torch.equal(first, orthogonal((32, 48), 8, "a", 0.1))
+    assert not torch.equal(first, orthogonal((32, 48), 7, "b", 0.1))
 
 
 def test_orthogonal_does_not_depend_on_threads() -> None:
@@ -36,7 +39,7 @@ def test_orthogonal_does_not_depend_on_threads() -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            made.append(orthogonal((320, 640), 0, "w2").bfloat16())
+            made.append(orthogonal((320, 640), 0, "w2", 0.1).bfloat16())
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(made[0], made[1])
@@ -47,7 +50,7 @@ def test_orthogonal_is_the_q_of_qr_whichever_way_it_is_computed(shape: tuple[int
     made = {}
     for ratio in (1, math.inf):
         monkeypatch.setattr(initial, "CHOLESKY_RATIO", ratio)
-        made[ratio] = orthogonal(shape, 0, "w2")
+        made[ratio] = orthogonal(shape, 0, "w2", 0.1)
     # Both are right to the rounding of float64, times the condition number (3 to 6 here).
     assert torch.allclose(made[1], made[math.inf], rtol=0, atol=1e-14)
     assert not torch.equal(made[1], made[math.inf]), "only one way was taken"
@@ -65,4 +68,5 @@ def test_the_number_of_threads_is_restored() -> None:
 
 
 def test_a_single_layer_has_no_division_by_zero() -> None:
-    assert torch.isfinite(decay_bias(48, 12, 0, 1)).all()
+    config = replace(CONFIG, num_hidden_layers=1)
+    assert torch.isfinite(decay_ramp(config, 0)).all()

@@ -6,8 +6,9 @@ import pytest
 
 from hxaconv.errors import HxaconvError
 from hxaconv.model.architecture import expected_tensors
-from hxaconv.model.config import Ranks, StudentConfig
+from hxaconv.model.config import StudentConfig
 from hxaconv.model.names import TABLE, detect_dialect, layer_kinds, stored_name, template_of, to_canonical
+from hxaconv.model.variants.base import Ranks
 
 CONFIG = StudentConfig(
     num_hidden_layers=4,

@@ -24,7 +24,7 @@ from hxaconv.selection.schedule import Rules
 from hxaconv.selection.scores import Column, check_finite, pick
 from hxaconv.selection.streaming import Sweep
 from hxaconv.surgery.arithmetic import tensor
-from hxaconv.surgery.operations import PRESETS, InitSettings, init_from_teacher
+from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.origins import untouched_layers
 
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -20,7 +20,9 @@ from hxaconv.model.names import layer_kinds
 from hxaconv.model.plan import Plan, same_bytes, stored
 from hxaconv.save.output import stored_plan
 from hxaconv.surgery.arithmetic import tensor
-from hxaconv.surgery.operations import PRESETS, InitSettings, graft, init_from_teacher, pad_ffn, parse_scale, repick
+from hxaconv.surgery.graft import graft, pad_ffn
+from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher, parse_scale
+from hxaconv.surgery.repick import repick
 
 RANDOM = {"w2", "a2", "v2", "k2", "g2"}
 SETTINGS = InitSettings(PRESETS["openmose-stage1"], 0, "BF16")

@@ -10,9 +10,9 @@ from hxaconv.cli.console import human_bytes, human_count, result_width, strip_li
 from hxaconv.commands.common import Outcome
 from hxaconv.errors import shortened
 from hxaconv.load.inspection import part_of, parts
-from hxaconv.model.config import RANK_KEYS
 from hxaconv.model.names import TABLE, is_attention, layer_kinds
 from hxaconv.model.plan import Plan, total_bytes
+from hxaconv.model.variants.base import RANK_KEYS
 from hxaconv.save.target import describe
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from hxaconv.save.interruption import interruptible
 from hxaconv.selection import report
 from hxaconv.selection.advice import Advice, Request, advise, needs
 from hxaconv.selection.scores import check_request
-from hxaconv.surgery.operations import InitSettings, as_options, init_from_teacher, parse_scale, repick
+from hxaconv.surgery.init import InitSettings, as_options, init_from_teacher, parse_scale
+from hxaconv.surgery.repick import repick
 
 if TYPE_CHECKING:
     import numpy as np

@@ -32,7 +32,7 @@ from hxaconv.model.plan import Plan, check
 from hxaconv.save.card import CONVERTED, by_record, calibration_section, purpose_by
 from hxaconv.save.output import Job
 from hxaconv.save.records import calibration_of, history_of
-from hxaconv.surgery.operations import graft, pad_ffn
+from hxaconv.surgery.graft import graft, pad_ffn
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress

@@ -29,7 +29,7 @@ from hxaconv.model.model import Model
 from hxaconv.save.card import UNTRAINED
 from hxaconv.save.output import FORMATS, Job
 from hxaconv.save.records import init_record
-from hxaconv.surgery.operations import InitSettings, init_from_teacher, parse_scale
+from hxaconv.surgery.init import InitSettings, init_from_teacher, parse_scale
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress

@@ -28,7 +28,8 @@ from hxaconv.model.plan import Plan, Recipe, total_bytes
 from hxaconv.save.card import UNTRAINED, by_record, partly_untrained, purpose_by
 from hxaconv.save.output import Job
 from hxaconv.save.records import FITTED, history_of, init_record, layer_states
-from hxaconv.surgery.operations import InitSettings, as_options, parse_scale, repick
+from hxaconv.surgery.init import InitSettings, as_options, parse_scale
+from hxaconv.surgery.repick import repick
 
 if TYPE_CHECKING:
     from hxaconv.formats.files import SourceFile

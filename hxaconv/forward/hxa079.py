@@ -1,4 +1,4 @@
-"""hxa079: RWKV-7 layers with rotary keys, a few grouped-query attention (GQA) layers without; forward only.
+"""Students: RWKV-7 layers with rotary keys, a few grouped-query attention (GQA) layers without; forward only.
 
 B batch      C hidden_size             V vocab_size
 T tokens     H num_attention_heads     A = H * N, the width inside the mixers
@@ -19,6 +19,8 @@ get      canonical tensor name -> weight in the compute dtype; asked for one lay
 
     x = x + mixer(rmsnorm(x, input_layernorm))
     x = x + swiglu(rmsnorm(x, post_attention_layernorm))
+
+What an RWKV layer computes of these is its variant's: `hxaconv/model/variants/`.
 """
 
 from __future__ import annotations
@@ -92,36 +94,76 @@ def mixer(
 
 
 def time_mix(x: Tensor, get: Get, config: StudentConfig, index: int, carry: Carry, recurrence: Recurrence) -> Tensor:
-    """An RWKV layer's mixer on a normed input, (B, T, C) -> (B, T, C)."""
-    name = f"model.layers.{index}.self_attn"
-    heads_per_group = config.num_attention_heads // config.num_key_value_heads
-    r = _heads(_project(x, get, f"{name}.receptance", config.attention_bias), config.head_dim)
-    k = _heads(_project(x, get, f"{name}.key", config.attention_bias), config.head_dim)
-    v = _heads(_project(x, get, f"{name}.value", config.attention_bias), config.head_dim)
-    if config.qk_norm:
-        r = rmsnorm(r, get(f"{name}.r_norm.weight"), config.rms_norm_eps)
-        k = rmsnorm(k, get(f"{name}.k_norm.weight"), config.rms_norm_eps)
-    positions = torch.arange(carry.position, carry.position + x.shape[1], device=x.device)
-    r, k = rotate(r, positions, config.rope_theta), rotate(k, positions, config.rope_theta)
-    if index == config.rwkv_layers[0]:
-        carry.v_first, carry.k_first = v, k  # k after norm and RoPE
-    else:
-        assert carry.v_first is not None and carry.k_first is not None
-        v = v + (carry.v_first - v) * _heads(_low_rank(x, get, name, "v").sigmoid(), config.head_dim)
-        k = k + (carry.k_first - k) * _heads(_low_rank(x, get, name, "k").sigmoid(), config.head_dim)
-    k, v = k.repeat_interleave(heads_per_group, dim=2), v.repeat_interleave(heads_per_group, dim=2)
-    w = _heads(-softplus(-_low_rank(x, get, name, "w", torch.tanh)) - 0.5, config.head_dim)
-    a = _heads(_low_rank(x, get, name, "a").sigmoid(), config.head_dim)
-    g = (x @ get(f"{name}.g1")).sigmoid() @ get(f"{name}.g2")
-    kk = normalize(k, dim=-1, eps=1e-12)
-    k = k * (1 - w + a)  # w, not the decay
-    state = carry.states.get(index)
-    if state is None:
-        state = x.new_zeros(x.shape[0], config.num_attention_heads, config.head_dim, config.head_dim)
-    y, carry.states[index] = recurrence(r, w, k, v, kk, a, state)
-    bonus = (r * k * get(f"{name}.r_k")).sum(dim=-1, keepdim=True) * v
-    y = y * config.head_dim**-0.5 + bonus  # the bonus is not scaled
-    return _project(y.flatten(2) * g, get, f"{name}.output", config.output_bias)
+    """An RWKV layer's mixer on a normed input, (B, T, C) -> (B, T, C), as its variant has it."""
+    return config.variant.time_mix(TimeMix(x, get, config, index, carry, recurrence))
+
+
+@dataclass(frozen=True, slots=True)
+class TimeMix:
+    """One RWKV layer at work: the operations that the formulas in `hxaconv/model/variants/` are written in."""
+
+    x: Tensor
+    """The normed input, (B, T, C)."""
+    get: Get
+    config: StudentConfig
+    index: int
+    carry: Carry
+    kernel: Recurrence
+
+    @property
+    def name(self) -> str:
+        """What the layer's tensors begin with."""
+        return f"model.layers.{self.index}.self_attn"
+
+    def __getitem__(self, parameter: str) -> Tensor:
+        return self.get(f"{self.name}.{parameter}")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first RWKV layer."""
+        return self.index == self.config.rwkv_layers[0]
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """(B, T, heads * N) -> (B, T, heads, N)."""
+        return _heads(x, self.config.head_dim)
+
+    def heads(self, projection: str, norm: str | None = None) -> Tensor:
+        """receptance, key or value of x, (B, T, heads, N), with that norm where the teacher has one."""
+        found = self.by_head(_project(self.x, self.get, f"{self.name}.{projection}", self.config.attention_bias))
+        if norm is None or not self.config.qk_norm:
+            return found
+        return rmsnorm(found, self[f"{norm}.weight"], self.config.rms_norm_eps)
+
+    def rope(self, x: Tensor) -> Tensor:
+        """x (B, T, heads, N) rotated by its positions."""
+        start = self.carry.position
+        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        return rotate(x, positions, self.config.rope_theta)
+
+    def repeated(self, x: Tensor) -> Tensor:
+        """Each kv head H/G times, (B, T, G, N) -> (B, T, H, N)."""
+        return x.repeat_interleave(self.config.num_attention_heads // self.config.num_key_value_heads, dim=2)
+
+    def log_neg_log_decay(self, x: Tensor) -> Tensor:
+        """w of (B, T, A), (B, T, H, N): at most -0.5."""
+        return self.by_head(-softplus(-x) - 0.5)
+
+    def unit(self, x: Tensor) -> Tensor:
+        """x with length 1 in each head."""
+        return normalize(x, dim=-1, eps=1e-12)
+
+    def recurrence(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor) -> Tensor:
+        """y (B, T, H, N), going on from the layer's state and leaving the new one."""
+        state = self.carry.states.get(self.index)
+        if state is None:
+            heads, size = self.config.num_attention_heads, self.config.head_dim
+            state = self.x.new_zeros(self.x.shape[0], heads, size, size)
+        y, self.carry.states[self.index] = self.kernel(r, w, k, v, kk, a, state)
+        return y
+
+    def output(self, y: Tensor) -> Tensor:
+        """(B, T, A) -> (B, T, C)."""
+        return _project(y, self.get, f"{self.name}.output", self.config.output_bias)
 
 
 def loop(r: Tensor, w: Tensor, k: Tensor, v: Tensor, kk: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,12 +236,6 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def _low_rank(x: Tensor, get: Get, name: str, letter: str, inner: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """`w0 + inner(x @ w1) @ w2` for the letter w, likewise a, v, k."""
-    narrow = x @ get(f"{name}.{letter}1")
-    return get(f"{name}.{letter}0") + (inner(narrow) if inner else narrow) @ get(f"{name}.{letter}2")
 
 
 def _project(x: Tensor, get: Get, name: str, bias: bool) -> Tensor:

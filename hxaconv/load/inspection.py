@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError
 from hxaconv.load.student import (
-    ARCHITECTURE,
     MissingSettings,
     is_student,
     other_variant,
@@ -18,7 +17,7 @@ from hxaconv.load.student import (
 from hxaconv.load.teacher import split_fused
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import (
-    RANK_KEYS,
+    DEFAULT_VARIANT,
     ModelConfig,
     StudentConfig,
     TeacherConfig,
@@ -29,6 +28,7 @@ from hxaconv.model.config import (
 )
 from hxaconv.model.names import HEAD, is_attention, layer_kinds, template_of
 from hxaconv.model.plan import Plan, Recipe, Scratch, check, total_bytes
+from hxaconv.model.variants.base import RANK_KEYS
 
 if TYPE_CHECKING:
     from hxaconv.load.checkpoint import Checkpoint
@@ -118,8 +118,9 @@ def _variant(checkpoint: Checkpoint) -> str:
         reason = other_variant(checkpoint.plan)
         if reason:
             return f"looks like hxa07a/b/c, which this tool does not convert ({reason})"
-        named = (checkpoint.config or {}).get("rwkv_architecture", ARCHITECTURE)
-        return ARCHITECTURE if named == ARCHITECTURE else f"{ARCHITECTURE} by its tensors, {named} by its config"
+        named = (checkpoint.config or {}).get("rwkv_architecture", DEFAULT_VARIANT)
+        contradicted = f"{DEFAULT_VARIANT} by its tensors, {named} by its config"
+        return DEFAULT_VARIANT if named == DEFAULT_VARIANT else contradicted
     family = (checkpoint.config or {}).get("model_type")
     if family:
         return f"transformer ({family})"

@@ -9,25 +9,24 @@ from typing import TYPE_CHECKING, Any
 from hxaconv.errors import HxaconvError, Inconsistent, bullet_list, raise_all
 from hxaconv.load.teacher import split_tied_head
 from hxaconv.model.config import (
-    FAMILIES,
-    RANK_KEYS,
+    DEFAULT_VARIANT,
     ROPE_SCALING_DEFAULTS,
     ModelConfig,
-    Ranks,
     StudentConfig,
     TeacherConfig,
     number_problems,
     rope_settings,
     teacher_config,
 )
+from hxaconv.model.families import FAMILIES
 from hxaconv.model.model import Model, checked_here
 from hxaconv.model.names import EMBEDDING, is_attention, layer_kinds, mixer_prefix, template_of
 from hxaconv.model.plan import Plan
+from hxaconv.model.variants.base import RANK_KEYS, Ranks
 
 if TYPE_CHECKING:
     from hxaconv.load.checkpoint import Checkpoint
 
-ARCHITECTURE = "hxa079"
 FLAGS = {
     "rope_theta": "--rope-theta",
     "rms_norm_eps": "--rms-norm-eps",
@@ -78,7 +77,8 @@ def looks_like_student(names: Iterable[str]) -> bool:
 def is_student(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is a student by its tensors, or, with every layer GQA, by its config."""
     raw = checkpoint.config or {}
-    return looks_like_student(checkpoint.plan) or ARCHITECTURE in (raw.get("rwkv_architecture"), raw.get("model_type"))
+    named = (raw.get("rwkv_architecture"), raw.get("model_type"))
+    return looks_like_student(checkpoint.plan) or DEFAULT_VARIANT in named
 
 
 def refuse_other_variants(plan: Plan, where: str) -> None:
@@ -180,9 +180,9 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
     variant, scaling = raw.get("rwkv_architecture"), rope_settings(raw)[1]
     problems = []
     if variant is None:
-        problems.append(f'there is no rwkv_architecture; loaders need "rwkv_architecture": "{ARCHITECTURE}"')
-    elif variant != ARCHITECTURE:
-        problems.append(f"rwkv_architecture is {variant!r}, this tool converts {ARCHITECTURE!r} only")
+        problems.append(f'there is no rwkv_architecture; loaders need "rwkv_architecture": "{DEFAULT_VARIANT}"')
+    elif variant != DEFAULT_VARIANT:
+        problems.append(f"rwkv_architecture is {variant!r}, this tool converts {DEFAULT_VARIANT!r} only")
     if scaling not in ROPE_SCALING_DEFAULTS:
         problems.append(f"rope_scaling is {scaling!r}, hxa079 has the default frequencies")
     problems += [
@@ -222,7 +222,7 @@ def gather_facts(
         # The MLPs will be the teacher's; the student that this attention is from may have had padded ones.
         raw = {key: value for key, value in raw.items() if key != "intermediate_size"}
         sidecar = sidecar and {key: value for key, value in sidecar.items() if key != "intermediate_size"}
-    if raw.get("rwkv_architecture") or raw.get("model_type") == ARCHITECTURE:
+    if raw.get("rwkv_architecture") or raw.get("model_type") == DEFAULT_VARIANT:
         facts += _file_facts("config.json", raw, checkpoint.label)
     elif raw.get("model_type") in FAMILIES:
         beside = teacher_config(
@@ -279,10 +279,14 @@ def resolve(sources: list[Facts], where: str) -> StudentConfig:
         rms_norm_eps=float(values["rms_norm_eps"]),
         rope_theta=float(values["rope_theta"]),
         tie_word_embeddings=bool(values["tie_word_embeddings"]),
+        rwkv_architecture=DEFAULT_VARIANT,
         gqa_layers=values["gqa_layers"],
         ranks=ranks,
         layer_records=values.get("layer_records", False),
-        **{key: bool(values.get(key)) for key in ("qk_norm", "attention_bias", "output_bias", "mlp_bias")},
+        qk_norm=bool(values.get("qk_norm")),
+        attention_bias=bool(values.get("attention_bias")),
+        output_bias=bool(values.get("output_bias")),
+        mlp_bias=bool(values.get("mlp_bias")),
     )
 
 

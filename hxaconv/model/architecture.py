@@ -6,8 +6,7 @@ Nothing here knows how tensors are made, so that it can contradict the recipes.
 from __future__ import annotations
 
 from hxaconv.model.config import ModelConfig, StudentConfig
-
-Shapes = dict[str, tuple[int, ...]]
+from hxaconv.model.variants.base import Shapes
 
 
 def expected_tensors(config: ModelConfig) -> Shapes:
@@ -63,17 +62,7 @@ def _gqa(config: ModelConfig) -> Shapes:
 
 
 def _time_mix(config: StudentConfig) -> Shapes:
-    c, a, kv, ranks = config.hidden_size, config.attention_size, config.key_value_size, config.ranks
-    shapes: Shapes = {"layer_architecture": (), "head_size_record": ()} if config.layer_records else {}
-    for letter, rank, width in (
-        ("w", ranks.decay, a),
-        ("a", ranks.iclr, a),
-        ("v", ranks.value, kv),
-        ("k", ranks.key, kv),
-    ):
-        shapes |= {f"{letter}1": (c, rank), f"{letter}2": (rank, width), f"{letter}0": (1, 1, width)}
-    shapes["r_k"] = (config.num_attention_heads, config.head_dim)
-    shapes |= {"g1": (c, ranks.gate), "g2": (ranks.gate, a)}
+    shapes = config.variant.shapes(config)
     shapes |= _projections(config, ("receptance", "key", "value", "output"))
     if config.qk_norm:
         shapes |= {"r_norm.weight": (config.head_dim,), "k_norm.weight": (config.head_dim,)}

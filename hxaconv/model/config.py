@@ -7,24 +7,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.model.families import FAMILIES, Biases, window_in_force
+from hxaconv.model.variants import VARIANTS
+from hxaconv.model.variants.base import Ranks, Variant
 
-FAMILIES = {
-    "llama": "Llama, Reka Flash 3 and 3.1",
-    "mistral": "Mistral, Devstral, Magistral (text)",
-    "qwen2": "Qwen2 and Qwen2.5 (biases on q, k, v)",
-    "qwen3": "Qwen3 (norms on q and k)",
-    "phi3": "Phi-3 and Phi-4 (fused projections)",
-}
-RANK_KEYS = {
-    "decay": "lora_rank_decay",
-    "iclr": "lora_rank_iclr",
-    "value": "lora_rank_value_residual_mix",
-    "key": "lora_rank_key_residual_mix",
-    "gate": "lora_rank_gate",
-}
 ROPE_SCALING_DEFAULTS = (None, "default")
-MISTRAL_WINDOW = 4096
-"""What transformers reads into a Mistral config.json without the key `sliding_window`."""
+DEFAULT_VARIANT = "hxa079"
+"""What a teacher becomes where nothing else is asked for."""
 
 
 def kv_cache_bytes(num_layers: int, num_key_value_heads: int, head_dim: int) -> int:
@@ -83,25 +72,21 @@ class TeacherConfig(ModelConfig):
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """Inner widths of the low-rank pairs of an RWKV layer: Rw Ra Rv Rk Rg."""
-
-    decay: int
-    iclr: int
-    value: int
-    key: int
-    gate: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentConfig(ModelConfig):
-    """An hxa079 model; `gqa_layers` are the layers that stay attention, sorted."""
+    """A hybrid of RWKV layers of one variant and GQA layers; `gqa_layers` are those, sorted."""
 
+    rwkv_architecture: str = "hxa079"
+    """The name of the variant."""
     gqa_layers: tuple[int, ...]
     ranks: Ranks
     layer_records: bool = True
     """Whether RWKV layers carry the 0-dim layer_architecture and head_size_record."""
+
+    @property
+    def variant(self) -> Variant:
+        """What its RWKV layers hold and compute."""
+        return VARIANTS[self.rwkv_architecture]
 
     @property
     def state_bytes(self) -> int:
@@ -121,23 +106,6 @@ class StudentConfig(ModelConfig):
     def strip(self) -> str:
         """One letter per layer, R or G: `RRRRRRRRGRRRRRRG...`."""
         return "".join("G" if self.layer_kind(i) == "gqa" else "R" for i in range(self.num_hidden_layers))
-
-
-def round32(value: float) -> int:
-    """To the nearest multiple of 32, as the published code rounds (Python's round: ties to even)."""
-    return 32 * round(value / 32)
-
-
-def published_ranks(attention_size: int) -> Ranks:
-    """The low-rank sizes of section 5 of the specification, from A."""
-    value = max(32, round32(1.3 * attention_size**0.5))
-    return Ranks(
-        decay=max(256, round32(1.7 * attention_size**0.6)),
-        iclr=max(32, round32(1.8 * attention_size**0.5)),
-        value=value,
-        key=value,
-        gate=max(256, round32(0.35 * attention_size**0.8)),
-    )
 
 
 def rope_settings(raw: Mapping[str, Any]) -> tuple[float | None, str | None]:
@@ -167,31 +135,6 @@ def stored_dtype(raw: Mapping[str, Any]) -> str | None:
     return None if value is None else str(value).removeprefix("torch.")
 
 
-def sliding_window_in_force(raw: Mapping[str, Any]) -> str | None:
-    """Why attention does not see everything, or None."""
-    window, kinds = raw.get("sliding_window"), raw.get("layer_types") or []
-    if any(kind != "full_attention" for kind in kinds):
-        return f"layer_types names {sorted(set(kinds) - {'full_attention'})}"
-    unsaid = raw.get("model_type") == "mistral" and "sliding_window" not in raw
-    if unsaid:
-        window = MISTRAL_WINDOW
-    if not isinstance(window, int) or kinds:
-        return None
-    # Qwen writes a window and switches it off; others have no switch.
-    if not raw.get("use_sliding_window", raw.get("model_type") not in ("qwen2", "qwen3")):
-        return None
-    # In Qwen's configs the window begins at this layer.
-    begins, layers = raw.get("max_window_layers"), raw.get("num_hidden_layers")
-    if isinstance(begins, int) and isinstance(layers, int) and begins >= layers:
-        return None
-    context = raw.get("max_position_embeddings")
-    if context is not None and window >= context:
-        return None
-    return f"sliding_window is {window}" + (
-        ", the default of mistral's where config.json has no such key" if unsaid else ""
-    )
-
-
 def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling: bool) -> list[str]:
     kind = raw.get("model_type")
     found = []
@@ -213,7 +156,7 @@ def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling
         for factor in dict.fromkeys(factors)
         if factor not in (None, 1, 1.0)
     ]
-    window = sliding_window_in_force(raw)
+    window = window_in_force(raw)
     if window:
         found.append(
             f"sliding-window attention is in force ({window}): full attention is needed, as GQA layers have it"
@@ -224,14 +167,11 @@ def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown method")
         found.append(f"the checkpoint is quantized ({method}): take the bf16 original")
-    if not allow_output_bias and (raw.get("mlp_bias") or _has_output_bias(raw)):
+    family = FAMILIES.get(str(kind))
+    output_bias = family is not None and family.biases(raw).output
+    if not allow_output_bias and (raw.get("mlp_bias") or output_bias):
         found.append("biases on o_proj or the MLP, which RWKV-Infer drops silently: --allow-output-bias keeps them")
     return found
-
-
-def _has_output_bias(raw: Mapping[str, Any]) -> bool:
-    # transformers' Llama and Qwen3 read attention_bias as "on all four"; Qwen2 has q, k, v only, always.
-    return bool(raw.get("attention_bias")) and raw.get("model_type") in ("llama", "qwen3")
 
 
 def _integers(raw: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
@@ -285,7 +225,8 @@ def teacher_config(
         problems.append("tie_word_embeddings is not given, and no weights say whether there is a head")
     raise_all(f"{where}: config.json is not usable:", problems)
     assert theta is not None and eps is not None
-    heads = sizes["num_attention_heads"]
+    heads, family = sizes["num_attention_heads"], FAMILIES[raw["model_type"]]
+    biases = family.biases(raw)
     return TeacherConfig(
         **sizes,
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
@@ -293,14 +234,14 @@ def teacher_config(
         rms_norm_eps=float(eps),
         rope_theta=float(theta),
         tie_word_embeddings=bool(tied),
-        qk_norm=raw["model_type"] == "qwen3",
-        attention_bias=raw["model_type"] == "qwen2" or bool(raw.get("attention_bias")),
-        output_bias=_has_output_bias(raw),
+        qk_norm=family.qk_norm,
+        attention_bias=biases.inputs,
+        output_bias=biases.output,
         mlp_bias=bool(raw.get("mlp_bias")),
         model_type=raw["model_type"],
         dtype=stored_dtype(raw),
         raw=dict(raw),
-        warnings=tuple(_warnings(raw)),
+        warnings=tuple(_warnings(raw, biases)),
     )
 
 
@@ -321,9 +262,9 @@ def dropped_scaling(raw: Mapping[str, Any]) -> list[str]:
     return [f"the teacher's rope_scaling {scaling!r} is dropped: RoPE has its default frequencies here"]
 
 
-def _warnings(raw: Mapping[str, Any]) -> list[str]:
+def _warnings(raw: Mapping[str, Any], biases: Biases) -> list[str]:
     found = dropped_scaling(raw)
-    if raw.get("mlp_bias") or _has_output_bias(raw):
+    if raw.get("mlp_bias") or biases.output:
         found.append("biases on o_proj or the MLP are kept, but RWKV-Infer ignores them")
     return found
 
@@ -343,15 +284,37 @@ def _head_dim(raw: Mapping[str, Any], sizes: Mapping[str, int], where: str) -> i
     return int(head_dim)
 
 
-def student_of(teacher: ModelConfig, gqa_layers: tuple[int, ...], ranks: Ranks | None = None) -> StudentConfig:
+def student_of(
+    teacher: ModelConfig,
+    gqa_layers: tuple[int, ...],
+    ranks: Ranks | None = None,
+    *,
+    variant: str | None = None,
+) -> StudentConfig:
     """The student's config: that of a teacher or of another student of it, with these layers kept as GQA.
 
-    Ranks are the published ones where none are given.
+    Ranks are the published ones where none are given. `variant` is the other student's, or hxa079, where none is.
+
+    Raises:
+        HxaconvError: for a variant whose ranks are not published, where none are given.
     """
     shared = {f.name: getattr(teacher, f.name) for f in fields(ModelConfig)}
+    own = teacher.rwkv_architecture if isinstance(teacher, StudentConfig) else DEFAULT_VARIANT
+    name = variant or own
     return StudentConfig(
         **shared,
+        rwkv_architecture=name,
         gqa_layers=tuple(sorted(gqa_layers)),
-        ranks=ranks or published_ranks(teacher.attention_size),
+        ranks=ranks or _published_ranks(name, teacher.attention_size),
         layer_records=getattr(teacher, "layer_records", True),
     )
+
+
+def _published_ranks(name: str, attention_size: int) -> Ranks:
+    ranks = VARIANTS[name].ranks
+    if ranks is None:
+        raise HxaconvError(
+            f"the sizes and initial values of {name} are not published, so no student of it can be begun",
+            hint=f"Variants that can: {', '.join(v.name for v in VARIANTS.values() if v.ranks is not None)}.",
+        )
+    return ranks(attention_size)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hxaconv.errors import MAX_LISTED, HxaconvError, bullet_list
+from hxaconv.model.variants import VARIANTS
 
 DIALECTS = ("hf", "rwkv", "training")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -40,11 +41,10 @@ def _attention(suffix: str, rwkv: str | None = None, layer_kind: str | None = No
     )
 
 
-RWKV_PARAMETERS = (
-    *("layer_architecture", "head_size_record"),
-    *("w1", "w2", "w0", "a1", "a2", "a0", "v1", "v2", "v0", "k1", "k2", "k0", "r_k", "g1", "g2"),
+RWKV_PARAMETERS = tuple(
+    dict.fromkeys(parameter.name for variant in VARIANTS.values() for parameter in variant.parameters)
 )
-"""Parameters of an RWKV layer beside its projections and norms, in the order trainers save them."""
+"""Parameters of an RWKV layer beside its projections and norms, of all variants, in the order trainers save them."""
 
 TABLE: tuple[Row, ...] = (
     _outside("model.embed_tokens.weight", "emb.weight"),

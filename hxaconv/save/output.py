@@ -170,7 +170,7 @@ def _provenance(job: Job) -> dict[str, Any]:
         "command_line": job.command_line,
         "sources": {role: _source(checkpoint) for role, checkpoint in job.sources.items()},
         "format": job.format,
-        "variant": "hxa079",
+        "variant": config.rwkv_architecture,
         "gqa_layers": list(config.gqa_layers),
         **job.extra,
     }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hxaconv.calibration.report import REFIT_OUTPUT, CalibrationReport, Distances, LayerReport
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.json_files import MAX_LAYERS, read_json
-from hxaconv.surgery.operations import PRESETS, PROJECTIONS, InitSettings
+from hxaconv.surgery.init import PRESETS, PROJECTIONS, InitSettings
 from hxaconv.verification.digests import digest
 
 if TYPE_CHECKING:

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from hxaconv.formats.dtypes import BY_NAME
-from hxaconv.load.student import ARCHITECTURE
-from hxaconv.model.config import RANK_KEYS, StudentConfig
+from hxaconv.model.config import StudentConfig
+from hxaconv.model.variants.base import RANK_KEYS
+
+MODEL_TYPE = "hxa079"
+"""That of the modelling code, which serves every variant."""
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hxa079.Hxa079Config",
@@ -35,9 +38,9 @@ def student_json(config: StudentConfig, raw: Mapping[str, Any], dtype: str) -> d
     torch_name = BY_NAME[dtype].torch_name
     return {
         "architectures": ["Hxa079ForCausalLM"],
-        "model_type": ARCHITECTURE,
+        "model_type": MODEL_TYPE,
         "auto_map": AUTO_MAP,
-        "rwkv_architecture": ARCHITECTURE,
+        "rwkv_architecture": config.rwkv_architecture,
         "num_hidden_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -60,7 +63,7 @@ def student_json(config: StudentConfig, raw: Mapping[str, Any], dtype: str) -> d
         "attention_out_bias": config.output_bias,
         "mlp_bias": config.mlp_bias,
         "has_layer_records": config.layer_records,
-        **{key: getattr(config.ranks, short) for short, key in RANK_KEYS.items()},
+        **{RANK_KEYS[name]: getattr(config.ranks, name) for name in config.variant.rank_names},
         **{key: raw[key] for key in CARRIED if key in raw},
         "use_cache": True,
         "torch_dtype": torch_name,

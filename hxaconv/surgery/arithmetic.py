@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,29 @@ import torch
 from hxaconv.formats.dtypes import BY_NAME, BY_TORCH_NAME, FLOATS
 from hxaconv.formats.files import SourceFile
 from hxaconv.model.plan import Bytes, Recipe, Scratch, is_one_range, rows
-from hxaconv.surgery.one_thread import one_thread
+
+_LOCK = threading.Lock()
+_COUNTS: list[int] = []
+"""The thread count before, once per worker that is inside."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within this, torch starts no threads of its own; workers may enter it at the same time.
+
+    A sum split over several threads is rounded differently from one that is not. And the workers are threads
+    already: with teams below them, they would wait for each other most of the time.
+    """
+    with _LOCK:
+        _COUNTS.append(_COUNTS[0] if _COUNTS else torch.get_num_threads())
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            before = _COUNTS.pop()
+            if not _COUNTS:
+                torch.set_num_threads(before)
 
 
 def torch_dtype(name: str) -> torch.dtype:

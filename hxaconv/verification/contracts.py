@@ -16,13 +16,9 @@ from hxaconv.verification.compare import compare_models
 from hxaconv.verification.expectations import Thresholds
 from hxaconv.verification.origins import (
     COPIED,
-    LAYER_ARCHITECTURE,
-    ORTHOGONAL,
     SCALED,
-    expected_initial,
     in_rwkv_layer,
-    is_constant,
-    is_orthogonal,
+    is_initial,
     is_padded,
     is_scaled,
     part_of_mixer,
@@ -136,16 +132,7 @@ def _keeps_promise(
     if part in SCALED | COPIED:
         origin = teacher.get(teacher_name(name))
         return "scaled projections", origin is not None and is_scaled(recipe, origin, factors.get(part, 1.0))
-    return "initial values", _is_initial(part, name, recipe, config)
-
-
-def _is_initial(part: str, name: str, recipe: Recipe, config: StudentConfig) -> bool:
-    records = {"layer_architecture": LAYER_ARCHITECTURE, "head_size_record": float(config.head_dim)}
-    if part in records:
-        return is_constant(recipe, records[part])
-    if part in ORTHOGONAL:
-        return is_orthogonal(recipe)
-    return expected_initial(name, recipe, config) is None
+    return "initial values", is_initial(name, recipe, config)
 
 
 def check_gqa_layers(report: Report, *, without: Collection[int | None] = ()) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import shortened
 from hxaconv.load.student import is_student
-from hxaconv.model.config import FAMILIES, ROPE_SCALING_DEFAULTS, ModelConfig, StudentConfig, rope_settings
+from hxaconv.model.config import ROPE_SCALING_DEFAULTS, ModelConfig, StudentConfig, rope_settings
+from hxaconv.model.families import FAMILIES
 from hxaconv.model.names import EMBEDDING, HEAD, layer_kinds, mixer_prefix
 from hxaconv.model.plan import Plan
 

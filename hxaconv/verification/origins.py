@@ -11,17 +11,12 @@ from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention, layer_index
 from hxaconv.model.plan import Plan, Recipe, same_bytes
+from hxaconv.model.variants.base import Orthogonal, Parameter
 from hxaconv.surgery.arithmetic import Scaled, tensor, torch_dtype
-from hxaconv.surgery.initial import decay_bias, iclr_bias
 from hxaconv.verification.tensors import element_pairs, same_bits, with_head
 
 SCALED = {"receptance": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
 COPIED = {"r_norm": "q_norm", "k_norm": "k_norm"}
-CONSTANT = {"v0": 0.73, "k0": 0.73, "r_k": -0.04} | dict.fromkeys(("w1", "a1", "v1", "k1", "g1"), 0.0)
-ORTHOGONAL = {"w2", "a2", "v2", "k2", "g2"}
-LAYER_ARCHITECTURE = 78.0
-GAIN = 0.1
-"""Of orthogonal matrices, times sqrt(rows / columns) where there are more rows than columns."""
 ROUNDED_ON_THE_WAY = 1e-5
 """What w0 and a0 may differ by where they were computed in float32; of the gain squared, what a Gram matrix may."""
 
@@ -100,7 +95,7 @@ def is_constant(recipe: Recipe, value: float) -> bool:
     return bool((found == torch.tensor(value, dtype=found.dtype)).all())
 
 
-def is_orthogonal(recipe: Recipe) -> bool:
+def is_orthogonal(recipe: Recipe, gain: float) -> bool:
     """Whether the rows of a (rows, columns) matrix, or its columns if they are fewer, are orthogonal with the gain.
 
     Rounding moves each value by eps/2 of itself at most, so an entry of the Gram matrix (Cauchy-Schwarz) by eps times
@@ -109,7 +104,7 @@ def is_orthogonal(recipe: Recipe) -> bool:
     values = tensor(recipe).float()
     rows, columns = values.shape
     gram = values @ values.T if rows <= columns else values.T @ values
-    square = GAIN**2 * max(1.0, rows / columns)
+    square = gain**2 * max(1.0, rows / columns)
     limit = (torch.finfo(torch_dtype(recipe.dtype)).eps * 1.01 + ROUNDED_ON_THE_WAY) * square
     return bool(((gram - square * torch.eye(len(gram))).abs() <= limit).all())
 
@@ -150,18 +145,33 @@ def touched_tensors(student: Model, teacher: Model | None = None) -> dict[str, s
 
 
 def expected_initial(name: str, recipe: Recipe, config: StudentConfig) -> str | None:
-    """What a constant or bias of an RWKV layer should be, where it is not; None for all other tensors."""
-    part, layer = part_of_mixer(name), layer_index(name)
-    assert layer is not None
-    if part in CONSTANT:
-        return None if is_constant(recipe, CONSTANT[part]) else f"{CONSTANT[part]:g} everywhere"
-    if part not in ("w0", "a0"):
+    """What a parameter of an RWKV layer should be by its variant, where it is not.
+
+    None for projections and norms, and for random matrices and records, which say nothing about training.
+    """
+    parameter = next((p for p in config.variant.parameters if p.name == part_of_mixer(name)), None)
+    if parameter is None or parameter.optional or parameter.initial is None:
         return None
-    width, size = config.attention_size, config.head_dim
-    expected = decay_bias(width, size, layer, config.num_hidden_layers) if part == "w0" else iclr_bias(width, size)
+    return None if isinstance(parameter.initial, Orthogonal) or is_initial(name, recipe, config) else _wanted(parameter)
+
+
+def is_initial(name: str, recipe: Recipe, config: StudentConfig) -> bool:
+    """Whether a parameter of an RWKV layer has its published initial value."""
+    initial = {p.name: p.initial for p in config.variant.parameters}[part_of_mixer(name)]
+    if isinstance(initial, Orthogonal):
+        return is_orthogonal(recipe, initial.gain)
+    if isinstance(initial, float):
+        return is_constant(recipe, initial)
+    layer = layer_index(name)
+    assert layer is not None and initial is not None
+    expected = initial(config, layer)
     step = torch.finfo(torch_dtype(recipe.dtype)).eps
     near = (tensor(recipe).double() - expected).abs() <= step * expected.abs() + ROUNDED_ON_THE_WAY
-    return None if bool(near.all()) else "the published values"
+    return bool(near.all())
+
+
+def _wanted(parameter: Parameter) -> str:
+    return f"{parameter.initial:g} everywhere" if isinstance(parameter.initial, float) else "the published values"
 
 
 def _expected_origin(name: str, recipe: Recipe, teacher: Plan) -> str | None:

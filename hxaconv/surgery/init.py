@@ -1,4 +1,4 @@
-"""The operations that change which tensors a model has: plans in, plan out, nothing read or written."""
+"""A teacher becomes a student: its attention scaled into RWKV layers, published initial values, the rest as it is."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import StudentConfig
-from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention, layer_index, mixer_prefix
-from hxaconv.model.plan import Plan, Recipe, check, pad_columns, pad_rows, with_origin
+from hxaconv.model.plan import Plan, check
 
 PRESETS: dict[str, dict[str, float]] = {
     "openmose-stage1": {"receptance": 0.5, "key": 0.5, "value": 0.3, "output": 0.5},
@@ -112,95 +111,3 @@ def in_order(plan: Plan, config: StudentConfig, what: str) -> Plan:
     expected = expected_tensors(config)
     check(plan, expected, what)
     return {name: plan[name] for name in expected}
-
-
-@dataclass(frozen=True, slots=True)
-class Grafted:
-    """A trained checkpoint completed by its teacher."""
-
-    plan: Plan
-    from_teacher: tuple[str, ...]
-    both: tuple[str, ...]
-    """Tensors that both hold: the trained one won."""
-
-
-def graft(trained: Plan, teacher: Plan, config: StudentConfig) -> Grafted:
-    """Trained tensors where there are some, the teacher's for the rest, in the architecture's order.
-
-    Raises:
-        HxaconvError: when a trained tensor would end up unused, or something is in neither.
-    """
-    expected = expected_tensors(config)
-    layers = {layer_index(name) for name in trained if is_attention(name)}
-    raise_all(
-        "the trained checkpoint holds these layers' attention only in part, and the teacher's was not trained with it:",
-        [f"{n} is missing" for n in expected if is_attention(n) and layer_index(n) in layers and n not in trained],
-        hint="Is the file whole? A layer's attention comes from one checkpoint.",
-    )
-    unused = [f"{name} {trained[name].shape} ({trained[name].origin})" for name in trained if name not in expected]
-    raise_all(
-        f"{len(unused)} tensors of the trained checkpoint have no place in the result:",
-        unused,
-        hint="The layer kinds or the tied head differ between the checkpoint and the teacher's config.",
-    )
-    plan = {name: trained.get(name) or teacher.get(name) for name in expected}
-    missing = [name for name, recipe in plan.items() if recipe is None]
-    hint = "Is it the teacher that this checkpoint was trained from, and is the checkpoint complete?"
-    raise_all("neither the trained checkpoint nor the teacher holds:", missing, hint=hint)
-    complete = {name: recipe for name, recipe in plan.items() if recipe is not None}
-    check(complete, expected, "the trained checkpoint with its teacher")
-    return Grafted(
-        complete,
-        tuple(name for name in expected if name not in trained),
-        tuple(name for name in expected if name in trained and name in teacher),
-    )
-
-
-def repick(
-    student: Plan,
-    teacher: Plan,
-    old: StudentConfig,
-    new: StudentConfig,
-    settings: InitSettings,
-    donor: Model | None = None,
-) -> Plan:
-    """Another choice of GQA layers: layers that change kind come from `donor` where it has that kind, else the teacher.
-
-    All tensors of layers that keep their kind, and everything outside the mixers, stay as they are.
-    """
-    plan = {name: recipe for name, recipe in student.items() if not _changes(name, old, new)}
-    for layer in range(new.num_hidden_layers):
-        if old.layer_kind(layer) == new.layer_kind(layer):
-            continue
-        if donor is not None and donor.student.layer_kind(layer) == new.layer_kind(layer):
-            plan |= _mixer(donor.plan, layer, "trained ")
-        else:
-            plan |= mixer_from_teacher(teacher, new, layer, settings)
-    return in_order(plan, new, "the student with the new layers")
-
-
-def _changes(name: str, old: StudentConfig, new: StudentConfig) -> bool:
-    layer = layer_index(name)
-    return is_attention(name) and layer is not None and old.layer_kind(layer) != new.layer_kind(layer)
-
-
-def _mixer(plan: Plan, layer: int, prefix: str) -> Plan:
-    inside = mixer_prefix(layer)
-    return {n: with_origin(r, f"{prefix}{r.origin}") for n, r in plan.items() if n.startswith(inside)}
-
-
-def pad_ffn(plan: Plan, config: StudentConfig, multiple: int) -> tuple[Plan, int]:
-    """MLPs widened with zero rows and columns to a multiple; (plan, new intermediate size).
-
-    silu(0) * 0 = 0, so that the logits do not change.
-    """
-    size = -(-config.intermediate_size // multiple) * multiple
-    if size == config.intermediate_size:
-        return plan, size
-
-    def pad(name: str, recipe: Recipe) -> Recipe:
-        if name.endswith((".mlp.gate_proj.weight", ".mlp.up_proj.weight", ".mlp.gate_proj.bias", ".mlp.up_proj.bias")):
-            return pad_rows(recipe, size)
-        return pad_columns(recipe, size) if name.endswith(".mlp.down_proj.weight") else recipe
-
-    return {name: pad(name, recipe) for name, recipe in plan.items()}, size
