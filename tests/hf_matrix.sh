@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
-[ $# -gt 0 ] || set -- 4.51.3 4.57.6 5.0.0 5.23.0
+[ $# -gt 0 ] || set -- 4.51.3 4.57.6 5.0.0 5.24.0
 below=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 torch=$("$python" -c 'import torch; print(torch.__version__.split("+")[0])')
 work=$(mktemp -d)

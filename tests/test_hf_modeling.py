@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import shutil
 import socket
@@ -197,6 +198,44 @@ def test_chunked_recurrence_has_the_gradients_of_the_loop() -> None:
         assert distance(one, other) < 1e-10 * float(one.abs().max())
 
 
+STARTS = torch.zeros(2, 129, dtype=torch.bool)
+STARTS[0, [0, 3, 31, 32, 33, 70]] = STARTS[1, [1, 128]] = True  # within, at and across the bounds of chunks
+
+
+@pytest.mark.parametrize("chunk", [16, 32, 128])
+def test_packed_recurrence_begins_anew(chunk: int) -> None:
+    inputs = recurrence_inputs(129, 12, torch.float64)
+    for row in range(2):
+        *tokens, state = (x[row : row + 1] for x in inputs)
+        bounds = [0, *STARTS[row].nonzero().flatten().tolist(), 129]
+        expected = []
+        for begin, end in itertools.pairwise(bounds):
+            state = torch.zeros_like(state) if begin or STARTS[row, 0] else state
+            if end > begin:
+                y, state = code.wkv_loop(*(x[:, begin:end] for x in tokens), state)
+                expected.append(y)
+        alone = torch.cat(expected, 1)
+        forms = (code.wkv_loop, functools.partial(code.wkv_chunked, chunk=chunk))
+        for form in forms:
+            y, last = form(*inputs, STARTS)
+            assert distance(y[row : row + 1], alone) < 1e-11 * float(alone.abs().max())
+            assert distance(last[row : row + 1], state) < 1e-11 * float(state.abs().max())
+            assert distance(form(*inputs)[0][row : row + 1], alone) > 1e-2  # one sequence after the other
+
+
+def test_packed_recurrence_has_the_gradients_of_the_loop() -> None:
+    gradients = []
+    for form in (code.wkv_loop, code.wkv_chunked):
+        inputs = [x.requires_grad_() for x in recurrence_inputs(129, 8, torch.float64)]
+        y, state = form(*inputs, STARTS)
+        (y.sin().sum() + state.cos().sum()).backward()
+        gradients.append([x.grad for x in inputs])
+    for one, other in zip(*gradients, strict=True):
+        assert distance(one, other) < 1e-10 * float(one.abs().max())
+    assert distance(gradients[0][6][0], torch.zeros(())) == 0  # row 0 starts anew at once: its state has no part
+    assert distance(gradients[0][6][1], torch.zeros(())) > 0
+
+
 class LargestTensor(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -228,6 +267,8 @@ def test_long_inputs_go_through_in_segments(monkeypatch: pytest.MonkeyPatch) -> 
     assert y.shape == expected.shape
     assert distance(y, expected) < 1e-10
     assert distance(last, state) < 1e-10
+    packed = code.wkv_loop(*inputs, STARTS[:, :100])[0]
+    assert distance(code.wkv(*inputs, dtype=torch.float64, use_fla=True, starts=STARTS[:, :100])[0], packed) < 1e-10
 
 
 def fake_fla_kernel(
@@ -249,6 +290,22 @@ def fake_fla_kernel(
     return torch.stack(out, 1).to(r.dtype), state
 
 
+def fake_fla_kernel_of_packed_rows(cu_seqlens: Any = None, **inputs: Any) -> tuple[Any, Any]:
+    """One row, a state per sequence, as the kernel has it where it is given bounds."""
+    if cu_seqlens is None:
+        return fake_fla_kernel(**inputs)
+    fixed = ("scale", "initial_state", "output_final_state")
+    tokens = {name: x for name, x in inputs.items() if name not in fixed}
+    assert {len(x) for x in tokens.values()} == {1}
+    assert len(inputs["initial_state"]) == len(cu_seqlens) - 1
+    results = []
+    for i, (begin, end) in enumerate(itertools.pairwise(cu_seqlens)):
+        part = {name: x[:, begin:end].contiguous() for name, x in tokens.items()}
+        settings = {name: inputs[name] for name in fixed} | {"initial_state": inputs["initial_state"][i : i + 1]}
+        results.append(fake_fla_kernel(**part, **settings))
+    return torch.cat([y for y, _ in results], 1), torch.cat([state for _, state in results])
+
+
 def install_fla(patch: pytest.MonkeyPatch, kernel: Any) -> None:
     for name in ("fla", "fla.ops", "fla.ops.rwkv7"):
         module = types.ModuleType(name)
@@ -256,14 +313,19 @@ def install_fla(patch: pytest.MonkeyPatch, kernel: Any) -> None:
         module.__path__ = []
         patch.setitem(sys.modules, name, module)
     sys.modules["fla.ops.rwkv7"].chunk_rwkv7 = kernel  # type: ignore[attr-defined]
+    forget_fla()
+
+
+def forget_fla() -> None:
     code.fla_kernel.cache_clear()
+    code.fla_takes_packed_rows.cache_clear()
 
 
 @pytest.fixture
 def _fresh_fla() -> Iterator[None]:
-    code.fla_kernel.cache_clear()
+    forget_fla()
     yield
-    code.fla_kernel.cache_clear()
+    forget_fla()
 
 
 @pytest.mark.usefixtures("_fresh_fla")
@@ -278,6 +340,24 @@ def test_fla_gets_its_arguments_right(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distance(last, state) < 1e-5 * float(state.abs().max())
     inputs[6] = inputs[6].mT
     assert distance(code.wkv_fla(*inputs, dtype=torch.bfloat16)[1], state) > 0.1
+
+
+@pytest.mark.usefixtures("_fresh_fla")
+def test_fla_gets_the_bounds_of_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(r: Any, w: Any, k: Any, v: Any, a: Any, b: Any, cu_seqlens: Any = None, **fixed: Any) -> Any:
+        return fake_fla_kernel_of_packed_rows(cu_seqlens, r=r, w=w, k=k, v=v, a=a, b=b, **fixed)
+
+    install_fla(monkeypatch, kernel)
+    assert code.fla_takes_packed_rows()
+    inputs = [x.bfloat16().float() for x in recurrence_inputs(129, 12, torch.float32, decay=-6.0)]
+    expected, state = code.wkv_loop(*inputs, STARTS)
+    y, last = code.wkv_fla(*inputs, STARTS, dtype=torch.bfloat16)
+    assert distance(y, expected) < 2**-8 * float(expected.abs().max())
+    assert distance(last, state) < 1e-5 * float(state.abs().max())
+    assert distance(code.wkv_fla(*inputs, dtype=torch.bfloat16)[0], expected) > 0.1
+    install_fla(monkeypatch, fake_fla_kernel)
+    assert code.fla_kernel() is fake_fla_kernel
+    assert not code.fla_takes_packed_rows()
 
 
 @pytest.mark.usefixtures("_fresh_fla")
@@ -370,6 +450,133 @@ def test_the_cache_remembers_padding(model: Any) -> None:
     assert distance(forgotten[1], full[1, 15:]) > 1e-2
 
 
+LENGTHS = (1, 34, 7, 22)
+
+
+def packed_row() -> tuple[Any, dict[str, dict[str, Any]]]:
+    """64 tokens of several sequences, and what tells them apart, as transformers passes it."""
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    numbers = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))[None].int()
+    flash = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 34, "max_length_k": 34}
+    return ids(1, sum(LENGTHS)), {
+        "position_ids": {"position_ids": positions},
+        "from one": {"position_ids": positions + 1},
+        "seq_idx": {"seq_idx": numbers},
+        "cu_seq_lens": flash,
+        "all": {"position_ids": positions, "seq_idx": numbers} | flash,
+        "positions count on": {"position_ids": torch.arange(64)[None], "seq_idx": numbers},
+        "a mask": {"position_ids": positions, "attention_mask": torch.ones(1, 64)},
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", list(packed_row()[1]))
+def test_packed_sequences_do_not_see_each_other(model: Any, key: str) -> None:
+    tokens, told = packed_row()
+    first = 1 if key == "from one" else 0
+    alone = [
+        model(part, position_ids=torch.arange(first, first + part.shape[1])[None]).logits
+        for part in tokens.split(LENGTHS, 1)
+    ]
+    expected = torch.cat(alone, 1)
+    assert distance(model(tokens, **told[key]).logits, expected) < 1e-5
+    assert distance(model(tokens).logits, expected) > 1e-2
+    # With the cache: the second call goes on in the middle of a sequence, the third starts another.
+    if "position_ids" in told[key] and len(told[key]) == 1:
+        cache, outs = None, []
+        for begin, end in ((0, 20), (20, 35), (35, 63), (63, 64)):
+            out = model(
+                tokens[:, begin:end],
+                position_ids=told[key]["position_ids"][:, begin:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = out.past_key_values
+            outs.append(out.logits)
+        assert distance(torch.cat(outs, 1), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_packed_rows_may_be_several_and_padded(model: Any) -> None:
+    a, b, c, d = (ids(1, n, seed=n) for n in (5, 9, 3, 6))
+    pad = torch.zeros(1, 4, dtype=torch.long)
+    rows = torch.cat([torch.cat([pad[:, :2], a, pad[:, :1], b], 1), torch.cat([c, d, pad, pad], 1)])
+    count = [torch.arange(n)[None] for n in (5, 9, 3, 6)]
+    for filler in (pad, pad - 1, pad + 9):
+        top = torch.cat([filler[:, :2], count[0], filler[:, :1], count[1]], 1)
+        positions = torch.cat([top, torch.cat([count[2], count[3], filler, filler], 1)])
+        mask = torch.ones_like(rows)
+        mask[0, [0, 1, 7]] = mask[1, 9:] = 0
+        out = model(rows, attention_mask=mask, position_ids=positions, use_cache=True)
+        for x, part in ((a, out.logits[:1, 2:7]), (b, out.logits[:1, 8:]), (c, out.logits[1:, :3])):
+            assert distance(model(x).logits, part) < 1e-5
+        assert distance(model(d).logits, out.logits[1:, 3:9]) < 1e-5
+        # The last sequence of each row goes on.
+        more = ids(2, 3, seed=1)
+        going_on = model(more, past_key_values=out.past_key_values).logits
+        for row, x in ((0, b), (1, d)):
+            whole = model(torch.cat([x, more[row : row + 1]], 1)).logits
+            assert distance(going_on[row], whole[0, -3:]) < 1e-5
+
+
+def test_packed_training_has_the_gradients_of_single_sequences(model: Any) -> None:
+    tokens, told = packed_row()
+    labels = tokens.clone()
+    labels[:, [0, *torch.tensor(LENGTHS).cumsum(0)[:-1].tolist()]] = -100
+
+    def gradients(rows: list[tuple[Any, Any, dict[str, Any]]]) -> list[Any]:
+        model.zero_grad()
+        for x, y, how in rows:
+            model(x, labels=y, num_items_in_batch=60, **how).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    model.train()
+    parts = zip(tokens.split(LENGTHS, 1), labels.split(LENGTHS, 1), strict=True)
+    alone = gradients([(x, y, {}) for x, y in parts if x.shape[1] > 1])
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        packed = gradients([(tokens, labels, told["position_ids"])])
+        assert max(distance(one, other) for one, other in zip(packed, alone, strict=True)) < 1e-5
+        leaking = gradients([(tokens, labels, {})])
+        assert max(distance(one, other) for one, other in zip(leaking, alone, strict=True)) > 1e-3
+
+
+@pytest.mark.skipif(VERSION < (4, 57), reason="its collator returns less")
+def test_batches_of_the_flattening_collator(model: Any) -> None:
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    rows = [ids(1, n, seed=n)[0].tolist() for n in (12, 5, 20)]
+    batch = collate([{"input_ids": row} for row in rows], return_tensors="pt")
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([row])).logits for row in rows], 1)
+        assert distance(model(**batch).logits, alone) < 1e-5
+
+
+def test_a_packed_prompt_goes_on_with_its_last_sequence(model: Any) -> None:
+    tokens, told = packed_row()
+    last = tokens[:, -LENGTHS[-1] :]
+    settings = GREEDY | {"max_new_tokens": 12}
+    expected = model.generate(last, attention_mask=torch.ones_like(last), **settings)[:, -12:].tolist()
+    every = torch.ones_like(tokens)
+    assert model.generate(tokens, attention_mask=every, **settings)[:, -12:].tolist() != expected
+    names = ("position_ids", "seq_idx", "cu_seq_lens_q")
+    for key in ("position_ids", "seq_idx", "cu_seq_lens"):
+        how = {name: value for name, value in told[key].items() if name in names}
+        ways: list[dict[str, Any]] = [{}, {"use_cache": False}]
+        ways += [{"num_return_sequences": 2, "num_beams": 2}] if key == "position_ids" else []
+        ways += [] if VERSION < (4, 53) else [{"prefill_chunk_size": 25}]
+        for way in ways:
+            out = model.generate(tokens, attention_mask=every, **how, **settings, **way)
+            if "num_beams" in way:
+                beams = model.generate(last, attention_mask=torch.ones_like(last), **settings, **way)
+                assert out[:, -12:].tolist() == beams[:, -12:].tolist()
+            else:
+                assert out[:, -12:].tolist() == expected
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        model(tokens, cu_seq_lens_q=torch.tensor([0, 3]))
+
+
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
@@ -445,6 +652,10 @@ def test_long_prompts_may_be_read_in_parts(reka: Any) -> None:
     tokens, mask = left_padded((50, 20))
     whole = reka.generate(tokens, attention_mask=mask, max_new_tokens=10, **GREEDY)
     parts = reka.generate(tokens, attention_mask=mask, max_new_tokens=10, prefill_chunk_size=16, **GREEDY)
+    assert parts.tolist() == whole.tolist()
+    every = torch.ones_like(mask)  # which recent versions drop
+    whole = reka.generate(tokens, attention_mask=every, max_new_tokens=10, **GREEDY)
+    parts = reka.generate(tokens, attention_mask=every, max_new_tokens=10, prefill_chunk_size=16, **GREEDY)
     assert parts.tolist() == whole.tolist()
 
 

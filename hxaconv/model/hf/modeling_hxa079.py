@@ -9,10 +9,12 @@ G num_key_value_heads, N head_dim, A = H*N, V vocab_size.
     iclr            in-context learning rate, 0..1: (B, T, H, N)
     S, state        (B, H, N_v, N_k), float32 or better, also when the model runs in bfloat16
     token_mask      (B, P+T) bool, False where there is padding; None means no padding anywhere
+    starts          (B, P+T) bool, True where a packed row goes on with another sequence; None means one per row
 
 One RWKV head, from S = 0:   S = S * decay + (S @ a) b^T + v k^T,   y = S @ r,   with a = -kk, b = kk * iclr.
 A padded position leaves S as it is and does not count: RoPE positions start at the first real token of a row
 (with decays per channel RoPE is not relative, so positions matter). Keys of padding are masked in GQA layers.
+Packed sequences do not see each other: at a start the state is zero, and GQA layers mask the keys before it.
 """
 
 from __future__ import annotations
@@ -46,14 +48,24 @@ def wide(x: Tensor) -> Tensor:
 
 
 # The recurrence in three forms: r, log_decay, k, v, a, b, all (B, T, H, N), and state -> y (B, T, H, N_v), state.
+# The state begins anew at the tokens where `starts` (B, T) is True.
 
 
 def wkv_loop(
-    r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token by token: decoding, and what the other forms are tested against."""
     out, decay = [], log_decay.exp()
     for t in range(r.shape[1]):
+        if starts is not None:
+            state = state.masked_fill(starts[:, t, None, None, None], 0)
         removed = (state @ a[:, t, :, :, None]) * b[:, t, :, None, :]
         state = state * decay[:, t, :, None, :] + removed + v[:, t, :, :, None] * k[:, t, :, None, :]
         out.append((state @ r[:, t, :, :, None]).squeeze(-1))
@@ -61,12 +73,21 @@ def wkv_loop(
 
 
 def wkv_chunked(
-    r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, chunk: int = CHUNK
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    starts: Tensor | None = None,
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """In chunks of L tokens: matrix products inside, one state per chunk. Never N x N per token.
 
     With u_t = S_{t-1} a_t, every S_t is S_0 decayed plus sums of u_s b_s^T and v_s k_s^T decayed from s to t, so
-    that U (L, N_v) solves the unit lower triangular system (I - ab) U = a' S_0^T + ak V.
+    that U (L, N_v) solves the unit lower triangular system (I - ab) U = a' S_0^T + ak V. Where another sequence
+    starts within the chunk, the terms between tokens (or S_0 and tokens) of different sequences are left out.
     """
     tokens = r.shape[1]
     # Zeros after the end are harmless: log_decay 0 keeps the state, k = a = b = 0 adds nothing.
@@ -85,11 +106,17 @@ def wkv_chunked(
     ab, ak = (a_ @ b_.mT).tril(-1), (a_ @ k_.mT).tril(-1)
     rb, rk = (r_ @ b_.mT).tril(), (r_ @ k_.mT).tril()
     # u = u_state S_0^T + u_chunk and y = y_state S_0^T + y_chunk: all but S_0 is known for all chunks at once.
-    a_state = a * log_before.exp()
+    a_state, r_state = a * log_before.exp(), r * log_since_start.exp()
+    to_end, decay = (log_total - log_since_start).exp(), log_total.exp()
+    if starts is not None:
+        number = F.pad(starts, (0, -tokens % chunk)).unflatten(1, (-1, chunk)).cumsum(-1)[:, None]  # (B, 1, chunks, L)
+        same, old = number[..., :, None] == number[..., None, :], (number == 0)[..., None]
+        ab, ak, rb, rk = (x * same for x in (ab, ak, rb, rk))
+        a_state, r_state, decay = a_state * old, r_state * old, decay * old[..., -1:, :]
+        to_end = to_end * (number == number[..., -1:])[..., None]
     solved = torch.linalg.solve_triangular(-ab, torch.cat([a_state, ak @ v], dim=-1), upper=False, unitriangular=True)
     u_state, u_chunk = solved.split(r.shape[-1], dim=-1)
-    y_state, y_chunk = r * log_since_start.exp() + rb @ u_state, rb @ u_chunk + rk @ v
-    to_end, decay = (log_total - log_since_start).exp(), log_total.exp()
+    y_state, y_chunk = r_state + rb @ u_state, rb @ u_chunk + rk @ v
     k_end, b_end = k * to_end, b * to_end
     out = []
     for c in range(r.shape[2]):
@@ -113,37 +140,72 @@ def fla_kernel() -> Callable[..., Any] | None:
     return kernel if known else None
 
 
+@functools.cache
+def fla_takes_packed_rows() -> bool:
+    """Whether the kernel can start anew within a row."""
+    kernel = fla_kernel()
+    return kernel is not None and "cu_seqlens" in inspect.signature(kernel).parameters
+
+
 def wkv_fla(
-    r: Tensor, log_decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, dtype: torch.dtype
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    starts: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """By the kernel: its `w` is the log of the decay (negative), its state is [k, v], its tensors are `dtype`."""
+    """By the kernel: its `w` is the log of the decay (negative), its state is [k, v], its tensors are `dtype`.
+
+    It takes packed sequences as one row, with their bounds in `cu_seqlens` and a state for each of them.
+    """
     kernel = fla_kernel()
     assert kernel is not None
-    r, k, v, a, b = (x.to(dtype).contiguous() for x in (r, k, v, a, b))
+    tensors = {"r": r, "k": k, "v": v, "a": a, "b": b}
+    tensors = {name: x.to(dtype).contiguous() for name, x in tensors.items()} | {"w": log_decay.contiguous()}
     initial = state.mT.contiguous()
-    y, final = kernel(r=r, w=log_decay, k=k, v=v, a=a, b=b, scale=1.0, initial_state=initial, output_final_state=True)
-    return y.to(state.dtype), final.to(state.dtype).mT
+    if starts is None:
+        y, final = kernel(**tensors, scale=1.0, initial_state=initial, output_final_state=True)
+        return y.to(state.dtype), final.to(state.dtype).mT
+    begins = starts.clone()
+    begins[:, 0] = True
+    number = begins.flatten().cumsum(0).view_as(begins) - 1  # of a token's sequence
+    bounds = F.pad(begins.flatten().nonzero().flatten(), (0, 1), value=begins.numel())
+    states = initial.new_zeros(len(bounds) - 1, *initial.shape[1:])
+    states = states.index_copy(0, number[:, 0], initial.masked_fill(starts[:, 0, None, None, None], 0))
+    tensors = {name: x.flatten(0, 1)[None] for name, x in tensors.items()}
+    y, final = kernel(**tensors, scale=1.0, initial_state=states, output_final_state=True, cu_seqlens=bounds)
+    return y.view_as(v).to(state.dtype), final[number[:, -1]].to(state.dtype).mT
 
 
-def wkv(*tensors: Tensor, dtype: torch.dtype, use_fla: bool) -> tuple[Tensor, Tensor]:
+def wkv(*tensors: Tensor, dtype: torch.dtype, use_fla: bool, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The recurrence in the form that suits the length and the machine; `dtype` is what the layer computes in."""
     # Autocast would run the products in bfloat16; the state does not bear that. Meta tensors know no autocast.
     device = tensors[0].device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         if tensors[0].shape[1] == 1:
-            return wkv_loop(*tensors)
+            return wkv_loop(*tensors, starts)
         half = dtype in (torch.bfloat16, torch.float16)
-        if use_fla and half and tensors[0].is_cuda and fla_kernel() is not None:
-            return wkv_fla(*tensors, dtype=dtype)
+        able = fla_kernel() is not None if starts is None else fla_takes_packed_rows()
+        if use_fla and half and tensors[0].is_cuda and able:
+            return wkv_fla(*tensors, starts, dtype=dtype)
         out, state = [], tensors[6]
-        for piece in zip(*(x.split(SEGMENT, dim=1) for x in tensors[:6]), strict=True):
-            y, state = wkv_chunked(*piece, state)
+        bounds = range(0, tensors[0].shape[1], SEGMENT)
+        for begin in bounds:
+            piece = (x[:, begin : begin + SEGMENT] for x in tensors[:6])
+            y, state = wkv_chunked(*piece, state, None if starts is None else starts[:, begin : begin + SEGMENT])
             out.append(y)
         return torch.cat(out, dim=1), state
 
 
 class Hxa079Cache(Cache):  # type: ignore[misc]
     """What a sequence leaves behind: a state per RWKV layer, keys and values per GQA layer, where padding was.
+
+    Of a packed row its last sequence goes on: `starts` tells it from the others, `position` (B, 1) is where it is.
 
     A subclass because `generate` asks for one; nothing of the base class is used, its layout changes by version.
     """
@@ -160,6 +222,8 @@ class Hxa079Cache(Cache):  # type: ignore[misc]
         self.states: dict[int, Tensor] = {}
         self.keys_values: dict[int, tuple[Tensor, Tensor]] = {}
         self.token_mask: Tensor | None = None
+        self.starts: Tensor | None = None
+        self.position: Tensor | None = None
         self.length = 0
 
     def __len__(self) -> int:
@@ -184,7 +248,9 @@ class Hxa079Cache(Cache):  # type: ignore[misc]
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self.states = {layer: change(state) for layer, state in self.states.items()}
         self.keys_values = {layer: (change(key), change(value)) for layer, (key, value) in self.keys_values.items()}
-        self.token_mask = None if self.token_mask is None else change(self.token_mask)
+        for name in ("token_mask", "starts", "position"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else change(value))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch, in this order."""
@@ -268,9 +334,10 @@ class Hxa079TimeMix(nn.Module):
         v_first: Tensor | None,
         k_first: Tensor | None,
         new_mask: Tensor | None,
+        starts: Tensor | None,
         cache: Hxa079Cache | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed x (B, T, C) -> (B, T, C), v_first, k_first; `new_mask` is token_mask of this call, (B, T)."""
+        """Normed x (B, T, C) -> (B, T, C), v_first, k_first; new_mask, starts: those of this call, (B, T)."""
         shape = (*x.shape[:2], -1, self.head_dim)
         r = rotate(self.r_norm(self.receptance(x).view(shape)), cos, sin)
         k = rotate(self.k_norm(self.key(x).view(shape)), cos, sin)
@@ -297,7 +364,7 @@ class Hxa079TimeMix(nn.Module):
         state = None if cache is None else cache.states.get(self.layer)
         if state is None:
             state = r.new_zeros(x.shape[0], self.heads, self.head_dim, self.head_dim)
-        y, state = wkv(r, log_decay, k, v, -kk, kk * iclr, state, dtype=dtype, use_fla=self.use_fla)
+        y, state = wkv(r, log_decay, k, v, -kk, kk * iclr, state, dtype=dtype, use_fla=self.use_fla, starts=starts)
         if cache is not None:
             cache.states[self.layer] = state
         # N**-0.5 before the bonus of the current token, not after; k is the scaled one.
@@ -371,6 +438,7 @@ class Hxa079DecoderLayer(nn.Module):
         v_first: Tensor | None,
         k_first: Tensor | None,
         new_mask: Tensor | None,
+        starts: Tensor | None,
         visible: Tensor | None,
         past_key_values: Hxa079Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -378,7 +446,8 @@ class Hxa079DecoderLayer(nn.Module):
         if isinstance(self.self_attn, Hxa079Attention):
             mixed = self.self_attn(normed, visible, past_key_values)
         else:
-            mixed, v_first, k_first = self.self_attn(normed, cos, sin, v_first, k_first, new_mask, past_key_values)
+            inputs = (normed, cos, sin, v_first, k_first, new_mask, starts)
+            mixed, v_first, k_first = self.self_attn(*inputs, past_key_values)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), v_first, k_first
 
@@ -442,10 +511,14 @@ class Hxa079Model(Hxa079PreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """`attention_mask` (B, P+T), or (B, T) for the new tokens alone; without it the cache's padding holds.
 
+        Packed rows are told by position_ids that go back, by `seq_idx` (B, T), a number per sequence, or by
+        `cu_seq_lens_q`, the bounds of sequences in the B*T tokens; the first may go on with what is in the cache.
         Hidden states are the embedding, then what leaves each layer, the last one after the final norm.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -460,16 +533,19 @@ class Hxa079Model(Hxa079PreTrainedModel):
         cache = Hxa079Cache() if past_key_values is None and use_cache and not checkpointing else past_key_values
         seen = 0 if cache is None else cache.length
         mask = self._token_mask(attention_mask, cache, x)
-        if position_ids is None:
-            position_ids = self._positions(mask, seen, x)
-        cos, sin = rope_angles(position_ids, self.config, torch.promote_types(x.dtype, torch.float32))
-        visible = self._visible(mask, seen, x)
         new_mask = None if mask is None else mask[:, seen:]
+        if cu_seq_lens_q is not None:
+            seq_idx = _numbers(cu_seq_lens_q, *x.shape[:2])
+        last = None if cache is None else cache.position
+        position_ids, new_starts = _positions(position_ids, seq_idx, new_mask, last, x)
+        starts = _joined(None if cache is None else cache.starts, new_starts, seen, x)
+        cos, sin = rope_angles(position_ids, self.config, torch.promote_types(x.dtype, torch.float32))
+        visible = self._visible(mask, starts, seen, x)
 
         want_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden, v_first, k_first = [x], None, None
         for layer in self.layers:
-            inputs = (x, cos, sin, v_first, k_first, new_mask, visible)
+            inputs = (x, cos, sin, v_first, k_first, new_mask, new_starts, visible)
             if checkpointing and cache is None:
                 x, v_first, k_first = self._gradient_checkpointing_func(layer.__call__, *inputs)
             else:
@@ -478,7 +554,8 @@ class Hxa079Model(Hxa079PreTrainedModel):
                 hidden.append(x)
         x = hidden[-1] = self.norm(x)
         if cache is not None:
-            cache.length, cache.token_mask = seen + x.shape[1], mask
+            cache.length, cache.token_mask, cache.starts = seen + x.shape[1], mask, starts
+            cache.position = _latest(position_ids.expand(x.shape[:2]), new_mask, last)[:, -1:]
         kept = tuple(hidden) if want_hidden else None
         result = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache, hidden_states=kept)
         return result if _as_dict(return_dict, self.config) else result.to_tuple()
@@ -503,22 +580,87 @@ class Hxa079Model(Hxa079PreTrainedModel):
         return None if mask.all() else mask
 
     @staticmethod
-    def _positions(mask: Tensor | None, seen: int, x: Tensor) -> Tensor:
-        if mask is None:
-            return torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        return (mask.cumsum(-1) - 1).clamp(min=0)[:, seen:]
-
-    @staticmethod
-    def _visible(mask: Tensor | None, seen: int, x: Tensor) -> Tensor | None:
-        if mask is None and (seen == 0 or x.shape[1] == 1):
+    def _visible(mask: Tensor | None, starts: Tensor | None, seen: int, x: Tensor) -> Tensor | None:
+        if mask is None and starts is None and (seen == 0 or x.shape[1] == 1):
             return None
         ones = torch.ones(x.shape[1], seen + x.shape[1], dtype=torch.bool, device=x.device)
         causal = ones.tril(seen)
+        visible = causal[None, None]
+        if starts is not None:
+            number = starts.cumsum(-1)
+            visible = visible & (number[:, None, seen:, None] == number[:, None, None, :])
         if mask is None:
-            return causal[None, None]
+            return visible
         # Padding sees itself: a row that sees nothing would be NaN.
         itself = causal ^ ones.tril(seen - 1)
-        return (causal & mask[:, None, None, :]) | itself
+        return (visible & mask[:, None, None, :]) | itself
+
+
+def _numbers(cu_seq_lens: Tensor, rows: int, tokens: int) -> Tensor:
+    """Which sequence each token is of, (B, T), from the bounds of sequences in the flattened batch."""
+    bounds = cu_seq_lens.tolist()
+    if bounds[:1] != [0] or bounds[-1] != rows * tokens or sorted(bounds) != bounds:
+        raise ValueError(f"cu_seq_lens_q is {bounds}, expected bounds from 0 to {rows * tokens} = {rows} x {tokens}")
+    lengths = cu_seq_lens.diff().long()
+    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths).view(rows, tokens)
+
+
+def _latest(positions: Tensor, mask: Tensor | None, last: Tensor | None) -> Tensor:
+    """Position of the latest token up to each one, padding left out, (B, T); `last` (B, 1) is the cache's."""
+    if mask is None:
+        return positions
+    index = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).cummax(-1).values
+    before = positions.new_full((1, 1), -1) if last is None else last
+    return torch.where(index < 0, before, positions.gather(1, index.clamp(min=0)))
+
+
+def _positions(
+    position_ids: Tensor | None, seq_idx: Tensor | None, mask: Tensor | None, last: Tensor | None, x: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """RoPE positions of this call, (B or 1, T), and `starts`, (B, T) or None: where a packed row changes sequence.
+
+    A sequence starts where its position is not after the one before it, or where `seq_idx` changes. Positions that
+    do not go back there count on, so they are counted again from each start.
+    """
+    shape = x.shape[:2]
+    before = torch.full((1, 1), -1, device=x.device) if last is None else last.to(x.device)
+    restarts = starts = None
+    if position_ids is not None:
+        position_ids = position_ids.to(x.device)
+        latest = _latest(position_ids.expand(shape), mask, before)
+        restarts = position_ids <= torch.cat([before.expand(shape[0], 1), latest[:, :-1]], dim=1)
+    if seq_idx is not None:
+        seq_idx = seq_idx.to(x.device).expand(shape)
+        starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+        if mask is not None:  # a sequence starts at its first token that is not padding
+            real = _latest(seq_idx, mask, None)
+            starts = F.pad((real[:, 1:] != real[:, :-1]) & (real[:, :-1] >= 0), (1, 0))
+        if restarts is not None and (starts & ~restarts).any():
+            position_ids = restarts = None
+    if restarts is not None:
+        starts = restarts if starts is None else restarts | starts
+    if starts is not None:
+        starts = starts if mask is None else starts & mask
+        starts = starts if starts.any() else None
+    if position_ids is None and mask is None and starts is None:
+        position_ids = torch.arange(1, x.shape[1] + 1, device=x.device) + before
+    elif position_ids is None:
+        real = torch.ones(shape, dtype=torch.bool, device=x.device) if mask is None else mask
+        count = real.cumsum(-1)
+        base = (-1 - before).expand(shape)
+        if starts is not None:
+            base = torch.where(starts, count - 1, base).cummax(-1).values
+        position_ids = (count - 1 - base).clamp(min=0)
+    return position_ids, starts
+
+
+def _joined(old: Tensor | None, new: Tensor | None, seen: int, x: Tensor) -> Tensor | None:
+    """`starts` of the cache and of this call, (B, P+T)."""
+    if old is None and new is None:
+        return None
+    none = torch.zeros(x.shape[0], seen + x.shape[1], dtype=torch.bool, device=x.device)
+    parts = (none[:, :seen] if old is None else old.to(x.device), none[:, seen:] if new is None else new)
+    return torch.cat(parts, dim=1)
 
 
 class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -552,6 +694,8 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         token_type_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits (B, T, V), or of the last `logits_to_keep` tokens; the loss where there are `labels`, shifted here.
@@ -568,6 +712,8 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
             output_hidden_states=output_hidden_states,
             output_attentions=kwargs.get("output_attentions"),
             return_dict=True,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -591,12 +737,18 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What the cache has not seen; `attention_mask` spans everything, past and new, in all versions."""
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         prompt = 0 if inputs_embeds is None else inputs_embeds.shape[1]
         total = max(input_ids.shape[1], prompt) if attention_mask is None else attention_mask.shape[1]
+        if attention_mask is None and seen and ("next_sequence_length" in kwargs or kwargs.get("is_first_iteration")):
+            # Recent versions drop a mask without padding and give the number of new tokens; None if these are all.
+            new_tokens = kwargs.get("next_sequence_length")
+            total = seen + (input_ids.shape[1] if new_tokens is None else new_tokens)
         if total <= seen:
             raise ValueError(
                 f"past_key_values holds {seen} tokens, the input has {total}: nothing is left to compute."
@@ -607,9 +759,26 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
         else:
             new = self.get_input_embeddings()(input_ids[:, prompt - total :] if total > prompt else input_ids[:, :0])
             inputs = {"inputs_embeds": torch.cat([inputs_embeds[:, seen:], new.to(inputs_embeds.dtype)], dim=1)}
-        # position_ids follow from the mask in forward; what `generate` puts there overlooks padding in some versions.
         unused = ("cache_position", "next_sequence_length", "is_first_iteration", "labels", "token_type_ids")
         passed_on = {key: value for key, value in kwargs.items() if key not in unused}
+        if total - seen > 1:
+            if cu_seq_lens_q is not None:
+                rows = input_ids.shape[0]
+                seq_idx = _numbers(cu_seq_lens_q, rows, int(cu_seq_lens_q[-1]) // rows)
+            if seq_idx is not None:
+                generated = seq_idx[:, -1:].expand(-1, max(total - seq_idx.shape[1], 0))
+                passed_on["seq_idx"] = torch.cat([seq_idx, generated], dim=1)[:, seen:total]
+            if position_ids is not None:
+                # Otherwise positions follow from the mask in forward; what `generate` puts there overlooks padding
+                # in some versions. It may be cut to the new tokens, and may lack those generated without a cache.
+                begin = 0 if position_ids.shape[1] == total - seen else seen
+                more = torch.arange(1, max(total - seen + begin - position_ids.shape[1], 0) + 1).to(position_ids)
+                positions = torch.cat([position_ids, position_ids[:, -1:] + more], dim=1)
+                positions = positions[:, begin : begin + total - seen].expand(input_ids.shape[0], -1)
+                mask = None if attention_mask is None else attention_mask[:, seen:] != 0
+                last = None if past_key_values is None else past_key_values.position
+                if _positions(positions, None, mask, last, positions)[1] is not None:
+                    passed_on["position_ids"] = positions
         return inputs | {"past_key_values": past_key_values, "attention_mask": attention_mask} | passed_on
 
 
