@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,37 +43,28 @@ OUTCOMES = ("before the first byte", "while writing", "while publishing", "publi
 FIT = ("--input-ids", "{teacher}/calibration_tokens.npy", "--tokens", "64", "--chunk", "64", "--refine-steps", "0")
 INIT = ("init-from-teacher", "{teacher}", "{out}", "--gqa-layers", "2,5")
 SHARDS = ("--max-shard-size", "1MB")
-PARTS = tuple((*INIT, *SHARDS, "--part", f"{i}/3") for i in (1, 2, 3))
 
 
 @dataclass(frozen=True)
 class Job:
-    """A writing command: `steps` are run one after the other; resuming is the same with --resume, or `again`."""
+    """A writing command; resuming is the same with --resume."""
 
     name: str
-    steps: tuple[tuple[str, ...], ...]
+    words: tuple[str, ...]
     suffix: str = ""
-    again: tuple[tuple[str, ...], ...] = ()
-    before: tuple[tuple[str, ...], ...] = ()
-    """Run, without publishing, before the steps begin."""
-
-    def resumed(self) -> tuple[tuple[str, ...], ...]:
-        return self.again or tuple((*step, "--resume") for step in self.steps)
 
 
 JOBS = (
-    Job("init-from-teacher", ((*INIT, *SHARDS),)),
-    Job("init-from-teacher --format pth", ((*INIT, "--format", "pth"),), ".pth"),
-    Job("init-from-teacher --format training", ((*INIT, "--format", "training"),), ".pth"),
-    Job("init-from-teacher --init calibrated", ((*INIT, *SHARDS, "--init", "calibrated", *FIT),)),
-    Job("calibrate", (("calibrate", "{student}", "{out}", "--teacher", "{teacher}", *FIT),)),
-    Job("to-hf", (("to-hf", "{pth}", "{out}", *SHARDS),)),
-    Job("to-hf --teacher", (("to-hf", "{attention}", "{out}", "--teacher", "{teacher}", "--dtype", "float16"),)),
-    Job("to-pth", (("to-pth", "{student}", "{out}"),), ".pth"),
-    Job("to-training --all", (("to-training", "{student}", "{out}", "--all"),), ".pth"),
-    Job("pick-gqa-layers", (("pick-gqa-layers", "{student}", "{out}", "--layers", "1,5", "--teacher", "{teacher}"),)),
-    Job("init-from-teacher --part 1/3, 2/3, 3/3", PARTS, again=PARTS),
-    Job("finish", (("finish", "{out}"),), again=(("finish", "{out}"),), before=PARTS),
+    Job("init-from-teacher", (*INIT, *SHARDS)),
+    Job("init-from-teacher --format pth", (*INIT, "--format", "pth"), ".pth"),
+    Job("init-from-teacher --format training", (*INIT, "--format", "training"), ".pth"),
+    Job("init-from-teacher --init calibrated", (*INIT, *SHARDS, "--init", "calibrated", *FIT)),
+    Job("calibrate", ("calibrate", "{student}", "{out}", "--teacher", "{teacher}", *FIT)),
+    Job("to-hf", ("to-hf", "{pth}", "{out}", *SHARDS)),
+    Job("to-hf --teacher", ("to-hf", "{attention}", "{out}", "--teacher", "{teacher}", "--dtype", "float16")),
+    Job("to-pth", ("to-pth", "{student}", "{out}"), ".pth"),
+    Job("to-training --all", ("to-training", "{student}", "{out}", "--all"), ".pth"),
+    Job("pick-gqa-layers", ("pick-gqa-layers", "{student}", "{out}", "--layers", "1,5", "--teacher", "{teacher}")),
 )
 
 
@@ -119,7 +110,7 @@ def import_everything() -> None:
             importlib.import_module(module.name)
 
 
-def start(words: Sequence[str], log: Path, *, publishing: bool = True) -> int:
+def start(words: Sequence[str], log: Path) -> int:
     """The command line in a process of its own; returns its number."""
     pid = os.fork()
     if pid:
@@ -127,14 +118,11 @@ def start(words: Sequence[str], log: Path, *, publishing: bool = True) -> int:
     try:
         from hxaconv.cli.app import app
         from hxaconv.cli.exits import guarded
-        from hxaconv.save import writer
 
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(out, 1)
         os.dup2(out, 2)
         slow_down()
-        if not publishing:
-            writer._Run._finish = lambda run, signals, verify: writer._unpublished(run.staging)  # type: ignore[method-assign]
         sys.argv = ["hxaconv", *words]
         code = guarded(app)
         sys.stdout.flush()
@@ -145,29 +133,19 @@ def start(words: Sequence[str], log: Path, *, publishing: bool = True) -> int:
         os._exit(99)
 
 
-def run(
-    steps: Sequence[Sequence[str]],
-    log: Path,
-    *,
-    kill_after: float | None = None,
-    publishing: bool = True,
-    finished: Callable[[], bool] = lambda: False,
-) -> bool:
-    """The command lines one after the other until `finished`; False if one of them was killed, which ends it."""
+def run(words: Sequence[str], log: Path, *, kill_after: float | None = None) -> bool:
+    """The command line; False if it was killed."""
     end = None if kill_after is None else time.monotonic() + kill_after
-    for words in steps:
-        if finished():
+    pid = start(words, log)
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if end is not None and time.monotonic() >= end:
+            os.kill(pid, signal.SIGKILL)
             break
-        pid = start(words, log, publishing=publishing)
-        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if end is not None and time.monotonic() >= end:
-                os.kill(pid, signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if code == -signal.SIGKILL:
-            return False
-        assert code == 0, f"{' '.join(words)} ended with {code}:\n{log.read_text()}"
+        time.sleep(0.002)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code == -signal.SIGKILL:
+        return False
+    assert code == 0, f"{' '.join(words)} ended with {code}:\n{log.read_text()}"
     return True
 
 
@@ -194,15 +172,12 @@ class Rounds:
         self.material.mkdir()
         student, pth, attention = (self.material / name for name in ("student", "s.pth", "attention.pth"))
         self.names = {"teacher": TEACHER, "student": student, "pth": pth, "attention": attention}
-        run([self.words((*INIT, "--no-verify"), student)], self.log)
-        run([self.words(("to-pth", "{student}", "{out}", "--no-verify"), pth)], self.log)
-        run([self.words(("to-training", "{student}", "{out}", "--no-verify"), attention)], self.log)
+        run(self.words((*INIT, "--no-verify"), student), self.log)
+        run(self.words(("to-pth", "{student}", "{out}", "--no-verify"), pth), self.log)
+        run(self.words(("to-training", "{student}", "{out}", "--no-verify"), attention), self.log)
 
-    def words(self, step: Sequence[str], out: Path) -> list[str]:
-        return [word.format(out=out, **self.names) for word in step]
-
-    def steps(self, steps: Sequence[Sequence[str]], out: Path, *options: str) -> list[list[str]]:
-        return [[*self.words(step, out), *options] for step in steps]
+    def words(self, words: Sequence[str], out: Path, *options: str) -> list[str]:
+        return [*(word.format(out=out, **self.names) for word in words), *options]
 
     def begin(self, job: Job, target: Path, *, verified: bool, replacing: bool) -> tuple[str, ...]:
         """Bring about what is there before the command runs; returns the options it then needs."""
@@ -214,8 +189,6 @@ class Rounds:
             if job.suffix:
                 shutil.copyfile(old.with_suffix(".json"), target.with_suffix(".json"))
             options += ("--overwrite",)
-        if job.before:
-            run(self.steps(job.before, target, *options), self.log, publishing=False)
         return options
 
     def reference(self, job: Job, *, verified: bool) -> tuple[dict[str, bytes], float]:
@@ -225,7 +198,7 @@ class Rounds:
             target = self.place / f"out{job.suffix}"
             options = self.begin(job, target, verified=verified, replacing=False)
             begin = time.monotonic()
-            run(self.steps(job.steps, target, *options), self.log)
+            run(self.words(job.words, target, *options), self.log)
             self.references[key] = tree(target), time.monotonic() - begin
             clear(self.place)
         return self.references[key]
@@ -236,21 +209,19 @@ class Rounds:
         after, seconds = self.reference(job, verified=verified)
         options = self.begin(job, target, verified=verified, replacing=replacing)
         before = tree(target) if replacing else {}
-        again, steps = (self.steps(s, target, *options) for s in (job.resumed(), job.steps))
-
-        def finished() -> bool:  # of parts, the first may publish what a killed one left complete
-            return self.state(target, before, after) == "published"
-
+        words = self.words(job.words, target, *options)
+        again = [*words, "--resume"]
         for number in range(kills):
             moment = self.rng.uniform(0, seconds)
-            run(again if number else steps, self.log, kill_after=moment, finished=finished)
+            run(again if number else words, self.log, kill_after=moment)
             found = self.state(target, before, after)
             self.found.setdefault(job.name, collections.Counter())[found] += 1
             if found == "published":
                 break
-        run(again, self.log, finished=finished)
+        else:
+            run(again, self.log)
         assert self.state(target, {}, after) == "published", f"{job.name}: {target} is not complete"
-        self.tidy(steps, target, after, options)
+        self.tidy(words, target, after)
         clear(self.place)
 
     def state(self, target: Path, before: dict[str, bytes], after: dict[str, bytes]) -> str:
@@ -263,13 +234,11 @@ class Rounds:
         assert now == before or (publishing and not now), f"{target} is neither what it was nor complete: {sorted(now)}"
         return OUTCOMES[2] if publishing else OUTCOMES[1] if folders else OUTCOMES[0]
 
-    def tidy(self, steps: list[list[str]], target: Path, after: dict[str, bytes], options: Sequence[str]) -> None:
+    def tidy(self, words: list[str], target: Path, after: dict[str, bytes]) -> None:
         """What a kill after the last rename left is cleared away by the next run on the target."""
         if leftovers(target):
-            more = [] if "--overwrite" in options else ["--overwrite"]
-            if steps[0][0] != "finish":  # whose parts are gone
-                run([[*step, *more] for step in steps], self.log)
-                assert leftovers(target) == [], leftovers(target)
+            run([*words, *([] if "--overwrite" in words else ["--overwrite"])], self.log)
+            assert leftovers(target) == [], leftovers(target)
             assert tree(target) == after
 
 

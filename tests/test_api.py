@@ -64,10 +64,3 @@ def test_settings_are_given_by_name_everywhere(golden: Path, tmp_path: Path) -> 
 def test_an_argument_of_another_command_is_refused(function: str, argument: str) -> None:
     with pytest.raises(TypeError, match=argument):
         getattr(hxaconv, function)("a", "b", **{argument: True})
-
-
-@pytest.mark.parametrize("part", ["1/4", (4, 4), (-1, 2)])
-def test_parts_are_pairs_counted_from_0(part: object) -> None:
-    assert hxaconv.WriteOptions(part=(3, 4)).part == (3, 4)
-    with pytest.raises(hxaconv.HxaconvError, match="part is"):
-        hxaconv.WriteOptions(part=part)  # type: ignore[arg-type]

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, TINY_TEACHER
-from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 import hxaconv
@@ -192,96 +191,11 @@ def test_the_plot_is_drawn_though_nobody_reads_the_output(
     assert all(path.is_file() for path in plots)
 
 
-def test_an_existing_student_is_calibrated_by_parts_too(cli: Cli, tmp_path: Path) -> None:
-    assert cli("init-from-teacher", TINY_TEACHER, tmp_path / "plain", "--gqa-layers", "none", "--quiet") == 0
-    words = ["calibrate", tmp_path / "plain", tmp_path / "o", "--teacher", TINY_TEACHER, *QUICK[2:-2], *PARTS]
-    assert cli(*words, "--part", "1/2") == 0
-    assert not (tmp_path / "o").exists()
-    assert cli(*words, "--part", "2/2") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["o", "plain"]
-
-
-def test_parts_at_once_take_over_from_one_that_is_killed_and_give_the_bytes_of_one_machine(
-    whole: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "student"
-    parts = {
-        part: subprocess.Popen(command(out, "--part", f"{part}/3"), env=environment(), stderr=subprocess.DEVNULL)
-        for part in (1, 2, 3)
-    }
-    while not (tmp_path / "student.calibration" / "layer-000.safetensors").exists():
-        time.sleep(0.01)
-    calibrating = json.loads((tmp_path / ".student.calibration.hxaconv-lock").read_text())["pid"]
-    killed = next(part for part, process in parts.items() if process.pid == calibrating)
-    parts[killed].kill()
-    assert {part: process.wait() for part, process in parts.items()} == {1: 0, 2: 0, 3: 0, killed: -signal.SIGKILL}
-    assert not out.exists()
-    subprocess.run(command(out, "--part", f"{killed}/3"), check=True, env=environment())
-    assert files(out) == files(whole)
-    assert [path.name for path in tmp_path.iterdir()] == ["student"]
-
-
-@pytest.mark.slow
-def test_finish_publishes_calibrated_parts_without_calibrating_again(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
-) -> None:
-    def die(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    def computed(*_: object, **__: object) -> None:
-        raise AssertionError("a layer was fitted")
-
-    words = ["init-from-teacher", TINY_TEACHER, tmp_path / "student", *QUICK, *PARTS, "--part"]
-    assert cli(*words, "1/2") == 0
-    monkeypatch.setattr("hxaconv.calibration.streaming.fit_layer", computed)
-    with monkeypatch.context() as patch:
-        patch.setattr("hxaconv.save.writer.publish", die)
-        assert cli(*words, "2/2") == 130
-    assert cli("finish", tmp_path / "student", "--quiet", "--no-verify") == 0
-    assert files(tmp_path / "student") == files(whole)
-    assert [path.name for path in tmp_path.iterdir()] == ["student"]
-
-
-@pytest.mark.slow
-def test_parts_with_a_teacher_from_the_hub_share_layers_whatever_they_have_downloaded(
-    golden: Path, tmp_path: Path
-) -> None:
-    words = ["init-from-teacher", "org/teacher", tmp_path / "o", "--init", "calibrated", "--random-tokens"]
-    words += ["--tokens", 32, "--refine-steps", 1, "--gqa-layers", 1, "--max-shard-size", "100kB", "--quiet"]
-
-    def run(home: str, *more: str) -> None:
-        line = [sys.executable, "-m", "hxaconv", *map(str, words), *more]
-        subprocess.run(line, check=True, env=environment() | hub.environment(tmp_path / home, None))
-
-    with HubServer() as hub:
-        hub.add_folder("org/teacher", golden / "reka_tiny" / "teacher")
-        run("one", "--dry-run")
-        assert all(ranged is not None for ranged in hub.downloaded(".safetensors"))
-        layers = tmp_path / "o.calibration"
-        run("one", "--part", "1/3")
-        times = {path.name: path.stat().st_mtime_ns for path in layers.iterdir()}
-        assert "layer-002.safetensors" in times
-        run("two", "--part", "2/3")
-        assert {path.name: path.stat().st_mtime_ns for path in layers.iterdir()} == times
-
-
-def test_a_part_without_files_does_not_calibrate(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def computed(*_: object, **__: object) -> None:
-        raise AssertionError("calibration began")
-
-    monkeypatch.setattr("hxaconv.calibration.streaming.calibrate", computed)
-    words = ["init-from-teacher", TINY_TEACHER, tmp_path / "o", *QUICK, "--quiet"]
-    assert cli(*words, "--part", "2/2") == 0
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(AssertionError, match="began"):
-        cli(*words, "--part", "1/2")
-
-
 def test_a_second_run_is_refused_while_the_first_calibrates(cli: Cli, tmp_path: Path) -> None:
     from hxaconv.calibration.cache import locked
 
     out = tmp_path / "student"
-    with locked(Path(f"{out}.calibration"), wait=False):
+    with locked(Path(f"{out}.calibration")):
         done = subprocess.run(command(out), env=environment(), stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
     assert f"process {os.getpid()}" in done.stderr

@@ -255,7 +255,6 @@ def test_verify_finds_what_was_changed(
         ("init-from-teacher", "{teacher}", "{tmp}/o", "--dtype", "int8"),
         ("init-from-teacher", "{teacher}", "{tmp}/o", "--max-shard-size", "big"),
         ("init-from-teacher", "{teacher}", "{tmp}/o", "--digest", "md5"),
-        ("init-from-teacher", "{teacher}", "{tmp}/o", "--part", "3/2"),
         ("init-from-teacher", "{teacher}", "{teacher}"),
         ("init-from-teacher", "{teacher}", "{teacher}/inside"),
         ("to-pth", "{teacher}", "{tmp}/o.pth"),
@@ -273,7 +272,6 @@ def test_verify_finds_what_was_changed(
         ("inspect", "org/name@one", "--revision", "two"),
         ("verify", "{teacher}", "--device", "warp"),
         ("maps", "rekka-flash"),
-        ("finish", "{tmp}/nothing"),
         ("no-such-command",),
         ("init-from-teacher",),
     ],
@@ -291,7 +289,7 @@ def test_a_users_mistake_is_one_message_and_exit_code_2(
 
 COMMANDS = (
     *("init-from-teacher", "calibrate", "pick-gqa-layers", "to-hf", "to-pth", "to-training"),
-    *("verify", "inspect", "maps", "finish", "demo"),
+    *("verify", "inspect", "maps", "demo"),
 )
 
 

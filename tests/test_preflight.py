@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 
 import pytest
-from writing import leftovers, output, partials, plan_over, source, verified
+from writing import leftovers, output, partials, plan_over, source, stop_after, verified
 
 from hxaconv.errors import HxaconvError
 from hxaconv.save import diskio
@@ -25,9 +26,11 @@ def test_all_problems_are_told_at_once(tmp_path, monkeypatch):
     assert "1,000 are free" in str(caught.value)
 
 
-def test_a_full_disk_names_the_work_folder_that_could_go(tmp_path, monkeypatch):
+def test_a_full_disk_names_the_work_folder_that_could_go(tmp_path, monkeypatch, small_batches):
     out = output(tmp_path / "out", plan_over(source(tmp_path)))
-    verified(out, part=(0, 2))
+    stop_after(monkeypatch, 20, OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(HxaconvError, match="Input/output error"):
+        verified(out)
     (partial,) = partials(tmp_path)
     monkeypatch.setattr(diskio, "free_bytes", lambda folder: 1000)
     with pytest.raises(HxaconvError, match=rf"1,000 are free on .*; {partial.name} of another run takes [\d,]{{6,}}"):

@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from writing import leftovers, output, partials, plan_over, reference, source, tree, verified
+from writing import leftovers, output, plan_over, reference, source, tree, verified
 
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.formats.dtypes import BY_NAME
@@ -285,18 +285,6 @@ def test_a_target_needs_a_name(tmp_path, place):
     for call in (verified, lambda out: check(out, WriteSettings())):
         with pytest.raises(HxaconvError, match=r"cannot be written: it has no name of its own"):
             call(out)
-
-
-def test_parts_of_others_are_kept_when_a_source_changes(tmp_path):
-    file = source(tmp_path)
-    out = output(tmp_path / "out", plan_over(file))
-    verified(out, part=(0, 2))
-    (partial,) = partials(tmp_path)
-    file.open()
-    os.utime(file.path, ns=(1, 1))
-    with pytest.raises(HxaconvError, match=f"changed while(.|\n)*is in {partial}; delete it"):
-        verified(out, part=(1, 2))
-    assert partial.is_dir()
 
 
 def test_a_source_truncated_before_it_is_read_is_named(tmp_path):

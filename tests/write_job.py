@@ -1,6 +1,6 @@
 """One write in a process of its own, slowed down so that a kill finds it at any point.
 
-    python write_job.py FOLDER TARGET [--resume] [--overwrite] [--part i/n] [--finish] [--slow SECONDS]
+    python write_job.py FOLDER TARGET [--resume] [--overwrite] [--slow SECONDS]
 
 FOLDER holds the source. Exits as the command line would: 0, 2 with a message, 128 + signal.
 """
@@ -37,21 +37,16 @@ def main() -> int:
     parser.add_argument("target", type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--part")
-    parser.add_argument("--finish", action="store_true")
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     fill.BATCH_BYTES = 20_000
     for name in ("pwrite", "fsync", "rename", "replace"):
         setattr(os, name, slowed(getattr(os, name), arguments.slow))
-    part = tuple(map(int, arguments.part.split("/"))) if arguments.part else None
     settings = WriteSettings(
         resume=arguments.resume,
         overwrite=arguments.overwrite,
-        part=part,
         workers=arguments.workers,
-        finish_only=arguments.finish,
     )
     out = output(arguments.target, plan_over(source(arguments.folder)))
     print("ready", flush=True)

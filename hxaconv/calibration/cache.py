@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,11 +27,9 @@ from hxaconv.errors import HxaconvError
 from hxaconv.forward.batches import First
 from hxaconv.forward.fingerprint import fingerprint as fingerprint_of
 from hxaconv.model.model import Model
-from hxaconv.progress import Progress
 from hxaconv.save import locks
 
 FORMAT = 2
-SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,40 +188,13 @@ class Cache:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool, progress: Progress | None = None) -> Iterator[None]:
-    """One process at a time calibrates into a folder; with `wait`, others wait for their turn.
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time calibrates into a folder.
 
     The lock is a file beside the folder, which is removed in the end.
 
     Raises:
-        HxaconvError: when another process is at it (without `wait`), or nothing can be written there.
+        HxaconvError: when another process is at it, or nothing can be written there.
     """
-    lock = _acquired(folder, wait, progress)
-    try:
+    with locks.held(folder.with_name(f".{folder.name}.hxaconv-lock"), folder):
         yield
-    finally:
-        lock.release()
-
-
-def _acquired(folder: Path, wait: bool, progress: Progress | None) -> locks.Lock:
-    path, told = folder.with_name(f".{folder.name}.hxaconv-lock"), False
-    try:
-        while not isinstance(lock := locks.acquire(path, "calibrating"), locks.Lock):
-            holder = locks.describe_holder(lock)
-            if not wait:
-                raise HxaconvError(
-                    f"{folder}: {holder} is at work there for the same target",
-                    hint="Wait until it has finished, or stop it first; the same command takes over its layers.",
-                )
-            if progress is not None:
-                if not told:
-                    progress.start(f"waiting for {holder}", 0)
-                progress.advance(0)
-            told = True
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-    except OSError as error:
-        raise HxaconvError(f"{path}: locking failed: {error.strerror or error}") from None
-    finally:
-        if told and progress is not None:
-            progress.stop()
-    return lock

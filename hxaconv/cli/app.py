@@ -43,7 +43,6 @@ from hxaconv.cli.options import (
     OutPth,
     Overwrite,
     PadFfn,
-    Part,
     Preset,
     PushTo,
     Quiet,
@@ -141,7 +140,6 @@ def init_from_teacher(
     no_verify: NoVerify = False,
     workers: Workers = None,
     digest: Digest = "crc32",
-    part: Part = None,
     allow_nonfinite: AllowNonfinite = False,
     push_to: PushTo = None,
     json: Json = False,
@@ -248,7 +246,6 @@ def calibrate(
     no_verify: NoVerify = False,
     workers: Workers = None,
     digest: Digest = "crc32",
-    part: Part = None,
     allow_nonfinite: AllowNonfinite = False,
     push_to: PushTo = None,
     json: Json = False,
@@ -312,7 +309,6 @@ def to_hf(
     no_verify: NoVerify = False,
     workers: Workers = None,
     digest: Digest = "crc32",
-    part: Part = None,
     allow_nonfinite: AllowNonfinite = False,
     push_to: PushTo = None,
     json: Json = False,
@@ -350,7 +346,6 @@ def to_pth(
     no_verify: NoVerify = False,
     workers: Workers = None,
     digest: Digest = "crc32",
-    part: Part = None,
     allow_nonfinite: AllowNonfinite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -389,7 +384,6 @@ def to_training(
     no_verify: NoVerify = False,
     workers: Workers = None,
     digest: Digest = "crc32",
-    part: Part = None,
     allow_nonfinite: AllowNonfinite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -476,7 +470,6 @@ def pick_gqa_layers(
     no_verify: NoVerify = False,
     workers: Workers = None,
     digest: Digest = "crc32",
-    part: Part = None,
     allow_nonfinite: AllowNonfinite = False,
     push_to: PushTo = None,
     json: Json = False,
@@ -623,35 +616,6 @@ def verify(
     show_report(report, talk, plot)
 
 
-@app.command("finish", no_args_is_help=True)
-def finish(
-    out: Annotated[str, typer.Argument(help="The OUT that the parts were given.")],
-    overwrite: Overwrite = False,
-    no_verify: NoVerify = False,
-    allow_nonfinite: AllowNonfinite = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Publish what `--part 1/n` ... `--part n/n` have written, where none of them did.
-
-    [bold]Example[/bold]
-
-    hxaconv finish student/
-    """
-    from hxaconv.commands import finish as command
-    from hxaconv.commands.common import WriteOptions
-
-    talk = _talk(quiet, json)
-    write = WriteOptions(
-        finish_only=True,
-        overwrite=overwrite,
-        verify=not no_verify,
-        allow_nonfinite=allow_nonfinite,
-        progress=talk.progress(),
-    )
-    _show_outcome(command.run(out, write), talk)
-
-
 @app.command("demo")
 def demo(
     out: Annotated[str, typer.Argument(help="Folder for what the demo writes.")] = "hxaconv-demo",
@@ -734,19 +698,13 @@ def _talk(quiet: bool, json: bool) -> Talk:
 
 def _write_options(values: dict[str, Any], talk: Talk) -> WriteOptions:
     from hxaconv.commands.common import WriteOptions
-    from hxaconv.commands.parts import WHOLE, part_source, resolve_part
 
-    part, said_by = resolve_part(values["part"]), part_source(values["part"])
-    if part is not None and said_by:
-        talk.say(f"This is part {part[0] + 1} of {part[1]}, by {said_by}; {WHOLE}.")
     return WriteOptions(
         dry_run=values["dry_run"],
         overwrite=values["overwrite"],
         resume=values["resume"],
         workers=values["workers"],
         digest=values["digest"],
-        part=part,
-        part_from=said_by if part else "",
         allow_nonfinite=values["allow_nonfinite"],
         verify=not values["no_verify"],
         push_to=values.get("push_to"),

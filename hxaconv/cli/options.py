@@ -73,12 +73,6 @@ Workers = Annotated[
     int | None, typer.Option(min=1, help="Threads. Default: 2, or 1 on one core.", rich_help_panel=OUTPUT)
 ]
 Digest = Annotated[str, typer.Option(help="Per tensor: crc32, sha256 or none.", rich_help_panel=OUTPUT)]
-Part = Annotated[
-    str | None,
-    typer.Option(
-        help="i/n: write this part of the shards; from torchrun or a Slurm array by itself.", rich_help_panel=OUTPUT
-    ),
-]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Go on although a source holds NaN or Inf.", rich_help_panel=OUTPUT)
 ]

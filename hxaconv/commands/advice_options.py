@@ -10,7 +10,6 @@ from typing import Any
 
 from hxaconv.cli.plots import plot_problems
 from hxaconv.commands.common import useless
-from hxaconv.commands.parts import resolve_part
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.model import layer_choice
 from hxaconv.save.command_line import option_name
@@ -21,7 +20,7 @@ from hxaconv.selection.scores import STRATEGIES
 CHOOSING = ("count", "strategy", "min_gap", "max_gap", "max_consecutive", "exclude", "kl_mode", "log", "save", "plot")
 TOKENS = ("input_ids", "text", "tokens", "device")
 WRITING = (
-    *("max_shard_size", "format", "dry_run", "resume", "no_verify", "workers", "digest", "part"),
+    *("max_shard_size", "format", "dry_run", "resume", "no_verify", "workers", "digest"),
     *("allow_nonfinite", "push_to"),
 )
 
@@ -53,10 +52,6 @@ def _ignored(values: Mapping[str, Any], given: set[str]) -> list[str]:
         found += useless(given, ("log",), "only --strategy log reads one")
     if "tokens" not in wanted:
         found += useless(given, TOKENS, f"--strategy {strategy} looks at no tokens")
-    elif applies and resolve_part(values["part"]) is not None:
-        found.append(
-            "--part: every part would score by itself; choose with --save MAP.toml, then pass --layers MAP.toml"
-        )
     if not applies:
         found += useless(given, WRITING, "there is no OUT to write")
         if "student" not in wanted:

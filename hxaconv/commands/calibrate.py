@@ -54,7 +54,7 @@ def run(
         seed: Of tokens, where they are random.
         format: `hf`, `pth` or `training` (attention alone); None: by the suffix of `out`.
         max_shard_size: Of a weight file, such as `5GB`.
-        write: Overwriting, resuming, parts, verification, progress.
+        write: Overwriting, resuming, verification, progress.
 
     Raises:
         HxaconvError: for a student that was trained, or does not belong to the teacher.

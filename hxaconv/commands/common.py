@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.commands.parts import WHOLE
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.json_files import plain_data
 from hxaconv.model import layer_choice
@@ -43,8 +42,6 @@ class WriteOptions(WriteSettings):
     """How a command writes: what concerns the writer, and what is done before and after."""
 
     dry_run: bool = False
-    part_from: str = ""
-    """Who says which part this is, where the user does not: environment variables."""
     verify: bool = True
     push_to: str | None = None
     progress: Progress | None = None
@@ -130,8 +127,10 @@ def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list
         download(job.sources.values(), needed, [job.student], write.progress)
 
     written = write_output(output, write, verify=check, prepare=prepare, progress=write.progress)
-    notes += _what_remains(job.target, written, write.part)
-    warnings += _nothing_written(written, write)
+    notes += [
+        f"{path} is left from an interrupted run with other options or sources; delete it if nobody will resume it."
+        for path in written.leftovers
+    ]
     pushed = None
     if write.push_to and written.published:
         from hxaconv.save.hub_push import push_folder
@@ -176,40 +175,15 @@ def download(
         head.check()
 
 
-def _nothing_written(written: WriteResult, write: WriteOptions) -> list[str]:
-    """A warning where this process had no file to write: it may never have been meant as a part."""
-    if not written.idle or write.part is None:
-        return []
-    by = f" (by {write.part_from})" if write.part_from else ""
-    none = f"none for part {write.part[0] + 1} of {write.part[1]}{by}"
-    return [f"nothing was written: there are fewer files than parts, {none}. If this is no part of one job, {WHOLE}"]
-
-
-def _what_remains(target: Path, written: WriteResult, part: tuple[int, int] | None) -> list[str]:
-    """What is still to be done, or lies about, after a write."""
-    if not written.published:
-        this = f"Part {part[0] + 1} of {part[1]}" if part else "This part"
-        return [
-            *([] if written.idle else [f"{this} is complete; {target} appears once all parts are."]),
-            *(f"{path} was begun with other options or sources: no part of this one." for path in written.leftovers),
-        ]
-    return [
-        f"{path} is left from an interrupted run with other options or sources; delete it if nobody will resume it."
-        for path in written.leftovers
-    ]
-
-
-def check_target(job: Job, write: WriteOptions) -> bool:
+def check_target(job: Job, write: WriteOptions) -> None:
     """Refuse now what would be refused after hours of computing: the target, its disk, the options.
-
-    False where there is nothing to compute for: this part has no files to write.
 
     Raises:
         HxaconvError: listing every problem.
     """
     from hxaconv.save.writer import check
 
-    return check(build_output(job), write)
+    check(build_output(job), write)
 
 
 def layers_text(layers: str | Iterable[int]) -> str:

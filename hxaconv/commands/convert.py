@@ -73,7 +73,7 @@ def to_hf(
         pad_ffn: 256 or 512: the MLP is padded with zeros to a multiple, which changes no result.
         max_shard_size: Of a weight file, such as `5GB` or `500MB`.
         copy_code: Copy the `.py` files of the source along.
-        write: Overwriting, resuming, parts, verification, progress.
+        write: Overwriting, resuming, verification, progress.
 
     Raises:
         HxaconvError: when a setting is known from no source, a tensor is missing or would be unused.

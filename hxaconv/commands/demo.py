@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from hxaconv.commands.parts import no_parts
 from hxaconv.errors import HxaconvError
 
 Run = Callable[[Sequence[str]], int]
@@ -42,8 +41,7 @@ def run(out: Path, call: Run, say: Callable[[str], None]) -> int:
         raise HxaconvError(f"{out}: the demo's teacher cannot be put there: {error}") from None
     for title, words in steps(out):
         say(f"\n# {title}\n$ hxaconv {' '.join(words)}")
-        with no_parts():
-            code = call(words)
+        code = call(words)
         if code != 0:
             return code
     if importlib.util.find_spec("transformers") is not None:

@@ -246,29 +246,26 @@ def perform_calibrated(
         HxaconvError: when the calibration or the target is refused.
         CheckFailed: when the output does not pass its verification.
     """
-    calibrated = None if write.dry_run else calibrate_student(task, job, write)
     notes, warnings = [*notes, *task.notes], [*warnings, *task.warnings]
-    if calibrated is None and write.dry_run:
+    if write.dry_run:
         planned = task.planned
         job = replace(job, student=replace(job.student, plan=job.student.plan | planned))
         notes.append(
             f"Up to {len(planned)} tensors are fitted, those shown as calibrated; where a fit is no better, the plain"
             " values stay"
         )
-    if calibrated is None:
         return perform(job, write, None, warnings, notes)
+    calibrated = calibrate_student(task, job, write)
     warnings, notes = warnings + calibrated.warnings, notes + calibrated.notes
     verify = functools.partial(calibrated.verify, factors)
     return calibrated.finish(perform(calibrated.told_in(job), write, verify, warnings, notes))
 
 
-def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated | None:
+def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated:
     """Fit the plain student; finished layers are kept beside the target until it is published.
 
     Layers are judged one by one, and then all together: where they leave the student no nearer to its teacher than
     the plain one, that is what comes back.
-
-    Of several parts one calibrates, the others wait for what it finds. None where this part has nothing to write.
 
     Raises:
         HxaconvError: when the target cannot be written, or the teacher is not finite.
@@ -285,12 +282,8 @@ def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated |
             f"Layers are kept in {folder} ({done}); the same command continues." if done else "No layer was finished."
         )
 
-    if not check_target(job, write):
-        return None
-    with interruptible(kept), locked(folder, wait=write.part is not None, progress=write.progress):
-        # While this part was waiting, another may have published.
-        if not check_target(job, write):
-            return None
+    check_target(job, write)
+    with interruptible(kept), locked(folder):
         cache = Cache(folder, fingerprint(task.teacher, task.plain, task.pieces, task.settings))
         distances = cache.load_distances()
         if distances is None:

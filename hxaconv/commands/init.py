@@ -83,7 +83,7 @@ def run(
         copy_code: Copy the `.py` files of the teacher along.
         init: `openmose` (published initial values) or `calibrated` (fitted to the teacher).
         calibration: How to fit, for `calibrated`.
-        write: Overwriting, resuming, parts, verification, progress.
+        write: Overwriting, resuming, verification, progress.
 
     Returns:
         What was written, what the verification found, and how the calibration went.

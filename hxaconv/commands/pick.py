@@ -78,7 +78,7 @@ def run(
         allow_gqa_layer_0: Layer 0 as GQA is refused otherwise, with the reason.
         max_shard_size: Of a weight file that is written again.
         format: `hf`, `pth` or `training` (attention alone); None: by the suffix of `out`.
-        write: Overwriting, resuming, parts, verification, progress.
+        write: Overwriting, resuming, verification, progress.
 
     Raises:
         HxaconvError: for layers that do not exist, or when no source has what a changed layer needs.

@@ -1,4 +1,4 @@
-"""`.pth` files: the zip archive that `torch.save` writes of a flat dict of tensors, byte for byte.
+"""`.pth` files: the zip archive that `torch.save` writes of a flat dict of tensors.
 
 Records are stored uncompressed, each padded so that its bytes start at a multiple of 64. As torch has it,
 sizes and CRC-32 follow the data in a descriptor and stand again in the central directory at the end.
@@ -6,6 +6,7 @@ sizes and CRC-32 follow the data in a descriptor and stand again in the central 
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import zlib
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from hxaconv.errors import raise_all
 from hxaconv.formats.dtypes import BY_NAME
 from hxaconv.formats.layout import FileLayout, Fill, Segment
-from hxaconv.formats.serialization_id import serialization_id
 from hxaconv.formats.torch_pickle import state_dict_pickle
 from hxaconv.model.plan import Plan, Recipe
 
@@ -142,12 +142,19 @@ def _seal(records: list[_Record], tensor_crcs: Mapping[str, int]) -> list[Segmen
         body = record.body
         assert body is not None
         crcs[record.name] = zlib.crc32(body) if isinstance(body, bytes) else tensor_crcs[body.name]
-    identity = serialization_id(crcs, [crcs[record.name] for record in records[:-1] if record.size])
+    identity = _serialization_id(crcs)
     crcs[_ID_RECORD] = zlib.crc32(identity)
     segments = [(records[-1].data_offset, identity)]
     for record in records:
         segments.append((record.data_offset + record.size, record.descriptor(crcs[record.name])))
     return [*segments, (records[-1].end, _central_directory(records, crcs))]
+
+
+def _serialization_id(crcs: Mapping[str, int]) -> bytes:
+    """40 digits that depend on the names of the records and their bytes alone; torch stores a hash of its own."""
+    known = "\n".join(f"{crc:08x} {name}" for name, crc in crcs.items())
+    digits = int.from_bytes(hashlib.sha256(known.encode("utf-8", "surrogatepass")).digest()) % 10**_ID_BYTES
+    return f"{digits:0{_ID_BYTES}d}".encode()
 
 
 def _central_directory(records: list[_Record], crcs: Mapping[str, int]) -> bytes:

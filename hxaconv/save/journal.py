@@ -13,8 +13,7 @@ from hxaconv.formats.layout import FileLayout
 from hxaconv.save import diskio
 from hxaconv.save.checksums import Finished
 
-_PREFIX = "journal"
-_LOCK_SUFFIX = ".lock"
+_NAME = "journal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,29 +59,17 @@ class Journal:
             raise diskio.output_error(error, self._path, "writing") from error
 
 
-def journal_path(folder: Path, part: tuple[int, int] | None) -> Path:
-    """Where a run, or one part of it, writes its journal."""
-    return folder / (_PREFIX if part is None else f"{_PREFIX}-{part[0] + 1}-of-{part[1]}")
-
-
-def lock_path(folder: Path, part: tuple[int, int] | None) -> Path:
-    """What the writer of a journal holds while it runs."""
-    path = journal_path(folder, part)
-    return path.with_name(path.name + _LOCK_SUFFIX)
+def journal_path(folder: Path) -> Path:
+    """Where a run writes its journal."""
+    return folder / _NAME
 
 
 def read_journals(folder: Path) -> Done:
-    """What all journals in a staging folder say; lines cut short by a crash say nothing."""
+    """What the journal in a staging folder says; lines cut short by a crash say nothing."""
     tensors: dict[str, Finished] = {}
     files: set[str] = set()
-    for path in sorted(folder.glob(f"{_PREFIX}*")):
-        if path.suffix == _LOCK_SUFFIX:
-            continue
-        try:
-            lines = path.read_bytes().splitlines()
-        except FileNotFoundError:  # another part has published, and cleared the folder
-            continue
-        for line in lines:
+    for path in sorted(folder.glob(f"{_NAME}*")):
+        for line in path.read_bytes().splitlines():
             try:
                 entry = json.loads(line)
                 if "file" in entry:

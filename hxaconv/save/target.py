@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -61,17 +61,11 @@ class WriteSettings:
     """None: two, or the core count if smaller."""
     digest: str = "crc32"
     """Recorded per tensor in the provenance: crc32, sha256 or none."""
-    part: tuple[int, int] | None = None
-    """(i, n): write only the i-th of n groups of files, counted from 0; the last part to finish publishes."""
     allow_nonfinite: bool = False
-    finish_only: bool = False
-    """Publish what parts have written; write nothing."""
 
     def __post_init__(self) -> None:
         if self.digest not in DIGESTS:
             raise HxaconvError(f"--digest {self.digest!r} is not known", hint=f"It takes {', '.join(DIGESTS)}.")
-        if self.part is not None and not (isinstance(self.part, tuple) and 0 <= self.part[0] < self.part[1]):
-            raise HxaconvError(f"part is {self.part!r}", hint="It takes (i, n), i from 0: (0, 4) for --part 1/4.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +83,7 @@ class WriteResult:
     """Tensor name -> NaN and infinite values, where there are any."""
     verification: Mapping[str, Any] | None
     leftovers: tuple[Path, ...] = ()
-    """Folders of other runs on the same target, interrupted or parts of another plan."""
-    idle: bool = False
-    """Whether there was no file for this part to write."""
+    """Folders of other interrupted runs on the same target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,19 +111,3 @@ def layouts(output: Output) -> tuple[FileLayout, ...]:
 def describe(output: Output) -> list[FileDescription]:
     """The weight files that writing this output would give."""
     return [FileDescription(layout.name, layout.size, len(layout.fills)) for layout in layouts(output)]
-
-
-def files_of_part(files: Iterable[FileLayout], part: tuple[int, int] | None) -> list[FileLayout]:
-    """The files that part (i, n) writes: largest first, each to the part with the fewest bytes so far."""
-    files = list(files)
-    if part is None:
-        return files
-    index, count = part
-    loads = [0] * count
-    chosen: set[str] = set()
-    for layout in sorted(files, key=lambda layout: (-layout.size, layout.name)):
-        lightest = loads.index(min(loads))
-        loads[lightest] += layout.size
-        if lightest == index:
-            chosen.add(layout.name)
-    return [layout for layout in files if layout.name in chosen]

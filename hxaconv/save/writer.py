@@ -17,10 +17,10 @@ from hxaconv.save.checksums import Finished
 from hxaconv.save.documents import write_documents, write_provenance
 from hxaconv.save.fill import FillSettings, fill_files
 from hxaconv.save.interruption import Signals, interruptible
-from hxaconv.save.journal import Journal, journal_path, lock_path, read_journals
+from hxaconv.save.journal import Journal, journal_path, read_journals
 from hxaconv.save.nonfinite import NonfiniteError, nonfinite_counts, refuse_nonfinite
 from hxaconv.save.staging import Staging, plan_record, publish, recover, refuse_other_plans, staging_of, stagings_at
-from hxaconv.save.target import Output, WriteResult, WriteSettings, files_of_part, layouts
+from hxaconv.save.target import Output, WriteResult, WriteSettings, layouts
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress
@@ -64,10 +64,8 @@ def write(
     record = plan_record(output, files, settings.digest)
     staging = staging_of(output, record)
     preflight.check_place(output, files, staging, overwrite=settings.overwrite)
-    if settings.part is not None and not files_of_part(files, settings.part):
-        return replace(_unpublished(staging), idle=True)
     run = _Run(output, settings, files, staging, progress)
-    with _target_locked(output.target, settings.part), interruptible(run.what_is_kept) as signals:
+    with locks.held(_lock_path(output.target), output.target), interruptible(run.what_is_kept) as signals:
         done = read_journals(staging.path).tensors
         if _recover_all(output.target, staging) and settings.resume:
             run.note_published(signals)
@@ -78,10 +76,8 @@ def write(
 
 
 @_system_errors()
-def check(output: Output, settings: WriteSettings) -> bool:
+def check(output: Output, settings: WriteSettings) -> None:
     """Refuse what `write` would refuse before its first byte, for work that has to be done before there is a plan.
-
-    Whether there is anything to write: more parts than files leave some with none.
 
     Raises:
         HxaconvError: listing every problem.
@@ -90,10 +86,7 @@ def check(output: Output, settings: WriteSettings) -> bool:
     files = layouts(output)
     staging = staging_of(output, plan_record(output, files, settings.digest))
     preflight.check_place(output, files, staging, overwrite=settings.overwrite)
-    if not files_of_part(files, settings.part):
-        return False
     preflight.check(output, files, staging, overwrite=settings.overwrite)
-    return True
 
 
 def _place(target: Path) -> Path:
@@ -107,39 +100,9 @@ def _recover_all(target: Path, ours: Staging) -> bool:
     """Finish or undo what crashes left half published; whether our own output turned out to be published."""
     published = False
     for staging in stagings_at(target):
-        with _finishing(staging) as allowed:
-            if allowed and recover(staging):
-                published |= staging.path == ours.path
+        if recover(staging):
+            published |= staging.path == ours.path
     return published
-
-
-@contextmanager
-def _finishing(staging: Staging) -> Iterator[bool]:
-    """Whether this process may publish: of several parts that end together, one may."""
-    try:
-        lock = locks.acquire(staging.path / "finish.lock", "publishing")
-    except FileNotFoundError:  # published by another part, and the folder gone
-        yield False
-        return
-    if not isinstance(lock, locks.Lock):
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-def _unpublished(staging: Staging) -> WriteResult:
-    return WriteResult(
-        path=staging.path,
-        published=False,
-        nbytes=0,
-        digests={},
-        nonfinite={},
-        verification=None,
-        leftovers=tuple(other.path for other in stagings_at(staging.target) if other.path != staging.path),
-    )
 
 
 def _published(
@@ -161,34 +124,21 @@ def _published(
     )
 
 
-@contextmanager
-def _target_locked(target: Path, part: tuple[int, int] | None) -> Iterator[None]:
-    """One run at a time on a target; parts of one share it."""
-    with locks.held(target.with_name(f".{target.name}.hxaconv-lock"), target, part, shared=part is not None):
-        yield
+def _lock_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.hxaconv-lock")
 
 
 def _begin(settings: WriteSettings, staging: Staging, files: Sequence[FileLayout], record: dict[str, Any]) -> None:
     """Decide what the staging folder's being there, or not, means."""
     done = read_journals(staging.path)
-    if settings.finish_only:
-        missing = [layout.name for layout in _missing(staging, files)]
-        if not staging.path.is_dir():
-            refuse_other_plans(staging, record)
-            raise HxaconvError(f"{staging.target}: there are no parts to finish", hint="Run the parts first.")
-        raise_all(
-            f"{staging.path}: {len(missing)} of {len(files)} files are not complete:",
-            missing,
-            hint="Run the parts that write them again; each continues where it stopped.",
-        )
-    elif settings.part is None and done.tensors and not settings.resume:
+    if done.tensors and not settings.resume:
         raise HxaconvError(
             f"{staging.path} holds {len(done.tensors)} finished tensors of an interrupted run of the same command",
             hint="Add --resume to continue it, or delete that folder to start over.",
         )
-    elif settings.resume and settings.part is None and not staging.path.is_dir():
+    if settings.resume and not staging.path.is_dir():
         refuse_other_plans(staging, record)
-    if settings.part is None and not done.tensors:
+    if not done.tensors:
         staging.remove()
 
 
@@ -228,26 +178,17 @@ class _Run:
     def write(
         self, signals: Signals, record: dict[str, Any], verify: Verify | None, prepare: Prepare | None
     ) -> WriteResult:
-        part = self.settings.part
         try:
             self.staging.create(record)
-            with locks.held(lock_path(self.staging.path, part), self.staging.target, part):
-                if not self.settings.finish_only:
-                    self._fill(signals, prepare)
-                return self._finish(signals, verify)
-        except NonfiniteError:
+            self._fill(signals, prepare)
+            return self._finish(signals, verify)
+        except (NonfiniteError, SourceChanged):
             self.staging.remove()
-            raise
-        except SourceChanged as error:
-            if self.settings.part is None:
-                self.staging.remove()
-            else:  # others may still write there
-                error.hint = f"{error.hint} What the parts have written is in {self.staging.path}; delete it."
             raise
         except CheckFailed as error:
             error.hint = (
-                f"What was written is kept in {self.staging.path}. Should it have been damaged there, {self._again}"
-                " repairs it and checks once more; otherwise delete it before another run."
+                f"What was written is kept in {self.staging.path}. Should it have been damaged there, the same command"
+                " with --resume repairs it and checks once more; otherwise delete it before another run."
             )
             raise
         except (HxaconvError, OSError) as error:
@@ -260,25 +201,16 @@ class _Run:
         path = Path(error.filename or self.staging.path)
         return diskio.output_error(error, path, "writing", preflight.bytes_needed(self.output, self.files))
 
-    @property
-    def _shared(self) -> bool:
-        """Whether the staging folder is that of several parts."""
-        return self.settings.part is not None or self.settings.finish_only
-
-    @property
-    def _again(self) -> str:
-        return "the same command" if self._shared else "the same command with --resume"
-
     def what_is_kept(self) -> str:
         """Drop the staging folder if nothing in it is worth keeping; say how to go on."""
         path, target = self.staging.path, self.staging.target
         if self.published:
             return f"{target} is complete."
         count = len(read_journals(path).tensors)
-        if count == 0 and not self._shared:
+        if count == 0:
             self.staging.remove()
             return f"Nothing had been finished; {target} is as before."
-        return f"{count} finished tensors are {'in' if self._shared else 'kept in'} {path}; {self._again} continues."
+        return f"{count} finished tensors are kept in {path}; the same command with --resume continues."
 
     def note_published(self, signals: Signals) -> None:
         """What is said of an interruption from now on, when the command is about to end."""
@@ -286,11 +218,7 @@ class _Run:
         signals.message = f"Interrupted. {self.what_is_kept()}"
 
     def _fill(self, signals: Signals, prepare: Prepare | None) -> None:
-        mine = files_of_part(self.files, self.settings.part)
-        if self.settings.part is not None:
-            # Whoever restarts a part may meet another one that is about to publish: complete files are left alone.
-            missing = _missing(self.staging, self.files)
-            mine = [layout for layout in mine if layout in missing]
+        mine = self.files
         if prepare is not None:
             recipes = [fill.recipe for layout in mine for fill in layout.fills]
             prepare(list(dict.fromkeys(file for recipe in recipes for file in recipe.make.sources())))
@@ -303,7 +231,7 @@ class _Run:
             keep_cache=limit is None or total <= limit // 2,
         )
         recorded = read_journals(self.staging.path).tensors
-        journal = Journal(journal_path(self.staging.path, self.settings.part))
+        journal = Journal(journal_path(self.staging.path))
         places = [(layout, self.staging.content / layout.name) for layout in mine]
         if self.progress is not None:
             self.progress.start("Writing", sum(fill.recipe.nbytes for layout in mine for fill in layout.fills))
@@ -319,15 +247,16 @@ class _Run:
 
     def _finish(self, signals: Signals, verify: Verify | None) -> WriteResult:
         done = read_journals(self.staging.path)
-        if _missing(self.staging, self.files):
-            return _unpublished(self.staging)
-        with _finishing(self.staging) as allowed:
-            if not allowed or not self.staging.checkpoint.exists():
-                return _unpublished(self.staging)
-            verification = self._complete(done.tensors, verify)
-            with signals.deferred(all_of_them=True):
-                publish(self.staging, overwrite=self.settings.overwrite)
-                self.note_published(signals)
+        missing = [layout.name for layout in _missing(self.staging, self.files)]
+        raise_all(
+            f"{self.staging.path}: {len(missing)} of {len(self.files)} files that were written are not there:",
+            missing,
+            hint="Something else cleared or changed that folder during the run. Run the command again.",
+        )
+        verification = self._complete(done.tensors, verify)
+        with signals.deferred(all_of_them=True):
+            publish(self.staging, overwrite=self.settings.overwrite)
+            self.note_published(signals)
         return _published(self.output, self.settings, self.files, done.tensors, verification)
 
     def _complete(self, tensors: Mapping[str, Finished], verify: Verify | None) -> Mapping[str, Any] | None:
