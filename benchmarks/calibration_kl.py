@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hxaconv.calibration import Settings
 from hxaconv.calibration.streaming import calibrate
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model

@@ -23,7 +23,7 @@ from hxaconv.calibration import Settings
 from hxaconv.calibration.streaming import calibrate
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model.config import StudentConfig, student_of
 from hxaconv.model.model import Model

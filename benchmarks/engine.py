@@ -14,7 +14,7 @@ from pathlib import Path
 
 def initialise(teacher: str) -> None:
     """Make every initial value of the default student, and print how long it took."""
-    from hxaconv.load.opening import open_checkpoint
+    from hxaconv.load.checkpoint import open_checkpoint
     from hxaconv.load.teacher import open_teacher
     from hxaconv.model.config import student_of
     from hxaconv.model.layer_choice import uniform
@@ -42,7 +42,7 @@ def initialise(teacher: str) -> None:
 
 def scale(source: str, target: str) -> None:
     """Write `source` with every tensor halved."""
-    from hxaconv.load.opening import open_checkpoint
+    from hxaconv.load.checkpoint import open_checkpoint
     from hxaconv.save.target import Output, WriteSettings
     from hxaconv.save.writer import write
     from hxaconv.surgery.arithmetic import scaled

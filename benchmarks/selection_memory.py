@@ -92,7 +92,7 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from hxaconv.load.opening import open_checkpoint
+    from hxaconv.load.checkpoint import open_checkpoint
     from hxaconv.load.teacher import open_teacher
     from hxaconv.model.config import student_of
     from hxaconv.model.model import Model

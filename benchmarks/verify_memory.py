@@ -122,7 +122,7 @@ def measure(paths: list[str], num_layers: int, tokens: int, threads: int, queue:
     import hxaconv.verification.single as single_module
     from hxaconv.forward import hxa079
     from hxaconv.forward.probe import probe_tokens
-    from hxaconv.load.opening import open_checkpoint
+    from hxaconv.load.checkpoint import open_checkpoint
     from hxaconv.model.model import Model
     from hxaconv.verification.compare import compare_models
     from hxaconv.verification.single import verify_model

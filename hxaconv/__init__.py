@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hxaconv.errors import CheckFailed as CheckFailed
     from hxaconv.errors import HxaconvError as HxaconvError
     from hxaconv.forward.tokens import TokenOptions as TokenOptions
-    from hxaconv.load.opening import open_checkpoint as open_checkpoint
+    from hxaconv.load.checkpoint import open_checkpoint as open_checkpoint
 
 _EXPORTS = {
     "CalibrateOptions": ("hxaconv.commands.fitting", "CalibrateOptions"),
@@ -40,7 +40,7 @@ _EXPORTS = {
     "calibrate": ("hxaconv.commands.calibrate", "run"),
     "init_from_teacher": ("hxaconv.commands.init", "run"),
     "inspect": ("hxaconv.commands.inspect", "run"),
-    "open_checkpoint": ("hxaconv.load.opening", "open_checkpoint"),
+    "open_checkpoint": ("hxaconv.load.checkpoint", "open_checkpoint"),
     "pick_gqa_layers": ("hxaconv.commands.pick", "run"),
     "to_hf": ("hxaconv.commands.convert", "to_hf"),
     "to_pth": ("hxaconv.commands.convert", "to_pth"),

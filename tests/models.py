@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hxaconv.forward.probe import probe_tokens
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
+from hxaconv.load.graft import graft
 from hxaconv.load.student import student_model
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
 from hxaconv.surgery.arithmetic import computed, tensor
-from hxaconv.surgery.graft import graft
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.report import Report
 

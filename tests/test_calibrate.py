@@ -22,7 +22,7 @@ from hxaconv.calibration.time_mix import mixed_rows
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import TeacherConfig, student_of

@@ -11,10 +11,10 @@ import torch
 from hostile import corpus, forge
 
 from hxaconv.errors import HxaconvError
-from hxaconv.load.checkpoint import Checkpoint
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import teacher_config
+from hxaconv.model.model import Checkpoint
 from hxaconv.model.names import stored_name
 from hxaconv.model.plan import Scratch, pad_columns, pad_rows, rows, total_bytes
 

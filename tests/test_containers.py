@@ -323,7 +323,7 @@ def test_directory_of_a_torch_file(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     script = (
-        "import sys; from hxaconv.load.opening import open_checkpoint\n"
+        "import sys; from hxaconv.load.checkpoint import open_checkpoint\n"
         "for path in sys.argv[1:]: assert open_checkpoint(path).plan\n"
         "print(sorted({'torch', 'numpy', 'huggingface_hub', 'rich', 'pickle', 'zipfile'} & set(sys.modules)))"
     )

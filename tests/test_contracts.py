@@ -13,8 +13,8 @@ from hxaconv.errors import CheckFailed
 from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention
 from hxaconv.surgery.arithmetic import cast, scaled
-from hxaconv.surgery.graft import pad_ffn
 from hxaconv.surgery.init import PRESETS
+from hxaconv.surgery.padding import pad_ffn
 from hxaconv.verification.contracts import check_converted, check_initialised, check_rwkv_layers, completed
 from hxaconv.verification.report import Report
 from hxaconv.verification.single import verify_model

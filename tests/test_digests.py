@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hxaconv.errors import CheckFailed, HxaconvError
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.verification.digests import check_digests, digest
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hxaconv.forward import llama
 from hxaconv.forward.weights import Weights
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.teacher import open_teacher
 
 transformers = pytest.importorskip("transformers")

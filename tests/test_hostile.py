@@ -15,7 +15,7 @@ from hostile import corpus, forge
 from hostile.corpus import CASES, GOOD
 
 from hxaconv.errors import HxaconvError
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
 
 TESTS = Path(__file__).parent
 MEMORY_LIMIT = 500_000_000
@@ -53,7 +53,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[3]),) * 2)
         sys.path.insert(0, sys.argv[1])
         from hostile.corpus import CASES
-        from hxaconv.load.opening import open_checkpoint
+        from hxaconv.load.checkpoint import open_checkpoint
         from hxaconv.errors import HxaconvError
         for number, case in enumerate(CASES):
             folder = Path(sys.argv[2]) / str(number)

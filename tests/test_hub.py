@@ -25,9 +25,9 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 PRELUDE = """
 import sys
 from pathlib import Path
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.errors import HxaconvError
-from hxaconv.formats.hub import download_weights
+from hxaconv.load.checkpoint import download_weights
 from hxaconv.save.hub_push import push_folder
 from hxaconv.model.plan import Scratch
 def digest(checkpoint):
@@ -82,7 +82,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def local_digest() -> str:
-    from hxaconv.load.opening import open_checkpoint
+    from hxaconv.load.checkpoint import open_checkpoint
     from hxaconv.model.plan import Scratch
 
     total = hashlib.sha256()

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from hxaconv.formats.dtypes import num_bytes
 from hxaconv.formats.files import SourceFile
-from hxaconv.load.checkpoint import Checkpoint
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.model.config import StudentConfig
+from hxaconv.model.model import Checkpoint
 from hxaconv.model.plan import Literal, Plan, Recipe
 from hxaconv.save.student_json import student_json
 from hxaconv.verification.lint import INFER_FOLDER, INFER_PTH, RWKV_INFER_KEYS, TRANSFORMERS, Verdict, lint

@@ -348,19 +348,18 @@ def test_a_saved_map_has_a_title_and_is_shown_whole(
 def test_every_source_is_opened_once(
     cli: Cli, make: Callable[..., Path], tiny_teacher: Path, tokens: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hxaconv.commands import advise, convert
-    from hxaconv.load import opening
-    from hxaconv.load import source_student as donor
+    from hxaconv.commands import advise
+    from hxaconv.load import models
 
     opened: list[str] = []
-    real = opening.open_checkpoint
+    real = models.open_checkpoint
 
     def count(spec: object, **options: object) -> object:
         opened.append(Path(str(spec)).name)
         return real(spec, **options)  # type: ignore[arg-type]
 
     student, other = make("a", "1,5"), make("b", "none")
-    for module in (advise, convert, donor):
+    for module in (advise, models):
         monkeypatch.setattr(module, "open_checkpoint", count)
     words = [COMMAND, student, "--count", 1, "--strategy", "mse", "--teacher", tiny_teacher, "--from", other, *tokens]
     assert cli(*words, "--quiet") == 0
@@ -370,7 +369,7 @@ def test_every_source_is_opened_once(
 def test_messages_name_commands_and_options_that_exist() -> None:
     root = Path(layer_choice.__file__).parents[1]
     mine = [root / "commands" / f"{name}.py" for name in ("pick", "advise", "advice_options")]
-    mine += [root / "load" / "source_student.py", root / "model" / "layer_maps.py", root / "model" / "layer_choice.py"]
+    mine += [root / "load" / "models.py", root / "model" / "layer_maps.py", root / "model" / "layer_choice.py"]
     text = "\n".join(path.read_text() for path in [*(root / "selection").glob("*.py"), *mine])
     declared = (root / "cli" / "app.py").read_text() + (root / "cli" / "options.py").read_text()
     known = {info.name for info in command_line.registered_commands}

@@ -14,8 +14,8 @@ from hub_server import HubServer
 
 FINGERPRINT = """
 import numpy as np
-from hxaconv.load.opening import open_checkpoint
-from hxaconv.formats.hub import download_weights
+from hxaconv.load.checkpoint import open_checkpoint
+from hxaconv.load.checkpoint import download_weights
 from hxaconv.forward.fingerprint import fingerprint
 from hxaconv.load.teacher import open_teacher
 checkpoint = open_checkpoint("org/teacher")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hxaconv.calibration import CalibrationReport, LayerReport
 from hxaconv.calibration.report import Distances
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.save.card import CALIBRATED, UNTRAINED
 from hxaconv.save.records import FITTED, INITIAL, calibration_of, history_of, layer_states
 

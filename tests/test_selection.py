@@ -13,7 +13,7 @@ from selection_models import TEACHER, as_if_trained, copying_teacher, literal
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.layer_weights import Compute
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model import layer_choice, layer_maps
 from hxaconv.model.config import student_of

@@ -8,7 +8,7 @@ import torch
 from selection_models import TEACHER, as_if_trained
 
 from hxaconv.forward.fingerprint import fingerprint
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.teacher import open_teacher
 from hxaconv.selection import cache as cache_module
 from hxaconv.selection import retrieval

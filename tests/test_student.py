@@ -11,7 +11,7 @@ import pytest
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.dtypes import num_elements
 from hxaconv.formats.json_files import as_bytes
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.student import Facts, other_variant, student_model
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model.plan import Recipe

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.files import SourceFile
-from hxaconv.load.opening import open_checkpoint
+from hxaconv.load.checkpoint import open_checkpoint
+from hxaconv.load.graft import graft
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import student_of, teacher_config
@@ -20,8 +21,8 @@ from hxaconv.model.names import layer_kinds
 from hxaconv.model.plan import Plan, same_bytes, stored
 from hxaconv.save.output import stored_plan
 from hxaconv.surgery.arithmetic import tensor
-from hxaconv.surgery.graft import graft, pad_ffn
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher, parse_scale
+from hxaconv.surgery.padding import pad_ffn
 from hxaconv.surgery.repick import repick
 
 RANDOM = {"w2", "a2", "v2", "k2", "g2"}

@@ -10,30 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.commands.advice_options import cache_path, rules
 from hxaconv.commands.common import base_model_name, checked_device, download, one_of, scaling_warnings
-from hxaconv.commands.convert import complete, main_dtype, open_student
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats.dtypes import FLOATS
 from hxaconv.forward.tokens import TokenOptions, calibration_tokens
-from hxaconv.load.opening import open_checkpoint
-from hxaconv.load.source_student import open_donor
+from hxaconv.load import load_other, load_student, load_teacher, open_checkpoint
 from hxaconv.load.student import FLAGS, is_student
-from hxaconv.load.teacher import open_teacher
 from hxaconv.model import layer_choice
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
-from hxaconv.model.plan import source_files
+from hxaconv.model.plan import main_dtype, source_files
+from hxaconv.options import Settings
 from hxaconv.save.diskio import write_result
 from hxaconv.save.interruption import interruptible
 from hxaconv.selection import report
 from hxaconv.selection.advice import Advice, Request, advise, needs
 from hxaconv.selection.scores import check_request
 from hxaconv.surgery.init import InitSettings, as_options, init_from_teacher, parse_scale
-from hxaconv.surgery.repick import repick
+from hxaconv.surgery.repick import in_dtype, repick
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.model.model import Checkpoint
     from hxaconv.progress import Progress
 
 
@@ -207,12 +205,10 @@ def open_subject(values: Mapping[str, Any], wanted: frozenset[str], progress: Pr
     if is_student(checkpoint):
         return _student(checkpoint, values, wanted, settings, progress)
     _refuse_for_teachers(values)
-    teacher = open_teacher(
+    teacher = load_teacher(
         checkpoint,
-        rope_theta=values["rope_theta"],
-        rms_norm_eps=values["rms_norm_eps"],
-        allow_output_bias=True,
-        drop_rope_scaling=True,
+        Settings(rope_theta=values["rope_theta"], rms_norm_eps=values["rms_norm_eps"]),
+        lenient=True,
     )
     plain = None
     if "student" in wanted:
@@ -231,10 +227,10 @@ def _student(
     settings: InitSettings,
     progress: Progress | None,
 ) -> Subject:
-    flags, layer_map = {key: values[key] for key in FLAGS}, values["layer_map"]
-    opened = open_student(checkpoint, teacher=values["teacher"], layer_map=layer_map, flags=flags, progress=progress)
-    model, _ = complete(opened, need_all=bool(wanted & {"teacher", "student"}))
-    sources, teacher = tuple(opened.sources.values()), opened.teacher
+    settled = Settings(layer_map=values["layer_map"], **{key: values[key] for key in FLAGS})
+    whole = bool(wanted & {"teacher", "student"})
+    model = load_student(checkpoint, settled, teacher=values["teacher"], whole=whole, progress=progress)
+    sources, teacher = tuple(model.sources.values()), model.base
     if "teacher" not in wanted:
         return Subject(model, teacher, None, sources)
     if teacher is None:
@@ -243,16 +239,16 @@ def _student(
         return Subject(model, teacher, None, sources)
     settings = replace(settings, dtype=main_dtype(model.plan))
     config = student_of(model.config, (), model.student.ranks)
-    donor = open_donor(values["from_"], model, flags, progress) if values["from_"] is not None else None
+    donor = load_other(values["from_"], model, settled, progress=progress) if values["from_"] is not None else None
     plan = repick(
         model.plan,
         teacher.plan,
         model.student,
         config,
         settings,
-        donor.given if donor else None,
+        in_dtype(donor, settings.dtype) if donor else None,
     )
-    if donor is not None:
+    if donor is not None and donor.checkpoint is not None:
         sources = (sources[0], donor.checkpoint, *sources[1:])
     return Subject(model, teacher, Model(config, plan, f"{model.label}, every layer RWKV"), sources)
 

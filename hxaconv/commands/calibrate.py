@@ -15,10 +15,14 @@ from hxaconv.commands.common import (
     format_by_suffix,
     layer_0_warning,
     parse_size,
+    scaling_warnings,
 )
-from hxaconv.commands.convert import complete, dtype_warnings, main_dtype, open_student
+from hxaconv.commands.convert import dtype_warnings
 from hxaconv.commands.fitting import CalibrateOptions, perform_calibrated, prepare
+from hxaconv.load import load_student
 from hxaconv.model.model import checked_here
+from hxaconv.model.plan import main_dtype
+from hxaconv.options import Settings
 from hxaconv.save.card import UNTRAINED
 from hxaconv.save.output import Job
 
@@ -63,13 +67,17 @@ def run(
     write = write or WriteOptions()
     options = calibration if isinstance(calibration, CalibrateOptions) else CalibrateOptions(**(calibration or {}))
     recorded = {k: v for k, v in locals().items() if k not in ("write", "options")} | {"calibration": asdict(options)}
-    flags = {"rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps, "tie_word_embeddings": tie_word_embeddings}
-    opened = open_student(
-        source, revision=revision, teacher=teacher, layer_map=layer_map, flags=flags, progress=write.progress
+    settings = Settings(
+        rope_theta=rope_theta,
+        rms_norm_eps=rms_norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
+        layer_map=layer_map,
+        revision=revision,
     )
-    assert opened.teacher is not None
-    checkpoint, model = opened.sources["teacher"], checked_here(opened.teacher)
-    plain, notes = complete(opened, need_all=True)
+    plain = load_student(source, settings, teacher=teacher, progress=write.progress)
+    assert plain.base is not None
+    model, sources = checked_here(plain.base), plain.sources
+    checkpoint = sources["teacher"]
     task = prepare(model, plain, options, seed, checkpoint, write)
     job = Job(
         command=COMMAND,
@@ -80,9 +88,9 @@ def run(
         format=format or format_by_suffix(out),
         dtype=main_dtype(plain.plan),
         max_shard_bytes=parse_size(max_shard_size),
-        sources=opened.sources,
+        sources=sources,
         base_model=base_model_name(checkpoint),
         purpose=UNTRAINED,
     )
-    warnings = [*opened.warnings, *dtype_warnings(plain.plan, ""), *layer_0_warning(plain.student)]
-    return perform_calibrated(task, job, write, None, warnings, notes)
+    warnings = [*scaling_warnings(sources.values()), *dtype_warnings(plain.plan, ""), *layer_0_warning(plain.student)]
+    return perform_calibrated(task, job, write, None, warnings, list(plain.notes))

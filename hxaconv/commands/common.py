@@ -22,7 +22,7 @@ from hxaconv.save.target import WriteSettings
 if TYPE_CHECKING:
     from hxaconv.calibration import CalibrationReport
     from hxaconv.formats.files import SourceFile
-    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.model.model import Checkpoint
     from hxaconv.progress import Progress
     from hxaconv.save.target import Output, WriteResult
     from hxaconv.verification.report import Report
@@ -164,7 +164,7 @@ def download(
     Raises:
         Inconsistent: when a model's tied head is not its embedding.
     """
-    from hxaconv.formats.hub import download_weights
+    from hxaconv.load.checkpoint import download_weights
 
     heads = [model.tied_head for model in models if model.tied_head is not None]
     files = [*needed, *(file for head in heads for file in head.files)]
@@ -235,7 +235,7 @@ def _staged_check(
     job: Job, verify: Verify, reports: list[Report], write: WriteOptions
 ) -> Callable[[Path], Mapping[str, Any]]:
     def check(staged: Path) -> Mapping[str, Any]:
-        from hxaconv.load.opening import open_checkpoint
+        from hxaconv.load.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(staged)
         student = Model(job.student.config, dict(checkpoint.plan), str(job.target), job.student.raw)

@@ -17,22 +17,18 @@ from hxaconv.commands.common import (
     perform,
     scaling_warnings,
 )
-from hxaconv.errors import HxaconvError, Inconsistent, raise_all
+from hxaconv.errors import HxaconvError
 from hxaconv.formats.dtypes import FLOATS, parse_dtype
-from hxaconv.load.checkpoint import Checkpoint
-from hxaconv.load.opening import open_checkpoint
-from hxaconv.load.student import FLAGS, Facts, student_model, with_intermediate_size
-from hxaconv.load.teacher import open_teacher
-from hxaconv.model import layer_maps
-from hxaconv.model.architecture import expected_tensors
-from hxaconv.model.config import TeacherConfig
-from hxaconv.model.model import Model, TiedHead, checked_here
-from hxaconv.model.names import EMBEDDING, HEAD, is_attention
-from hxaconv.model.plan import Plan, check
+from hxaconv.load import load_student
+from hxaconv.load.student import FLAGS, with_intermediate_size
+from hxaconv.model.model import Model
+from hxaconv.model.names import is_attention
+from hxaconv.model.plan import Plan, main_dtype
+from hxaconv.options import Settings
 from hxaconv.save.card import CONVERTED, by_record, calibration_section, purpose_by
 from hxaconv.save.output import Job
 from hxaconv.save.records import calibration_of, history_of
-from hxaconv.surgery.graft import graft, pad_ffn
+from hxaconv.surgery.padding import pad_ffn
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress
@@ -135,18 +131,12 @@ def to_training(
 def _convert(command: str, function: Callable[..., Outcome], given: Mapping[str, Any]) -> Outcome:
     """What the three commands share; `given` are the arguments of `function`."""
     write: WriteOptions = given["write"] or WriteOptions()
-    opened = open_student(
-        given["source"],
-        revision=given["revision"],
-        teacher=given["teacher"],
-        layer_map=given["layer_map"],
-        flags={key: given[key] for key in FLAGS},
-        progress=write.progress,
-    )
     need_all = command != "to-training" or given["all_tensors"]
-    student, notes = complete(opened, need_all=need_all)
+    settings = Settings(layer_map=given["layer_map"], revision=given["revision"], **{key: given[key] for key in FLAGS})
+    student = load_student(given["source"], settings, teacher=given["teacher"], whole=need_all, progress=write.progress)
     changed, name = reshape(student, given["dtype"], given.get("pad_ffn"))
-    history = history_of(opened.sources["source"])
+    sources = student.sources
+    history = history_of(sources["source"])
     fitted = calibration_of(history)
     job = Job(
         command=command,
@@ -157,8 +147,8 @@ def _convert(command: str, function: Callable[..., Outcome], given: Mapping[str,
         format=COMMANDS[command],
         dtype=name,
         max_shard_bytes=parse_size(given.get("max_shard_size", "5GB")),
-        sources=opened.sources,
-        base_model=base_model_name(opened.sources.get("teacher", opened.sources["source"])),
+        sources=sources,
+        base_model=base_model_name(sources.get("teacher", sources["source"])),
         purpose=f"{CONVERTED} {by_record(purpose_by(history, changed.student.rwkv_layers))}".rstrip(),
         section=calibration_section(fitted, FROM_RECORD) if fitted else "",
         all_tensors=need_all,
@@ -171,110 +161,9 @@ def _convert(command: str, function: Callable[..., Outcome], given: Mapping[str,
         before = student if need_all else Model(student.config, _attention(student.plan), student.label)
         return check_converted(before, output, progress=progress)
 
-    warnings = [*opened.warnings, *dtype_warnings(changed.plan, command), *layer_0_warning(changed.student)]
-    return perform(job, write, verify, warnings, notes)
-
-
-class Opened:
-    """A student checkpoint with the teacher that completes it, if one was given."""
-
-    def __init__(self, student: Model, sources: dict[str, Checkpoint], teacher: Model | None) -> None:
-        self.student = student
-        self.sources = sources
-        self.teacher = teacher
-
-    @property
-    def warnings(self) -> list[str]:
-        """What a teacher's config says that is not followed."""
-        return scaling_warnings(self.sources.values())
-
-
-def open_student(
-    source: str | Checkpoint,
-    *,
-    revision: str | None = None,
-    teacher: str | None = None,
-    layer_map: str | None = None,
-    flags: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> Opened:
-    """Open a student (any container and dialect) with what may tell its settings.
-
-    Raises:
-        HxaconvError: when a setting is known from no source, or sources contradict each other.
-    """
-    checkpoint = open_checkpoint(source, revision=revision, progress=progress) if isinstance(source, str) else source
-    sources = {"source": checkpoint}
-    teacher_model = None
-    if teacher is not None:
-        sources["teacher"] = open_checkpoint(teacher, progress=progress)
-        teacher_model = open_teacher(
-            sources["teacher"],
-            rope_theta=(flags or {}).get("rope_theta"),
-            rms_norm_eps=(flags or {}).get("rms_norm_eps"),
-            allow_output_bias=True,
-            drop_rope_scaling=True,
-            tie_word_embeddings=own_head(sources["teacher"], flags or {}),
-            headers_only=True,
-        )
-    config = teacher_model.config if teacher_model else None
-    assert config is None or isinstance(config, TeacherConfig)
-    facts = map_facts(layer_map) if layer_map is not None else None
-    student = student_model(checkpoint, flags=flags, teacher=config, layer_map=facts)
-    if not student.raw and teacher_model is not None:
-        student = Model(student.config, student.plan, student.label, teacher_model.raw)
-    return Opened(student, sources, teacher_model)
-
-
-def own_head(teacher: Checkpoint, flags: Mapping[str, Any]) -> bool | None:
-    """False where a head is stored and is said not to be tied; a teacher without one may have an untied student."""
-    return False if flags.get("tie_word_embeddings") is False and HEAD in teacher.plan else None
-
-
-def map_facts(layer_map: str) -> Facts:
-    """What a layer map says of its model, as a named source of settings; its choice of layers is not one."""
-    chosen = layer_maps.load(layer_map)
-    values = {key: value for key, value in chosen.model.items() if key != "model_type"}
-    return Facts(f"layer map {chosen.name}", values)
-
-
-def complete(opened: Opened, *, need_all: bool) -> tuple[Model, list[str]]:
-    """(the whole student, notes): attention-only checkpoints are grafted onto their teacher.
-
-    Raises:
-        HxaconvError: when tensors are missing and no teacher has them, or would end up unused.
-    """
-    student, config = opened.student, opened.student.student
-    expected = expected_tensors(config)
-    if not need_all:
-        expected = {name: shape for name, shape in expected.items() if is_attention(name)}
-        check(_attention(student.plan), expected, student.label)
-        return replace(student, tied_head=None), []
-    missing = [name for name in expected if name not in student.plan]
-    if missing and opened.teacher is None:
-        hint = "Pass --teacher FOLDER_OR_HUB_ID: a training checkpoint holds attention only, the rest is its."
-        if any(is_attention(name) for name in missing):
-            hint = "The checkpoint is incomplete: no other holds what was trained."
-        raise_all(
-            f"{student.label} lacks {len(missing)} of {len(expected)} tensors:", missing, hint=hint, kind=Inconsistent
-        )
-    if not missing:
-        check(student.plan, expected, student.label)
-        return student, []
-    assert opened.teacher is not None
-    trained, tied = student.plan, student.tied_head
-    if config.tie_word_embeddings and EMBEDDING not in trained:
-        whole, head = opened.teacher, trained.get(HEAD)
-        tied = whole.tied_head
-        if head is not None and EMBEDDING in whole.plan:
-            trained = {name: recipe for name, recipe in trained.items() if name != HEAD}
-            tied = TiedHead(head, whole.plan[EMBEDDING], student.label)
-    grafted = graft(trained, opened.teacher.plan, config)
-    notes = [f"{len(grafted.from_teacher)} tensors come from the teacher"]
-    if grafted.both:
-        notes.append(f"{len(grafted.both)} tensors are in both, the trained ones are taken:")
-        notes += [f"  - {name}" for name in grafted.both]
-    return checked_here(Model(config, grafted.plan, student.label, student.raw, tied)), notes
+    warnings = scaling_warnings(sources.values())
+    warnings += [*dtype_warnings(changed.plan, command), *layer_0_warning(changed.student)]
+    return perform(job, write, verify, warnings, list(student.notes))
 
 
 def reshape(student: Model, dtype: str | None, multiple: int | None) -> tuple[Model, str]:
@@ -294,15 +183,6 @@ def reshape(student: Model, dtype: str | None, multiple: int | None) -> tuple[Mo
     else:
         name = main_dtype(plan)
     return replace(student, config=config, plan=plan), name
-
-
-def main_dtype(plan: Plan) -> str:
-    """The float dtype that most bytes have."""
-    sums: dict[str, int] = {}
-    for recipe in plan.values():
-        if recipe.dtype in FLOATS:
-            sums[recipe.dtype] = sums.get(recipe.dtype, 0) + recipe.nbytes
-    return max(sums, key=lambda name: sums[name])
 
 
 def dtype_warnings(plan: Plan, command: str) -> list[str]:

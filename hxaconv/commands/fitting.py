@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from hxaconv.calibration import CalibrationReport, Settings
     from hxaconv.formats.files import SourceFile
-    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.model.model import Checkpoint
     from hxaconv.model.plan import Plan
     from hxaconv.progress import Progress
     from hxaconv.verification.report import Report

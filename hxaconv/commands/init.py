@@ -21,11 +21,11 @@ from hxaconv.commands.common import (
 from hxaconv.commands.fitting import CalibrateOptions, perform_calibrated, prepare
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.dtypes import parse_dtype
-from hxaconv.load.opening import open_checkpoint
-from hxaconv.load.teacher import open_teacher
+from hxaconv.load import load_teacher
 from hxaconv.model import layer_choice, layer_maps
 from hxaconv.model.config import TeacherConfig, student_of
 from hxaconv.model.model import Model
+from hxaconv.options import Settings
 from hxaconv.save.card import UNTRAINED
 from hxaconv.save.output import FORMATS, Job
 from hxaconv.save.records import init_record
@@ -100,15 +100,17 @@ def run(
     one_of("--init", init, INITS)
     factors = parse_scale(scale, preset)
     settings = InitSettings(factors, seed, parse_dtype(dtype))
-    checkpoint = open_checkpoint(teacher, revision=revision, progress=write.progress)
-    model = open_teacher(
-        checkpoint,
+    named = Settings(
         rope_theta=rope_theta,
         rms_norm_eps=rms_norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
         allow_output_bias=allow_output_bias,
         drop_rope_scaling=drop_rope_scaling,
-        tie_word_embeddings=tie_word_embeddings,
+        revision=revision,
     )
+    model = load_teacher(teacher, named, progress=write.progress)
+    checkpoint = model.checkpoint
+    assert checkpoint is not None
     layers, reason = choose_layers(model.teacher, teacher, layer_map, gqa_layers, allow_gqa_layer_0)
     config = student_of(model.config, layers)
     warnings = [*model.teacher.warnings, *layer_0_warning(config)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.inspection import inspect
-from hxaconv.load.opening import open_checkpoint
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress

@@ -16,24 +16,26 @@ from hxaconv.commands.common import (
     layers_text,
     parse_size,
     perform,
+    scaling_warnings,
 )
-from hxaconv.commands.convert import complete, dtype_warnings, main_dtype, open_student
+from hxaconv.commands.convert import dtype_warnings
 from hxaconv.errors import HxaconvError, all_of
 from hxaconv.formats.safetensors_layout import Shard, shard_layouts
-from hxaconv.load.source_student import open_donor
+from hxaconv.load import load_other, load_student
 from hxaconv.model import layer_choice
 from hxaconv.model.config import StudentConfig, student_of
 from hxaconv.model.model import Model
-from hxaconv.model.plan import Plan, Recipe, total_bytes
+from hxaconv.model.plan import Plan, Recipe, main_dtype, total_bytes
+from hxaconv.options import Settings
 from hxaconv.save.card import UNTRAINED, by_record, partly_untrained, purpose_by
 from hxaconv.save.output import Job
 from hxaconv.save.records import FITTED, history_of, init_record, layer_states
 from hxaconv.surgery.init import InitSettings, as_options, parse_scale
-from hxaconv.surgery.repick import repick
+from hxaconv.surgery.repick import in_dtype, repick
 
 if TYPE_CHECKING:
     from hxaconv.formats.files import SourceFile
-    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.model.model import Checkpoint
     from hxaconv.progress import Progress
     from hxaconv.verification.report import Report
 
@@ -87,11 +89,15 @@ def run(
     layers = layers_text(layers)
     options = {key: value for key, value in locals().items() if key != "write"}
     write = write or WriteOptions()
-    flags = {"rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps, "tie_word_embeddings": tie_word_embeddings}
-    opened = open_student(
-        source, revision=revision, teacher=teacher, layer_map=layer_map, flags=flags, progress=write.progress
+    settled = Settings(
+        rope_theta=rope_theta,
+        rms_norm_eps=rms_norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
+        layer_map=layer_map,
+        revision=revision,
     )
-    student, notes = complete(opened, need_all=True)
+    student = load_student(source, settled, teacher=teacher, progress=write.progress)
+    base, notes, sources = student.base, list(student.notes), student.sources
     count = student.config.num_hidden_layers
     chosen, factors, shard_bytes = all_of(
         lambda: layer_choice.parse_layers(layers, count, allow_layer_0=allow_gqa_layer_0),
@@ -101,31 +107,31 @@ def run(
     old = student.student
     new = student_of(old, chosen, old.ranks)
     changed = [i for i in range(old.num_hidden_layers) if old.layer_kind(i) != new.layer_kind(i)]
-    donor = open_donor(other, student, flags, write.progress) if other else None
-    taken = [i for i in changed if donor and donor.has(i, new)]
-    _check_origins(changed, taken, opened.teacher)
+    donor = load_other(other, student, settled, progress=write.progress) if other else None
+    taken = [i for i in changed if donor and donor.student.layer_kind(i) == new.layer_kind(i)]
+    _check_origins(changed, taken, base)
     settings = InitSettings(factors, seed, main_dtype(student.plan))
     plan = repick(
         student.plan,
-        opened.teacher.plan if opened.teacher else {},
+        base.plan if base else {},
         old,
         new,
         settings,
-        donor.given if donor else None,
+        in_dtype(donor, settings.dtype) if donor else None,
     )
     result = Model(new, plan, out, student.raw, student.tied_head)
     fresh = [i for i in changed if i not in taken and i in new.rwkv_layers]
-    history = history_of(opened.sources["source"])
+    history = history_of(sources["source"])
     made: dict[str, Any] = {"changed_layers": changed}
     if fresh:
         made["init"] = init_record(fresh, "openmose", preset, settings)
     initialised = f"RWKV, initialised ({as_options(preset, settings.factors, seed)})"
-    notes += _told_origins(changed, taken, new, initialised, donor.description if donor else "")
-    warnings = [*opened.warnings, *dtype_warnings(plan, ""), *layer_0_warning(new)]
+    notes += _told_origins(changed, taken, new, initialised, _trained(donor, other, settings.dtype))
+    warnings = [*scaling_warnings(sources.values()), *dtype_warnings(plan, ""), *layer_0_warning(new)]
     warnings += _uneven(history, fresh, new, preset, settings)
     if donor and not taken:
         warnings.append(f"--from {other} has none of the changed layers in its new kind: it is not used")
-    shards = kept_shards(opened.sources["source"], student.plan, plan, shard_bytes)
+    shards = kept_shards(sources["source"], student.plan, plan, shard_bytes)
     linked = sum(shard.mirror is not None for shard in shards or ())
     container = format or format_by_suffix(out)
     if linked and container == "hf":
@@ -133,7 +139,8 @@ def run(
             f"{linked} of {len(shards or ())} files do not change: they become hard links to the source's, where the"
             " file system has links, so that editing one of them in place edits both"
         )
-    sources = opened.sources | ({"from": donor.checkpoint} if donor else {})
+    if donor is not None and donor.checkpoint is not None:
+        sources["from"] = donor.checkpoint
     job = Job(
         command=COMMAND,
         options=options,
@@ -156,9 +163,9 @@ def run(
 
         return check_repicked(
             student,
-            opened.teacher,
+            base,
             completed(output, student),
-            other=donor.student if donor else None,
+            other=donor,
             factors=settings.factors,
             progress=progress,
         )
@@ -254,6 +261,14 @@ def _uneven(
             f" --gqa-layers {choice} --init calibrated --text FILE`"
         )
     return found
+
+
+def _trained(donor: Model | None, name: str | None, dtype: str) -> str:
+    """Where layers of the other student come from; empty without one."""
+    if donor is None:
+        return ""
+    own = main_dtype(donor.plan)
+    return f"trained, from {name}" + (f", cast from {own} to {dtype}, the student's dtype" if own != dtype else "")
 
 
 def _layers(numbers: Sequence[int]) -> str:

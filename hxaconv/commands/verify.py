@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.commands.common import checked_device, one_of, scaling_warnings, useless
-from hxaconv.commands.convert import complete, open_student, own_head
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.forward.tokens import TokenOptions, tokens_of
-from hxaconv.load.checkpoint import Checkpoint
-from hxaconv.load.opening import open_checkpoint
-from hxaconv.load.student import MissingSettings, is_student
-from hxaconv.load.teacher import open_teacher
-from hxaconv.model.config import ModelConfig
-from hxaconv.model.model import Model
+from hxaconv.load import load_model, open_checkpoint
+from hxaconv.load.models import may_be_student, tells_nothing
+from hxaconv.load.student import MissingSettings
+from hxaconv.model.model import Checkpoint, Model
+from hxaconv.options import Settings
 from hxaconv.save.records import record_of
 from hxaconv.verification.digests import DigestReport, check_digests
 from hxaconv.verification.lint import lint
@@ -89,15 +87,20 @@ def run(
     logits_out = Path(options.logits_out) if options.logits_out else None
     if logits_out is not None:
         refuse_logits_path(logits_out, [source, against, teacher], overwrite=options.overwrite)
-    flags = {"rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps, "tie_word_embeddings": tie_word_embeddings}
+    settings = Settings(
+        rope_theta=rope_theta,
+        rms_norm_eps=rms_norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
+        layer_map=layer_map,
+    )
     checkpoint = open_checkpoint(source, revision=revision, progress=options.progress)
     beside = open_checkpoint(against, progress=options.progress) if against else None
     opened = [found for found in (checkpoint, beside) if found is not None]
-    if not any(_is_student(found) for found in opened):
+    if not any(may_be_student(found) for found in opened):
         tied = tie_word_embeddings or None
         _refuse_for_teachers(source, {"--teacher": teacher, "--layer-map": layer_map, "--tie-word-embeddings": tied})
     try:
-        model, other = _both(checkpoint, beside, teacher, layer_map, flags)
+        model, other = _both(checkpoint, beside, teacher, settings)
         for found in (model, other):
             if found is not None and found.tied_head is not None:
                 found.tied_head.check()
@@ -133,7 +136,7 @@ def run(
             progress=options.progress,
         )
     for one, two in ((checkpoint, beside), (beside, checkpoint)):
-        if one is not None and two is not None and teacher is None and _says_nothing(one):
+        if one is not None and two is not None and teacher is None and tells_nothing(one):
             report.notes.append(f"{one.label} says nothing of rope_theta, rms_norm_eps and tying: as in {two.label}")
     report.notes += scaling_warnings(opened)
     return report
@@ -206,30 +209,17 @@ def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: Hxacon
     return report
 
 
-def _is_student(checkpoint: Checkpoint) -> bool:
-    return is_student(checkpoint) or checkpoint.config is None
-
-
-def _says_nothing(checkpoint: Checkpoint) -> bool:
-    """Whether it is a student whose files tell none of the settings that tensors cannot tell."""
-    return checkpoint.config is None and checkpoint.sidecar is None
-
-
 def _both(
-    checkpoint: Checkpoint,
-    beside: Checkpoint | None,
-    teacher: str | None,
-    layer_map: str | None,
-    flags: Mapping[str, Any],
+    checkpoint: Checkpoint, beside: Checkpoint | None, teacher: str | None, settings: Settings
 ) -> tuple[Model, Model | None]:
     """Both models; one of them may say what the other cannot."""
     if beside is None:
-        return whole_model(checkpoint, teacher, layer_map, flags), None
-    if _says_nothing(checkpoint) and not _says_nothing(beside):
-        other = whole_model(beside, teacher, layer_map, flags)
-        return whole_model(checkpoint, teacher, layer_map, flags, other.config), other
-    model = whole_model(checkpoint, teacher, layer_map, flags)
-    return model, whole_model(beside, teacher, layer_map, flags, model.config)
+        return load_model(checkpoint, settings, teacher=teacher), None
+    if tells_nothing(checkpoint) and not tells_nothing(beside):
+        other = load_model(beside, settings, teacher=teacher)
+        return load_model(checkpoint, settings, teacher=teacher, like=other.config), other
+    model = load_model(checkpoint, settings, teacher=teacher)
+    return model, load_model(beside, settings, teacher=teacher, like=model.config)
 
 
 def _refuse_for_teachers(source: str, given: Mapping[str, Any]) -> None:
@@ -237,35 +227,4 @@ def _refuse_for_teachers(source: str, given: Mapping[str, Any]) -> None:
         f"{source} is a teacher itself:",
         [f"{option} has no use" for option, value in given.items() if value is not None],
         hint="To verify a student, name it as SOURCE or --against.",
-    )
-
-
-def whole_model(
-    checkpoint: Checkpoint,
-    teacher: str | None,
-    layer_map: str | None,
-    flags: Mapping[str, Any],
-    beside: ModelConfig | None = None,
-) -> Model:
-    """A teacher or student with all its tensors; `beside` fills in what a `.pth` cannot carry.
-
-    Raises:
-        HxaconvError: when it is neither, or a setting is known from no source.
-        Inconsistent: when its tensors and its settings do not make one model.
-    """
-    if _is_student(checkpoint):
-        given = dict(flags)
-        if beside is not None and _says_nothing(checkpoint) and teacher is None:
-            for key in ("rope_theta", "rms_norm_eps", "tie_word_embeddings"):
-                given[key] = given.get(key) if given.get(key) is not None else getattr(beside, key)
-        opened = open_student(checkpoint, teacher=teacher, layer_map=layer_map, flags=given)
-        model, _ = complete(opened, need_all=True)
-        return model
-    return open_teacher(
-        checkpoint,
-        rope_theta=flags["rope_theta"],
-        rms_norm_eps=flags["rms_norm_eps"],
-        tie_word_embeddings=own_head(checkpoint, flags),
-        allow_output_bias=True,
-        drop_rope_scaling=True,
     )

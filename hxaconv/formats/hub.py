@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,6 @@ from hxaconv.formats import Contents, read_contents
 from hxaconv.formats.files import SourceFile
 from hxaconv.formats.hub_client import bars_off, explain, hub_utils, network_errors, retried, status_of
 from hxaconv.formats.safetensors_reader import header_length, parse_header
-from hxaconv.load.checkpoint import Checkpoint, assemble, open_folder
-from hxaconv.load.weight_files import Listing
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress
@@ -238,8 +236,8 @@ class _Counted:
         return getattr(self.raw, name)
 
 
-def open_hub(repo: str, revision: str | None, *, label: str, progress: Progress | None = None) -> Checkpoint:
-    """Open a model of the Hub at `revision` (default: main), or what the cache has of it without network.
+def open_repository(repo: str, revision: str | None) -> Repository | Path:
+    """A model of the Hub at `revision` (default: main), or without network the folder that the cache has of it.
 
     Raises:
         HxaconvError: saying what to do when there is no such model or revision, no access or no network.
@@ -249,9 +247,10 @@ def open_hub(repo: str, revision: str | None, *, label: str, progress: Progress 
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
     except network_errors() as error:
-        if status_of(error) in range(400, 500):
+        folder = _cached_folder(repo, revision) if status_of(error) not in range(400, 500) else None
+        if folder is None:
             raise explain(error, repo, revision) from None
-        return _open_cached(repo, revision, label, explain(error, repo, revision))
+        return folder
     except ValueError as error:  # raised for ids that cannot exist
         raise HxaconvError(f"{repo!r} is no Hub id: {str(error).splitlines()[0]}") from None
     files = {
@@ -260,21 +259,10 @@ def open_hub(repo: str, revision: str | None, *, label: str, progress: Progress 
         if not {"/", "\\"} & set(sibling.rfilename)  # those of subfolders are other forms of the model
     }
     assert info.sha is not None
-    repository = Repository(repo, info.sha, files)
-    sizes = {name: file.size for name, file in sorted(files.items())}
-
-    def read(file: SourceFile) -> Contents:
-        if file.path is None and not file.name.endswith(".safetensors"):
-            _download([file], repository, progress)  # a pickle stands at no fixed place: it must be here
-        return repository.read(file)
-
-    listing = Listing(label=label, sizes=sizes, open=repository.open, read=read)
-    checkpoint = assemble(listing, repo=repo, revision=info.sha, handle=repository)
-    _remember(repo, revision or "main", info.sha)
-    return checkpoint
+    return Repository(repo, info.sha, files)
 
 
-def _remember(repo: str, revision: str, commit: str) -> None:
+def remember(repo: str, revision: str, commit: str) -> None:
     """Note in the cache what the revision stood for, as hf_hub_download does, for times without network."""
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
@@ -285,33 +273,22 @@ def _remember(repo: str, revision: str, commit: str) -> None:
         note.write_text(commit, encoding="utf-8")
 
 
-def _open_cached(repo: str, revision: str | None, label: str, error: HxaconvError) -> Checkpoint:
+def _cached_folder(repo: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("config.json", "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"):
         found = try_to_load_from_cache(repo, name, revision=revision or "main")
         if isinstance(found, str):
-            folder = Path(found).parent
-            return open_folder(folder, label=label, repo=repo, revision=folder.name)
-    raise error
+            return Path(found).parent
+    return None
 
 
-def download_weights(
-    checkpoint: Checkpoint, progress: Progress | None = None, *, needed: Collection[SourceFile] | None = None
-) -> None:
-    """Download weights of a Hub checkpoint that are not in the cache: all, or those in `needed`.
-
-    There is nothing to do for a local one.
+def download(files: list[SourceFile], repository: Repository, progress: Progress | None) -> None:
+    """Have these files here, several at a time; what has arrived is kept and completed by the next attempt.
 
     Raises:
-        HxaconvError: as for reading them; what has arrived is kept and completed by the next attempt.
+        HxaconvError: as for reading them.
     """
-    if isinstance(checkpoint.handle, Repository):
-        missing = [file for file in checkpoint.files if file.path is None and (needed is None or file in needed)]
-        _download(missing, checkpoint.handle, progress)
-
-
-def _download(files: list[SourceFile], repository: Repository, progress: Progress | None) -> None:
     if not files:
         return
     lock = threading.Lock()

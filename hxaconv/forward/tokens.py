@@ -11,7 +11,7 @@ from hxaconv.errors import HxaconvError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.model.model import Checkpoint
 
 
 LARGEST_SEED = 2**63

@@ -1,12 +1,11 @@
-"""A checkpoint as a plan: canonical name -> where the bytes of that tensor stand. Headers only, without torch."""
+"""Open a folder, a file or a Hub id as a plan: canonical name -> where the bytes stand. Headers only, no torch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats import Contents, read_contents
@@ -14,8 +13,12 @@ from hxaconv.formats.contents import show
 from hxaconv.formats.files import SourceFile, kind_of
 from hxaconv.formats.json_files import PROVENANCE_NAME, read_config, read_sidecar
 from hxaconv.load.weight_files import SHARD, WEIGHTS, Listing, check_index, select_weights
+from hxaconv.model.model import Checkpoint
 from hxaconv.model.names import detect_dialect, to_canonical
 from hxaconv.model.plan import Plan
+
+if TYPE_CHECKING:
+    from hxaconv.progress import Progress
 
 COMPANIONS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -23,40 +26,77 @@ COMPANIONS = (
 )
 """The only files that are copied along from a source."""
 
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """An opened checkpoint. Nothing but headers and small JSON files has been read."""
 
-    label: str
-    """As the user named it."""
-    container: str
-    """`safetensors`, `pth` (zip) or `legacy`."""
-    dialect: str
-    plan: Plan
-    """Canonical name -> recipe, in storage order."""
-    stored_names: Mapping[str, str]
-    """Canonical name -> name in the file."""
-    dropped: tuple[str, ...] = ()
-    """Known buffers that are left behind."""
-    config: Mapping[str, Any] | None = None
-    """config.json beside the weights, as it is."""
-    sidecar: Mapping[str, Any] | None = None
-    """NAME.json beside NAME.pth, where it is one of ours."""
-    record: SourceFile | None = None
-    """hxaconv.json beside the weights, unread."""
-    files: tuple[SourceFile, ...]
-    companions: Mapping[str, SourceFile] = field(default_factory=dict)
-    code_files: Mapping[str, SourceFile] = field(default_factory=dict)
-    root: Path | None = None
-    repo: str | None = None
-    revision: str | None = None
-    """The commit that was opened, for a Hub id."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Facts about the container: what the reader found, `stray_files` (weight files that were not opened),
-    `index` (the name of the index)."""
-    handle: object = None
-    """What downloads the files, for a Hub id."""
+def open_checkpoint(spec: str | Path, *, revision: str | None = None, progress: Progress | None = None) -> Checkpoint:
+    """Open a folder, a file or a Hub id (`org/name[@revision]`); a path that exists wins.
+
+    Raises:
+        HxaconvError: when there is nothing there, or it is damaged, ambiguous or of an unknown kind.
+    """
+    text = str(spec)
+    path = Path(text).expanduser()
+    if revision is not None and path.exists():
+        raise HxaconvError(f"--revision {revision} is for Hub ids; {text} is here", hint="Leave it out.")
+    if path.is_dir():
+        return open_folder(path, label=text)
+    if path.exists():
+        return open_file(path, label=text)
+    if isinstance(spec, Path) or _looks_like_path(text):
+        raise HxaconvError(
+            f"{text} does not exist",
+            hint="Expected a folder, a .safetensors/.pth/.pt/.bin file, or a Hub id such as RekaAI/reka-flash-3.",
+        )
+    name, _, pinned = text.partition("@")
+    if revision and pinned and revision != pinned:
+        raise HxaconvError(f"{text} and --revision {revision} name two revisions", hint="Leave one of them out.")
+    return _open_hub(name, revision or pinned or None, label=text, progress=progress)
+
+
+def _looks_like_path(text: str) -> bool:
+    return (
+        _HUB_ID.match(text) is None
+        or text.startswith((".", "/", "~"))
+        or text.partition("@")[0].endswith((*WEIGHTS, ".json"))
+    )
+
+
+def _open_hub(repo: str, revision: str | None, *, label: str, progress: Progress | None) -> Checkpoint:
+    """Open a model of the Hub, or what the cache has of it without network."""
+    from hxaconv.formats import hub
+
+    repository = hub.open_repository(repo, revision)
+    if isinstance(repository, Path):
+        return open_folder(repository, label=label, repo=repo, revision=repository.name)
+
+    def read(file: SourceFile) -> Contents:
+        if file.path is None and not file.name.endswith(".safetensors"):
+            hub.download([file], repository, progress)  # a pickle stands at no fixed place: it must be here
+        return repository.read(file)
+
+    sizes = {name: file.size for name, file in sorted(repository.files.items())}
+    listing = Listing(label=label, sizes=sizes, open=repository.open, read=read)
+    checkpoint = assemble(listing, repo=repo, revision=repository.commit, handle=repository)
+    hub.remember(repo, revision or "main", repository.commit)
+    return checkpoint
+
+
+def download_weights(
+    checkpoint: Checkpoint, progress: Progress | None = None, *, needed: Collection[SourceFile] | None = None
+) -> None:
+    """Download weights of a Hub checkpoint that are not in the cache: all, or those in `needed`.
+
+    There is nothing to do for a local one.
+
+    Raises:
+        HxaconvError: as for reading them; what has arrived is kept and completed by the next attempt.
+    """
+    from hxaconv.formats import hub
+
+    if isinstance(checkpoint.handle, hub.Repository):
+        missing = [file for file in checkpoint.files if file.path is None and (needed is None or file in needed)]
+        hub.download(missing, checkpoint.handle, progress)
 
 
 def open_folder(path: Path, *, label: str, repo: str | None = None, revision: str | None = None) -> Checkpoint:

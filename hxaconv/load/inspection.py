@@ -31,7 +31,7 @@ from hxaconv.model.plan import Plan, Recipe, Scratch, check, total_bytes
 from hxaconv.model.variants.base import RANK_KEYS
 
 if TYPE_CHECKING:
-    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.model.model import Checkpoint
 
 PARTS = {
     "embedding": ("model.embed_tokens.",),

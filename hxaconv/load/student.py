@@ -25,7 +25,7 @@ from hxaconv.model.plan import Plan
 from hxaconv.model.variants.base import RANK_KEYS, Ranks
 
 if TYPE_CHECKING:
-    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.model.model import Checkpoint
 
 FLAGS = {
     "rope_theta": "--rope-theta",
@@ -330,7 +330,7 @@ def student_model(
     plan, tied = checkpoint.plan, None
     if config.tie_word_embeddings:
         plan, tied = split_tied_head(plan, checkpoint.label)
-    model = Model(config, plan, checkpoint.label, checkpoint.config or checkpoint.sidecar or {}, tied)
+    model = Model(config, plan, checkpoint.label, checkpoint.config or checkpoint.sidecar or {}, tied, checkpoint)
     return model if headers_only else checked_here(model)
 
 

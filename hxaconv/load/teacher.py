@@ -12,7 +12,7 @@ from hxaconv.model.names import EMBEDDING, HEAD, template_of
 from hxaconv.model.plan import Plan, Recipe, check, rows
 
 if TYPE_CHECKING:
-    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.model.model import Checkpoint
 
 
 def open_teacher(
@@ -55,7 +55,7 @@ def open_teacher(
     expected = expected_tensors(config)
     check(plan, expected, f"teacher {checkpoint.label}")
     ordered = {name: _from_teacher(name, plan[name]) for name in expected}
-    model = Model(config, ordered, checkpoint.label, checkpoint.config, tied)
+    model = Model(config, ordered, checkpoint.label, checkpoint.config, tied, checkpoint)
     return model if headers_only else checked_here(model)
 
 

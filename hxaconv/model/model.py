@@ -1,9 +1,10 @@
-"""A model: a configuration and the plan that fits it."""
+"""A checkpoint as it was opened, and a model: a configuration and the plan that fits it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from hxaconv.errors import Inconsistent
@@ -11,6 +12,41 @@ from hxaconv.formats.files import SourceFile
 from hxaconv.model.config import ModelConfig, StudentConfig, TeacherConfig
 from hxaconv.model.names import EMBEDDING, HEAD
 from hxaconv.model.plan import Plan, Recipe, same_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint. Nothing but headers and small JSON files has been read."""
+
+    label: str
+    """As the user named it."""
+    container: str
+    """`safetensors`, `pth` (zip) or `legacy`."""
+    dialect: str
+    plan: Plan
+    """Canonical name -> recipe, in storage order."""
+    stored_names: Mapping[str, str]
+    """Canonical name -> name in the file."""
+    dropped: tuple[str, ...] = ()
+    """Known buffers that are left behind."""
+    config: Mapping[str, Any] | None = None
+    """config.json beside the weights, as it is."""
+    sidecar: Mapping[str, Any] | None = None
+    """NAME.json beside NAME.pth, where it is one of ours."""
+    record: SourceFile | None = None
+    """hxaconv.json beside the weights, unread."""
+    files: tuple[SourceFile, ...]
+    companions: Mapping[str, SourceFile] = field(default_factory=dict)
+    code_files: Mapping[str, SourceFile] = field(default_factory=dict)
+    root: Path | None = None
+    repo: str | None = None
+    revision: str | None = None
+    """The commit that was opened, for a Hub id."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Facts about the container: what the reader found, `stray_files` (weight files that were not opened),
+    `index` (the name of the index)."""
+    handle: object = None
+    """What downloads the files, for a Hub id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +87,18 @@ class Model:
     """The config.json it was read from, where there is one."""
     tied_head: TiedHead | None = field(default=None, compare=False, repr=False)
     """A stored head that has not been compared with the embedding yet, and is not in the plan."""
+    checkpoint: Checkpoint | None = field(default=None, compare=False, repr=False)
+    """Where it was read from."""
+    base: Model | None = field(default=None, compare=False, repr=False)
+    """The teacher that completed it, or told its settings."""
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """What came from the teacher, for people."""
+
+    @property
+    def sources(self) -> dict[str, Checkpoint]:
+        """Role (`source`, `teacher`) -> the checkpoint opened for it."""
+        found = {"source": self.checkpoint, "teacher": self.base.checkpoint if self.base else None}
+        return {role: checkpoint for role, checkpoint in found.items() if checkpoint is not None}
 
     @property
     def student(self) -> StudentConfig:

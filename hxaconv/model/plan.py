@@ -194,6 +194,15 @@ def total_bytes(plan: Mapping[str, Recipe]) -> int:
     return sum(recipe.nbytes for recipe in plan.values())
 
 
+def main_dtype(plan: Mapping[str, Recipe]) -> str:
+    """The float dtype that most bytes have."""
+    sums: dict[str, int] = {}
+    for recipe in plan.values():
+        if recipe.dtype in FLOATS:
+            sums[recipe.dtype] = sums.get(recipe.dtype, 0) + recipe.nbytes
+    return max(sums, key=lambda name: sums[name])
+
+
 def layer_bytes(plan: Mapping[str, Recipe], layer: int) -> int:
     """Bytes of one layer."""
     prefix = layer_prefix(layer)

@@ -25,7 +25,7 @@ from hxaconv.save.target import Output
 if TYPE_CHECKING:
     from hxaconv.formats.files import SourceFile
     from hxaconv.formats.safetensors_layout import Shard
-    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.model.model import Checkpoint
 
 FORMATS = {"hf": "hf", "pth": "rwkv", "training": "training"}
 """Output format -> dialect of its names."""

@@ -17,7 +17,7 @@ from hxaconv.surgery.init import PRESETS, PROJECTIONS, InitSettings
 from hxaconv.verification.digests import digest
 
 if TYPE_CHECKING:
-    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.model.model import Checkpoint
 
 MAX_STEPS = 32
 """Of a history; the latest are kept."""

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention, layer_index, mixer_prefix
-from hxaconv.model.plan import Plan, with_origin
+from hxaconv.model.plan import Plan, main_dtype, with_origin
 from hxaconv.surgery.init import InitSettings, in_order, mixer_from_teacher
+
+
+def in_dtype(model: Model, dtype: str) -> Model:
+    """The model with every tensor cast to `dtype`, unless most of it has that already."""
+    if main_dtype(model.plan) == dtype:
+        return model
+    from hxaconv.surgery.arithmetic import cast
+
+    return replace(model, plan={name: cast(recipe, dtype) for name, recipe in model.plan.items()})
 
 
 def repick(

@@ -13,7 +13,7 @@ from hxaconv.progress import Progress, bar
 from hxaconv.save.checksums import DIGESTS, Checks
 
 if TYPE_CHECKING:
-    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.model.model import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)

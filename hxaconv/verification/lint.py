@@ -17,7 +17,7 @@ from hxaconv.model.names import EMBEDDING, HEAD, layer_kinds, mixer_prefix
 from hxaconv.model.plan import Plan
 
 if TYPE_CHECKING:
-    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.model.model import Checkpoint
 
 RWKV_INFER_KEYS = (
     "rwkv_architecture",

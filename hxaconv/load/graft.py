@@ -1,14 +1,49 @@
-"""A trained checkpoint completed by its teacher, and MLPs padded for loaders that want it so."""
+"""Checkpoints that hold a part of a student, completed by the teacher."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from hxaconv.errors import raise_all
+from hxaconv.errors import Inconsistent, raise_all
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import StudentConfig
-from hxaconv.model.names import is_attention, layer_index
-from hxaconv.model.plan import Plan, Recipe, check, pad_columns, pad_rows
+from hxaconv.model.model import Model, TiedHead, checked_here
+from hxaconv.model.names import EMBEDDING, HEAD, is_attention, layer_index
+from hxaconv.model.plan import Plan, check
+
+
+def complete(student: Model) -> Model:
+    """The whole student: a checkpoint that lacks tensors is completed by its teacher, `student.base`.
+
+    Raises:
+        HxaconvError: when tensors are missing and no teacher has them, or would end up unused.
+    """
+    config, base = student.student, student.base
+    expected = expected_tensors(config)
+    missing = [name for name in expected if name not in student.plan]
+    if missing and base is None:
+        hint = "Pass --teacher FOLDER_OR_HUB_ID: a training checkpoint holds attention only, the rest is its."
+        if any(is_attention(name) for name in missing):
+            hint = "The checkpoint is incomplete: no other holds what was trained."
+        raise_all(
+            f"{student.label} lacks {len(missing)} of {len(expected)} tensors:", missing, hint=hint, kind=Inconsistent
+        )
+    if not missing:
+        check(student.plan, expected, student.label)
+        return student
+    assert base is not None
+    trained, tied = student.plan, student.tied_head
+    if config.tie_word_embeddings and EMBEDDING not in trained:
+        tied, head = base.tied_head, trained.get(HEAD)
+        if head is not None and EMBEDDING in base.plan:
+            trained = {name: recipe for name, recipe in trained.items() if name != HEAD}
+            tied = TiedHead(head, base.plan[EMBEDDING], student.label)
+    grafted = graft(trained, base.plan, config)
+    notes = [f"{len(grafted.from_teacher)} tensors come from the teacher"]
+    if grafted.both:
+        notes.append(f"{len(grafted.both)} tensors are in both, the trained ones are taken:")
+        notes += [f"  - {name}" for name in grafted.both]
+    return checked_here(replace(student, plan=grafted.plan, tied_head=tied, notes=tuple(notes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +86,3 @@ def graft(trained: Plan, teacher: Plan, config: StudentConfig) -> Grafted:
         tuple(name for name in expected if name not in trained),
         tuple(name for name in expected if name in trained and name in teacher),
     )
-
-
-def pad_ffn(plan: Plan, config: StudentConfig, multiple: int) -> tuple[Plan, int]:
-    """MLPs widened with zero rows and columns to a multiple; (plan, new intermediate size).
-
-    silu(0) * 0 = 0, so that the logits do not change.
-    """
-    size = -(-config.intermediate_size // multiple) * multiple
-    if size == config.intermediate_size:
-        return plan, size
-
-    def pad(name: str, recipe: Recipe) -> Recipe:
-        if name.endswith((".mlp.gate_proj.weight", ".mlp.up_proj.weight", ".mlp.gate_proj.bias", ".mlp.up_proj.bias")):
-            return pad_rows(recipe, size)
-        return pad_columns(recipe, size) if name.endswith(".mlp.down_proj.weight") else recipe
-
-    return {name: pad(name, recipe) for name, recipe in plan.items()}, size

@@ -1,0 +1,178 @@
+"""The one way in: whatever the user names, a folder, a file or a Hub id, becomes a Model. Headers only, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hxaconv.load.checkpoint import open_checkpoint
+from hxaconv.load.graft import complete
+from hxaconv.load.student import FLAGS, Facts, is_student, student_facts, student_model
+from hxaconv.load.teacher import open_teacher
+from hxaconv.model import layer_maps
+from hxaconv.model.architecture import expected_tensors
+from hxaconv.model.config import ModelConfig
+from hxaconv.model.model import Checkpoint, Model
+from hxaconv.model.names import EMBEDDING, HEAD, is_attention
+from hxaconv.model.plan import check
+from hxaconv.options import Settings
+
+if TYPE_CHECKING:
+    from hxaconv.progress import Progress
+
+    Name = str | Path | Checkpoint
+    """A folder, a file, a Hub id (`org/name@revision`), or what was opened before."""
+
+
+def load_teacher(
+    name: Name,
+    settings: Settings | None = None,
+    *,
+    lenient: bool = False,
+    headers_only: bool = False,
+    progress: Progress | None = None,
+) -> Model:
+    """The teacher that `name` is, its names and shapes checked against its config.
+
+    Args:
+        name: What the user named; opened before, it is not opened again.
+        settings: What overrules its config.json.
+        lenient: Take output biases and scaled RoPE, which its students leave out: for a teacher beside a student.
+        headers_only: Leave a stored head that the config ties for later (`Model.tied_head`).
+        progress: Shows a download; pickles have to be here before they can be read.
+
+    Raises:
+        HxaconvError: when it does not exist, is damaged, or is no teacher that hxa079 can carry.
+    """
+    settings = settings or Settings()
+    checkpoint = _opened(name, settings, progress)
+    tied = settings.tie_word_embeddings
+    if lenient:  # a teacher without a head may have an untied student
+        tied = False if tied is False and HEAD in checkpoint.plan else None
+    return open_teacher(
+        checkpoint,
+        rope_theta=settings.rope_theta,
+        rms_norm_eps=settings.rms_norm_eps,
+        allow_output_bias=lenient or settings.allow_output_bias,
+        drop_rope_scaling=lenient or settings.drop_rope_scaling,
+        tie_word_embeddings=tied,
+        headers_only=headers_only,
+    )
+
+
+def load_student(
+    name: Name,
+    settings: Settings | None = None,
+    *,
+    teacher: Name | Model | None = None,
+    whole: bool = True,
+    progress: Progress | None = None,
+) -> Model:
+    """The student that `name` is, in any container and key format; `Model.base` is its teacher, where one is given.
+
+    Args:
+        name: What the user named; opened before, it is not opened again.
+        settings: What overrules its files; a layer map tells what they leave open.
+        teacher: Completes a checkpoint that holds attention only, and tells settings.
+        whole: Whether all tensors are wanted; otherwise attention is enough, and the rest stays as it is.
+        progress: Shows a download.
+
+    Raises:
+        HxaconvError: when a setting is known from no source, or tensors are missing and no teacher has them.
+        Inconsistent: when its tensors and its settings do not make one model.
+    """
+    settings = settings or Settings()
+    checkpoint = _opened(name, settings, progress)
+    base = teacher
+    if base is not None and not isinstance(base, Model):
+        base = load_teacher(base, replace(settings, revision=None), lenient=True, headers_only=True, progress=progress)
+    student = student_model(
+        checkpoint,
+        flags=overrules(settings),
+        teacher=base.teacher if base else None,
+        layer_map=map_facts(settings.layer_map) if settings.layer_map is not None else None,
+    )
+    student = replace(student, raw=student.raw or (base.raw if base else {}), base=base)
+    return complete(student) if whole else _attention_of(student)
+
+
+def load_model(
+    name: Name,
+    settings: Settings | None = None,
+    *,
+    teacher: Name | Model | None = None,
+    like: ModelConfig | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """The teacher or the student that `name` is, with all its tensors.
+
+    `like`, the config of a model that it belongs to, names the settings that a `.pth` cannot carry.
+
+    Raises:
+        HxaconvError: when it is neither, or a setting is known from no source.
+        Inconsistent: when its tensors and its settings do not make one model.
+    """
+    settings = settings or Settings()
+    checkpoint = _opened(name, settings, progress)
+    if not may_be_student(checkpoint):
+        return load_teacher(checkpoint, settings, lenient=True)
+    if like is not None and tells_nothing(checkpoint) and teacher is None:
+        missing = {key: getattr(like, key) for key, value in overrules(settings).items() if value is None}
+        settings = replace(settings, **missing)
+    return load_student(checkpoint, settings, teacher=teacher, progress=progress)
+
+
+def load_other(
+    name: Name, student: Model, settings: Settings | None = None, *, progress: Progress | None = None
+) -> Model:
+    """Another trained student of the same teacher, whose layers can be taken over.
+
+    What it does not say of itself, it has in common with `student`.
+
+    Raises:
+        HxaconvError: when it is no student, or of another shape.
+    """
+    settings = settings or Settings()
+    checkpoint = _opened(name, replace(settings, revision=None), progress)
+    common = student_facts(student.student)
+    if EMBEDDING in checkpoint.plan:
+        # Its mixers fit whatever its MLPs and vocabulary were padded to.
+        common = {key: value for key, value in common.items() if key not in ("intermediate_size", "vocab_size")}
+    facts = Facts(f"SOURCE ({student.label})", common)
+    return student_model(checkpoint, flags=overrules(settings), layer_map=facts)
+
+
+def _opened(name: Name, settings: Settings, progress: Progress | None) -> Checkpoint:
+    if isinstance(name, Checkpoint):
+        return name
+    return open_checkpoint(name, revision=settings.revision, progress=progress)
+
+
+def overrules(settings: Settings) -> dict[str, Any]:
+    """What overrules every file: name -> value, None where nothing is said."""
+    return {key: getattr(settings, key) for key in FLAGS}
+
+
+def may_be_student(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is a student, or says too little of itself to be a teacher."""
+    return is_student(checkpoint) or checkpoint.config is None
+
+
+def tells_nothing(checkpoint: Checkpoint) -> bool:
+    """Whether no file beside the tensors tells the settings that tensors cannot tell."""
+    return checkpoint.config is None and checkpoint.sidecar is None
+
+
+def map_facts(layer_map: str) -> Facts:
+    """What a layer map says of its model, as a named source of settings; its choice of layers is not one."""
+    chosen = layer_maps.load(layer_map)
+    values = {key: value for key, value in chosen.model.items() if key != "model_type"}
+    return Facts(f"layer map {chosen.name}", values)
+
+
+def _attention_of(student: Model) -> Model:
+    """The student, its attention checked; nothing else of it is asked for."""
+    expected = {name: shape for name, shape in expected_tensors(student.config).items() if is_attention(name)}
+    check({name: recipe for name, recipe in student.plan.items() if is_attention(name)}, expected, student.label)
+    return replace(student, tied_head=None)
