@@ -1,4 +1,4 @@
-"""Time and memory of `verify` at Reka Flash 3's layer shapes, on synthetic bf16 weights; projected to 44 layers.
+"""Time and memory of `verify` at Reka Flash 3's layer shapes, on synthetic bf16 weights.
 
     python benchmarks/verify_memory.py [--layers 3] [--tokens 64] [--folder DIR]
 
@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LAYERS = 44
 BLOCK = 1 << 23
 """Elements of the random block that is repeated: enough to keep any cache cold."""
 
@@ -116,11 +115,10 @@ def measure(paths: list[str], num_layers: int, tokens: int, threads: int, queue:
     """In a fresh process: verify one model, or two against each other."""
     import torch
 
-    import hxaconv.forward.runner as runner_module
-    import hxaconv.forward.weights as weights_module
+    import hxaconv.forward.walk as walk_module
     import hxaconv.verification.compare as compare_module
-    import hxaconv.verification.single as single_module
     from hxaconv.forward import hxa079
+    from hxaconv.forward.matrix import Matrix
     from hxaconv.forward.probe import probe_tokens
     from hxaconv.load.checkpoint import open_checkpoint
     from hxaconv.model.model import Model
@@ -129,13 +127,10 @@ def measure(paths: list[str], num_layers: int, tokens: int, threads: int, queue:
 
     torch.set_num_threads(threads)
     watch = Stopwatch()
-    watch.wrap(weights_module, "tensor", "reading and casting")
-    for module in (hxa079, runner_module):
-        watch.wrap(module, "linear", "matrix products")
-    watch.wrap(runner_module, "chunked", "recurrence")
-    watch.wrap(single_module, "finite", "looking for NaN")
-    watch.wrap(compare_module, "compare_group", "comparing bytes")
-    watch.wrap(runner_module.Runner, "layer", "layers")
+    watch.wrap(walk_module.Walk, "hold", "reading, comparing, NaN")
+    watch.wrap(Matrix, "product", "casts and matrix products")
+    watch.wrap(hxa079, "loop", "recurrence")
+    watch.wrap(compare_module, "compare_held", "differences")
     config = reka_config(num_layers)
     models = [Model(config, dict(open_checkpoint(path).plan), Path(path).name) for path in paths]
     ids = probe_tokens(config.vocab_size, tokens=tokens)
@@ -159,21 +154,18 @@ def run(*arguments: Any) -> tuple[int, dict[str, float], dict[str, float]]:
     return result
 
 
-def show(title: str, num_layers: int, peak: int, seconds: dict[str, float], cpu: dict[str, float]) -> None:
+def show(title: str, peak: int, seconds: dict[str, float], cpu: dict[str, float]) -> None:
     """One measurement as lines, projected to the whole model."""
     print(f"\n{title}: peak anonymous memory {peak / 2**20:,.0f} MiB")
     for part in sorted(seconds, key=lambda name: -cpu[name]):
         print(f"  {part:<32} {seconds[part]:7.2f} s   {cpu[part]:7.2f} s of all cores")
-    outside = cpu["everything"] - cpu["layers"]
-    whole = cpu["layers"] / num_layers * LAYERS + outside
-    print(f"  per layer {cpu['layers'] / num_layers:.2f} s of all cores; {LAYERS} layers and head: {whole:.0f} s")
 
 
 def main() -> None:
     """Write the model, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
@@ -186,7 +178,7 @@ def main() -> None:
         print(f"{options.layers} layers, {gigabytes:.1f} GB bf16, {options.tokens} tokens, {options.threads} threads")
         for title, paths in (("alone", [first]), ("against its copy", [first, second])):
             names = [str(path) for path in paths]
-            show(title, options.layers, *run(names, options.layers, options.tokens, options.threads))
+            show(title, *run(names, options.layers, options.tokens, options.threads))
     finally:
         shutil.rmtree(folder)
 

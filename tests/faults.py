@@ -13,7 +13,7 @@ from unittest import mock
 
 from models import expected, student
 
-from hxaconv.forward import hxa079, runner
+from hxaconv.forward import hxa079, walk
 from hxaconv.model.model import Model
 from hxaconv.model.variants import hxa079 as formula
 from hxaconv.surgery.arithmetic import computed, tensor
@@ -130,8 +130,8 @@ def measure(fault: Fault) -> Effect:
     """Verify the faulty student against the right one on the golden tokens, in float64."""
     right = student(fault.case)
     wrong, ids = fault.model(right), expected(fault.case)["input_ids"]
-    plain = runner.reference_of
-    with mock.patch.object(runner, "reference_of", lambda m: fault.module() if m is wrong else plain(m)):
+    plain = walk.reference_of
+    with mock.patch.object(walk, "reference_of", lambda m: fault.module() if m is wrong else plain(m)):
         report = compare_models(wrong, right, ids=ids, expect="report", dtype="float64")
     assert report.logits is not None
     return Effect(report.logits.max_difference, report.logits.kl_other_source, report.first_difference)

@@ -15,13 +15,13 @@ from models import GOLDEN
 
 from hxaconv.calibration import Settings, folding, heads, output_matrix
 from hxaconv.calibration.cache import Cache, fingerprint, locked
-from hxaconv.calibration.pool import Pool
 from hxaconv.calibration.report import Distances
 from hxaconv.calibration.streaming import calibrate, cut, fitted_tokens
 from hxaconv.calibration.time_mix import mixed_rows
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
+from hxaconv.forward.pool import Pool
 from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model.architecture import expected_tensors

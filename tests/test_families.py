@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hxaconv.forward import llama
-from hxaconv.forward.weights import Weights
 from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.teacher import open_teacher
+from hxaconv.surgery.arithmetic import tensor
 
 transformers = pytest.importorskip("transformers")
 
@@ -67,7 +67,7 @@ def build(folder: Path, name: str) -> tuple[Tensor, Tensor]:
 def test_transformers_agrees(name: str, tmp_path: Path) -> None:
     ids, expected = build(tmp_path, name)
     model = open_teacher(open_checkpoint(tmp_path), allow_output_bias=True)
-    get = Weights(model.plan, dtype=torch.float64)
+    get = lambda name: tensor(model.plan[name], dtype=torch.float64)  # noqa: E731
     logits, _ = llama.forward(ids, get, model.config)
     assert logits.dtype == expected.dtype == torch.float64
     assert (logits - expected).abs().max() < AGREEMENT
@@ -97,7 +97,7 @@ def test_what_remains_is_the_float32_of_transformers(tmp_path: Path, monkeypatch
 
     ids, expected = build(tmp_path, "llama")
     model = open_teacher(open_checkpoint(tmp_path))
-    get = Weights(model.plan, dtype=torch.float64)
+    get = lambda name: tensor(model.plan[name], dtype=torch.float64)  # noqa: E731
     before = (llama.forward(ids, get, model.config)[0] - expected).abs().max()
     monkeypatch.setattr(llama, "rmsnorm", float32_norm)
     monkeypatch.setattr(llama, "rotate", float32_rotate)

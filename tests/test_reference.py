@@ -12,15 +12,16 @@ from torch import Tensor
 
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
-from hxaconv.forward.weights import Weights
+from hxaconv.forward.hxa079 import Get
 from hxaconv.model.model import Model
+from hxaconv.surgery.arithmetic import tensor
 
 ROUNDING = 1e-12
 """Float64, where only the order of summation differs."""
 
 
-def weights(model: Model) -> Weights:
-    return Weights(model.plan, dtype=torch.float64)
+def weights(model: Model) -> Get:
+    return lambda name: tensor(model.plan[name], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", CASES)

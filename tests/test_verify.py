@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hxaconv.errors import CheckFailed, HxaconvError
-from hxaconv.forward import runner as runner_module
-from hxaconv.forward import weights as weights_module
+from hxaconv.forward import matrix as matrix_module
+from hxaconv.forward import walk as walk_module
+from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
 from hxaconv.model.plan import Literal, Recipe
 from hxaconv.surgery.arithmetic import cast
@@ -157,9 +158,7 @@ def test_kl_and_agreement_are_what_they_say() -> None:
     base, made = fresh()
     tokens = ids(base, 10)
     report = compare_models(made, base, ids=tokens, dtype="float64")
-    mine, theirs = (
-        torch.cat([part for (part,) in logits_of(model, tokens)]).log_softmax(dim=-1) for model in (made, base)
-    )
+    mine, theirs = (logits_of(model, tokens).log_softmax(dim=-1) for model in (made, base))
     kl = torch.nn.functional.kl_div(mine, theirs, log_target=True, reduction="batchmean")
     assert report.logits is not None
     assert report.logits.kl_other_source == pytest.approx(kl.item())
@@ -167,45 +166,51 @@ def test_kl_and_agreement_are_what_they_say() -> None:
     assert report.logits.top1_agreement == pytest.approx(agreement)
 
 
-def logits_of(model: Model, tokens: Tensor, step: int = 1000) -> list[list[Tensor]]:
-    run = runner_module.Runner(model, dtype=torch.float64)
-    stream = run.start(tokens)
-    for index in range(model.config.num_hidden_layers):
-        run.weights.release()
-        run.layer(stream, index)
-    return list(run.logits([stream.x], step))
+def logits_of(model: Model, tokens: Tensor) -> Tensor:
+    with Walk({"model": model}, dtype=torch.float64) as walk:
+        track = walk["model"]
+        stream = track.start(tokens)
+        for index in walk.layers():
+            track.layer(stream, index)
+        normed, parts = track.final_norm(stream.x), []
+        for _ in walk.slices({"model": track.head}, "head"):
+            parts.append(walk.product(normed, walk.held("model")["head"].values))
+    return torch.cat(parts, dim=1)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_layer_by_layer_gives_the_golden_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "SLICE_BYTES", 10 * 48 * 8)
     model, golden = student(name), expected(name)
-    logits = torch.cat([part for (part,) in logits_of(model, golden["input_ids"], step=7)])
-    assert (logits - golden["student_logits"].flatten(0, 1)).abs().max() < AGREEMENT
+    wanted = golden["student_logits"].flatten(0, 1)
+    assert (logits_of(model, golden["input_ids"]) - wanted).abs().max() < AGREEMENT
+    # Blocks of a few rows, and a head in several slices.
+    monkeypatch.setattr(walk_module, "SLICE_BYTES", 10 * 48 * 2)
+    monkeypatch.setattr(walk_module, "SMALL", 0)
+    monkeypatch.setattr(matrix_module, "BLOCK_BYTES", 3 * 48 * 2)
+    assert (logits_of(model, golden["input_ids"]) - wanted).abs().max() < AGREEMENT
 
 
 def test_long_inputs_take_the_chunked_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
     model = student("reka_tiny")
     tokens = ids(model, 90)
-    (loop,) = logits_of(model, tokens)[0]
-    monkeypatch.setattr(runner_module, "LOOP_TOKENS", 1000)
-    (other,) = logits_of(model, tokens)[0]
+    loop = logits_of(model, tokens)
+    monkeypatch.setattr(walk_module, "LOOP_TOKENS", 1000)
+    other = logits_of(model, tokens)
     assert not torch.equal(loop, other)
     assert (loop - other).abs().max() < 1e-10
 
 
-def test_one_layer_is_held_at_a_time() -> None:
+def test_one_layer_is_held_at_a_time_and_once() -> None:
     model = student("reka_tiny")
-    run = runner_module.Runner(model)
-    stream = run.start(ids(model))
-    for index in range(model.config.num_hidden_layers):
-        run.weights.release()
-        run.layer(stream, index)
-        assert {name.split(".")[2] for name in run.weights.held()} == {str(index)}
-        pointers = [values.data_ptr() for values in run.weights.held().values()]
-        assert len(set(pointers)) == len(pointers)
-    largest = max(sum(r.numel for n, r in model.plan.items() if f"layers.{i}." in n) for i in range(5))
-    assert run.weights._arena is not None and run.weights._arena.numel() == largest
+    other = changed(model, "model.layers.3.mlp.up_proj.weight", lambda values: values + 1)
+    with Walk({"one": model, "other": other}) as walk:
+        for index in walk.layers():
+            held = [walk.held("one"), walk.held("other")]
+            assert {int(name.split(".")[2]) for name in held[0]} == {index}
+            apart = [name for name in held[0] if held[0][name] is not held[1][name]]
+            assert apart == (["model.layers.3.mlp.up_proj.weight"] if index == 3 else [])
+            pointers = {values.values.data_ptr() for values in held[0].values()}
+            assert len(pointers) == len(held[0])
 
 
 @pytest.mark.parametrize("model", [student("reka_tiny"), teacher("qwen3_tiny")], ids=["student", "teacher"])

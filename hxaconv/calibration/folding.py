@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hxaconv.calibration import output_matrix, teacher
 from hxaconv.calibration.heads import rotation
-from hxaconv.calibration.pool import Pool
 from hxaconv.calibration.report import LayerReport
 from hxaconv.calibration.time_mix import Attention, Fit, mixed_rows
+from hxaconv.forward.pool import Pool
 from hxaconv.model.config import ModelConfig
 
 

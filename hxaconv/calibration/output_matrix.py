@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hxaconv.calibration.heads import DAMPING
-from hxaconv.calibration.pool import Pool
+from hxaconv.forward.pool import Pool
 
 TOKENS_PER_COLUMN = 24
 """Below that many tokens per column, a fitted output matrix learns the tokens by heart: with 16, each layer's error

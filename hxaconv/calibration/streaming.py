@@ -17,12 +17,12 @@ from torch import Tensor
 from hxaconv.calibration import teacher as teacher_pass
 from hxaconv.calibration.cache import Cache, Done, State
 from hxaconv.calibration.folding import fold_rope
-from hxaconv.calibration.pool import ROWS, Pool
 from hxaconv.calibration.report import CalibrationReport, Settings
 from hxaconv.calibration.time_mix import Attention, Fit, fit_layer
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.forward import llama
 from hxaconv.forward.layer_weights import Compute, embed, layer_names
+from hxaconv.forward.pool import ROWS, Pool
 from hxaconv.model.model import Model
 from hxaconv.model.names import layer_index, mixer_prefix
 from hxaconv.model.plan import Plan, Recipe, Scratch, layer_bytes, total_bytes

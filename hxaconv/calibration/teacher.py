@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hxaconv.calibration.pool import Pool
 from hxaconv.forward import llama
+from hxaconv.forward.pool import Pool
 from hxaconv.model.config import ModelConfig
 
 

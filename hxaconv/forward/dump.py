@@ -23,6 +23,7 @@ class Dump:
 
     def __init__(self, path: Path, config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> None:
         batch, length = ids.shape
+        self._vocabulary = config.vocab_size
         name = dtype_name(dtype)
         entries = {"input_ids": ("I64", (batch, length)), "logits": (name, (batch, length, config.vocab_size))}
         entries |= {f"hidden.{i}": (name, (batch, length, config.hidden_size)) for i in range(config.num_hidden_layers)}
@@ -45,19 +46,26 @@ class Dump:
         write_from(self._fd, data, self._starts[name])
         self._starts[name] += len(data)
 
+    def place(self, name: str, start: int, values: Tensor) -> None:
+        """Write columns from `start` on of a tensor whose last axis is the vocabulary, (tokens, columns)."""
+        first, row = self._starts[name], self._vocabulary * values.element_size()
+        for i, line in enumerate(values.detach().cpu().contiguous()):
+            data = memoryview(line.view(torch.uint8).numpy())
+            write_from(self._fd, data, first + i * row + start * values.element_size())
+
     def close(self) -> None:
         """Nothing more comes."""
         os.close(self._fd)
 
 
 @contextmanager
-def dumping(path: Path | None, config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> Iterator[Dump | None]:
+def dumping(path: Path | None, config: ModelConfig, ids: Tensor | None, dtype: torch.dtype) -> Iterator[Dump | None]:
     """A dump that gets the name `path` when it is complete; None without a path.
 
     Raises:
         HxaconvError: where the file cannot be written; it is not there then.
     """
-    if path is None:
+    if path is None or ids is None:
         yield None
         return
     growing = path.with_name(f"{path.name}.partial-{os.getpid()}")

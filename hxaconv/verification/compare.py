@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,18 +13,20 @@ from torch.nn.functional import cosine_similarity
 
 from hxaconv.errors import raise_all
 from hxaconv.forward import llama
+from hxaconv.forward.divergence import LOGITS_AT_ONCE, Divergence
 from hxaconv.forward.dump import Dump, dumping
 from hxaconv.forward.hxa079 import Carry
-from hxaconv.forward.runner import Runner, Stream, compute_settings
+from hxaconv.forward.walk import Stream, Walk, compute_settings
 from hxaconv.model.config import ModelConfig, StudentConfig, TeacherConfig
 from hxaconv.model.model import Model
-from hxaconv.model.names import layer_index
-from hxaconv.model.plan import Plan, layer_bytes, total_bytes
+from hxaconv.model.names import EMBEDDING, HEAD
+from hxaconv.model.plan import Recipe, layer_bytes, same_ranges, total_bytes
 from hxaconv.progress import Progress, bar
 from hxaconv.verification.expectations import Thresholds, config_differences, judge, usual_expectation
 from hxaconv.verification.report import LayerResult, LogitResult, Report, TensorResult
-from hxaconv.verification.tensors import compare_tensor, with_head
+from hxaconv.verification.tensors import compare_held, joined, misshapen, unpaired, with_head
 
+SOURCE, OTHER = "source", "other"
 NOISE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Relative error below which two layers count as the same: rounding in another order of summation."""
 
@@ -53,27 +55,20 @@ def compare_models(
     expect = expect or usual_expectation(source.config, other.config)
     report = Report(source=source.label, other=other.label, expect=expect)
     report.config_differences = config_differences(source.config, other.config)
-    if ids is None:
-        report.tensors = compare_all(source, other)
-    else:
+    if ids is not None:
         _refuse_incomparable(source.config, other.config)
         report.settings = {"tokens": ids.shape[1], "batch": ids.shape[0], "dtype": dtype, "device": device}
-        _forward(report, source, other, ids, logits_out, progress)
+    compute, device = compute_settings(dtype, device)
+    with (
+        dumping(logits_out, source.config, ids, compute) as dump,
+        Walk({SOURCE: source, OTHER: other}, dtype=compute, device=device) as walk,
+    ):
+        _Comparison(report, walk, dump).run(None if ids is None else ids.to(device), progress)
     if isinstance(source.config, TeacherConfig) and isinstance(other.config, StudentConfig):
         report.notes.append("Name the student first to see how near it is to attention zeroed, and its GQA layers.")
     judge(report, thresholds or Thresholds(), source)
     report.seconds = time.monotonic() - began
     return report
-
-
-def _forward(
-    report: Report, source: Model, other: Model, ids: Tensor, logits_out: Path | None, progress: Progress | None
-) -> None:
-    dtype, device = report.settings["dtype"], report.settings["device"]
-    compute, device = compute_settings(dtype, device)
-    left, right = (Runner(model, dtype=compute, device=device) for model in (source, other))
-    with dumping(logits_out, source.config, ids, compute) as dump:
-        _run(report, left, right, ids.to(device), dump, progress)
 
 
 def _refuse_incomparable(source: ModelConfig, other: ModelConfig) -> None:
@@ -95,89 +90,218 @@ class _Streams:
     """What the source's layers hand on when each is fed the other's residual stream."""
 
 
-def _run(
-    report: Report, left: Runner, right: Runner, ids: Tensor, dump: Dump | None, progress: Progress | None
-) -> None:
-    plans = with_head(left.model), with_head(right.model)
-    theirs = right.start(ids)
-    yardstick = isinstance(left.config, StudentConfig) and isinstance(right.config, TeacherConfig)
-    streams = _Streams(left.start(ids), theirs, Stream(theirs.x) if yardstick else None, Carry())
-    with bar(progress, "verifying", total_bytes(plans[0]) + total_bytes(plans[1])) as advance:
-        report.tensors += compare_group(*plans, None)
-        for index in range(left.config.num_hidden_layers):
-            # The bytes are compared just before they are converted: the second reading finds them in memory.
-            report.tensors += compare_group(*plans, index)
-            report.layers.append(_layer(left, right, streams, index))
-            if dump:
-                dump.append(f"hidden.{index}", streams.source.x)
-            advance(sum(layer_bytes(plan, index) for plan in plans), f"layer {index}")
-        report.logits = _logits(left, right, streams, dump)
+class _Comparison:
+    """The loop of a comparison over the layers."""
+
+    def __init__(self, report: Report, walk: Walk, dump: Dump | None) -> None:
+        self.report, self.walk, self.dump = report, walk, dump
+        self.left, self.right = walk[SOURCE], walk[OTHER]
+        self.students = isinstance(self.left.config, StudentConfig) and isinstance(self.right.config, StudentConfig)
+
+    def run(self, ids: Tensor | None, progress: Progress | None) -> None:
+        """Compare all tensors, and on token ids (B, T) all layers and the logits."""
+        plans = [track.model.plan for track in (self.left, self.right)]
+        streams = None if ids is None else self._start(ids)
+        with bar(progress, "verifying", sum(map(total_bytes, plans))) as advance:
+            self._outside()
+            for index in self.walk.layers():
+                self.report.tensors += compare_held(self.walk, SOURCE, OTHER)
+                if streams is not None:
+                    self.report.layers.append(self._layer(streams, index))
+                    if self.dump:
+                        self.dump.append(f"hidden.{index}", streams.source.x)
+                advance(sum(layer_bytes(plan, index) for plan in plans), f"layer {index}")
+            self._head(streams)
+
+    def _start(self, ids: Tensor) -> _Streams:
+        theirs = self.right.start(ids)
+        zeroed = isinstance(self.left.config, StudentConfig) and isinstance(self.right.config, TeacherConfig)
+        return _Streams(self.left.start(ids), theirs, Stream(theirs.x) if zeroed else None, Carry())
+
+    def _outside(self) -> None:
+        """What stands outside the layers, but for the heads."""
+        one, two = self.walk.outside(SOURCE), self.walk.outside(OTHER)
+        for name in dict.fromkeys([*one, *two]):
+            if name != HEAD:
+                self._matrix(name, one.get(name), two.get(name))
+
+    def _matrix(self, name: str, one: Recipe | None, two: Recipe | None) -> None:
+        if one is None or two is None or one.shape != two.shape:
+            result = unpaired(name, one, two) if one is None or two is None else misshapen(name, one, two)
+            self.report.tensors.append(result)
+            return
+        parts = self.walk.slices({SOURCE: one, OTHER: two}, name)
+        self.report.tensors.append(joined(result for _ in parts for result in compare_held(self.walk, SOURCE, OTHER)))
+
+    def _layer(self, streams: _Streams, index: int) -> LayerResult:
+        """Move all streams through a layer, and the other's input through the source's layer too."""
+        left, right, theirs = self.left, self.right, streams.other
+        both = self.students and left.config.key_value_size == right.config.key_value_size
+        # v_first and k_first are part of the input: a fault there is the fault of the layer that handed them on.
+        before = theirs.carry if both and theirs.carry.v_first is not None else streams.fed
+        fed = Stream(theirs.x, Carry(before.v_first, before.k_first))
+        nowhere = self._without_rope(theirs.x, index)
+        one_input, one_layer = _same_place(fed, streams.source), self._same_layer() and _same_place(fed, theirs)
+        mine = [fed] if one_input else [fed, streams.source]
+        rest = [] if one_layer else [theirs]
+        left.mix(mine, index)
+        right.mix(rest, index)
+        if streams.zeroed is not None:
+            rest.append(streams.zeroed)
+        if self._same_mlp(index):
+            left.feed([*mine, *rest], index)
+        else:
+            left.feed(mine, index)
+            right.feed(rest, index)
+        if one_input:
+            streams.source = _copy(fed)
+        if one_layer:
+            streams.other = _copy(fed)
+        streams.fed = fed.carry
+        return self._result(fed, nowhere, streams, index, both=both)
+
+    def _result(self, fed: Stream, nowhere: Tensor | None, streams: _Streams, index: int, *, both: bool) -> LayerResult:
+        assert fed.mixed is not None and streams.other.mixed is not None
+        errors = (relative_error(fed.mixed, streams.other.mixed), relative_error(fed.x, streams.other.x))
+        handed_on = _handed_on_error(fed.carry, streams.other.carry) if both else None
+        return LayerResult(
+            layer=index,
+            kind=layer_kind(self.left.config, index),
+            other_kind=layer_kind(self.right.config, index),
+            mixer_error=errors[0],
+            output_error=errors[1],
+            handed_on_error=handed_on,
+            nope_error=None if nowhere is None else relative_error(fed.mixed, nowhere),
+            cosine=mean_cosine(streams.source.x, streams.other.x),
+            differs=any(not error <= NOISE[self.walk.dtype] for error in (*errors, handed_on or 0.0)),
+        )
+
+    def _without_rope(self, x: Tensor, index: int) -> Tensor | None:
+        """For a student's GQA layer, the teacher's attention with all tokens at position 0."""
+        if (layer_kind(self.left.config, index), layer_kind(self.right.config, index)) != ("gqa", "attention"):
+            return None
+        nowhere = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
+        right = self.right
+        return llama.attention(right.normed(x, index), right.weight, right.config, index, positions=nowhere)
+
+    def _same_layer(self) -> bool:
+        """Whether the layer at hand is one and the same of both models."""
+        one, two = self.walk.held(SOURCE), self.walk.held(OTHER)
+        alike = self.left.config == self.right.config and self.left.reference is self.right.reference
+        return alike and one == two
+
+    def _same_mlp(self, index: int) -> bool:
+        one, two = ({n: h for n, h in self.walk.held(r).items() if ".self_attn." not in n} for r in (SOURCE, OTHER))
+        configs = [(track.config.rms_norm_eps, track.config.mlp_bias) for track in (self.left, self.right)]
+        return one == two and configs[0] == configs[1]
+
+    def _head(self, streams: _Streams | None) -> None:
+        """The heads, and what comes out of them end to end, some of the vocabulary at a time."""
+        plans = [with_head(track.model) for track in (self.left, self.right)]
+        one, two = (plan.get(HEAD) for plan in plans)
+        if one is None or two is None:
+            if one is not None or two is not None:
+                self.report.tensors.append(unpaired(HEAD, one, two))
+            return
+        tied = next((r for r in self.report.tensors if r.name == EMBEDDING), None)
+        embeddings = [plan.get(EMBEDDING) for plan in plans]
+        if streams is None:
+            known = all(e is not None and same_ranges(e, head) for e, head in zip(embeddings, (one, two), strict=True))
+            if known and tied is not None:
+                self.report.tensors.append(replace(tied, name=HEAD))
+            else:
+                self._matrix(HEAD, one, two)
+            return
+        end = _End(self.walk, streams, min(one.shape[0], two.shape[0]))
+        found: list[TensorResult] = []
+        for start, stop in self.walk.slices({SOURCE: one, OTHER: two}, HEAD):
+            if one.shape == two.shape:
+                found += compare_held(self.walk, SOURCE, OTHER)
+            end.slice(start, stop, self.dump)
+        self.report.tensors.append(joined(found) if found else misshapen(HEAD, one, two))
+        self.report.logits = end.result()
 
 
-def compare_all(source: Model, other: Model) -> list[TensorResult]:
-    """The tensors of both models, without a forward."""
-    plans = with_head(source), with_head(other)
-    layers = range(max(source.config.num_hidden_layers, other.config.num_hidden_layers))
-    return [result for layer in (None, *layers) for result in compare_group(*plans, layer)]
+class _End:
+    """What is measured of the logits."""
+
+    def __init__(self, walk: Walk, streams: _Streams, size: int) -> None:
+        self.walk, self.size = walk, size
+        left, right = walk[SOURCE], walk[OTHER]
+        self.mine, self.theirs = left.final_norm(streams.source.x), right.final_norm(streams.other.x)
+        self.zeroed = None if streams.zeroed is None else right.final_norm(streams.zeroed.x)
+        self.same = self.mine.equal(self.theirs) and left.config.vocab_size == right.config.vocab_size
+        self.from_other, self.from_source = Divergence(), Divergence()
+        self.largest, self.total = 0.0, 0.0
+        self.best = {role: Best(len(self.mine)) for role in (SOURCE, OTHER)}
+
+    def slice(self, start: int, stop: int, dump: Dump | None) -> None:
+        """The logits of the rows [start, stop) of both heads, which are held."""
+        one, two = (self.walk.held(role).get(HEAD) for role in (SOURCE, OTHER))
+        step = max(1, LOGITS_AT_ONCE // len(self.mine))
+        for low in range(0, stop - start, step):
+            high = min(stop - start, low + step)
+            a = None if one is None else self.walk.product(self.mine, one.values[low:high])
+            if dump and a is not None and a.shape[1]:
+                dump.place("logits", start + low, a)
+            kept = max(0, min(high, self.size - start) - low)
+            if a is None or two is None or not kept:
+                continue
+            a = a[:, :kept]
+            same = self.same and one is two
+            b = a if same else self.walk.product(self.theirs, two.values[low : low + kept])
+            zeroed = None if self.zeroed is None else self.walk.product(self.zeroed, two.values[low : low + kept])
+            self._add(start + low, a, b, zeroed)
+
+    def _add(self, start: int, a: Tensor, b: Tensor, zeroed: Tensor | None) -> None:
+        difference = (a - b).abs()
+        self.largest = _max(self.largest, difference.max().item())
+        self.total += float(difference.double().sum())
+        self.best[SOURCE].add(start, a)
+        self.best[OTHER].add(start, b)
+        self.from_other.add(b, [a] if zeroed is None else [a, zeroed])
+        self.from_source.add(a, [b])
+
+    def result(self) -> LogitResult:
+        """The figures, over all tokens."""
+        tokens = len(self.mine)
+        forward, *zeroed = (float(kl.mean()) for kl in self.from_other.result())
+        agree = (self.best[SOURCE].index == self.best[OTHER].index).double().mean()
+        return LogitResult(
+            tokens=tokens,
+            vocabulary=self.size,
+            max_difference=self.largest,
+            mean_difference=self.total / (tokens * self.size),
+            kl_other_source=forward,
+            kl_source_other=float(self.from_source.result()[0].mean()),
+            top1_agreement=float(agree),
+            kl_attention_zeroed=zeroed[0] if zeroed else None,
+        )
 
 
-def compare_group(source: Plan, other: Plan, layer: int | None) -> list[TensorResult]:
-    """The tensors of one layer of both plans, or (None) those outside the layers."""
-    names = [name for name in dict.fromkeys([*source, *other]) if layer_index(name) == layer]
-    return [compare_tensor(name, source.get(name), other.get(name)) for name in names]
+class Best:
+    """The most likely token of each row of logits that come in blocks."""
+
+    def __init__(self, tokens: int) -> None:
+        self.index = torch.full((tokens,), -1)
+        self._value = torch.full((tokens,), -math.inf)
+
+    def add(self, start: int, logits: Tensor) -> None:
+        """The logits (tokens, block) of the vocabulary from `start` on."""
+        value, index = (found.cpu() for found in logits.max(dim=-1))
+        better = ~(value <= self._value)  # NaN is the largest, as it is for argmax
+        self.index = torch.where(better, index + start, self.index)
+        self._value = torch.where(better, value, self._value.to(value.dtype))
 
 
-def _layer(left: Runner, right: Runner, streams: _Streams, index: int) -> LayerResult:
-    """Move all streams through a layer, and the other's input through the source's layer too."""
-    left.weights.release()
-    right.weights.release()
-    both = isinstance(left.config, StudentConfig) and isinstance(right.config, StudentConfig)
-    both = both and left.config.key_value_size == right.config.key_value_size
-    # v_first and k_first are part of the input: a fault there is the fault of the layer that handed them on.
-    before = streams.other.carry if both and streams.other.carry.v_first is not None else streams.fed
-    fed = Stream(streams.other.x, Carry(before.v_first, before.k_first))
-    nope = _nope_error(left, right, streams.other.x, index)
-    one_input = _same_place(fed, streams.source)
-    left.layer(fed, index)
-    if one_input:
-        streams.source = Stream(fed.x, Carry(fed.carry.v_first, fed.carry.k_first), fed.mixed)
-    else:
-        left.layer(streams.source, index)
-    right.layer(streams.other, index)
-    if streams.zeroed is not None:
-        right.layer(streams.zeroed, index, without_mixer=True)
-    streams.fed = fed.carry
-    assert fed.mixed is not None and streams.other.mixed is not None
-    errors = (relative_error(fed.mixed, streams.other.mixed), relative_error(fed.x, streams.other.x))
-    handed_on = _handed_on_error(fed.carry, streams.other.carry) if both else None
-    return LayerResult(
-        layer=index,
-        kind=layer_kind(left.config, index),
-        other_kind=layer_kind(right.config, index),
-        mixer_error=errors[0],
-        output_error=errors[1],
-        handed_on_error=handed_on,
-        nope_error=nope,
-        cosine=mean_cosine(streams.source.x, streams.other.x),
-        differs=any(not error <= NOISE[left.weights.dtype] for error in (*errors, handed_on or 0.0)),
-    )
+def _copy(stream: Stream) -> Stream:
+    return Stream(stream.x, Carry(stream.carry.v_first, stream.carry.k_first), stream.mixed)
 
 
 def _same_place(a: Stream, b: Stream) -> bool:
     """Whether two streams enter a layer with the same bits: one run is enough for both then."""
     pairs = ((a.x, b.x), (a.carry.v_first, b.carry.v_first), (a.carry.k_first, b.carry.k_first))
     return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
-
-
-def _nope_error(left: Runner, right: Runner, x: Tensor, index: int) -> float | None:
-    """A student's GQA layer against the teacher's attention with all tokens at position 0."""
-    kinds = layer_kind(left.config, index), layer_kind(right.config, index)
-    if kinds != ("gqa", "attention"):
-        return None
-    found = left.mixer(left.normed(x, index), index, Carry())
-    nowhere = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
-    expected = llama.attention(right.normed(x, index), right.weights, right.config, index, positions=nowhere)
-    return relative_error(found, expected)
 
 
 def layer_kind(config: ModelConfig, layer: int) -> str:
@@ -200,43 +324,6 @@ def _handed_on_error(fed: Carry, other: Carry) -> float | None:
     if fed.v_first is None or other.v_first is None or fed.k_first is None or other.k_first is None:
         return None
     return max(relative_error(fed.v_first, other.v_first), relative_error(fed.k_first, other.k_first))
-
-
-def _logits(left: Runner, right: Runner, streams: _Streams, dump: Dump | None) -> LogitResult:
-    """End to end, some tokens at a time."""
-    left.weights.release()
-    right.weights.release()
-    size = min(left.config.vocab_size, right.config.vocab_size)
-    step = min(left.tokens_per_step, right.tokens_per_step)
-    their_streams = [streams.other.x] if streams.zeroed is None else [streams.other.x, streams.zeroed.x]
-    largest, sums, tokens = 0.0, torch.zeros(5, dtype=torch.float64), 0
-    for (mine,), theirs in zip(left.logits([streams.source.x], step), right.logits(their_streams, step), strict=True):
-        if dump:
-            dump.append("logits", mine)
-        a, b, zeroed = (part[:, :size] for part in (mine, theirs[0], theirs[-1]))
-        difference = (a - b).abs()
-        largest = _max(largest, difference.max().item())
-        agree = (a.argmax(dim=-1) == b.argmax(dim=-1)).double()
-        parts = (difference.mean(dim=-1), kl(b, a), kl(a, b), agree, kl(b, zeroed))
-        sums += torch.stack([part.double().sum().cpu() for part in parts])
-        tokens += len(a)
-    mean_difference, forward, backward, agreement, attention_zeroed = (sums / tokens).tolist()
-    return LogitResult(
-        tokens=tokens,
-        vocabulary=size,
-        max_difference=largest,
-        mean_difference=mean_difference,
-        kl_other_source=forward,
-        kl_source_other=backward,
-        top1_agreement=agreement,
-        kl_attention_zeroed=None if streams.zeroed is None else attention_zeroed,
-    )
-
-
-def kl(a: Tensor, b: Tensor) -> Tensor:
-    """KL(a || b) of logits (tokens, V), in nats: (tokens,)."""
-    log_a, log_b = a.log_softmax(dim=-1), b.log_softmax(dim=-1)
-    return (log_a.exp() * (log_a - log_b)).sum(dim=-1)
 
 
 def _max(a: float, b: float) -> float:

@@ -7,23 +7,22 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hxaconv.errors import shortened
 from hxaconv.formats.dtypes import FLOATS
+from hxaconv.forward.divergence import LOGITS_AT_ONCE
 from hxaconv.forward.dump import Dump, dumping
-from hxaconv.forward.runner import Runner, compute_settings
-from hxaconv.forward.weights import Weights
+from hxaconv.forward.walk import Walk, compute_settings
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Model
-from hxaconv.model.names import EMBEDDING, HEAD, layer_index
-from hxaconv.model.plan import Recipe, Scratch, layer_bytes, total_bytes
+from hxaconv.model.names import EMBEDDING, HEAD
+from hxaconv.model.plan import layer_bytes, same_bytes, total_bytes
 from hxaconv.progress import Progress, bar
-from hxaconv.save.finite import count_nonfinite
 from hxaconv.verification.report import Report
-from hxaconv.verification.tensors import compare_tensor
+
+MODEL = "model"
 
 
 def verify_model(
@@ -46,9 +45,11 @@ def verify_model(
     _check_config(report, model.config)
     if report.passed:
         compute, device = compute_settings(dtype, device)
-        runner = Runner(model, dtype=compute, device=device)
-        with dumping(logits_out, model.config, ids, compute) as dump:
-            _run(report, runner, ids.to(device), dump, progress)
+        with (
+            dumping(logits_out, model.config, ids, compute) as dump,
+            Walk({MODEL: model}, dtype=compute, device=device) as walk,
+        ):
+            _run(report, walk, ids.to(device), dump, progress)
     report.seconds = time.monotonic() - began
     return report
 
@@ -57,8 +58,8 @@ def _check_tensors(report: Report, model: Model) -> None:
     """Names, shapes and dtypes, against what the architecture says independently of any recipe."""
     expected, plan = expected_tensors(model.config), model.plan
     if HEAD in plan and HEAD not in expected:
-        result = compare_tensor(HEAD, plan[HEAD], plan.get(EMBEDDING))
-        report.check("tied head", result.status == "equal", f"the stored head and the embedding: {result.status}")
+        same = EMBEDDING in plan and same_bytes(plan[HEAD], plan[EMBEDDING])
+        report.check("tied head", same, f"the stored head and the embedding: {'equal' if same else 'different'}")
         plan = {name: recipe for name, recipe in plan.items() if name != HEAD}
     problems = [f"{name} is missing, expected {shape}" for name, shape in expected.items() if name not in plan]
     problems += [f"{name} is not part of the architecture" for name in plan if name not in expected]
@@ -97,22 +98,24 @@ def _check_config(report: Report, config: ModelConfig) -> None:
     report.check("config", not problems, shortened(problems, "; ") or "consistent")
 
 
-def _run(report: Report, runner: Runner, ids: Tensor, dump: Dump | None, progress: Progress | None) -> None:
-    plan = runner.model.plan
+def _run(report: Report, walk: Walk, ids: Tensor, dump: Dump | None, progress: Progress | None) -> None:
+    track = walk[MODEL]
+    plan = track.model.plan
     with bar(progress, "verifying", total_bytes(plan)) as advance:
-        broken = [name for name in plan if layer_index(name) is None and not finite_on_disk(plan[name])]
-        stream, lost = runner.start(ids), None
-        for index in range(runner.config.num_hidden_layers):
-            runner.weights.release()
-            runner.layer(stream, index)
-            broken += _not_finite(runner.weights, index)
+        broken = []
+        for name, recipe in walk.outside(MODEL).items():
+            if recipe is not track.head and any(_broken(walk) for _ in walk.slices({MODEL: recipe}, name)):
+                broken.append(name)
+        stream, lost = track.start(ids), None
+        for index in walk.layers():
+            broken += _broken(walk)
+            track.layer(stream, index)
             if lost is None and not stream.x.isfinite().all():
                 lost = index
             if dump:
                 dump.append(f"hidden.{index}", stream.x)
             advance(layer_bytes(plan, index), f"layer {index}")
-        runner.weights.release()
-        worst = _largest_logit(runner, stream.x, dump)
+        worst = _largest_logit(walk, stream.x, dump, broken)
     report.check(
         "finite weights", not broken, shortened(broken, "; ") or f"{len(plan)} tensors without NaN or infinity"
     )
@@ -121,30 +124,26 @@ def _run(report: Report, runner: Runner, ids: Tensor, dump: Dump | None, progres
     report.check("finite logits", not math.isnan(worst), text)
 
 
-def _largest_logit(runner: Runner, x: Tensor, dump: Dump | None) -> float:
-    """The largest |logit| at the end of the residual stream; NaN at the first that is not finite."""
-    worst = 0.0
-    for (logits,) in runner.logits([x], runner.tokens_per_step):
-        if dump:
-            dump.append("logits", logits)
-        if not logits.isfinite().all():
-            return math.nan
-        worst = max(worst, logits.abs().max().item())
-    return worst
+def _broken(walk: Walk) -> list[str]:
+    """The tensors at hand with NaN or infinite values."""
+    return [name for name, held in walk.held(MODEL).items() if held.nonfinite]
 
 
-def _not_finite(weights: Weights, layer: int) -> list[str]:
-    """The tensors of a layer with NaN or infinite values; those that its forward has used are in memory."""
-    held, names = weights.held(), [name for name in weights.plan if layer_index(name) == layer]
-    return [name for name in names if not (finite(held[name]) if name in held else finite_on_disk(weights.plan[name]))]
-
-
-def finite(values: Tensor) -> bool:
-    """Whether every value is finite; without a temporary of its size."""
-    low, high = torch.aminmax(values)
-    return bool(low.isfinite() and high.isfinite())
-
-
-def finite_on_disk(recipe: Recipe) -> bool:
-    """Whether every value of a tensor is finite, a piece at a time."""
-    return not any(count_nonfinite(piece, recipe.dtype) for piece in recipe.pieces(Scratch()))
+def _largest_logit(walk: Walk, x: Tensor, dump: Dump | None, broken: list[str]) -> float:
+    """The largest |logit| at the end of the residual stream; NaN where one is not finite."""
+    track, worst, found = walk[MODEL], 0.0, False
+    normed = track.final_norm(x)
+    name = EMBEDDING if track.config.tie_word_embeddings else HEAD
+    step = max(1, LOGITS_AT_ONCE // len(normed))
+    for start, stop in walk.slices({MODEL: track.head}, name):
+        held = walk.held(MODEL)[name]
+        found = found or held.nonfinite > 0
+        for low in range(0, stop - start, step):
+            logits = walk.product(normed, held.values[low : low + step])
+            if dump:
+                dump.place("logits", start + low, logits)
+            highest = logits.abs().max().item()
+            worst = highest if math.isnan(highest) else max(worst, highest)
+    if found:
+        broken.append(name)
+    return math.nan if math.isinf(worst) else worst

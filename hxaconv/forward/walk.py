@@ -1,0 +1,404 @@
+"""Models walked through layer by layer: weights of the layer at hand in one arena, residual streams moved past them.
+
+    with Walk({"teacher": teacher, "student": student}) as walk:
+        stream = walk["teacher"].start(ids)
+        for layer in walk.layers():
+            walk["teacher"].layer(stream, layer)
+
+Each byte of a layer is read once: while it is in the cache it is compared with the same tensor of the models before,
+and its NaN and infinite values are counted. A tensor that two models have with the same bits is held once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hxaconv.errors import HxaconvError
+from hxaconv.formats.dtypes import parse_dtype
+from hxaconv.forward import hxa079, llama
+from hxaconv.forward.chunked import chunked
+from hxaconv.forward.matrix import BLOCK_BYTES, Matrix
+from hxaconv.forward.pool import Pool
+from hxaconv.model.config import StudentConfig
+from hxaconv.model.model import Model
+from hxaconv.model.names import EMBEDDING, HEAD, layer_index
+from hxaconv.model.plan import Plan, Ranges, Recipe, Scratch, is_one_range, rows
+from hxaconv.save.finite import count_nonfinite
+from hxaconv.surgery.arithmetic import SERIAL_BYTES, tensor, tensor_rows, torch_dtype
+
+SLICE_BYTES = 64 * 2**20
+"""Of an embedding or a head: a whole one has 1.2 GB at Reka's vocabulary."""
+LOOP_TOKENS = 64
+"""Longer inputs run on the chunked recurrence."""
+TOGETHER = 1024
+"""Tokens that pass a product at once: beyond that, what stands in between takes more memory than it saves time."""
+SMALL = 1 << 16
+"""Elements up to which a weight is cast as a whole at its first use."""
+ALIGNMENT = 64
+_LOCAL = threading.local()
+
+
+def reference_of(model: Model) -> ModuleType:
+    """The file of the reference forward that describes this model."""
+    return hxa079 if isinstance(model.config, StudentConfig) else llama
+
+
+def compute_settings(dtype: str, device: str) -> tuple[torch.dtype, str]:
+    """The torch dtype and device to run on.
+
+    Raises:
+        HxaconvError: for a dtype in which agreement would mean nothing, and a device that is not there.
+    """
+    name = parse_dtype(dtype)
+    if name not in ("F32", "F64"):
+        raise HxaconvError(f"the reference forward does not run in {dtype}", hint="Use float32 or float64.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise HxaconvError(f"device {device!r} cannot be used: {reason}", hint="Use --device cpu.") from None
+    return torch_dtype(name), device
+
+
+@dataclass
+class Stream:
+    """A residual stream (B, T, C) on its way through the layers, with what its layers hand on."""
+
+    x: Tensor
+    carry: hxa079.Carry = field(default_factory=hxa079.Carry)
+    mixed: Tensor | None = None
+    """What the last layer's mixer added."""
+
+
+@dataclass(eq=False, slots=True)
+class Held:
+    """A tensor in memory, as it is stored."""
+
+    recipe: Recipe
+    values: Tensor = field(default_factory=lambda: torch.empty(0))
+    nonfinite: int = 0
+    """How many of its values are NaN or infinite."""
+
+
+class Walk:
+    """One or several models, by role, and the weights of one layer of each."""
+
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        workers: int | None = None,
+    ) -> None:
+        self.dtype, self.device = dtype, device
+        self.pool = Pool(workers, device)
+        self._plans = {role: _by_layer(model.plan) for role, model in models.items()}
+        self._tracks = {role: Track(self, role, model) for role, model in models.items()}
+        self._held: dict[str, dict[str, Held]] = {role: {} for role in models}
+        self._arena = torch.empty(0, dtype=torch.uint8)
+
+    def __enter__(self) -> Walk:
+        self.pool.__enter__()
+        return self
+
+    def __exit__(self, *what: object) -> None:
+        self.pool.__exit__(*what)
+
+    def __getitem__(self, role: str) -> Track:
+        return self._tracks[role]
+
+    def layers(self, indices: Iterable[int] | None = None) -> Iterator[int]:
+        """Load one layer of all models after the other; by default from the first to the last.
+
+        Weights of a layer are valid until the next one: keep none of them.
+        """
+        count = max(track.config.num_hidden_layers for track in self._tracks.values())
+        for layer in range(count) if indices is None else indices:
+            self.hold({role: plan.get(layer, {}) for role, plan in self._plans.items()})
+            yield layer
+        self.release()
+
+    def outside(self, role: str) -> Plan:
+        """The tensors of a model that are in no layer."""
+        return self._plans[role].get(None, {})
+
+    def slices(self, recipes: Mapping[str, Recipe], name: str) -> Iterator[tuple[int, int]]:
+        """Hold a large matrix of each role under one name, some rows at a time: (first row, first one after)."""
+        sizes = {recipe.nbytes // recipe.shape[0] for recipe in recipes.values()}
+        count = max(recipe.shape[0] for recipe in recipes.values())
+        step = max(1, SLICE_BYTES // max(sizes)) if all(map(is_one_range, recipes.values())) else count
+        for start in range(0, count, step):
+            self.hold(
+                {
+                    role: {name: _part(recipe, start, start + step)}
+                    for role, recipe in recipes.items()
+                    if start < recipe.shape[0]
+                }
+            )
+            yield start, min(count, start + step)
+        self.release()
+
+    def release(self) -> None:
+        """Give the arena back."""
+        self._forget()
+        self._arena = torch.empty(0, dtype=torch.uint8)
+
+    def hold(self, plans: Mapping[str, Plan]) -> None:
+        """Read these tensors of each role into the arena, over those of before."""
+        self._forget()
+        fresh: list[Held] = []
+        twins: dict[int, list[tuple[str, str, Held]]] = {}
+        known: dict[str, list[Held]] = {}
+        spaces, used = [], 0
+        for role, plan in plans.items():
+            for name, recipe in plan.items():
+                before = known.setdefault(name, [])
+                twin = next((held for held in before if _comparable(held.recipe, recipe)), None)
+                if twin is not None and twin.recipe.make == recipe.make:
+                    self._held[role][name] = twin
+                    continue
+                held = self._held[role][name] = Held(recipe)
+                before.append(held)
+                spaces.append((held, used))
+                used += -(-recipe.nbytes // ALIGNMENT) * ALIGNMENT
+                if twin is None:
+                    fresh.append(held)
+                else:
+                    twins.setdefault(id(twin), []).append((role, name, held))
+        if used > len(self._arena):
+            self._arena = torch.empty(used, dtype=torch.uint8)  # pages that nobody writes to take no memory
+        for held, start in spaces:
+            flat = self._arena[start : start + held.recipe.nbytes].view(torch_dtype(held.recipe.dtype))
+            held.values = flat.view(held.recipe.shape)
+        self._read(fresh, twins)
+
+    def _read(self, fresh: Sequence[Held], twins: Mapping[int, Sequence[tuple[str, str, Held]]]) -> None:
+        """Read what is new; of the others, which may be the same as one of those, only what turns out not to be."""
+        differing: set[int] = set()
+
+        def read(job: tuple[Held, int, int]) -> int:
+            held, start, stop = job
+            block = _read(held, start, stop)
+            for _, _, other in twins.get(id(held), ()):
+                if id(other) not in differing and not _equals(other.recipe, block, start, stop):
+                    differing.add(id(other))
+            return count_nonfinite(block, held.recipe.dtype)
+
+        self._count(fresh, read)
+        rest = []
+        for origin in fresh:
+            for role, name, held in twins.get(id(origin), ()):
+                if id(held) in differing:
+                    rest.append(held)
+                else:
+                    self._held[role][name] = origin
+        self._count(rest, lambda job: count_nonfinite(_read(*job), job[0].recipe.dtype))
+
+    def _count(self, held: Sequence[Held], read: Callable[[tuple[Held, int, int]], int]) -> None:
+        jobs = [(one, start, stop) for one in held for start, stop in _blocks(one.recipe)]
+        for (one, _, _), count in zip(jobs, self.pool.map(read, jobs), strict=True):
+            one.nonfinite += count
+
+    def _forget(self) -> None:
+        for track in self._tracks.values():
+            track.forget()
+        self._held = {role: {} for role in self._tracks}
+
+    def held(self, role: str) -> Mapping[str, Held]:
+        """What is in memory of a model now."""
+        return self._held[role]
+
+    def product(self, x: Tensor, stored: Tensor) -> Tensor:
+        """x (tokens, columns) times some rows of a weight as it is stored -> (tokens, rows)."""
+        return Matrix(stored.to(self.device), self.dtype, self.pool).product(x)
+
+    def each(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """A function of (B, T, ...) applied to every sequence: what it needs in between does not grow with B."""
+        return torch.cat(self.pool.map(function, torch.split(x, 1)))
+
+
+class Track:
+    """One model of a walk: its forward, with the weights of the layer at hand."""
+
+    def __init__(self, walk: Walk, role: str, model: Model) -> None:
+        self.model, self.config = model, model.config
+        self.reference = reference_of(model)
+        self._walk, self._role = walk, role
+        self._cast: dict[str, Tensor] = {}
+
+    def forget(self) -> None:
+        """Another layer's weights come."""
+        self._cast.clear()
+
+    def weight(self, name: str) -> Tensor:
+        """A weight for the reference forward: in the compute dtype, a large one as a Matrix."""
+        if name in self._cast:
+            return self._cast[name]
+        held = self._walk.held(self._role).get(name)
+        stored = (tensor(self.model.plan[name]) if held is None else held.values).to(self._walk.device)
+        if stored.dim() == 2 and stored.numel() > SMALL:
+            return cast(Tensor, Matrix(stored, self._walk.dtype, self._walk.pool))
+        found = self._cast[name] = stored.to(self._walk.dtype)
+        return found
+
+    def start(self, ids: Tensor) -> Stream:
+        """Embed the tokens (B, T): only their rows are read."""
+        return Stream(tensor_rows(self.model.plan[EMBEDDING], ids, dtype=self._walk.dtype).to(self._walk.device))
+
+    def layer(self, stream: Stream, index: int) -> None:
+        """Move a stream through one layer."""
+        self.mix([stream], index)
+        self.feed([stream], index)
+
+    def normed(self, x: Tensor, index: int) -> Tensor:
+        """What a layer's mixer sees of a residual stream."""
+        normed: Tensor = self.reference.input_norm(x, self.weight, self.config, index)
+        return normed
+
+    def mix(self, streams: Sequence[Stream], index: int) -> None:
+        """The first half of a layer: what the mixer adds is added, and kept as `mixed`."""
+        for some in _together(streams):
+            joined = some[0] if len(some) == 1 else _joined(some)
+            mixed = self.mixer(self.normed(joined.x, index), index, joined.carry)
+            for stream, (part, v_first, k_first) in zip(some, _parted(mixed, joined.carry, some), strict=True):
+                stream.mixed, stream.carry = part, hxa079.Carry(v_first, k_first)
+                stream.x = stream.x + part
+
+    def feed(self, streams: Sequence[Stream], index: int) -> None:
+        """The second half of a layer, the MLP."""
+        tokens = torch.cat([stream.x.flatten(0, 1) for stream in streams])
+        moved = [
+            self.reference.feed_forward(piece[None], self.weight, self.config, index)[0]
+            for piece in torch.split(tokens, TOGETHER)
+        ]
+        sizes = [stream.x.shape[0] * stream.x.shape[1] for stream in streams]
+        for stream, x in zip(streams, torch.split(torch.cat(moved), sizes), strict=True):
+            stream.x = x.view_as(stream.x)
+
+    def mixer(self, normed: Tensor, index: int, carry: hxa079.Carry) -> Tensor:
+        """The mixer of a layer on a normed input; `carry` matters to students only."""
+        arguments: tuple[Any, ...] = (normed, self.weight, self.config, index)
+        if not isinstance(self.config, StudentConfig):
+            attended: Tensor = self.reference.attention(*arguments)
+            return attended
+        recurrence = self.reference.loop if normed.shape[1] <= LOOP_TOKENS else chunked
+        mixed: Tensor = self.reference.mixer(*arguments, carry, recurrence)
+        carry.states.clear()
+        carry.caches.clear()
+        return mixed
+
+    @property
+    def head(self) -> Recipe:
+        """The output matrix (V, C)."""
+        return self.model.plan[EMBEDDING if self.config.tie_word_embeddings else HEAD]
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """What the head sees of the residual stream, (tokens, C)."""
+        normed: Tensor = self.reference.final_norm(x, self.weight, self.config)
+        return normed.flatten(0, 1)
+
+
+def _together(streams: Sequence[Stream]) -> list[list[Stream]]:
+    """Streams that pass a mixer at once: the weights are cast once for all of them."""
+    alike = len({(stream.x.shape[1], stream.carry.v_first is None) for stream in streams}) == 1
+    if alike and sum(stream.x.shape[0] * stream.x.shape[1] for stream in streams) <= TOGETHER:
+        return [list(streams)]
+    return [[stream] for stream in streams]
+
+
+def _joined(streams: Sequence[Stream]) -> Stream:
+    carries = [stream.carry for stream in streams]
+    v = [carry.v_first for carry in carries if carry.v_first is not None]
+    k = [carry.k_first for carry in carries if carry.k_first is not None]
+    carry = hxa079.Carry(torch.cat(v) if v else None, torch.cat(k) if k else None)
+    return Stream(torch.cat([stream.x for stream in streams]), carry)
+
+
+def _parted(
+    mixed: Tensor, carry: hxa079.Carry, streams: Sequence[Stream]
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    start = 0
+    for stream in streams:
+        mine = slice(start, start + len(stream.x))
+        v = None if carry.v_first is None else carry.v_first[mine]
+        k = None if carry.k_first is None else carry.k_first[mine]
+        yield mixed[mine], v, k
+        start = mine.stop
+
+
+def _by_layer(plan: Plan) -> dict[int | None, Plan]:
+    found: dict[int | None, Plan] = {}
+    for name, recipe in plan.items():
+        found.setdefault(layer_index(name), {})[name] = recipe
+    return found
+
+
+def _part(recipe: Recipe, start: int, stop: int) -> Recipe:
+    stop = min(stop, recipe.shape[0])
+    return recipe if stop - start == recipe.shape[0] else rows(recipe, start, stop, recipe.origin)
+
+
+def _comparable(one: Recipe, other: Recipe) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape)
+
+
+def _blocks(recipe: Recipe) -> Iterator[tuple[int, int]]:
+    """Ranges of bytes that can be read alone; a tensor that has to be made is made whole."""
+    step = BLOCK_BYTES if is_one_range(recipe) else max(1, recipe.nbytes)
+    for start in range(0, recipe.nbytes, step):
+        yield start, min(recipe.nbytes, start + step)
+
+
+def _read(held: Held, start: int, stop: int) -> memoryview:
+    """Read a range of a tensor to where it is held."""
+    flat = held.values.reshape(-1).view(torch.uint8)
+    room = memoryview(flat.numpy())[start:stop]  # type: ignore[arg-type]
+    _read_into(held.recipe, start, room)
+    return room
+
+
+def _read_into(recipe: Recipe, start: int, room: memoryview) -> None:
+    """The bytes of a tensor from `start` on."""
+    if is_one_range(recipe):
+        assert isinstance(recipe.make, Ranges)
+        (whole,) = recipe.make.extents
+        if whole.file is not None:
+            for _ in whole.file.pieces(whole.offset + start, len(room), room):
+                pass
+        else:
+            room[:] = bytes(len(room))
+        return
+    assert start == 0 and len(room) == recipe.nbytes
+    done = 0
+    for piece in recipe.pieces(Scratch(SERIAL_BYTES)):
+        room[done : done + len(piece)] = piece
+        done += len(piece)
+
+
+def _equals(recipe: Recipe, expected: memoryview, start: int, stop: int) -> bool:
+    """Whether a range of a tensor has these bytes."""
+    made = is_one_range(recipe)
+    size = stop - start if made else recipe.nbytes
+    buffer: bytearray = getattr(_LOCAL, "buffer", bytearray())
+    if len(buffer) < size:
+        buffer = _LOCAL.buffer = bytearray(size)
+    room = memoryview(buffer)[:size]
+    _read_into(recipe, start if made else 0, room)
+    return same_bytes(room if made else room[start:stop], expected)
+
+
+def same_bytes(one: memoryview, other: memoryview) -> bool:
+    """Whether two stretches of memory hold the same; comparing memoryviews is thirty times as slow."""
+    whole = len(one) // 8 * 8
+    if len(one) != len(other) or one[whole:] != other[whole:]:
+        return False
+    return np.array_equal(np.frombuffer(one[:whole], dtype=np.uint64), np.frombuffer(other[:whole], dtype=np.uint64))
