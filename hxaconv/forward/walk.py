@@ -30,7 +30,7 @@ from hxaconv.forward.pool import Pool
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, layer_index
-from hxaconv.model.plan import Plan, Ranges, Recipe, Scratch, is_one_range, rows
+from hxaconv.model.plan import Plan, Ranges, Recipe, Scratch, has_rows, rows
 from hxaconv.save.finite import count_nonfinite
 from hxaconv.surgery.arithmetic import SERIAL_BYTES, tensor, tensor_rows, torch_dtype
 
@@ -135,7 +135,7 @@ class Walk:
         """Hold a large matrix of each role under one name, some rows at a time: (first row, first one after)."""
         sizes = {recipe.nbytes // recipe.shape[0] for recipe in recipes.values()}
         count = max(recipe.shape[0] for recipe in recipes.values())
-        step = max(1, SLICE_BYTES // max(sizes)) if all(map(is_one_range, recipes.values())) else count
+        step = max(1, SLICE_BYTES // max(sizes)) if all(map(has_rows, recipes.values())) else count
         for start in range(0, count, step):
             self.hold(
                 {
@@ -353,7 +353,7 @@ def _comparable(one: Recipe, other: Recipe) -> bool:
 
 def _blocks(recipe: Recipe) -> Iterator[tuple[int, int]]:
     """Ranges of bytes that can be read alone; a tensor that has to be made is made whole."""
-    step = BLOCK_BYTES if is_one_range(recipe) else max(1, recipe.nbytes)
+    step = BLOCK_BYTES if has_rows(recipe) else max(1, recipe.nbytes)
     for start in range(0, recipe.nbytes, step):
         yield start, min(recipe.nbytes, start + step)
 
@@ -368,7 +368,7 @@ def _read(held: Held, start: int, stop: int) -> memoryview:
 
 def _read_into(recipe: Recipe, start: int, room: memoryview) -> None:
     """The bytes of a tensor from `start` on."""
-    if is_one_range(recipe):
+    if has_rows(recipe):
         assert isinstance(recipe.make, Ranges)
         (whole,) = recipe.make.extents
         if whole.file is not None:
@@ -386,7 +386,7 @@ def _read_into(recipe: Recipe, start: int, room: memoryview) -> None:
 
 def _equals(recipe: Recipe, expected: memoryview, start: int, stop: int) -> bool:
     """Whether a range of a tensor has these bytes."""
-    made = is_one_range(recipe)
+    made = has_rows(recipe)
     size = stop - start if made else recipe.nbytes
     buffer: bytearray = getattr(_LOCAL, "buffer", bytearray())
     if len(buffer) < size:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.formats.dtypes import BY_NAME, FLOATS, num_bytes, num_elements
@@ -43,6 +43,15 @@ class Bytes(Protocol):
 
     def sources(self) -> Iterable[SourceFile]:
         """The files that will be read."""
+        ...
+
+
+@runtime_checkable
+class Divisible(Bytes, Protocol):
+    """Bytes of which whole rows can be made alone."""
+
+    def part(self, start: int, nbytes: int) -> Bytes:
+        """The bytes [start, start + nbytes), both multiples of a row."""
         ...
 
 
@@ -96,6 +105,16 @@ class Ranges:
         """The files the ranges are in."""
         return [extent.file for extent in self.extents if extent.file is not None]
 
+    def part(self, start: int, nbytes: int) -> Ranges:
+        """The bytes [start, start + nbytes): parts of the same ranges."""
+        found, position = [], 0
+        for extent in self.extents:
+            low, high = max(start, position), min(start + nbytes, position + extent.nbytes)
+            if low < high:
+                found.append(Extent(extent.file, extent.offset + low - position, high - low))
+            position += extent.nbytes
+        return Ranges(tuple(found), self.kind)
+
 
 def _zeros(count: int) -> Iterator[memoryview]:
     # Writable only for torch's sake, which warns about tensors on a buffer that is not.
@@ -127,9 +146,9 @@ def stored(dtype: str, shape: tuple[int, ...], file: SourceFile, offset: int, or
     return Recipe(dtype, shape, Ranges((Extent(file, offset, num_bytes(dtype, shape)),)), origin)
 
 
-def is_one_range(recipe: Recipe) -> bool:
-    """Whether a tensor stands in its file as a whole, so that rows of it can be read alone."""
-    return isinstance(recipe.make, Ranges) and len(recipe.make.extents) == 1
+def has_rows(recipe: Recipe) -> bool:
+    """Whether rows of a tensor can be read alone."""
+    return isinstance(recipe.make, Divisible)
 
 
 def same_ranges(one: Recipe, other: Recipe) -> bool:
@@ -137,49 +156,55 @@ def same_ranges(one: Recipe, other: Recipe) -> bool:
     return isinstance(one.make, Ranges) and one.make == other.make and one.dtype == other.dtype
 
 
-def _extent(recipe: Recipe) -> Extent:
-    """Where a tensor stands as a whole.
-
-    Raises:
-        HxaconvError: for one that is stored transposed or as a slice of another.
-    """
-    if not isinstance(recipe.make, Ranges):
-        raise HxaconvError(
-            f"{recipe.origin} is not stored contiguously, so that its rows can be neither split nor padded",
-            hint="Save the state dict with contiguous tensors: {k: v.contiguous() for k, v in state_dict.items()}.",
-        )
-    assert len(recipe.make.extents) == 1
-    return recipe.make.extents[0]
+def _undivided(recipe: Recipe) -> HxaconvError:
+    return HxaconvError(
+        f"{recipe.origin} is not stored contiguously, so that its rows can be neither split nor padded",
+        hint="Save the state dict with contiguous tensors: {k: v.contiguous() for k, v in state_dict.items()}.",
+    )
 
 
 def rows(recipe: Recipe, start: int, stop: int, origin: str) -> Recipe:
-    """Rows [start, stop) of a tensor that is copied: still a range of its file.
+    """Rows [start, stop) of a tensor, made alone: of a copy, ranges of its files.
 
     Fused projections (Phi-3's `qkv_proj`) are split this way.
+
+    Raises:
+        HxaconvError: for a tensor that is stored transposed or as a slice of another.
     """
     assert 0 <= start < stop <= recipe.shape[0]
-    whole = _extent(recipe)
+    if not isinstance(recipe.make, Divisible):
+        raise _undivided(recipe)
     row_bytes = recipe.nbytes // recipe.shape[0]
-    part = Extent(whole.file, whole.offset + start * row_bytes, (stop - start) * row_bytes)
-    return Recipe(recipe.dtype, (stop - start, *recipe.shape[1:]), Ranges((part,)), origin)
+    part = recipe.make.part(start * row_bytes, (stop - start) * row_bytes)
+    return Recipe(recipe.dtype, (stop - start, *recipe.shape[1:]), part, origin)
+
+
+def _copied(recipe: Recipe) -> Ranges:
+    """The ranges of a tensor that is a copy.
+
+    Raises:
+        HxaconvError: for one that is stored transposed or as a slice of another, or is computed.
+    """
+    if not isinstance(recipe.make, Ranges):
+        raise _undivided(recipe)
+    return recipe.make
 
 
 def pad_rows(recipe: Recipe, num_rows: int) -> Recipe:
     """Zero rows below a copied matrix, up to `num_rows`."""
-    whole = _extent(recipe)
     more = (num_rows - recipe.shape[0]) * (recipe.nbytes // recipe.shape[0])
-    make = Ranges((whole, Extent(None, 0, more)), "pad")
+    make = Ranges((*_copied(recipe).extents, Extent(None, 0, more)), "pad")
     return Recipe(recipe.dtype, (num_rows, *recipe.shape[1:]), make, f"{recipe.origin} + zero rows")
 
 
 def pad_columns(recipe: Recipe, num_columns: int) -> Recipe:
     """Zero columns to the right of a copied matrix, up to `num_columns`."""
     assert len(recipe.shape) == 2
-    whole, itemsize = _extent(recipe), BY_NAME[recipe.dtype].itemsize
+    whole, itemsize = _copied(recipe), BY_NAME[recipe.dtype].itemsize
     row_bytes, more = recipe.shape[1] * itemsize, (num_columns - recipe.shape[1]) * itemsize
     extents: list[Extent] = []
     for row in range(recipe.shape[0]):
-        extents += [Extent(whole.file, whole.offset + row * row_bytes, row_bytes), Extent(None, 0, more)]
+        extents += [*whole.part(row * row_bytes, row_bytes).extents, Extent(None, 0, more)]
     shape = (recipe.shape[0], num_columns)
     return Recipe(recipe.dtype, shape, Ranges(tuple(extents), "pad"), f"{recipe.origin} + zero columns")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from hxaconv.forward.layer_weights import Compute
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD
-from hxaconv.model.plan import is_one_range, rows, same_ranges
+from hxaconv.model.plan import has_rows, rows, same_ranges
 from hxaconv.surgery.arithmetic import tensor
 
 LOGITS_AT_ONCE = 2**20
@@ -24,7 +24,7 @@ class Head:
         name = EMBEDDING if model.config.tie_word_embeddings else HEAD
         self.recipe, self.compute = model.plan[name], compute
         self.size = self.recipe.shape[0]
-        self._whole = None if is_one_range(self.recipe) else tensor(self.recipe)
+        self._whole = None if has_rows(self.recipe) else tensor(self.recipe)
 
     def block(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop), or as many of them as there are."""

@@ -11,7 +11,7 @@ import torch
 
 from hxaconv.formats.dtypes import BY_NAME, BY_TORCH_NAME, FLOATS
 from hxaconv.formats.files import SourceFile
-from hxaconv.model.plan import Bytes, Recipe, Scratch, is_one_range, rows
+from hxaconv.model.plan import Bytes, Recipe, Scratch, has_rows, rows
 
 _LOCK = threading.Lock()
 _COUNTS: list[int] = []
@@ -162,7 +162,7 @@ def _values(piece: memoryview, dtype: torch.dtype) -> torch.Tensor:
 def tensor_rows(recipe: Recipe, indices: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
     """Rows of a matrix by number, (*indices.shape, columns): only they are read, where it is a copy."""
     flat = indices.reshape(-1).cpu()
-    if is_one_range(recipe):
+    if has_rows(recipe):
         unique, inverse = torch.unique(flat, return_inverse=True)
         picked = torch.cat([tensor(rows(recipe, int(i), int(i) + 1, recipe.origin), dtype=dtype) for i in unique])
         found = picked[inverse]
