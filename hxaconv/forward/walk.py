@@ -353,7 +353,7 @@ def _comparable(one: Recipe, other: Recipe) -> bool:
 
 def _blocks(recipe: Recipe) -> Iterator[tuple[int, int]]:
     """Ranges of bytes that can be read alone; a tensor that has to be made is made whole."""
-    step = BLOCK_BYTES if has_rows(recipe) else max(1, recipe.nbytes)
+    step = BLOCK_BYTES if isinstance(recipe.make, Ranges) else max(1, recipe.nbytes)
     for start in range(0, recipe.nbytes, step):
         yield start, min(recipe.nbytes, start + step)
 
@@ -368,17 +368,18 @@ def _read(held: Held, start: int, stop: int) -> memoryview:
 
 def _read_into(recipe: Recipe, start: int, room: memoryview) -> None:
     """The bytes of a tensor from `start` on."""
-    if has_rows(recipe):
-        assert isinstance(recipe.make, Ranges)
-        (whole,) = recipe.make.extents
-        if whole.file is not None:
-            for _ in whole.file.pieces(whole.offset + start, len(room), room):
-                pass
-        else:
-            room[:] = bytes(len(room))
+    done = 0
+    if isinstance(recipe.make, Ranges):
+        for extent in recipe.make.part(start, len(room)).extents:
+            place = room[done : done + extent.nbytes]
+            if extent.file is None:
+                place[:] = bytes(extent.nbytes)
+            else:
+                for _ in extent.file.pieces(extent.offset, extent.nbytes, place):
+                    pass
+            done += extent.nbytes
         return
     assert start == 0 and len(room) == recipe.nbytes
-    done = 0
     for piece in recipe.pieces(Scratch(SERIAL_BYTES)):
         room[done : done + len(piece)] = piece
         done += len(piece)
@@ -386,14 +387,14 @@ def _read_into(recipe: Recipe, start: int, room: memoryview) -> None:
 
 def _equals(recipe: Recipe, expected: memoryview, start: int, stop: int) -> bool:
     """Whether a range of a tensor has these bytes."""
-    made = has_rows(recipe)
-    size = stop - start if made else recipe.nbytes
+    alone = isinstance(recipe.make, Ranges)
+    size = stop - start if alone else recipe.nbytes
     buffer: bytearray = getattr(_LOCAL, "buffer", bytearray())
     if len(buffer) < size:
         buffer = _LOCAL.buffer = bytearray(size)
     room = memoryview(buffer)[:size]
-    _read_into(recipe, start if made else 0, room)
-    return same_bytes(room if made else room[start:stop], expected)
+    _read_into(recipe, start if alone else 0, room)
+    return same_bytes(room if alone else room[start:stop], expected)
 
 
 def same_bytes(one: memoryview, other: memoryview) -> bool:
