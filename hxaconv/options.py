@@ -199,6 +199,13 @@ class Settings(Group):
     allow_output_bias: Annotated[bool, Option(help="Keep o_proj and MLP biases.")] = False
     drop_rope_scaling: Annotated[bool, Option(help="Go on without rope_scaling.")] = False
     revision: Annotated[str | None, Option(help="Branch, tag or commit of a Hub source.")] = None
+    weights: Annotated[
+        str | None,
+        Option(
+            help="Of a ZeRO folder: master (float32) or model (what it computes with). Default: master.",
+            choices=("master", "model"),
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

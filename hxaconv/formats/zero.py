@@ -33,7 +33,7 @@ from hxaconv.model.plan import Plan, Ranges, Recipe, with_origin
 
 LATEST = "latest"
 """The file beside the folders of steps that names the newest of them."""
-_MODEL, _OPTIMIZER = "_model_states.pt", "_optim_states.pt"
+_MODEL, _OPTIMIZER = "model_states.pt", "optim_states.pt"
 _RANK = re.compile(r"^(?:(?:bf16|fp16)_)?(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(?:model|optim)_states\.pt$")
 _MASTERS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
 _USED = ("module", "param_shapes", "buffer_names", "frozen_param_shapes", "frozen_param_fragments", "shared_params")
@@ -373,7 +373,7 @@ def _frozen_parts(models: list[_States]) -> Plan:
         needed = num_bytes(dtype, shape)
         if {other for other, _ in found} != {dtype} or sum(extent.nbytes for _, extent in found) < needed:
             raise broken(models[0].file.label, f"the parts of {show(name)} do not make one tensor of {list(shape)}")
-        origin = f"{name} in {len(models)} {_MODEL.removeprefix('_')}"
+        origin = f"{name} in {len(models)} {_MODEL}"
         plan[name] = Recipe(dtype, shape, flat.part(0, needed), origin)
     return plan
 
@@ -415,7 +415,7 @@ def _stage_3(groups: list[dict[str, tuple[int, ...]]], optimizers: list[_States]
     for name, shape in shapes.items():
         parts = tuple(extent for flat in flats for extent in flat.part(offset, shares[name]))
         dtype = flats[0].dtype
-        origin = f"{name} in {ranks} {_OPTIMIZER.removeprefix('_')}"
+        origin = f"{name} in {ranks} {_OPTIMIZER}"
         plan[name] = Recipe(dtype, shape, Ranges(parts).part(0, num_bytes(dtype, shape)), origin)
         offset += shares[name]
     return plan
@@ -447,7 +447,7 @@ def _stages_1_and_2(
             )
         _check_places(number, places, parts, optimizers, inner)
         for name, (start, numel) in places.items():
-            origin = f"{name} in {ranks} {_OPTIMIZER.removeprefix('_')}"
+            origin = f"{name} in {ranks} {_OPTIMIZER}"
             plan[name] = Recipe(whole.dtype, shapes[name], Ranges(whole.part(start, numel)), origin)
     return plan
 

@@ -12,7 +12,8 @@ from hxaconv.formats import Contents, read_contents
 from hxaconv.formats.contents import show
 from hxaconv.formats.files import SourceFile, kind_of
 from hxaconv.formats.json_files import PROVENANCE_NAME, read_config, read_sidecar
-from hxaconv.load.weight_files import SHARD, WEIGHTS, Listing, check_index, select_weights
+from hxaconv.load.trained import Trained, find_trained
+from hxaconv.load.weight_files import SHARD, WEIGHTS, Listing, check_index, holds_weights, select_weights
 from hxaconv.model.model import Checkpoint
 from hxaconv.model.names import detect_dialect, to_canonical
 from hxaconv.model.plan import Plan
@@ -29,8 +30,12 @@ COMPANIONS = (
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 
 
-def open_checkpoint(spec: str | Path, *, revision: str | None = None, progress: Progress | None = None) -> Checkpoint:
+def open_checkpoint(
+    spec: str | Path, *, revision: str | None = None, weights: str | None = None, progress: Progress | None = None
+) -> Checkpoint:
     """Open a folder, a file or a Hub id (`org/name[@revision]`); a path that exists wins.
+
+    `weights`, of a trainer's folder: `master`, the optimizer's float32 weights, or `model`, those it computes with.
 
     Raises:
         HxaconvError: when there is nothing there, or it is damaged, ambiguous or of an unknown kind.
@@ -40,7 +45,9 @@ def open_checkpoint(spec: str | Path, *, revision: str | None = None, progress: 
     if revision is not None and path.exists():
         raise HxaconvError(f"--revision {revision} is for Hub ids; {text} is here", hint="Leave it out.")
     if path.is_dir():
-        return open_folder(path, label=text)
+        return open_folder(path, label=text, weights=weights)
+    if weights is not None:
+        raise HxaconvError(f"--weights {weights} is for folders that a trainer saved; {text} is none")
     if path.exists():
         return open_file(path, label=text)
     if isinstance(spec, Path) or _looks_like_path(text):
@@ -99,8 +106,10 @@ def download_weights(
         hub.download(missing, checkpoint.handle, progress)
 
 
-def open_folder(path: Path, *, label: str, repo: str | None = None, revision: str | None = None) -> Checkpoint:
-    """Open a local folder.
+def open_folder(
+    path: Path, *, label: str, repo: str | None = None, revision: str | None = None, weights: str | None = None
+) -> Checkpoint:
+    """Open a local folder: weight files as they are published, or, without any or by `weights`, a trainer's.
 
     Raises:
         HxaconvError: listing what is missing, contradictory or outside the folder.
@@ -119,7 +128,37 @@ def open_folder(path: Path, *, label: str, repo: str | None = None, revision: st
         return SourceFile.local(target, name=name, label=f"{label.rstrip('/')}/{name}")
 
     listing = Listing(label=label, sizes=sizes, open=open_local)
+    trained = find_trained(root, label)
+    if trained is not None and (weights is not None or trained.folder == root or not holds_weights(sizes)):
+        return _from_trainer(trained, listing, root, weights)
+    if weights is not None:
+        raise HxaconvError(
+            f"--weights {weights}: {label} was not saved by DeepSpeed's ZeRO, and has one set of weights",
+            hint="Leave --weights out.",
+        )
     return assemble(listing, root=root, repo=repo, revision=revision)
+
+
+def _from_trainer(trained: Trained, listing: Listing, root: Path, weights: str | None) -> Checkpoint:
+    """Open what several ranks saved, with the small files beside it or in the folder above."""
+    files, contents = trained.read(weights)
+    beside = dict(listing.sizes)
+    opener = listing.open
+    if "config.json" not in beside and trained.folder == root and (root.parent / "config.json").is_file():
+        above = root.parent
+        beside = {path.name: path.stat().st_size for path in above.iterdir() if path.is_file()}
+
+        def opener(name: str) -> SourceFile:
+            return SourceFile.local(_inside(above, name, str(above)), name=name)
+
+    return _checkpoint(
+        listing.label,
+        [(files[0], contents)],
+        files=files,
+        config=read_config(opener("config.json")) if "config.json" in beside else None,
+        companions={name: opener(name) for name in COMPANIONS if name in beside},
+        root=root,
+    )
 
 
 def _matters(entry: Path) -> bool:
@@ -213,7 +252,12 @@ def assemble(
 
 
 def _checkpoint(
-    label: str, opened: list[tuple[SourceFile, Contents]], *, facts: Mapping[str, Any] | None = None, **rest: Any
+    label: str,
+    opened: list[tuple[SourceFile, Contents]],
+    *,
+    files: Collection[SourceFile] = (),
+    facts: Mapping[str, Any] | None = None,
+    **rest: Any,
 ) -> Checkpoint:
     merged: Plan = {}
     twice = []
@@ -236,7 +280,7 @@ def _checkpoint(
         plan=plan,
         stored_names={new: old for old, new in canonical.items() if new is not None},
         dropped=tuple(old for old, new in canonical.items() if new is None),
-        files=tuple(file for file, _ in opened),
+        files=tuple(files or (file for file, _ in opened)),
         extra=extra,
         **rest,
     )
@@ -245,7 +289,14 @@ def _checkpoint(
 def _check_dimensions(plan: Plan, label: str) -> None:
     """Refuse shapes that a tensor of that name never has, so that nobody else has to expect them."""
     odd = [f"{name} has shape {list(recipe.shape)}" for name, recipe in plan.items() if not _fits(name, recipe.shape)]
-    raise_all(f"{label}: tensors with the wrong number of dimensions, or without elements:", odd)
+    empty = sum(0 in recipe.shape for recipe in plan.values())
+    hint = ""
+    if empty:
+        hint = (
+            f"{empty} are empty: ZeRO-3 saves them so where the trainer does not gather them first."
+            " Give the folder with its global_step*, or set stage3_gather_16bit_weights_on_model_save and save again."
+        )
+    raise_all(f"{label}: tensors with the wrong number of dimensions, or without elements:", odd, hint=hint)
 
 
 def _fits(name: str, shape: tuple[int, ...]) -> bool:

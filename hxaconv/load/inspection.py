@@ -80,9 +80,22 @@ def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
 
 def describe_format(checkpoint: Checkpoint) -> str:
     """For people: what kind of files these are."""
-    kinds = {"safetensors": "safetensors", "pth": "PyTorch zip", "legacy": "PyTorch legacy pickle (before 1.6)"}
+    kinds = {
+        "safetensors": "safetensors",
+        "pth": "PyTorch zip",
+        "legacy": "PyTorch legacy pickle (before 1.6)",
+        "zero": _describe_zero(checkpoint.extra),
+        "dcp": "torch.distributed.checkpoint",
+    }
     count = len(checkpoint.files)
     return f"{kinds.get(checkpoint.container, checkpoint.container)}, {count} file{'s' if count != 1 else ''}"
+
+
+def _describe_zero(facts: Mapping[str, Any]) -> str:
+    stage, ranks = facts.get("zero_stage"), facts.get("ranks")
+    if facts.get("weights") == "model":
+        return "DeepSpeed, the model's own weights"
+    return f"DeepSpeed ZeRO-{stage}, master weights of {ranks} rank{'s' if ranks != 1 else ''}"
 
 
 def _config(checkpoint: Checkpoint) -> tuple[ModelConfig | None, str | None]:

@@ -86,7 +86,7 @@ def load_student(
     checkpoint = _opened(name, settings, progress)
     base = teacher
     if base is not None and not isinstance(base, Model):
-        base = load_teacher(base, replace(settings, revision=None), lenient=True, headers_only=True, progress=progress)
+        base = load_teacher(base, of_another(settings), lenient=True, headers_only=True, progress=progress)
     student = student_model(
         checkpoint,
         flags=overrules(settings),
@@ -134,7 +134,7 @@ def load_other(
         HxaconvError: when it is no student, or of another shape.
     """
     settings = settings or Settings()
-    checkpoint = _opened(name, replace(settings, revision=None), progress)
+    checkpoint = _opened(name, of_another(settings), progress)
     common = student_facts(student.student)
     if EMBEDDING in checkpoint.plan:
         # Its mixers fit whatever its MLPs and vocabulary were padded to.
@@ -143,10 +143,15 @@ def load_other(
     return student_model(checkpoint, flags=overrules(settings), layer_map=facts)
 
 
+def of_another(settings: Settings) -> Settings:
+    """The settings without what belongs to one source alone."""
+    return replace(settings, revision=None, weights=None)
+
+
 def _opened(name: Name, settings: Settings, progress: Progress | None) -> Checkpoint:
     if isinstance(name, Checkpoint):
         return name
-    return open_checkpoint(name, revision=settings.revision, progress=progress)
+    return open_checkpoint(name, revision=settings.revision, weights=settings.weights, progress=progress)
 
 
 def overrules(settings: Settings) -> dict[str, Any]:

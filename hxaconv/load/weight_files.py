@@ -42,13 +42,22 @@ class Selection:
     stray: tuple[str, ...] = ()
 
 
+def holds_weights(names: Iterable[str]) -> bool:
+    """Whether files of these names are weights as they are published, one file or several."""
+    return any(_is_weights(name) for name in names)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(WEIGHTS) and not _TRAINER_STATE.match(name)
+
+
 def select_weights(listing: Listing) -> Selection:
     """Choose the files that hold the weights; safetensors win over pickles, an index over its absence.
 
     Raises:
         HxaconvError: when there are none, or the index is not usable.
     """
-    weights = [n for n in listing.sizes if n.endswith(WEIGHTS) and not _TRAINER_STATE.match(n)]
+    weights = [name for name in listing.sizes if _is_weights(name)]
     if not weights and not any(name.endswith(".index.json") for name in listing.sizes):
         raise HxaconvError(
             f"{listing.label} holds no weights ({len(listing.sizes)} other files)",

@@ -202,8 +202,9 @@ def _infer_pth(checkpoint: Checkpoint, config: ModelConfig | None) -> Verdict:
     convert = "Convert it with `hxaconv to-pth`."
     if checkpoint.container != "pth":
         kinds = {"legacy": "a legacy pickle, which mmap=True refuses", "safetensors": "safetensors"}
-        findings.append(Finding(f"it is {kinds[checkpoint.container]}", _name(checkpoint), convert))
-        if checkpoint.container == "safetensors":
+        what = kinds.get(checkpoint.container, "a trainer's folder")
+        findings.append(Finding(f"it is {what}", _name(checkpoint), convert))
+        if checkpoint.container != "legacy":
             return Verdict(INFER_PTH, (), tuple(findings))
     if not all(".pth" in file.name for file in checkpoint.files) or len(checkpoint.files) != 1:
         findings.append(Finding("RWKV-Infer wants one file whose name contains '.pth'", _name(checkpoint), convert))
