@@ -19,19 +19,21 @@ RANK_KEYS = {
     "value": "lora_rank_value_residual_mix",
     "key": "lora_rank_key_residual_mix",
     "gate": "lora_rank_gate",
+    "own_value": "lora_rank_own_value",
 }
-"""Rank -> its key in config.json."""
+"""Rank -> its key in config.json. The last is ours: no published config.json of hxa07e names it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """Inner widths of the low-rank pairs of an RWKV layer: Rw Ra Rv Rk Rg; 0 where a variant has no such pair."""
+    """Inner widths of the low-rank pairs of an RWKV layer: Rw Ra Rv Rk Rg, and that of dv1; 0 where there is no such pair."""
 
     decay: int
     iclr: int
     value: int = 0
     key: int = 0
     gate: int
+    own_value: int = 0
 
 
 @dataclass(frozen=True, slots=True)
