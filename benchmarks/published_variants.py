@@ -4,8 +4,9 @@
 
 `--trainer` is a checkout of OpenMOSE/RWKVInside (d03af49), `--llama-cpp` one of OpenMOSE/llama.cpp that holds
 src/models/rwkv07d.cpp (2230605) and rwkv07e.cpp (7033bf6), or a folder with these two files. Nothing of their text is
-kept: the trainer's classes are executed with their CUDA kernel replaced by a loop over tokens and every cast widened to
-float64; the C++ that builds the graph of an RWKV layer is read statement by statement and evaluated with torch in float64.
+kept: the trainer's classes are executed with their CUDA kernel replaced by a loop over tokens and every cast widened
+to float64; the C++ that builds the graph of an RWKV layer is read statement by statement and evaluated with torch in
+float64.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import sys
 import types
@@ -76,9 +78,7 @@ def trainer_module(folder: Path) -> types.ModuleType:
         stub = types.ModuleType(name)
         vars(stub).update(content)
         sys.modules[name] = stub
-    import os
-
-    os.environ["architecture"] = "hxa079"
+    os.environ["architecture"] = "hxa079"  # noqa: SIM112 (the trainer's spelling)
     module = types.ModuleType("published")
     vars(module)["__file__"] = str(folder / "rwkv_inside" / "TimeMixer.py")
     exec(compile(text, "TimeMixer.py", "exec"), vars(module))
@@ -168,13 +168,10 @@ def python_of(cpp: str) -> str:
     body = re.sub(r"GGML_ASSERT\([^;]*;", "", body)
     body = body.replace("n_head / n_head_kv", "n_head // n_head_kv").replace("->", ".").replace("&&", "and")
     body = re.sub(r"\b(\d+\.\d*)f\b", r"\1", body)
-    body = re.sub(
-        r"(?:const\s+)?(?:struct\s+)?\b(?:ggml_tensor|auto|float|llm_graph_input_rs)\b\s*[*&]?\s*(\w+)\s*=",
-        r"\1 =",
-        body,
-    )
+    kinds = r"(?:const\s+)?(?:struct\s+)?\b(?:ggml_tensor|auto|float|llm_graph_input_rs)\b"
+    body = re.sub(kinds + r"\s*[*&]?\s*(\w+)\s*=", r"\1 =", body)
     lines, indent = [], 0
-    for statement in re.findall(r"else if \(.*?\)\s*\{|if\s*\(.*?\)\s*\{|else\s*\{|\}|[^;{}]+;", body, flags=re.DOTALL):
+    for statement in re.findall(r"if\s*\(.*?\)\s*\{|else\s*\{|\}|[^;{}]+;", body, flags=re.DOTALL):
         text = " ".join(statement.split())
         if text == "}":
             indent -= 1
@@ -193,16 +190,8 @@ class Ops(dict[str, Any]):
     """The names that the graph uses; what is not known and only concerns memory is None."""
 
     def __missing__(self, name: str) -> Any:
-        if name in (
-            "ctx0",
-            "gf",
-            "GGML_TYPE_F32",
-            "LLM_NORM_RMS",
-            "rope_type",
-            "NULL",
-            "nullptr",
-            "wkv_state",
-        ) or name.startswith(("n_rot", "n_ctx", "freq", "ext", "attn_factor", "beta", "mctx", "inp")):
+        known = ("ctx0", "gf", "GGML_TYPE_F32", "LLM_NORM_RMS", "rope_type", "NULL", "nullptr", "wkv_state")
+        if name in known or name.startswith(("n_rot", "n_ctx", "freq", "ext", "attn_factor", "beta", "mctx", "inp")):
             return None
         raise KeyError(name)
 

@@ -16,6 +16,7 @@ REQUIRED = (
     *("rwkv_architecture", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "rms_norm_eps", "rope_theta", "tie_word_embeddings"),
 )
+ARCHITECTURES = ("hxa079", "hxa07a", "hxa07b", "hxa07c", "hxa07d", "hxa07e")
 AUTO_MAP = {
     "AutoConfig": "configuration_hxa079.Hxa079Config",
     "AutoModel": "modeling_hxa079.Hxa079Model",
@@ -59,6 +60,7 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
         lora_rank_value_residual_mix: int = 32,
         lora_rank_key_residual_mix: int = 32,
         lora_rank_gate: int = 256,
+        lora_rank_own_value: int = 32,
         rms_norm_eps: float = 1e-6,
         rope_theta: float | None = None,
         rope_parameters: dict[str, Any] | None = None,
@@ -93,6 +95,7 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
         self.lora_rank_value_residual_mix = lora_rank_value_residual_mix
         self.lora_rank_key_residual_mix = lora_rank_key_residual_mix
         self.lora_rank_gate = lora_rank_gate
+        self.lora_rank_own_value = lora_rank_own_value
         self.rms_norm_eps = rms_norm_eps
         rope = rope_parameters or rope_scaling or {}
         self.rope_theta = rope_theta if rope_theta is not None else rope.get("rope_theta", 1e6)
@@ -120,8 +123,11 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
     def _refuse(self, rope: dict[str, Any], rwkv_layers: Sequence[int] | None) -> None:
         kind = rope.get("rope_type", rope.get("type", "default"))
         layers = range(self.num_hidden_layers)
-        fixed = {"rwkv_architecture": "hxa079", "hidden_act": "silu"}
-        fixed |= {"nope_in_transformer": True, "nope_in_rwkv": False}
+        fixed = {"hidden_act": "silu", "nope_in_transformer": True, "nope_in_rwkv": False}
+        if self.rwkv_architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"config.json: rwkv_architecture is {self.rwkv_architecture!r}, this code implements {ARCHITECTURES}"
+            )
         for key, value in fixed.items():
             if getattr(self, key) != value:
                 raise ValueError(f"config.json: {key} is {getattr(self, key)!r}, this code implements {value!r} only")

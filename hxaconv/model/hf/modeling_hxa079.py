@@ -25,7 +25,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -297,6 +297,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-high, low], dim=-1) * sin).to(x.dtype)
 
 
+class Form(NamedTuple):
+    """What the variants of the RWKV layer differ in."""
+
+    first: str = ""
+    """Which of v and k are mixed with those of the first RWKV layer."""
+    own_value: str = ""
+    """Name of the low-rank pair whose product with the input is added to v, times `own_scale`."""
+    own_scale: float = 0.0
+    bonus: bool = False
+    """Whether r_k lets the current token answer for itself."""
+    by_decay: bool = False
+    """Whether k is scaled by 1 - decay + iclr, instead of 1 - log(-log decay) + iclr."""
+    from_r: bool = False
+    """Whether decay, learning rate and gate are functions of r, after norm and RoPE, instead of x."""
+
+
+FORMS = {
+    "hxa079": Form(first="vk", bonus=True),
+    "hxa07a": Form(),
+    "hxa07b": Form(own_value="v", own_scale=0.2),
+    "hxa07c": Form(own_value="v", own_scale=0.2, by_decay=True),
+    "hxa07d": Form(first="vk", bonus=True, by_decay=True),
+    "hxa07e": Form(first="v", own_value="dv", own_scale=0.5, by_decay=True, from_r=True),
+}
+
+
 class Hxa079TimeMix(nn.Module):
     """The mixer of an RWKV layer. No token shift, no group norm."""
 
@@ -306,25 +332,35 @@ class Hxa079TimeMix(nn.Module):
         self.layer, self.heads, self.groups, self.head_dim = layer, heads, groups, config.head_dim
         self.use_fla = config.use_fla_kernels
         width, narrow = heads * self.head_dim, groups * self.head_dim
+        self.form = FORMS[config.rwkv_architecture]
         if config.has_layer_records:
             # Written by the published trainer, read by nobody; kept so that no tensor is lost.
             self.register_buffer("layer_architecture", torch.tensor(78.0))
             self.register_buffer("head_size_record", torch.tensor(float(self.head_dim)))
-        ranks = {"w": (config.lora_rank_decay, width), "a": (config.lora_rank_iclr, width)}
-        ranks |= {"v": (config.lora_rank_value_residual_mix, narrow), "k": (config.lora_rank_key_residual_mix, narrow)}
-        for letter, (rank, out) in ranks.items():
-            setattr(self, f"{letter}1", nn.Parameter(torch.zeros(size, rank)))
-            setattr(self, f"{letter}2", nn.Parameter(torch.zeros(rank, out)))
-            setattr(self, f"{letter}0", nn.Parameter(torch.zeros(1, 1, out)))
-        self.r_k = nn.Parameter(torch.zeros(heads, self.head_dim))
-        self.g1 = nn.Parameter(torch.zeros(size, config.lora_rank_gate))
-        self.g2 = nn.Parameter(torch.zeros(config.lora_rank_gate, width))
+        seen = width if self.form.from_r else size
+        self._low_rank("w", seen, config.lora_rank_decay, width)
+        self._low_rank("a", seen, config.lora_rank_iclr, width)
+        first_ranks = {"v": config.lora_rank_value_residual_mix, "k": config.lora_rank_key_residual_mix}
+        for letter in self.form.first:
+            self._low_rank(letter, size, first_ranks[letter], narrow)
+        if self.form.own_value:
+            rank = config.lora_rank_own_value if "v" in self.form.first else config.lora_rank_value_residual_mix
+            self._low_rank(self.form.own_value, size, rank, width, start=False)
+        if self.form.bonus:
+            self.r_k = nn.Parameter(torch.zeros(heads, self.head_dim))
+        self._low_rank("g", seen, config.lora_rank_gate, width, start=False)
         self.receptance = nn.Linear(size, width, bias=config.attention_bias)
         self.key = nn.Linear(size, narrow, bias=config.attention_bias)
         self.value = nn.Linear(size, narrow, bias=config.attention_bias)
         self.output = nn.Linear(width, size, bias=config.attention_out_bias)
         norm = Hxa079RMSNorm if config.enable_qk_norm else lambda *_: nn.Identity()
         self.r_norm, self.k_norm = (norm(self.head_dim, config.rms_norm_eps) for _ in "rk")
+
+    def _low_rank(self, letter: str, into: int, rank: int, out: int, start: bool = True) -> None:
+        setattr(self, f"{letter}1", nn.Parameter(torch.zeros(into, rank)))
+        setattr(self, f"{letter}2", nn.Parameter(torch.zeros(rank, out)))
+        if start:
+            setattr(self, f"{letter}0", nn.Parameter(torch.zeros(1, 1, out)))
 
     def forward(
         self,
@@ -345,19 +381,25 @@ class Hxa079TimeMix(nn.Module):
         if v_first is None or k_first is None:
             v_first, k_first = v, k  # the first RWKV layer has v0..v2 and k0..k2 as well, and no use for them
         else:
-            v = v + (v_first - v) * torch.sigmoid(self.v0 + (x @ self.v1) @ self.v2).view(shape)
-            k = k + (k_first - k) * torch.sigmoid(self.k0 + (x @ self.k1) @ self.k2).view(shape)
-        dtype = r.dtype
+            if "v" in self.form.first:
+                v = v + (v_first - v) * torch.sigmoid(self.v0 + (x @ self.v1) @ self.v2).view(shape)
+            if "k" in self.form.first:
+                k = k + (k_first - k) * torch.sigmoid(self.k0 + (x @ self.k1) @ self.k2).view(shape)
+        dtype, own_value = r.dtype, self._own_value(x)
+        if self.form.from_r:
+            x = r.flatten(2)
         r, k, v = (wide(y) for y in (r, k, v))
         k, v = (y.repeat_interleave(self.heads // self.groups, dim=2) for y in (k, v))
+        if own_value is not None:
+            v = v + wide(own_value).view(shape)
         # Sums and what follows in float32: bfloat16 would round a w0 of -6 to steps of 0.03.
         log_neg_log_decay = wide(self.w0) + wide(torch.tanh(x @ self.w1) @ self.w2)
         log_neg_log_decay = -F.softplus(-log_neg_log_decay.view(shape)) - 0.5
         iclr = torch.sigmoid(wide(self.a0) + wide((x @ self.a1) @ self.a2)).view(shape)
         gate = torch.sigmoid(x @ self.g1) @ self.g2
         kk = F.normalize(k, dim=-1, eps=1e-12)
-        k = k * (1 - log_neg_log_decay + iclr)  # the log-log value, not the decay
         log_decay = -log_neg_log_decay.exp()
+        k = k * (1 - (log_decay.exp() if self.form.by_decay else log_neg_log_decay) + iclr)
         if new_mask is not None:
             keep = new_mask[:, :, None, None]
             k, kk, log_decay = k * keep, kk * keep, log_decay * keep
@@ -367,9 +409,17 @@ class Hxa079TimeMix(nn.Module):
         y, state = wkv(r, log_decay, k, v, -kk, kk * iclr, state, dtype=dtype, use_fla=self.use_fla, starts=starts)
         if cache is not None:
             cache.states[self.layer] = state
-        # N**-0.5 before the bonus of the current token, not after; k is the scaled one.
-        y = y * self.head_dim**-0.5 + (r * k * self.r_k).sum(-1, keepdim=True) * v
+        y = y * self.head_dim**-0.5
+        if self.form.bonus:
+            y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v  # not times N**-0.5; k is the scaled one
         return self.output(y.flatten(2).to(gate.dtype) * gate), v_first, k_first
+
+    def _own_value(self, x: Tensor) -> Tensor | None:
+        letter = self.form.own_value
+        if not letter:
+            return None
+        own: Tensor = x @ getattr(self, f"{letter}1") @ getattr(self, f"{letter}2")
+        return own * self.form.own_scale
 
 
 class Hxa079Attention(nn.Module):

@@ -26,7 +26,7 @@ RANK_KEYS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """Inner widths of the low-rank pairs of an RWKV layer: Rw Ra Rv Rk Rg, and that of dv1; 0 where there is no such pair."""
+    """Inner widths of the low-rank pairs of an RWKV layer: Rw Ra Rv Rk Rg, and dv1's; 0 where there is no such pair."""
 
     decay: int
     iclr: int
