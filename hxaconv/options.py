@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Protocol, Self, Union, get_args, get_origin, get_type_hints
 
 from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.model.variants import VARIANTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +199,13 @@ class Settings(Group):
     ] = None
     allow_output_bias: Annotated[bool, Option(help="Keep o_proj and MLP biases.")] = False
     drop_rope_scaling: Annotated[bool, Option(help="Go on without rope_scaling.")] = False
+    variant: Annotated[
+        str | None,
+        Option(
+            help="Variant of the RWKV layers. Needed for a .pth that hxa079 and hxa07d may both have written.",
+            choices=tuple(VARIANTS),
+        ),
+    ] = None
     revision: Annotated[str | None, Option(help="Branch, tag or commit of a Hub source.")] = None
     weights: Annotated[
         str | None,

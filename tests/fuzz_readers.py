@@ -47,7 +47,7 @@ from hxaconv.formats.json_files import as_bytes, read_json  # noqa: E402
 from hxaconv.formats.unpickler import parse  # noqa: E402
 from hxaconv.load.checkpoint import assemble  # noqa: E402
 from hxaconv.load.inspection import inspect  # noqa: E402
-from hxaconv.load.student import looks_like_student, student_model  # noqa: E402
+from hxaconv.load.student import is_student, student_model  # noqa: E402
 from hxaconv.load.teacher import open_teacher  # noqa: E402
 from hxaconv.load.weight_files import Listing  # noqa: E402
 from hxaconv.model.config import student_of  # noqa: E402
@@ -151,7 +151,7 @@ def fuzz_config(data: bytes) -> None:
         )
     )
     json.dumps(inspect(opened))
-    if looks_like_student(opened.plan):
+    if is_student(opened):
         student = student_model(opened)
         config, carried = student.student, student.raw
     else:

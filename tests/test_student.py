@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hxaconv.errors import HxaconvError
+from hxaconv.errors import HxaconvError, Inconsistent
 from hxaconv.formats.dtypes import num_elements
 from hxaconv.formats.json_files import as_bytes
 from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.student import Facts, other_variant, student_model
+from hxaconv.load.graft import complete
+from hxaconv.load.student import Facts, student_model
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model.plan import Recipe
 from hxaconv.save.student_json import student_json
@@ -86,11 +88,13 @@ def reshaped(recipe: Recipe, shape: tuple[int, ...]) -> Recipe:
     return Recipe(recipe.dtype, shape, recipe.make, recipe.origin)
 
 
-def test_other_variants_are_told_apart(golden: Path) -> None:
-    plan = open_checkpoint(golden / "reka_tiny" / "student.pth").plan
-    assert other_variant(plan) is None
-    without = {name: recipe for name, recipe in plan.items() if not name.endswith(".k0")}
-    assert "k0" in (other_variant(without) or "")
+def test_layers_of_no_known_variant_are_named_with_the_nearest(golden: Path) -> None:
+    checkpoint = open_checkpoint(golden / "reka_tiny" / "student.pth")
+    without = replace(checkpoint, plan={n: recipe for n, recipe in checkpoint.plan.items() if not n.endswith(".k0")})
+    with pytest.raises(Inconsistent, match="nearest is hxa079, with k0 missing"):
+        student_model(without)
     name = "model.layers.0.self_attn.v2"
-    wide = plan | {name: reshaped(plan[name], (32, 48))}
-    assert "v2 has width 48" in (other_variant(wide) or "")
+    wide = replace(checkpoint, plan=checkpoint.plan | {name: reshaped(checkpoint.plan[name], (32, 48))})
+    student = student_model(wide, flags={"rope_theta": 1e4, "rms_norm_eps": 1e-5, "tie_word_embeddings": False})
+    with pytest.raises(Inconsistent, match=r"v2 has shape \(32, 48\), the config implies"):
+        complete(student)

@@ -34,7 +34,7 @@ def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:
         "dtype": job.dtype,
         "layers": student.student.strip,
         "gqa_layers": list(student.student.gqa_layers),
-        "ranks": {key: getattr(student.student.ranks, short) for short, key in RANK_KEYS.items()},
+        "ranks": {RANK_KEYS[name]: getattr(student.student.ranks, name) for name in student.student.variant.rank_names},
         "tensors": len(outcome.output.tensors),
         "bytes": total_bytes(outcome.output.tensors),
         "files": [{"name": item.name, "bytes": item.nbytes} for item in describe(outcome.output)],
@@ -59,7 +59,7 @@ def outcome_tables(outcome: Outcome) -> list[RenderableType]:
     config = outcome.job.student.student
     files = describe(outcome.output)
     ranks, weights = config.ranks, total_bytes(outcome.output.tensors)
-    sizes = f"decay {ranks.decay}, iclr {ranks.iclr}, value {ranks.value}, key {ranks.key}, gate {ranks.gate}"
+    sizes = ", ".join(f"{name.replace('_', ' ')} {getattr(ranks, name)}" for name in config.variant.rank_names)
     whole = outcome.job.student.plan
     plan = {name: recipe for name, recipe in whole.items() if outcome.job.everything or is_attention(name)}
     return [

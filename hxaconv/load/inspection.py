@@ -10,14 +10,14 @@ from hxaconv.errors import HxaconvError
 from hxaconv.load.student import (
     MissingSettings,
     is_student,
-    other_variant,
+    parameters_found,
     student_model,
     tensor_facts,
+    variant_facts,
 )
 from hxaconv.load.teacher import split_fused
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import (
-    DEFAULT_VARIANT,
     ModelConfig,
     StudentConfig,
     TeacherConfig,
@@ -28,6 +28,7 @@ from hxaconv.model.config import (
 )
 from hxaconv.model.names import HEAD, is_attention, layer_kinds, template_of
 from hxaconv.model.plan import Plan, Recipe, Scratch, check, total_bytes
+from hxaconv.model.variants import matching, nearest
 from hxaconv.model.variants.base import RANK_KEYS
 
 if TYPE_CHECKING:
@@ -128,16 +129,25 @@ def _contradictions(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
 
 def _variant(checkpoint: Checkpoint) -> str:
     if any(kind == "rwkv" for kind in layer_kinds(checkpoint.plan).values()):
-        reason = other_variant(checkpoint.plan)
-        if reason:
-            return f"looks like hxa07a/b/c, which this tool does not convert ({reason})"
-        named = (checkpoint.config or {}).get("rwkv_architecture", DEFAULT_VARIANT)
-        contradicted = f"{DEFAULT_VARIANT} by its tensors, {named} by its config"
-        return DEFAULT_VARIANT if named == DEFAULT_VARIANT else contradicted
+        return _variant_name(checkpoint)
     family = (checkpoint.config or {}).get("model_type")
     if family:
         return f"transformer ({family})"
     return "attention layers only" if layer_kinds(checkpoint.plan) else "unknown"
+
+
+def _variant_name(checkpoint: Checkpoint) -> str:
+    found = parameters_found(checkpoint.plan)
+    candidates = [variant.name for variant in matching(found)]
+    told = (checkpoint.config or {}).get("rwkv_architecture") or (checkpoint.sidecar or {}).get("rwkv_architecture")
+    own = variant_facts(checkpoint).get("rwkv_architecture")
+    if told is not None and (not candidates or told in candidates):
+        return str(told)
+    if told is not None:
+        return f"{' or '.join(candidates)} by its tensors, {told} by its config"
+    if candidates:
+        return own or f"{' or '.join(candidates)} (the same tensors: --variant tells)"
+    return f"unknown, the nearest is {nearest(found).name}"
 
 
 def strip(plan: Plan) -> str:
@@ -182,7 +192,7 @@ def _dimensions(checkpoint: Checkpoint, config: ModelConfig | None) -> dict[str,
         known.pop("warnings", None)
         if isinstance(config, StudentConfig):
             ranks = known.pop("ranks")
-            known |= {key: ranks[short] for short, key in RANK_KEYS.items()}
+            known |= {RANK_KEYS[name]: ranks[name] for name in config.variant.rank_names}
             known["gqa_layers"] = list(config.gqa_layers)
         return known
     facts = tensor_facts(checkpoint.plan)

@@ -12,7 +12,7 @@ from hxaconv.load.student import FLAGS, Facts, is_student, student_facts, studen
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model import layer_maps
 from hxaconv.model.architecture import expected_tensors
-from hxaconv.model.config import ModelConfig
+from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.names import EMBEDDING, HEAD, is_attention
 from hxaconv.model.plan import check
@@ -118,8 +118,10 @@ def load_model(
     if not may_be_student(checkpoint):
         return load_teacher(checkpoint, settings, lenient=True)
     if like is not None and tells_nothing(checkpoint) and teacher is None:
-        missing = {key: getattr(like, key) for key, value in overrules(settings).items() if value is None}
-        settings = replace(settings, **missing)
+        untold = {key: getattr(like, key) for key in FLAGS if getattr(settings, key) is None}
+        if settings.variant is None and isinstance(like, StudentConfig):
+            untold["variant"] = like.rwkv_architecture
+        settings = replace(settings, **untold)
     return load_student(checkpoint, settings, teacher=teacher, progress=progress)
 
 
@@ -156,7 +158,7 @@ def _opened(name: Name, settings: Settings, progress: Progress | None) -> Checkp
 
 def overrules(settings: Settings) -> dict[str, Any]:
     """What overrules every file: name -> value, None where nothing is said."""
-    return {key: getattr(settings, key) for key in FLAGS}
+    return {key: getattr(settings, key) for key in FLAGS} | {"rwkv_architecture": settings.variant}
 
 
 def may_be_student(checkpoint: Checkpoint) -> bool:

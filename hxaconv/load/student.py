@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError, Inconsistent, bullet_list, raise_all
 from hxaconv.load.teacher import split_tied_head
 from hxaconv.model.config import (
-    DEFAULT_VARIANT,
     ROPE_SCALING_DEFAULTS,
     ModelConfig,
     StudentConfig,
@@ -20,9 +19,10 @@ from hxaconv.model.config import (
 )
 from hxaconv.model.families import FAMILIES
 from hxaconv.model.model import Model, checked_here
-from hxaconv.model.names import EMBEDDING, is_attention, layer_kinds, mixer_prefix, template_of
+from hxaconv.model.names import EMBEDDING, is_attention, layer_kinds, template_of
 from hxaconv.model.plan import Plan
-from hxaconv.model.variants.base import RANK_KEYS, Ranks
+from hxaconv.model.variants import VARIANTS, matching, nearest
+from hxaconv.model.variants.base import MODEL_TYPE, RANK_KEYS, Ranks
 
 if TYPE_CHECKING:
     from hxaconv.model.model import Checkpoint
@@ -69,47 +69,35 @@ FIXED = {"nope_in_transformer": (True,), "nope_in_rwkv": (False,), "hidden_act":
 """What hxa079 leaves no choice in; a config.json that says otherwise describes another model."""
 
 
-def looks_like_student(names: Iterable[str]) -> bool:
-    """Whether canonical names hold a time-mix layer."""
-    return any(name.endswith(".self_attn.r_k") for name in names)
-
-
 def is_student(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is a student by its tensors, or, with every layer GQA, by its config."""
     raw = checkpoint.config or {}
-    named = (raw.get("rwkv_architecture"), raw.get("model_type"))
-    return looks_like_student(checkpoint.plan) or DEFAULT_VARIANT in named
+    named = raw.get("rwkv_architecture") or raw.get("model_type") == MODEL_TYPE
+    return bool(named) or "rwkv" in layer_kinds(checkpoint.plan).values()
 
 
-def refuse_other_variants(plan: Plan, where: str) -> None:
-    """Stop at RWKV hybrids that are not hxa079.
+def parameters_found(plan: Plan) -> set[str]:
+    """Names of the parameters in RWKV layers, in any of them, beside projections and norms."""
+    layers = {layer for layer, kind in layer_kinds(plan).items() if kind == "rwkv"}
+    found = set()
+    for name in plan:
+        template, layer = template_of(name)
+        short = template.rpartition(".self_attn.")[2]
+        if layer in layers and is_attention(name) and "." not in short:
+            found.add(short)
+    return found
 
-    Raises:
-        HxaconvError: naming what differs.
+
+def variant_facts(checkpoint: Checkpoint) -> dict[str, str]:
+    """The variant, where names tell it.
+
+    hxa079 and hxa07d have the same tensors. A checkpoint with the names of the published trainer is what that can
+    train; for others nothing is said.
     """
-    reason = other_variant(plan)
-    if reason:
-        raise Inconsistent(
-            f"{where} looks like hxa07a, hxa07b or hxa07c, which this tool does not convert: {reason}",
-            hint="hxa079 has k0 and a two-dimensional r_k in every RWKV layer, and v2 of width kv heads x head_dim.",
-        )
-
-
-def other_variant(plan: Plan) -> str | None:
-    """Why the time-mix layers are not hxa079's, or None."""
-    layers = {i: mixer_prefix(i) for i, kind in layer_kinds(plan).items() if kind == "rwkv"}
-    nowhere = [name for name in ("k0", "r_k", "v2") if not any(prefix + name in plan for prefix in layers.values())]
-    if layers and nowhere:
-        return f"no layer has {', '.join(nowhere)}"
-    for layer, prefix in layers.items():
-        if prefix + "v2" not in plan or prefix + "r_k" not in plan:
-            continue
-        width, key = plan[prefix + "v2"].shape[-1], plan.get(prefix + "key.weight")
-        if key is not None and width != key.shape[0]:
-            return f"layer {layer}: v2 has width {width}, its key has {key.shape[0]}"
-        if len(plan[prefix + "r_k"].shape) != 2:
-            return f"layer {layer}: r_k has shape {plan[prefix + 'r_k'].shape}, not (heads, head_dim)"
-    return None
+    candidates = matching(parameters_found(checkpoint.plan))
+    if len(candidates) > 1 and True:
+        candidates = tuple(variant for variant in candidates if variant.ranks is not None)
+    return {"rwkv_architecture": candidates[0].name} if len(candidates) == 1 else {}
 
 
 def tensor_facts(plan: Plan) -> dict[str, Any]:
@@ -125,9 +113,11 @@ def tensor_facts(plan: Plan) -> dict[str, Any]:
         template = template_of(name)[0]
         short = template.rsplit("self_attn.", 1)[-1] if ".self_attn." in template else template
         _shape_facts(short, recipe.shape, facts)
-    if "rwkv_key_rows" in facts and "head_dim" in facts:
-        facts["num_key_value_heads"] = facts["rwkv_key_rows"] // facts["head_dim"]
-    facts.pop("rwkv_key_rows", None)
+    key_rows, rows = facts.pop("rwkv_key_rows", None), facts.pop("rwkv_rows", None)
+    if key_rows and "head_dim" in facts:
+        facts["num_key_value_heads"] = key_rows // facts["head_dim"]
+    if rows and "head_dim" in facts:
+        facts.setdefault("num_attention_heads", rows // facts["head_dim"])
     names = {template_of(name)[0].rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1] for name in plan if "." in name}
     if plan:
         facts["qk_norm"] = bool(names & {"r_norm.weight", "q_norm.weight"})
@@ -139,13 +129,15 @@ def tensor_facts(plan: Plan) -> dict[str, Any]:
 
 
 def _shape_facts(short: str, shape: tuple[int, ...], facts: dict[str, Any]) -> None:
-    ranks = {"w1": "decay", "a1": "iclr", "v1": "value", "k1": "key", "g1": "gate"}
+    ranks = {"w1": "decay", "a1": "iclr", "v1": "value", "k1": "key", "g1": "gate", "dv1": "own_value"}
     if short == "r_k" and len(shape) == 2:
         facts["num_attention_heads"], facts["head_dim"] = shape
+    elif short in ("r_norm.weight", "q_norm.weight"):
+        facts.setdefault("head_dim", shape[0])
     elif short == "key.weight":
         facts["rwkv_key_rows"] = shape[0]
     elif short in ("receptance.weight", "q_proj.weight"):
-        facts["hidden_size"] = shape[1]
+        facts["rwkv_rows"], facts["hidden_size"] = shape
     elif short in ranks and len(shape) == 2:
         facts[RANK_KEYS[ranks[short]]] = shape[1]
     elif short == "layer_architecture":
@@ -155,15 +147,16 @@ def _shape_facts(short: str, shape: tuple[int, ...], facts: dict[str, Any]) -> N
 
 
 def config_facts(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What an hxa079 config.json says.
+    """What a student's config.json says.
 
     Raises:
-        HxaconvError: listing what is not hxa079: another variant, scaled RoPE, layer kinds that do not add up.
+        HxaconvError: listing what cannot be: an unknown variant, scaled RoPE, layer kinds that do not add up.
     """
     theta, problems = rope_settings(raw)[0], _config_problems(raw)
     hint = "Correct the file if it is wrong; if it is right, this is another model, which this tool does not convert."
-    raise_all(f"{where}: config.json is not an hxa079 student's:", problems, hint=hint, kind=Inconsistent)
-    keys = (*SIZES, "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias", *RANK_KEYS.values())
+    raise_all(f"{where}: config.json is not a student's that is known here:", problems, hint=hint, kind=Inconsistent)
+    switches = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+    keys = ("rwkv_architecture", *SIZES, "rms_norm_eps", *switches, *RANK_KEYS.values())
     facts = {key: raw[key] for key in keys if raw.get(key) is not None}
     if theta is not None:
         facts["rope_theta"] = theta
@@ -180,11 +173,11 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
     variant, scaling = raw.get("rwkv_architecture"), rope_settings(raw)[1]
     problems = []
     if variant is None:
-        problems.append(f'there is no rwkv_architecture; loaders need "rwkv_architecture": "{DEFAULT_VARIANT}"')
-    elif variant != DEFAULT_VARIANT:
-        problems.append(f"rwkv_architecture is {variant!r}, this tool converts {DEFAULT_VARIANT!r} only")
+        problems.append(f'there is no rwkv_architecture; loaders need it, one of {", ".join(VARIANTS)}')
+    elif variant not in VARIANTS:
+        problems.append(f"rwkv_architecture is {variant!r}, this tool knows {', '.join(VARIANTS)}")
     if scaling not in ROPE_SCALING_DEFAULTS:
-        problems.append(f"rope_scaling is {scaling!r}, hxa079 has the default frequencies")
+        problems.append(f"rope_scaling is {scaling!r}, students have the default frequencies")
     problems += [
         f"{key} is {raw[key]!r}, expected {allowed[0]!r}"
         for key, allowed in FIXED.items()
@@ -204,7 +197,8 @@ def model_facts(config: ModelConfig) -> dict[str, Any]:
 
 def student_facts(config: StudentConfig) -> dict[str, Any]:
     """What a student's config says of others of its teacher: everything but the choice of layers."""
-    return model_facts(config) | {key: getattr(config.ranks, short) for short, key in RANK_KEYS.items()}
+    ranks = {RANK_KEYS[name]: getattr(config.ranks, name) for name in config.variant.rank_names}
+    return model_facts(config) | ranks | {"rwkv_architecture": config.rwkv_architecture}
 
 
 def gather_facts(
@@ -216,13 +210,16 @@ def gather_facts(
 ) -> list[Facts]:
     """Every source that says something about a student's config, the strongest first."""
     given = {key: value for key, value in (flags or {}).items() if value is not None}
-    facts = [Facts("the options given", given), Facts("the tensors", tensor_facts(checkpoint.plan))]
+    # The other options correct a file; no option turns one variant into another.
+    variant = {key: given.pop(key) for key in ("rwkv_architecture",) if key in given}
+    found = tensor_facts(checkpoint.plan) | variant_facts(checkpoint)
+    facts = [Facts("the options given", given), Facts("--variant", variant), Facts("the tensors", found)]
     raw, sidecar = checkpoint.config or {}, checkpoint.sidecar
     if teacher is not None and all(is_attention(name) for name in checkpoint.plan):
         # The MLPs will be the teacher's; the student that this attention is from may have had padded ones.
         raw = {key: value for key, value in raw.items() if key != "intermediate_size"}
         sidecar = sidecar and {key: value for key, value in sidecar.items() if key != "intermediate_size"}
-    if raw.get("rwkv_architecture") or raw.get("model_type") == DEFAULT_VARIANT:
+    if raw.get("rwkv_architecture") or raw.get("model_type") == MODEL_TYPE:
         facts += _file_facts("config.json", raw, checkpoint.label)
     elif raw.get("model_type") in FAMILIES:
         beside = teacher_config(
@@ -272,14 +269,15 @@ def resolve(sources: list[Facts], where: str) -> StudentConfig:
     raise_all(f"{where}: its sources contradict each other:", problems, hint=hint, kind=Inconsistent)
     _refuse_gaps(values, where)
     raise_all(f"{where}:", number_problems({key: values[key] for key in ("rope_theta", "rms_norm_eps")}))
-    ranks = Ranks(**{short: values[key] for short, key in RANK_KEYS.items()})
+    variant = VARIANTS[values["rwkv_architecture"]]
+    ranks = Ranks(**{name: values[RANK_KEYS[name]] for name in variant.rank_names})
     sizes = {key: values[key] for key in SIZES}
     return StudentConfig(
         **sizes,
         rms_norm_eps=float(values["rms_norm_eps"]),
         rope_theta=float(values["rope_theta"]),
         tie_word_embeddings=bool(values["tie_word_embeddings"]),
-        rwkv_architecture=DEFAULT_VARIANT,
+        rwkv_architecture=variant.name,
         gqa_layers=values["gqa_layers"],
         ranks=ranks,
         layer_records=values.get("layer_records", False),
@@ -291,23 +289,47 @@ def resolve(sources: list[Facts], where: str) -> StudentConfig:
 
 
 def _refuse_gaps(values: dict[str, Any], where: str) -> None:
-    if RANK_KEYS["decay"] not in values:
+    if not any(key in values for key in RANK_KEYS.values()):
         raise HxaconvError(
-            f"{where} has no RWKV layers: it is a teacher or all-attention checkpoint, not an hxa079 student",
+            f"{where} has no RWKV layers: it is a teacher or all-attention checkpoint, not a student",
             hint="`hxaconv init-from-teacher` makes a student of a teacher.",
         )
-    raise_all(
-        f"{where} lacks low-rank tensors of its RWKV layers, and config.json does not give their sizes either:",
-        [key for key in RANK_KEYS.values() if key not in values],
-        hint="The checkpoint is incomplete; an hxa079 layer has w1, a1, v1, k1 and g1.",
-        kind=Inconsistent,
-    )
-    missing = [key for key in (*SIZES, *FLAGS) if key not in values]
-    needs_teacher = [key for key in missing if key not in FLAGS]
-    lines = [f"{key}: pass {FLAGS[key]}, or --teacher, or --layer-map" for key in missing if key in FLAGS]
-    lines += [f"{key}: pass --teacher (the checkpoint holds attention only)" for key in needs_teacher]
+    variant = VARIANTS.get(values.get("rwkv_architecture", ""))
+    if variant is not None:
+        raise_all(
+            f"{where} lacks low-rank tensors of its RWKV layers, and config.json does not give their sizes either:",
+            [RANK_KEYS[name] for name in variant.rank_names if RANK_KEYS[name] not in values],
+            hint=f"The checkpoint is incomplete; an {variant.name} layer has {', '.join(sorted(variant.required))}.",
+            kind=Inconsistent,
+        )
+    missing = [key for key in (*SIZES, *FLAGS, "rwkv_architecture") if key not in values]
     if missing:
-        raise MissingSettings(where, missing, lines)
+        raise MissingSettings(where, missing, [f"{key}: {_remedy(key)}" for key in missing])
+
+
+def _remedy(key: str) -> str:
+    if key == "rwkv_architecture":
+        return "pass --variant (hxa079 and hxa07d have the same tensors, and compute different things with them)"
+    if key in FLAGS:
+        return f"pass {FLAGS[key]}, or --teacher, or --layer-map"
+    if key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
+        return "pass --teacher, or --layer-map (no tensor says it)"
+    return "pass --teacher (the checkpoint holds attention only)"
+
+
+def _refuse_unknown_variant(plan: Plan, where: str) -> None:
+    """Stop at RWKV layers whose parameters are those of no known variant."""
+    found = parameters_found(plan)
+    if not found or matching(found):
+        return
+    near = nearest(found)
+    lacking, extra = sorted(near.required - found), sorted(found - {p.name for p in near.parameters})
+    parts = [f"{', '.join(names)} {what}" for names, what in ((lacking, "missing"), (extra, "too much")) if names]
+    raise Inconsistent(
+        f"the RWKV layers of {where} are those of no known variant; the nearest is {near.name}, with"
+        f" {' and '.join(parts)}",
+        hint=f"Known: {', '.join(VARIANTS)}. If the checkpoint is incomplete, --variant says what it should be.",
+    )
 
 
 def student_model(
@@ -323,10 +345,12 @@ def student_model(
     `headers_only` leaves that head for later; see `checked_here`.
 
     Raises:
-        HxaconvError: for other variants, contradictions, and settings that no source gives.
+        HxaconvError: for layers of no known variant, contradictions, and settings that no source gives.
     """
-    refuse_other_variants(checkpoint.plan, checkpoint.label)
-    config = resolve(gather_facts(checkpoint, flags=flags, teacher=teacher, layer_map=layer_map), checkpoint.label)
+    facts = gather_facts(checkpoint, flags=flags, teacher=teacher, layer_map=layer_map)
+    if not any("rwkv_architecture" in source.values for source in facts):
+        _refuse_unknown_variant(checkpoint.plan, checkpoint.label)
+    config = resolve(facts, checkpoint.label)
     plan, tied = checkpoint.plan, None
     if config.tie_word_embeddings:
         plan, tied = split_tied_head(plan, checkpoint.label)

@@ -7,10 +7,7 @@ from typing import Any
 
 from hxaconv.formats.dtypes import BY_NAME
 from hxaconv.model.config import StudentConfig
-from hxaconv.model.variants.base import RANK_KEYS
-
-MODEL_TYPE = "hxa079"
-"""That of the modelling code, which serves every variant."""
+from hxaconv.model.variants.base import MODEL_TYPE, RANK_KEYS
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hxa079.Hxa079Config",

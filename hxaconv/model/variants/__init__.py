@@ -26,3 +26,9 @@ def matching(parameters: Iterable[str]) -> tuple[Variant, ...]:
         for variant in VARIANTS.values()
         if variant.required <= found <= {parameter.name for parameter in variant.parameters}
     )
+
+
+def nearest(parameters: Iterable[str]) -> Variant:
+    """The variant that differs from these parameters in the fewest names."""
+    found = set(parameters)
+    return min(VARIANTS.values(), key=lambda variant: len(variant.required ^ found))

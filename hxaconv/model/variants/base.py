@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from hxaconv.forward.hxa079 import TimeMix
     from hxaconv.model.config import StudentConfig
 
+MODEL_TYPE = "hxa079"
+"""`model_type` in the config.json of every variant: that of the modelling code, which serves them all."""
+
 Shapes = dict[str, tuple[int, ...]]
 RANK_KEYS = {
     "decay": "lora_rank_decay",
