@@ -34,7 +34,7 @@ def edit_config(folder: Path, change: Edit) -> None:
 
 
 CONFIGS: dict[str, tuple[Edit, str]] = {
-    "another variant": (lambda c: c.update(rwkv_architecture="hxa07b"), "rwkv_architecture is 'hxa079' by the tensors, 'hxa07b' by config.json"),
+    "another variant": (lambda c: c.update(rwkv_architecture="hxa07b"), "'hxa07b' by config.json"),
     "no variant": (lambda c: c.pop("rwkv_architecture"), "there is no rwkv_architecture"),
     "RoPE in GQA layers": (
         lambda c: c.update(nope_in_transformer=False),

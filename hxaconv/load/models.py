@@ -175,6 +175,8 @@ def map_facts(layer_map: str) -> Facts:
     """What a layer map says of its model, as a named source of settings; its choice of layers is not one."""
     chosen = layer_maps.load(layer_map)
     values = {key: value for key, value in chosen.model.items() if key != "model_type"}
+    if chosen.variant:
+        values["rwkv_architecture"] = chosen.variant
     return Facts(f"layer map {chosen.name}", values)
 
 

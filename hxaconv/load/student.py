@@ -236,7 +236,10 @@ def gather_facts(
     if teacher is not None:
         facts.append(Facts("the teacher", model_facts(teacher)))
     if layer_map is not None:
-        facts.append(layer_map)
+        # A student of another variant may have the same layers.
+        told = any("rwkv_architecture" in source.values for source in facts)
+        values = {key: value for key, value in layer_map.values.items() if not told or key != "rwkv_architecture"}
+        facts.append(replace(layer_map, values=values))
     return facts
 
 

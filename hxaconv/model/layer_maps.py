@@ -30,7 +30,7 @@ _MODEL_KEYS: dict[str, tuple[type, ...]] = {
 }
 Check = Callable[[Sequence[int], int | None], list[str]]
 """(layers, how many the map says that its model has) -> what is wrong with them, a line each."""
-_TOP_KEYS = ("title", "model_ids", "default", "gqa_layers", "source", "model")
+_TOP_KEYS = ("title", "model_ids", "default", "gqa_layers", "source", "variant", "model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,8 @@ class LayerMap:
     title: str = ""
     model_ids: tuple[str, ...] = ()
     source: str = ""
+    variant: str = ""
+    """That of the published student with these layers, where the map says it."""
     default: bool = True
     """Whether `match` may take it without being asked for by name."""
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -123,6 +125,7 @@ def read(path: Path, check: Check | None = None) -> LayerMap:
         title=raw.get("title", ""),
         model_ids=tuple(raw.get("model_ids", ())),
         source=raw.get("source", ""),
+        variant=raw.get("variant", ""),
         default=raw.get("default", True),
         model=dict(raw.get("model", {})),
         label=str(path),
@@ -139,7 +142,7 @@ def _problems(raw: Mapping[str, Any], check: Check) -> list[str]:
     if not isinstance(layers, list) or not all(_is(layer, (int,)) for layer in layers):
         found.append(f"gqa_layers is {layers!r}, expected a list of layer numbers")
         layers = None
-    for key, kind in (("title", str), ("source", str), ("default", bool)):
+    for key, kind in (("title", str), ("source", str), ("variant", str), ("default", bool)):
         if not isinstance(raw.get(key, kind()), kind):
             found.append(f"{key} is {raw[key]!r}, expected a {kind.__name__}")
     ids = raw.get("model_ids", [])
@@ -222,7 +225,7 @@ def dump(layer_map: LayerMap, comments: Iterable[str] = ()) -> str:
     lines += [""] if lines else []
     for item in fields(layer_map):
         value = getattr(layer_map, item.name)
-        if item.name in ("title", "source") and value:
+        if item.name in ("title", "source", "variant") and value:
             lines.append(f"{item.name} = {_toml(value)}")
         elif item.name in ("model_ids", "gqa_layers") and (value or item.name == "gqa_layers"):
             lines.append(f"{item.name} = [{', '.join(map(_toml, value))}]")
