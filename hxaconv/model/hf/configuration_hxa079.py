@@ -42,7 +42,7 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
     """
 
     model_type = "hxa079"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own declaration)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (transformers' own declaration)
 
     def __init__(
         self,

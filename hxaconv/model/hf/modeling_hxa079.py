@@ -38,6 +38,8 @@ from transformers.utils import logging
 from .configuration_hxa079 import Hxa079Config
 
 logger = logging.get_logger(__name__)
+# Outputs and `generate` call the cache `cache` from transformers 5.24 on; the models take both names.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 CHUNK = 32
 SEGMENT = 2048  # tokens whose intermediate results are in memory at once; long prompts need several times more
 
@@ -212,6 +214,7 @@ class Hxa079Cache(Cache):  # type: ignore[misc]
 
     is_compileable = False
     is_croppable = False
+    is_linear = (False,)  # `generate` cuts a prompt to what the cache has not seen, as for attention
 
     def __init__(self) -> None:
         self.layers: list[Any] = []
@@ -509,7 +512,7 @@ class Hxa079PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Hxa079DecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_cache_class = True
     _supports_sdpa = True
     _is_stateful = True
@@ -563,6 +566,7 @@ class Hxa079Model(Hxa079PreTrainedModel):
         return_dict: bool | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cache: Hxa079Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """`attention_mask` (B, P+T), or (B, T) for the new tokens alone; without it the cache's padding holds.
@@ -575,12 +579,13 @@ class Hxa079Model(Hxa079PreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if output_attentions:
             raise ValueError("output_attentions: RWKV layers have no attention maps")
-        if past_key_values is not None and not isinstance(past_key_values, Hxa079Cache):
-            raise TypeError(f"past_key_values is a {type(past_key_values).__name__}, expected this model's Hxa079Cache")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, Hxa079Cache):
+            raise TypeError(f"{CACHE_NAME} is a {type(cache).__name__}, expected this model's Hxa079Cache")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         checkpointing = self.gradient_checkpointing and self.training
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        cache = Hxa079Cache() if past_key_values is None and use_cache and not checkpointing else past_key_values
+        cache = Hxa079Cache() if cache is None and use_cache and not checkpointing else cache
         seen = 0 if cache is None else cache.length
         mask = self._token_mask(attention_mask, cache, x)
         new_mask = None if mask is None else mask[:, seen:]
@@ -607,7 +612,7 @@ class Hxa079Model(Hxa079PreTrainedModel):
             cache.length, cache.token_mask, cache.starts = seen + x.shape[1], mask, starts
             cache.position = _latest(position_ids.expand(x.shape[:2]), new_mask, last)[:, -1:]
         kept = tuple(hidden) if want_hidden else None
-        result = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache, hidden_states=kept)
+        result = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=kept, **{CACHE_NAME: cache})
         return result if _as_dict(return_dict, self.config) else result.to_tuple()
 
     @staticmethod
@@ -746,6 +751,7 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
         token_type_ids: Tensor | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cache: Hxa079Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits (B, T, V), or of the last `logits_to_keep` tokens; the loss where there are `labels`, shifted here.
@@ -756,7 +762,7 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -770,15 +776,15 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        cache, hidden = outputs.past_key_values, outputs.hidden_states
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=hidden)
+        kept_cache = {CACHE_NAME: getattr(outputs, CACHE_NAME)}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **kept_cache)
         return result if _as_dict(return_dict, self.config) else result.to_tuple()
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = Hxa079Cache()
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = Hxa079Cache()
 
     def prepare_inputs_for_generation(
         self,
@@ -789,10 +795,12 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
         position_ids: Tensor | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cache: Hxa079Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What the cache has not seen; `attention_mask` spans everything, past and new, in all versions."""
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = past_key_values if cache is None else cache
+        seen = 0 if cache is None else cache.get_seq_length()
         prompt = 0 if inputs_embeds is None else inputs_embeds.shape[1]
         total = max(input_ids.shape[1], prompt) if attention_mask is None else attention_mask.shape[1]
         if attention_mask is None and seen and ("next_sequence_length" in kwargs or kwargs.get("is_first_iteration")):
@@ -801,7 +809,7 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
             total = seen + (input_ids.shape[1] if new_tokens is None else new_tokens)
         if total <= seen:
             raise ValueError(
-                f"past_key_values holds {seen} tokens, the input has {total}: nothing is left to compute."
+                f"{CACHE_NAME} holds {seen} tokens, the input has {total}: nothing is left to compute."
                 " Pass the whole sequence, cached tokens first, and its attention_mask"
             )
         if inputs_embeds is None or seen >= prompt:
@@ -826,10 +834,10 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
                 positions = torch.cat([position_ids, position_ids[:, -1:] + more], dim=1)
                 positions = positions[:, begin : begin + total - seen].expand(input_ids.shape[0], -1)
                 mask = None if attention_mask is None else attention_mask[:, seen:] != 0
-                last = None if past_key_values is None else past_key_values.position
+                last = None if cache is None else cache.position
                 if _positions(positions, None, mask, last, positions)[1] is not None:
                     passed_on["position_ids"] = positions
-        return inputs | {"past_key_values": past_key_values, "attention_mask": attention_mask} | passed_on
+        return inputs | {"cache": cache, "attention_mask": attention_mask} | passed_on
 
 
 def _as_dict(return_dict: bool | None, config: Hxa079Config) -> bool:
