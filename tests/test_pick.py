@@ -19,7 +19,7 @@ from hxaconv.cli.app import app as command_line
 from hxaconv.model import layer_choice, layer_maps
 from hxaconv.save.interruption import Interrupted
 from hxaconv.save.preflight import _file_system
-from hxaconv.selection.streaming import Sweep
+from hxaconv.selection.sweep import Sweep
 
 Cli = Callable[..., int]
 COMMAND = "pick-gqa-layers"
@@ -48,11 +48,11 @@ class Layers:
         self.stop: tuple[int, int] | None = None
         real = Sweep._layer
 
-        def layer(sweep: Sweep, state: object, step: object) -> None:
+        def layer(sweep: Sweep, walk: object, state: object, step: object) -> None:
             self.seen.append(state.layer)  # type: ignore[attr-defined]
             if self.stop is not None and self.stop[0] == self.seen[-1]:
                 os.kill(os.getpid(), self.stop[1])
-            real(sweep, state, step)  # type: ignore[arg-type]
+            real(sweep, walk, state, step)  # type: ignore[arg-type]
 
         monkeypatch.setattr(Sweep, "_layer", layer)
 
@@ -76,7 +76,7 @@ def test_interrupted_advice_says_what_is_kept_and_goes_on(
     assert cli(*words, "--save", tmp_path / "whole.toml", "--quiet") == 0
     layers.stop, layers.seen = (3, number), []
     assert cli(*words, "--save", tmp_path / "map.toml", "--quiet") == 128 + number
-    kept = tmp_path / "map.toml.scores.npz"
+    kept = tmp_path / "map.toml.scores.safetensors"
     error = " ".join(capsys.readouterr().err.split())
     assert "run the same command again to continue" in error
     assert str(kept) in error.replace(" ", "")  # long paths are folded
@@ -118,7 +118,7 @@ def test_scores_outlive_a_failure_to_write(
         patch.setattr("hxaconv.save.writer.publish", stop)
         assert cli(*words) == 143
     assert not saved.exists()
-    assert (tmp_path / "map.toml.scores.npz").is_file()
+    assert (tmp_path / "map.toml.scores.safetensors").is_file()
     layers.seen = []
     assert cli(*words, "--resume") == 0
     assert layers.seen == []
@@ -414,7 +414,7 @@ def test_a_dry_run_says_where_it_keeps_scores(
 ) -> None:
     words = [COMMAND, make("a", "1,5"), tmp_path / "b", "--teacher", tiny_teacher, "--count", 2, "--dry-run"]
     assert cli(*words, "--strategy", "influence", *tokens) == 0
-    kept = tmp_path / "b.scores.npz"
+    kept = tmp_path / "b.scores.safetensors"
     assert kept.is_file()
     assert f"Dry run: nothing was written but the scores, in {kept}" in capsys.readouterr().err
     assert cli(*words, "--strategy", "last") == 0

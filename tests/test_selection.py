@@ -12,23 +12,24 @@ from selection_models import TEACHER, as_if_trained, copying_teacher, literal
 
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079, llama
-from hxaconv.forward.layer_weights import Compute
+from hxaconv.forward.divergence import Divergence
 from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model import layer_choice, layer_maps
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
-from hxaconv.selection import divergences, report, streaming
+from hxaconv.selection import report
+from hxaconv.selection import sweep as sweep_module
 from hxaconv.selection.advice import Request, advise, needs
 from hxaconv.selection.schedule import Rules
 from hxaconv.selection.scores import Column, check_finite, pick
-from hxaconv.selection.streaming import Sweep
+from hxaconv.selection.sweep import Sweep
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.origins import untouched_layers
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
-EXACT = Compute(torch.float64)
+EXACT = torch.float64
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,8 +101,8 @@ def brute_force_convert(teacher, student, ids):
     return found
 
 
-def sweep(teacher, student, ids, *strategies, compute=EXACT, **more):
-    run = Sweep(teacher=teacher, student=student, strategies=frozenset(strategies), compute=compute, **more)
+def sweep(teacher, student, ids, *strategies, dtype=EXACT, **more):
+    run = Sweep(teacher=teacher, student=student, strategies=frozenset(strategies), dtype=dtype, **more)
     return run.run(torch.from_numpy(ids))
 
 
@@ -136,22 +137,22 @@ def test_kl_of_a_student_that_shares_nothing_with_its_teacher(case):
 def test_layer_0_as_gqa_hands_v_first_to_layer_1(teacher, student, ids):
     """Negative control of the forked v_first: with layer 0's own, candidate 0 alone comes out differently."""
     right = sweep(teacher, student, ids, "kl")["kl"]
-    mix = streaming.time_mix
+    mix = sweep_module.time_mix
 
-    def always_layer_0(normed, get, config, layer, first):
-        return mix(normed, get, replace(config, gqa_layers=()), layer, first or shared[-1])
+    def always_layer_0(walk, normed, config, layer, first):
+        return mix(walk, normed, replace(config, gqa_layers=()), layer, first or shared[-1])
 
     shared = []
 
-    def remember(normed, get, config, layer, first):
+    def remember(walk, normed, config, layer, first):
         if config.gqa_layers == (0,):
-            return always_layer_0(normed, get, config, layer, first)
-        result = mix(normed, get, config, layer, first)
+            return always_layer_0(walk, normed, config, layer, first)
+        result = mix(walk, normed, config, layer, first)
         shared.append(result[1])
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "time_mix", remember)
+        patch.setattr(sweep_module, "time_mix", remember)
         wrong = sweep(teacher, student, ids, "kl")["kl"]
     assert abs(wrong[0] - right[0]) > 1e-4
     assert wrong[1:] == pytest.approx(right[1:], abs=1e-12)
@@ -166,7 +167,7 @@ def test_convert_kl_equals_full_forwards(teacher, student, ids):
 
 def test_float32_is_near_enough_to_rank_by(teacher, student, ids):
     exact = sweep(teacher, student, ids, "kl", "mse", "influence", "entropy", "distance")
-    single = sweep(teacher, student, ids, "kl", "mse", "influence", "entropy", "distance", compute=Compute())
+    single = sweep(teacher, student, ids, "kl", "mse", "influence", "entropy", "distance", dtype=torch.float32)
     for name, values in exact.items():
         # float32 through six layers; scores of different layers differ by 1e-3 and more
         assert single[name] == pytest.approx(values, abs=2e-5), name
@@ -215,21 +216,20 @@ def test_entropy_and_distance_of_known_attention():
 
 
 def test_deterministic(teacher, student, ids):
-    once, again = (sweep(teacher, student, ids, "kl", "mse", compute=Compute()) for _ in range(2))
+    once, again = (sweep(teacher, student, ids, "kl", "mse", dtype=torch.float32) for _ in range(2))
     assert once == again
     asked, longer = Request(strategy="retrieval", count=2), ids.repeat(4, 1)
     assert advise(6, asked, teacher=teacher, ids=longer) == advise(6, asked, teacher=teacher, ids=longer)
 
 
-def test_head_in_blocks_equals_head_whole(teacher, monkeypatch):
+def test_kl_in_blocks_equals_kl_whole():
     generator = torch.Generator().manual_seed(0)
-    p, q = (torch.randn(5, 192, generator=generator, dtype=torch.float64) * 30 for _ in range(2))
-    whole = tensor(teacher.plan["lm_head.weight"], dtype=torch.float64)
-    monkeypatch.setattr(divergences, "LOGITS_AT_ONCE", 5 * 37)  # blocks of 37 rows, the last one shorter
-    head = divergences.Head(teacher, EXACT)
-    assert divergences.divergences(p, head, [q, p], head) == pytest.approx(
-        [kl(p @ whole.T, q @ whole.T), 0.0], abs=1e-9
-    )
+    p, q = (torch.randn(5, 256, generator=generator, dtype=torch.float64) * 30 for _ in range(2))
+    divergence = Divergence()
+    for start in range(0, 256, 37):  # the last one shorter
+        some = slice(start, start + 37)
+        divergence.add(p[:, some], 2, [q[:, some], p[:, some]].__getitem__)
+    assert [float(found.mean()) for found in divergence.result()] == pytest.approx([kl(p, q), 0.0], abs=1e-9)
 
 
 def test_uncalibrated_students_are_found_and_warned_about(teacher, student, ids):

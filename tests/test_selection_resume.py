@@ -7,14 +7,14 @@ import pytest
 import torch
 from selection_models import TEACHER, as_if_trained
 
+from hxaconv.forward import state as state_module
 from hxaconv.forward.fingerprint import fingerprint
+from hxaconv.forward.state import StateFile
 from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.teacher import open_teacher
-from hxaconv.selection import cache as cache_module
 from hxaconv.selection import retrieval
 from hxaconv.selection.advice import Request, advise
-from hxaconv.selection.cache import Cache
-from hxaconv.selection.streaming import Sweep
+from hxaconv.selection.sweep import Sweep
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ class Bar:
 @pytest.mark.parametrize("mode", ["restore", "convert"])
 def test_a_sweep_goes_on_from_every_step(teacher, student, ids, tmp_path, mode):
     run = Sweep(teacher=teacher, student=student, strategies=frozenset({"kl", "mse", "entropy"}), kl_mode=mode)
-    path, ids = tmp_path / "scores.npz", torch.from_numpy(ids)
+    path, ids = tmp_path / "scores.safetensors", torch.from_numpy(ids)
     whole = Bar()
     expected = run.run(ids, progress=whole)
     steps = len(whole.seen) - 1  # the first call says where the bar begins
@@ -72,9 +72,9 @@ def test_a_sweep_goes_on_from_every_step(teacher, student, ids, tmp_path, mode):
     assert steps == 6 + 15 + 1
     for calls in range(0, steps, 1 if mode == "restore" else 4):
         with pytest.raises(KeyboardInterrupt):
-            run.run(ids, Cache(path, "a", StopAfter(calls)))
+            run.run(ids, StateFile(path, "a", StopAfter(calls)))
         again = Bar()
-        assert run.run(ids, Cache(path, "a"), again) == expected
+        assert run.run(ids, StateFile(path, "a"), again) == expected
         # Interrupted after the head: its part of the work comes again.
         assert len(again.seen) - 1 == max(1, steps - calls - 1)
         assert again.done == pytest.approx(again.total, abs=1)
@@ -84,37 +84,37 @@ def test_a_sweep_goes_on_from_every_step(teacher, student, ids, tmp_path, mode):
 def test_a_finished_sweep_keeps_its_scores_alone(teacher, student, ids, tmp_path, monkeypatch):
     """What is still to be done with them (saving a map, writing a student) may fail: they are not computed again."""
     run = Sweep(teacher=teacher, student=student, strategies=frozenset({"kl"}))
-    path, ids = tmp_path / "scores.npz", torch.from_numpy(ids)
-    expected = run.run(ids, Cache(path, "a"))
+    path, ids = tmp_path / "scores.safetensors", torch.from_numpy(ids)
+    expected = run.run(ids, StateFile(path, "a"))
     assert path.stat().st_size < 10_000
     monkeypatch.setattr(Sweep, "_layer", None)
-    assert run.run(ids, Cache(path, "a")) == expected
+    assert run.run(ids, StateFile(path, "a")) == expected
     with pytest.raises(TypeError):  # negative control: another key computes
-        run.run(ids, Cache(path, "b"))
+        run.run(ids, StateFile(path, "b"))
 
 
 def test_a_pass_saves_by_itself_when_it_is_time(teacher, student, ids, tmp_path, monkeypatch):
     """After kill -9, nothing is said and the last saved state counts."""
-    path, saved = tmp_path / "scores.npz", []
-    monkeypatch.setattr(Cache, "save", lambda self, arrays, real=Cache.save: (saved.append(1), real(self, arrays)))
+    path, saved = tmp_path / "scores.safetensors", []
+    monkeypatch.setattr(StateFile, "save", lambda *a, real=StateFile.save: (saved.append(1), real(*a)))
     run = Sweep(teacher=teacher, student=student, strategies=frozenset({"kl"}))
-    run.run(torch.from_numpy(ids), Cache(path, "a"))
+    run.run(torch.from_numpy(ids), StateFile(path, "a"))
     assert len(saved) == 1  # a pass of a second: the scores at its end
-    monkeypatch.setattr(cache_module, "SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(cache_module, "SHARE_OF_SAVING", 1e9)
-    run.run(torch.from_numpy(ids), Cache(path, "b"))
+    monkeypatch.setattr(state_module, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(state_module, "SHARE_OF_SAVING", 1e9)
+    run.run(torch.from_numpy(ids), StateFile(path, "b"))
     assert len(saved) > 10
 
 
 def test_retrieval_goes_on_from_every_layer(teacher, ids, tmp_path):
-    path = tmp_path / "scores.npz"
+    path = tmp_path / "scores.safetensors"
     asked, expected = retrieval.sequences(256, None, separator=0, length=16, count=2)
     found = retrieval.retrieval(teacher, asked, expected)
     for calls in range(6):
         with pytest.raises(KeyboardInterrupt):
-            retrieval.retrieval(teacher, asked, expected, cache=Cache(path, "a", StopAfter(calls)))
+            retrieval.retrieval(teacher, asked, expected, kept=StateFile(path, "a", StopAfter(calls)))
         bar = Bar()
-        assert retrieval.retrieval(teacher, asked, expected, cache=Cache(path, "a"), progress=bar) == found
+        assert retrieval.retrieval(teacher, asked, expected, kept=StateFile(path, "a"), progress=bar) == found
         assert len(bar.seen) == 6 - calls
         assert bar.done == bar.total
         path.unlink()
@@ -123,7 +123,7 @@ def test_retrieval_goes_on_from_every_layer(teacher, ids, tmp_path):
 @pytest.mark.parametrize("strategy", ["influence", "retrieval"])
 def test_advice_goes_on_whatever_scores(teacher, ids, tmp_path, strategy):
     ids = np.load(TEACHER / "calibration_tokens.npy")[:, :64].astype(np.int64)
-    request = Request(strategy=strategy, count=2, cache=tmp_path / "c.npz", check=StopAfter(2))
+    request = Request(strategy=strategy, count=2, cache=tmp_path / "c.safetensors", check=StopAfter(2))
     with pytest.raises(KeyboardInterrupt):
         advise(6, request, teacher=teacher, ids=ids)
     assert request.cache.is_file()
@@ -143,9 +143,9 @@ def test_a_cache_of_other_inputs_is_not_used(teacher, student, ids, tmp_path):
         fingerprint({"teacher": teacher}, ids, {}),
     }
     assert len(keys) == 6
-    path = tmp_path / "cache.npz"
-    Cache(path, "a").save({"layer": np.array(3)})
-    assert Cache(path, "a").load() is not None
-    assert Cache(path, "b").load() is None
+    path = tmp_path / "cache.safetensors"
+    StateFile(path, "a").save({}, {"layer": 3})
+    assert StateFile(path, "a").load() is not None
+    assert StateFile(path, "b").load() is None
     path.write_bytes(b"half a file")
-    assert Cache(path, "a").load() is None
+    assert StateFile(path, "a").load() is None

@@ -15,7 +15,7 @@ from hxaconv.model import layer_choice
 from hxaconv.save.command_line import option_name
 from hxaconv.selection.advice import needs
 from hxaconv.selection.schedule import Rules
-from hxaconv.selection.scores import STRATEGIES
+from hxaconv.selection.strategies import STRATEGIES
 
 CHOOSING = ("count", "strategy", "min_gap", "max_gap", "max_consecutive", "exclude", "kl_mode", "log", "save", "plot")
 TOKENS = ("input_ids", "text", "tokens", "device")
@@ -86,7 +86,7 @@ def _unwritable(values: Mapping[str, Any]) -> list[str]:
 def cache_path(values: Mapping[str, Any]) -> Path | None:
     """Where interrupted scoring keeps its state: beside what will be written, if anything is."""
     beside = values["save"] or values["out"] or values["plot"]
-    return Path(f"{beside.rstrip('/')}.scores.npz") if beside else None
+    return Path(f"{beside.rstrip('/')}.scores.safetensors") if beside else None
 
 
 def rules(values: Mapping[str, Any], num_layers: int) -> Rules | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-LOGITS_AT_ONCE = 2**20
-"""Elements of a block of logits: in float64, and with its temporaries, some 50 MB."""
+LOGITS_AT_ONCE = 2**18
+"""Elements of a block of logits: in float64, and with its temporaries, some 12 MB."""
 
 
 class Divergence:
@@ -20,19 +20,24 @@ class Divergence:
         self._moved: list[Tensor] = []
         """sum of p (z - y) over the blocks so far, z and y the logits of p and q, p by the normaliser so far."""
 
-    def add(self, p: Tensor, others: Sequence[Tensor]) -> None:
-        """The logits (tokens, block) of p and of every q over the next block."""
+    def add(
+        self, p: Tensor, count: int, logits: Callable[[int], Tensor], each: Callable[..., Iterable[None]] = map
+    ) -> None:
+        """Logits (tokens, block) of p over the next block; `logits(i)` gives those of q number i of `count`."""
         z = p.double()
         if not self._log_q:
             self._log_p = z.new_full(z.shape[:1], -torch.inf)
-            self._log_q = [self._log_p.clone() for _ in others]
-            self._moved = [torch.zeros_like(self._log_p) for _ in others]
+            self._log_q = [self._log_p.clone() for _ in range(count)]
+            self._moved = [torch.zeros_like(self._log_p) for _ in range(count)]
         before, self._log_p = self._log_p, torch.logaddexp(self._log_p, z.logsumexp(dim=-1))
         shrink, share = (before - self._log_p).exp(), (z - self._log_p[:, None]).exp()
-        for i, other in enumerate(others):
-            y = other.double()
+
+        def one(i: int) -> None:
+            y = logits(i).double()
             self._log_q[i] = torch.logaddexp(self._log_q[i], y.logsumexp(dim=-1))
             self._moved[i] = self._moved[i] * shrink + (share * (z - y)).sum(dim=-1)
+
+        list(each(one, range(count)))
 
     def result(self) -> list[Tensor]:
         """(tokens) for every q."""

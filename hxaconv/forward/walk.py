@@ -34,7 +34,7 @@ from hxaconv.model.plan import Plan, Ranges, Recipe, Scratch, has_rows, rows
 from hxaconv.save.finite import count_nonfinite
 from hxaconv.surgery.arithmetic import SERIAL_BYTES, tensor, tensor_rows, torch_dtype
 
-SLICE_BYTES = 64 * 2**20
+SLICE_BYTES = 16 * 2**20
 """Of an embedding or a head: a whole one has 1.2 GB at Reka's vocabulary."""
 LOOP_TOKENS = 64
 """Longer inputs run on the chunked recurrence."""

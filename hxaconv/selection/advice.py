@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING
 from hxaconv.errors import HxaconvError
 from hxaconv.model.layer_choice import default_count
 from hxaconv.selection.schedule import Rules
-from hxaconv.selection.scores import SPACED, STRATEGIES, Column, Pick, check_finite, check_request, pick
+from hxaconv.selection.scores import SPACED, Column, Pick, check_finite, check_request, pick
+from hxaconv.selection.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from hxaconv.forward.layer_weights import Compute
+    from hxaconv.forward.state import StateFile
     from hxaconv.model.model import Model
     from hxaconv.progress import Progress
-    from hxaconv.selection.cache import Cache
 
-TEACHER_ONLY = ("influence", "entropy", "distance", "retrieval")
 BY_THE_WAY = ("mse", "influence", "entropy", "distance")
 """Columns that come almost free with another one of the same pass."""
 
@@ -98,11 +97,7 @@ def needs(strategy: str) -> frozenset[str]:
     """
     if strategy not in STRATEGIES:
         raise HxaconvError(f"unknown strategy {strategy!r}", hint=f"Strategies: {', '.join(STRATEGIES)}.")
-    if strategy in SPACED:
-        return frozenset()
-    if strategy == "log":
-        return frozenset({"log"})
-    return frozenset({"teacher", "tokens"} | (set() if strategy in TEACHER_ONLY else {"student"}))
+    return STRATEGIES[strategy].needs
 
 
 def advise(
@@ -173,23 +168,17 @@ def _retrieval_column(
     text = ids if request.tokens_are_text else None
     separator = separator_of(teacher)
     asked, expected = sequences(teacher.config.vocab_size, text, separator=separator, seed=request.seed)
-    cache = _cache(request, {"teacher": teacher}, asked.numpy(), ["retrieval"])
-    found = retrieval(teacher, asked, expected, compute=_compute(request), cache=cache, progress=progress)
+    kept = _kept(request, {"teacher": teacher}, asked.numpy(), ["retrieval"])
+    found = retrieval(teacher, asked, expected, device=request.device, kept=kept, progress=progress)
     return Column("retrieval", found.scores, warnings=found.warnings), found.heads
 
 
-def _compute(request: Request) -> Compute:
-    from hxaconv.forward.layer_weights import Compute
-
-    return Compute(device=request.device)
-
-
-def _cache(request: Request, models: Mapping[str, Model], ids: np.ndarray, names: list[str]) -> Cache:
+def _kept(request: Request, models: Mapping[str, Model], ids: np.ndarray, names: list[str]) -> StateFile:
     from hxaconv.forward.fingerprint import fingerprint
-    from hxaconv.selection.cache import Cache
+    from hxaconv.forward.state import StateFile
 
     settings = {"strategies": names, "kl_mode": request.kl_mode}
-    return Cache(request.cache, fingerprint(models, ids, settings) if request.cache else "", request.check)
+    return StateFile(request.cache, fingerprint(models, ids, settings) if request.cache else "", request.check)
 
 
 def _swept(
@@ -197,17 +186,17 @@ def _swept(
 ) -> tuple[list[Column], dict[str, float], list[str]]:
     import torch
 
-    from hxaconv.selection.streaming import NEEDS_STUDENT, Sweep
+    from hxaconv.selection.sweep import Sweep
     from hxaconv.verification.origins import untouched_layers
 
-    along = {name for name in BY_THE_WAY if student is not None or name not in NEEDS_STUDENT}
+    along = {name for name in BY_THE_WAY if student is not None or "student" not in needs(name)}
     names = sorted(along | {request.strategy}, key=lambda name: (name != request.strategy, name))
     sweep = Sweep(
         teacher=teacher,
         student=student,
         strategies=frozenset(names),
         kl_mode=request.kl_mode,
-        compute=_compute(request),
+        device=request.device,
     )
     models = {"teacher": teacher} | ({"student": student} if student is not None else {})
     untouched = untouched_layers(student) if student is not None and request.strategy in UNCALIBRATED else ()
@@ -215,7 +204,7 @@ def _swept(
     if student is not None and untouched:
         total = student.config.num_hidden_layers
         warnings.append(UNCALIBRATED[request.strategy].format(count=len(untouched), total=total))
-    scores = sweep.run(torch.as_tensor(ids, dtype=torch.int64), _cache(request, models, ids, names), progress)
+    scores = sweep.run(torch.as_tensor(ids, dtype=torch.int64), _kept(request, models, ids, names), progress)
     columns = [Column(name, tuple(scores[name])) for name in names]
     facts = {"kl total": scores["kl total"][0]} if "kl total" in scores else {}
     if facts:

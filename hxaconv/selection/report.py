@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from hxaconv.cli.console import STRIP_WIDTH, WIDTH, strip_lines, table
 from hxaconv.cli.plots import check_plot, save_figure
 from hxaconv.model.layer_maps import LayerMap, dump, of_config
-from hxaconv.selection.scores import STRATEGIES, reasons
+from hxaconv.selection.scores import reasons
+from hxaconv.selection.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

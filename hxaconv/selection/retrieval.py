@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import llama
-from hxaconv.forward.layer_weights import Compute, embed, layer_names
+from hxaconv.forward.state import State, StateFile
+from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
 from hxaconv.model.plan import layer_bytes
 from hxaconv.progress import Progress, bar
 from hxaconv.selection.attention import copying
-from hxaconv.selection.cache import Cache
 
 LENGTH = 128
 """Tokens of u."""
@@ -86,35 +87,38 @@ def retrieval(
     ids: Tensor,
     expected: Tensor,
     *,
-    compute: Compute | None = None,
-    cache: Cache | None = None,
+    device: str = "cpu",
+    kept: StateFile | None = None,
     progress: Progress | None = None,
 ) -> Retrieval:
     """A layer scores the sum of its best max(1, H // 16) heads; one layer's weights at a time.
 
     Args:
         ids, expected: as `sequences` makes them.
-        cache: where an interrupted pass goes on.
+        kept: where an interrupted pass goes on.
     """
-    compute, cache = compute or Compute(), cache or Cache(None, "")
+    kept = kept or StateFile(None)
     config, sizes = teacher.config, [layer_bytes(teacher.plan, i) for i in range(teacher.config.num_hidden_layers)]
-    saved, expected = cache.load(), expected.to(compute.device)
-    shares = list(torch.from_numpy(saved["shares"])) if saved else []
-    x = torch.from_numpy(saved["x"]).to(compute.device) if saved else embed(teacher, ids, compute)
+    saved, expected = kept.load(device), expected.to(device)
+    with (
+        torch.no_grad(),
+        Walk({"teacher": teacher}, device=device) as walk,
+        bar(progress, "looking for copying heads", sum(sizes)) as advance,
+    ):
+        shares = list(saved[0]["shares"].cpu()) if saved else []
+        x, get = saved[0]["x"] if saved else walk["teacher"].start(ids).x, walk["teacher"].weight
 
-    def state() -> dict[str, np.ndarray]:
-        return {"shares": torch.stack(shares).numpy(), "x": x.cpu().numpy()}
+        def state() -> State:
+            return {"shares": torch.stack(shares), "x": x}, {}
 
-    with torch.inference_mode(), bar(progress, "looking for copying heads", sum(sizes)) as advance:
         advance(sum(sizes[: len(shares)]), "resumed" if saved else "")
-        for layer in range(len(shares), config.num_hidden_layers):
-            get = compute.load(teacher, layer_names(teacher, layer)).__getitem__
+        for layer in walk.layers(range(len(shares), config.num_hidden_layers)):
             found = copying(llama.input_norm(x, get, config, layer), get, config, layer, expected)
-            x = torch.cat([llama.layer(s[None], get, config, layer) for s in x])
+            x = walk.each(functools.partial(llama.layer, get=get, config=config, index=layer), x)
             shares.append(found)
             advance(sizes[layer], f"layer {layer}")
-            cache.pause(state)
-    cache.save(state())
+            kept.pause(state)
+    kept.save(*state())
     return _summary(torch.stack(shares), config.num_attention_heads)
 
 

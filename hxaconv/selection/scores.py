@@ -1,4 +1,4 @@
-"""The strategies: what each one's numbers mean, and how numbers become a choice."""
+"""How the numbers of a strategy become a choice of layers."""
 
 from __future__ import annotations
 
@@ -7,35 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from hxaconv.errors import HxaconvError
 from hxaconv.model.layer_choice import LAYER_0_REASON, uniform
-from hxaconv.selection.schedule import LOG_RULES, SOFT_RULES, Choice, Rules, choose, describe, ideal_gap, objective
+from hxaconv.selection.schedule import SOFT_RULES, Choice, Rules, choose, describe, ideal_gap, objective
+from hxaconv.selection.strategies import STRATEGIES
 
-
-@dataclass(frozen=True, slots=True)
-class Strategy:
-    """A way to rank layers. `high` says whether layers with high numbers are the ones to keep as attention."""
-
-    name: str
-    meaning: str
-    high: bool = True
-    rules: Rules = SOFT_RULES
-
-
-STRATEGIES = {
-    strategy.name: strategy
-    for strategy in (
-        Strategy("uniform", "evenly spaced, anchored at the last layer"),
-        Strategy("last", "the last layers"),
-        Strategy("log", "how hard the layer was to align in stage 1, from the training log", rules=LOG_RULES),
-        Strategy("mse", "error of the RWKV mixer on the teacher's inputs, as a share of the attention's energy"),
-        Strategy("influence", "1 - mean cosine of the block's input and output"),
-        # Sharp heads look something up, which a state of fixed size is worst at.
-        Strategy("entropy", "spread of the attention, 0 one position, 1 all alike; sharp layers stay", high=False),
-        Strategy("distance", "how far back the attention looks, 0 itself, 1 the first token"),
-        Strategy("kl", "how much nearer to the teacher's distribution attention in this layer brings the student"),
-        Strategy("retrieval", "share of copied tokens that the best heads find again"),
-    )
-}
-SPACED = ("uniform", "last")
+SPACED = tuple(name for name, strategy in STRATEGIES.items() if not strategy.needs)
 """Strategies that look at no numbers."""
 
 

@@ -259,8 +259,9 @@ class _End:
         self.total += float(difference.double().sum())
         self.best[SOURCE].add(start, a)
         self.best[OTHER].add(start, b)
-        self.from_other.add(b, [a] if zeroed is None else [a, zeroed])
-        self.from_source.add(a, [b])
+        others = [a] if zeroed is None else [a, zeroed]
+        self.from_other.add(b, len(others), others.__getitem__)
+        self.from_source.add(a, 1, [b].__getitem__)
 
     def result(self) -> LogitResult:
         """The figures, over all tokens."""
