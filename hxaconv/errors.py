@@ -13,6 +13,8 @@ class HxaconvError(Exception):
     """Wrong use or bad input: `message` says what and where, `hint` what to do about it."""
 
     exit_code = 2
+    shared = False
+    """Whether every rank of a run has it, so that one of them says it."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)

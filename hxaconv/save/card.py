@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.cli.console import STRIP_WIDTH
 from hxaconv.model.config import StudentConfig
-from hxaconv.save.records import FITTED, INITIAL, layer_states
 
 if TYPE_CHECKING:
     from hxaconv.calibration import CalibrationReport
@@ -65,20 +64,10 @@ CALIBRATED = (
 CONVERTED = "The weights are those of the checkpoint it was converted from."
 
 
-def purpose_by(history: Sequence[Mapping[str, Any]], rwkv_layers: Sequence[int]) -> str:
-    """What the steps that made a student say of its RWKV layers; empty where they do not speak of all alike."""
-    states = layer_states(history)
-    found = {states.get(layer) for layer in rwkv_layers}
-    return {INITIAL: UNTRAINED, FITTED: CALIBRATED}.get(found.pop() or "", "") if len(found) == 1 else ""
-
-
-def by_record(purpose: str) -> str:
-    """A purpose that nobody but the source's record tells of."""
-    return f"By the record of its source, {purpose[0].lower()}{purpose[1:]}" if purpose else ""
-
-
 def partly_untrained(layers: Sequence[int]) -> str:
-    """The purpose of a student some of whose RWKV layers were initialised just now."""
+    """The purpose of a student some of whose RWKV layers, if any, were initialised just now."""
+    if not layers:
+        return ""
     named = f"layer {layers[0]} is" if len(layers) == 1 else f"layers {', '.join(map(str, layers))} are"
     return (
         f"Its RWKV {named} newly initialised from the teacher's attention and not trained yet;"
@@ -135,11 +124,11 @@ def model_card(
     ).encode()
 
 
-def calibration_section(report: CalibrationReport, whose: str = "") -> str:
-    """How near the student is to its teacher, and how the fit of every layer went; `whose` goes before the figures."""
+def calibration_section(report: CalibrationReport) -> str:
+    """How near the student is to its teacher, and how the fit of every layer went."""
     kl, judging = report.distances, report.tokens - report.fitted_tokens
     text = (
-        f"{whose}Fitted to {report.fitted_tokens} of {report.tokens} tokens; the other {judging} judge. The error of a"
+        f"Fitted to {report.fitted_tokens} of {report.tokens} tokens; the other {judging} judge. The error of a"
         " layer's mixer, on the teacher's hidden states, is a share of the energy of the teacher's attention."
     )
     lines = ["## Calibration", "", text, ""]

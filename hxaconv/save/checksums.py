@@ -6,9 +6,11 @@ import hashlib
 import zlib
 from dataclasses import dataclass
 
-from hxaconv.save.finite import count_nonfinite
+from hxaconv.formats.dtypes import BY_NAME
 
 DIGESTS = ("crc32", "sha256", "none")
+_EXPONENT_BITS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
+"""A value is not finite exactly when all bits of its exponent are set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Finished:
 
 
 class Checks:
-    """Checksums and the count of values that are not finite, over the pieces of one tensor."""
+    """Checksums and the count of values that are not finite, over the chunks of one tensor."""
 
     def __init__(self, dtype: str, *, crc32: bool, sha256: bool, finite: bool = True) -> None:
         self._dtype = dtype if finite else None
@@ -37,14 +39,14 @@ class Checks:
         self._sha = hashlib.sha256() if sha256 else None
         self._nonfinite = 0
 
-    def update(self, piece: memoryview) -> None:
+    def update(self, chunk: memoryview) -> None:
         """Count in the next bytes of the tensor."""
         if self._crc is not None:
-            self._crc = zlib.crc32(piece, self._crc)
+            self._crc = zlib.crc32(chunk, self._crc)
         if self._sha is not None:
-            self._sha.update(piece)
+            self._sha.update(chunk)
         if self._dtype is not None:
-            self._nonfinite += count_nonfinite(piece, self._dtype)
+            self._nonfinite += count_nonfinite(chunk, self._dtype)
 
     def finished(self, name: str) -> Finished:
         """What was found, as that of the tensor `name`."""
@@ -57,3 +59,28 @@ class Checks:
         if now.sha256 is None and now.crc32 is None:
             return False
         return (now.crc32, now.sha256) == (earlier.crc32, earlier.sha256)
+
+
+def digest_of(data: bytes, kind: str) -> str:
+    """The digest of a small file, as those of tensors are written; sha256 where tensors have none."""
+    return f"crc32:{zlib.crc32(data):08x}" if kind == "crc32" else f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def count_nonfinite(chunk: memoryview, dtype: str) -> int:
+    """NaN and infinite values among these little-endian elements; 0 for types that have none.
+
+    Read as a signed integer, a positive value that is not finite is the largest there is; read as an unsigned
+    one, a negative value is. Two maxima without a temporary decide for all that is well.
+    """
+    exponent = _EXPONENT_BITS.get(dtype)
+    if exponent is None or not len(chunk):
+        return 0
+    import numpy as np
+
+    itemsize = BY_NAME[dtype].itemsize
+    unsigned = np.frombuffer(chunk, dtype=f"<u{itemsize}")
+    sign = 1 << (8 * itemsize - 1)
+    if int(unsigned.view(f"<i{itemsize}").max()) < exponent and int(unsigned.max()) < exponent + sign:
+        return 0
+    mask = unsigned.dtype.type(exponent)
+    return int(np.count_nonzero((unsigned & mask) == mask))

@@ -11,7 +11,7 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from hxaconv.errors import HxaconvError
@@ -118,7 +118,7 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def write_file(path: Path, data: bytes, workplace: Path) -> None:
+def write_file(path: Path, chunks: Iterable[bytes | memoryview], workplace: Path) -> None:
     """A small file, complete and synced under its name, or not there at all.
 
     It is written in the folder `workplace`, on the same file system: a crash leaves nothing beside `path`.
@@ -128,9 +128,10 @@ def write_file(path: Path, data: bytes, workplace: Path) -> None:
     fd = os.open(temporary, flags, 0o666)
     try:
         try:
-            view = memoryview(data)
-            while len(view):
-                view = view[os.write(fd, view) :]
+            for chunk in chunks:
+                view = memoryview(chunk)
+                while len(view):
+                    view = view[os.write(fd, view) :]
             sync_file(fd)
         finally:
             os.close(fd)
@@ -148,7 +149,7 @@ def write_result(path: Path, data: bytes) -> None:
         HxaconvError: when it cannot be written.
     """
     try:
-        write_file(path, data, path.parent)
+        write_file(path, [data], path.parent)
     except OSError as error:
         raise output_error(error, path, f"writing {len(data):,} bytes") from error
 

@@ -1,65 +1,175 @@
-"""The small files of an output: documents, files taken over, the index, and where every tensor comes from."""
+"""The small files of an output: written, and read back from disk before anything is published."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from hxaconv.errors import CheckFailed, raise_all
 from hxaconv.formats.json_files import PROVENANCE_NAME, as_bytes
-from hxaconv.formats.layout import FileLayout
 from hxaconv.formats.safetensors_layout import INDEX_NAME, index_json
 from hxaconv.model.plan import Scratch
 from hxaconv.save import diskio
+from hxaconv.save.checksums import Finished, digest_of
+from hxaconv.save.output import Output
 from hxaconv.save.staging import Staging
-from hxaconv.save.target import Output
+
+SMALL_BYTES = 64 * 1024
+"""Records of a zip that are read back whole."""
 
 
-def write_documents(staging: Staging, output: Output, files: Sequence[FileLayout]) -> None:
+def write_documents(staging: Staging, output: Output) -> None:
     """Files taken over, documents (config.json is the last of them), and then the index.
 
     Raises:
         OSError: naming the file.
     """
-    scratch = Scratch()
+    buffers = Scratch()
     for name, file in output.copied_files.items():
-        _write(staging, name, b"".join(bytes(piece) for piece in file.pieces(0, file.size, scratch.read)))
-    for name, data in output.documents.items():
-        _write(staging, name, data)
-    if output.container == "safetensors" and len(files) > 1:
-        _write(staging, INDEX_NAME, index_json(output.tensors, files))
+        _write(staging, name, file.pieces(0, file.size, buffers.read))
+    for name, data in _documents(output).items():
+        _write(staging, name, [data])
+
+
+def _documents(output: Output) -> dict[str, bytes]:
+    """The documents as they are to stand on disk before there is a verdict."""
+    if not output.is_folder or len(output.files) < 2:
+        return dict(output.documents)
+    return {**output.documents, INDEX_NAME: index_json(output.tensors, output.files)}
 
 
 def write_provenance(
     staging: Staging,
     output: Output,
-    digests: Mapping[str, str | None],
-    nonfinite: Mapping[str, int],
+    tensors: Mapping[str, Finished],
     verification: Mapping[str, Any] | None,
+    digest: str,
 ) -> None:
-    """hxaconv.json, or the sidecar's key `hxaconv`: what was done, and what every tensor is.
+    """hxaconv.json, or the sidecar's key `hxaconv`: what was done, and what every tensor and small file is.
 
     Raises:
         OSError: naming the file.
     """
     entries: dict[str, dict[str, str]] = {}
     for name, recipe in output.tensors.items():
-        digest = digests[name]
-        entries[name] = {"origin": recipe.origin} | ({"digest": digest} if digest else {})
+        found = tensors[name].digest(digest)
+        entries[name] = {"origin": recipe.origin} | ({"digest": found} if found else {})
     provenance = {**output.provenance, "verification": verification, "tensors": entries}
+    if digest != "none":
+        provenance["files"] = _file_digests(staging, output, digest)
+    nonfinite = {name: tensor.nonfinite for name, tensor in tensors.items() if tensor.nonfinite}
     if nonfinite:
-        provenance["nonfinite"] = dict(nonfinite)
-    if output.container == "safetensors":
-        _write(staging, PROVENANCE_NAME, as_bytes(provenance))
-        return
-    sidecar = json.loads(output.documents.get(output.sidecar_name, b"{}"))
-    _write(staging, output.sidecar_name, as_bytes({**sidecar, "hxaconv": provenance}))
+        provenance["nonfinite"] = nonfinite
+    name, document = PROVENANCE_NAME, provenance
+    if not output.is_folder:
+        settings = json.loads(output.documents.get(output.sidecar_name, b"{}"))
+        name, document = output.sidecar_name, {**settings, "hxaconv": provenance}
+    _write(staging, name, [as_bytes(document)])
+    read = json.loads((staging.content / name).read_bytes())
+    raise_all(
+        f"{staging.content / name} is not what was written:",
+        [key for key in {*read, *document} if read.get(key) != json.loads(json.dumps(document.get(key)))],
+        kind=CheckFailed,
+    )
 
 
-def _write(staging: Staging, name: str, data: bytes) -> None:
+def _file_digests(staging: Staging, output: Output, kind: str) -> dict[str, str]:
+    """Small files by name; the settings in a sidecar stand for it, since the digests are in it."""
+    names = [*output.copied_files, *_documents(output)]
+    found = {name: digest_of((staging.content / name).read_bytes(), kind) for name in names}
+    if not output.is_folder:
+        settings = json.loads((staging.content / output.sidecar_name).read_bytes())
+        found[output.sidecar_name] = settings_digest(settings, kind)
+    return found
+
+
+def settings_digest(sidecar: Mapping[str, Any], kind: str) -> str:
+    """The digest of a sidecar's settings: all of it but the key `hxaconv`."""
+    settings = {key: value for key, value in sidecar.items() if key != "hxaconv"}
+    return digest_of(json.dumps(settings, sort_keys=True).encode(), kind)
+
+
+def read_back(staging: Staging, output: Output, tensors: Mapping[str, Finished]) -> None:
+    """Compare what stands on disk with what was to be written: documents, names, shapes, dtypes, places, checksums.
+
+    Headers and directories are read by code that shares nothing with what wrote them.
+
+    Raises:
+        CheckFailed: listing everything that differs.
+    """
+    content, problems = staging.content, []
+    for name, data in _documents(output).items():
+        if (content / name).read_bytes() != data:
+            problems.append(f"{name} is not what was written")
+    for name, file in output.copied_files.items():
+        problems += _size_problem(content / name, file.size)
+    for layout in output.files:
+        wrong = _size_problem(content / layout.name, layout.size)
+        if not wrong and output.is_folder:
+            wrong = _unlike(
+                _safetensors_tensors(content / layout.name),
+                {
+                    fill.name: [fill.recipe.dtype, [*fill.recipe.shape], fill.offset, fill.offset + fill.recipe.nbytes]
+                    for fill in layout.fills
+                },
+                layout.name,
+            )
+        elif not wrong:
+            wrong = _unlike(
+                _zip_tensors(content / layout.name),
+                {f"data/{i}": [tensors[fill.name].crc32, fill.recipe.nbytes] for i, fill in enumerate(layout.fills)},
+                layout.name,
+            )
+        problems += wrong
+    raise_all(f"{content}: on disk is not what was to be written:", problems, kind=CheckFailed)
+
+
+def _size_problem(path: Path, expected: int) -> list[str]:
+    size = path.stat().st_size
+    return [] if size == expected else [f"{path.name} has {size:,} bytes, expected {expected:,}"]
+
+
+def _unlike(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> list[str]:
+    return [
+        f"{where}: {name} is {found.get(name, 'not there')}, expected {wanted.get(name, 'nothing')}"
+        for name in dict.fromkeys([*wanted, *found])
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+def _safetensors_tensors(path: Path) -> dict[str, list[Any]]:
+    """Name -> dtype, shape, first and last byte in the file, by the format's own description.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: [entry["dtype"], entry["shape"], *(8 + length + offset for offset in entry["data_offsets"])]
+        for name, entry in header.items()
+    }
+
+
+def _zip_tensors(path: Path) -> dict[str, list[Any]]:
+    """Record -> CRC-32 and size of the tensors in a `.pth`, by Python's zipfile, which compares those it reads."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        for info in entries.values():
+            if info.file_size <= SMALL_BYTES:
+                archive.read(info)
+    return {name: [info.CRC, info.file_size] for name, info in entries.items() if name.startswith("data/")}
+
+
+def _write(staging: Staging, name: str, chunks: Iterable[bytes | memoryview]) -> None:
     path = staging.content / name
     try:
-        diskio.write_file(path, data, staging.path)
+        diskio.write_file(path, chunks, staging.path)
     except OSError as error:
         error.filename = path  # not all calls know it
         raise

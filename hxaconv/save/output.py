@@ -1,69 +1,55 @@
-"""From a student model to everything its output will hold: names, documents, provenance."""
+"""From a student to everything its output will hold: stored names, files laid out, documents, provenance."""
 
 from __future__ import annotations
 
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError
+from hxaconv.formats import safetensors_layout, torchzip_layout
+from hxaconv.formats.files import SourceFile
 from hxaconv.formats.json_files import as_bytes
-from hxaconv.model.config import StudentConfig
+from hxaconv.formats.layout import FileLayout
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, is_attention, stored_name
-from hxaconv.model.plan import Plan, with_origin
+from hxaconv.model.plan import Plan, source_files, with_origin
 from hxaconv.save.card import model_card
 from hxaconv.save.command_line import command_line, version
 from hxaconv.save.records import history_of
 from hxaconv.save.student_json import loadmodel_body, student_json
-from hxaconv.save.target import Output
 
 if TYPE_CHECKING:
-    from hxaconv.formats.files import SourceFile
     from hxaconv.formats.safetensors_layout import Shard
     from hxaconv.model.model import Checkpoint
 
 FORMATS = {"hf": "hf", "pth": "rwkv", "training": "training"}
-"""Output format -> dialect of its names."""
+"""Output format -> key format of its names."""
 
 CODE_FILES = ("configuration_hxa079.py", "modeling_hxa079.py")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What a command wants written: the student, where, how, and the story of it."""
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is told of how an output was made: in hxaconv.json, in the model card, and to whoever resumes."""
 
     command: str
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
     """The command's own arguments, as JSON: recorded for --resume, published with bare names for paths."""
-    defaults: Mapping[str, Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     """What the command takes for an argument that is not given."""
-    student: Model
-    target: Path
-    format: str
-    dtype: str
-    max_shard_bytes: int
-    sources: Mapping[str, Checkpoint]
+    sources: Mapping[str, Checkpoint] = field(default_factory=dict)
     """Role (teacher, source, ...) -> the checkpoint opened for it."""
-    base_model: str | None
-    purpose: str
+    base_model: str | None = None
+    purpose: str = ""
     section: str = ""
     """One more section of the model card, Markdown."""
-    all_tensors: bool = False
-    """Whether a `training` output holds all tensors, not attention alone."""
-    copy_code: bool = False
-    shards: Sequence[Shard] | None = None
-    """For hf: a sharding to keep; None: by size."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def everything(self) -> bool:
-        """Whether all of the student's tensors are written."""
-        return self.all_tensors or self.format != "training"
+    """More of hxaconv.json."""
 
     @property
     def command_line(self) -> str:
@@ -71,114 +57,212 @@ class Job:
         return command_line(self.command, self.options, self.defaults)
 
 
-def build_output(job: Job) -> Output:
-    """The output of a job, complete but for the bytes.
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Everything that a finished target will hold, decided before its first byte."""
+
+    target: Path
+    """The folder (hf) or the file that will appear."""
+    format: str
+    """One of FORMATS."""
+    tensors: Plan
+    """Names as stored, in order on disk."""
+    files: tuple[FileLayout, ...]
+    """The weight files, laid out."""
+    documents: Mapping[str, bytes]
+    """Small files by name: in the folder, or, for a file, beside it."""
+    copied_files: Mapping[str, SourceFile] = field(default_factory=dict)
+    """Files taken over from the source as they are (tokenizer); folders only."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Published as hxaconv.json, or under the key `hxaconv` of the sidecar; no times, no run options."""
+    record: Record
+    student: Model | None = None
+    """None where tensors are written that are no model's."""
+    dtype: str = ""
+    """The float dtype that its config names."""
+    whole: bool = True
+    """Whether all of the student's tensors are written, not attention alone."""
+    copy_code: bool = False
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of safetensors files; else one zip file."""
+        return self.format == "hf"
+
+    @property
+    def sidecar_name(self) -> str:
+        """The JSON file beside a `.pth`."""
+        return f"{self.target.stem}.json"
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weight files."""
+        return sum(layout.size for layout in self.files)
+
+    @property
+    def source_roots(self) -> list[Path]:
+        """Folders and files the sources were opened from: the target may not be one of them, nor inside one."""
+        return [source.root for source in self.record.sources.values() if source.root is not None]
+
+    def sources(self) -> list[SourceFile]:
+        """Every file that will be read."""
+        return list(dict.fromkeys([*source_files(self.tensors), *self.copied_files.values()]))
+
+    def refilled(self, student: Model, record: Record) -> Output:
+        """The same files with the values of another student: of the same names, shapes and dtypes."""
+        tensors = stored_plan(student.plan, self.format, whole=self.whole)
+        assert {n: (r.dtype, r.shape) for n, r in tensors.items()} == {
+            n: (r.dtype, r.shape) for n, r in self.tensors.items()
+        }
+        files = tuple(
+            replace(layout, fills=tuple(replace(fill, recipe=tensors[fill.name]) for fill in layout.fills))
+            for layout in self.files
+        )
+        changed = replace(self, student=student, record=record, tensors=tensors, files=files)
+        return replace(changed, documents=_documents(changed), provenance=_provenance(changed))
+
+
+def lay_out(
+    student: Model,
+    target: Path,
+    *,
+    format: str,
+    dtype: str,
+    record: Record,
+    max_shard_bytes: int = 5_000_000_000,
+    all_tensors: bool = False,
+    copy_code: bool = False,
+    shards: Sequence[Shard] | None = None,
+) -> Output:
+    """The output of a student, complete but for the bytes.
+
+    `dtype` is what its config names; `all_tensors` are written to a `training` output only where asked for;
+    `shards` is a sharding of a folder to keep, None one by size.
 
     Raises:
-        HxaconvError: for a target that does not fit the format.
+        HxaconvError: for a target that does not fit the format, and tensors that the container cannot hold.
     """
-    if job.format not in FORMATS:
-        raise HxaconvError(f"--format {job.format!r} is not known", hint=f"It takes {', '.join(FORMATS)}.")
-    folder = job.format == "hf"
-    # RWKV-Infer takes a path for a file only where its name says .pth; trainers are not so particular.
-    if not folder and job.target.suffix not in ((".pth",) if job.format == "pth" else (".pth", ".pt", ".bin")):
-        raise HxaconvError(f"{job.target}: a {job.format} output is one file", hint="Name it OUT.pth.")
-    if folder and job.target.suffix in (".pth", ".pt", ".bin", ".safetensors"):
-        other = "`hxaconv to-pth`" if job.command == "to-hf" else "--format pth"
-        raise HxaconvError(f"{job.target}: an hf output is a folder", hint=f"Leave the suffix off, or use {other}.")
-    for word in (*shlex.split(job.command_line), job.target.name):
-        if not _is_text(word):
-            raise HxaconvError(
-                f"{os.fsencode(word)!r} in the command is not UTF-8, and could not be recorded",
-                hint="Rename that file or folder first.",
-            )
-    config = job.student.student
-    document = student_json(config, job.student.raw, job.dtype)
-    return Output(
-        target=job.target,
-        container="safetensors" if folder else "pth",
-        tensors=stored_plan(job.student.plan, job.format, everything=job.everything),
-        max_shard_bytes=job.max_shard_bytes,
-        documents=_folder_documents(job, document) if folder else _sidecar(job, config, document),
-        copied_files=_companions(job) if folder else {},
-        provenance=_provenance(job),
-        command=job.command,
-        options=job.options,
-        shards=job.shards if folder else None,
-        ordered_dict=job.format != "training",
-        source_roots=[source.root for source in job.sources.values() if source.root is not None],
+    _check_target(target, format, record)
+    whole = all_tensors or format != "training"
+    tensors = stored_plan(student.plan, format, whole=whole)
+    output = Output(
+        target=target,
+        format=format,
+        tensors=tensors,
+        files=layouts(target, format, tensors, max_shard_bytes, shards),
+        documents={},
+        record=record,
+        student=student,
+        dtype=dtype,
+        whole=whole,
+        copy_code=copy_code,
+    )
+    return replace(
+        output,
+        documents=_documents(output),
+        copied_files=_companions(output) if output.is_folder else {},
+        provenance=_provenance(output),
     )
 
 
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def layouts(
+    target: Path, format: str, tensors: Plan, max_shard_bytes: int, shards: Sequence[Shard] | None = None
+) -> tuple[FileLayout, ...]:
+    """The weight files of an output.
+
+    Raises:
+        HxaconvError: when the container cannot hold the tensors.
+    """
+    if format != "hf":
+        # Trainers save a plain dict; what RWKV-Infer loads is an OrderedDict.
+        return (torchzip_layout.file_layout(target.name, tensors, ordered=format != "training"),)
+    if shards is not None:
+        return safetensors_layout.given_layouts(tensors, shards)
+    return safetensors_layout.shard_layouts(tensors, max_shard_bytes)
 
 
-def stored_plan(plan: Plan, format: str, *, everything: bool = True) -> Plan:
+def stored_plan(plan: Plan, format: str, *, whole: bool = True) -> Plan:
     """The plan under the names of its output format; a `.pth` always gets an explicit head."""
-    dialect = FORMATS[format]
-    if format == "training" and not everything:
+    if format == "training" and not whole:
         plan = {name: recipe for name, recipe in plan.items() if is_attention(name)}
     if format == "pth" and HEAD not in plan:
         plan = plan | {HEAD: with_origin(plan[EMBEDDING], f"{plan[EMBEDDING].origin} (tied head written out)")}
-    return {stored_name(name, dialect): recipe for name, recipe in plan.items()}
+    return {stored_name(name, FORMATS[format]): recipe for name, recipe in plan.items()}
 
 
-def _folder_documents(job: Job, document: Mapping[str, Any]) -> dict[str, bytes]:
+def _check_target(target: Path, format: str, record: Record) -> None:
+    if format not in FORMATS:
+        raise HxaconvError(f"--format {format!r} is not known", hint=f"It takes {', '.join(FORMATS)}.")
+    # RWKV-Infer takes a path for a file only where its name says .pth; trainers are not so particular.
+    if format != "hf" and target.suffix not in ((".pth",) if format == "pth" else (".pth", ".pt", ".bin")):
+        raise HxaconvError(f"{target}: a {format} output is one file", hint="Name it OUT.pth.")
+    if format == "hf" and target.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+        other = "`hxaconv to-pth`" if record.command == "to-hf" else "--format pth"
+        raise HxaconvError(f"{target}: an hf output is a folder", hint=f"Leave the suffix off, or use {other}.")
+    for word in (*shlex.split(record.command_line), target.name):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise HxaconvError(
+                f"{os.fsencode(word)!r} in the command is not UTF-8, and could not be recorded",
+                hint="Rename that file or folder first.",
+            ) from None
+
+
+def _documents(output: Output) -> dict[str, bytes]:
+    """The model card, the modelling code and config.json of a folder; the sidecar of a file."""
+    assert output.student is not None
+    config, record = output.student.student, output.record
+    settings = student_json(config, output.student.raw, output.dtype)
+    if not output.is_folder:
+        settings = {key: value for key, value in settings.items() if key not in ("auto_map", "architectures")}
+        if output.format == "pth":
+            settings |= {"rwkv_infer_loadmodel": loadmodel_body(config, output.target.name)}
+        return {output.sidecar_name: as_bytes(settings)}
     code = resources.files("hxaconv") / "model" / "hf"
     documents = {name: (code / name).read_bytes() for name in CODE_FILES}
     documents["README.md"] = model_card(
-        job.student.student,
-        base_model=job.base_model,
-        taught="teacher" in job.sources,
-        purpose=job.purpose,
-        section=job.section,
-        how=f"`{job.command_line}` with hxaconv {version()}.",
-        raw=job.student.raw,
+        config,
+        base_model=record.base_model,
+        taught="teacher" in record.sources,
+        purpose=record.purpose,
+        section=record.section,
+        how=f"`{record.command_line}` with hxaconv {version()}.",
+        raw=output.student.raw,
     )
-    return documents | {"config.json": as_bytes(document)}
+    return documents | {"config.json": as_bytes(settings)}
 
 
-def _sidecar(job: Job, config: StudentConfig, document: Mapping[str, Any]) -> dict[str, bytes]:
-    facts = {key: value for key, value in document.items() if key not in ("auto_map", "architectures")}
-    if job.format == "pth":
-        facts |= {"rwkv_infer_loadmodel": loadmodel_body(config, job.target.name)}
-    return {f"{job.target.stem}.json": as_bytes(facts)}
-
-
-def _companions(job: Job) -> dict[str, SourceFile]:
+def _companions(output: Output) -> dict[str, SourceFile]:
     """Tokenizer and generation files of the sources, the first that has one wins; code only on request."""
     found: dict[str, SourceFile] = {}
-    for checkpoint in job.sources.values():
+    for checkpoint in output.record.sources.values():
         for name, file in checkpoint.companions.items():
             found.setdefault(name, file)
-        if job.copy_code:
+        if output.copy_code:
             for name, file in checkpoint.code_files.items():
                 if name not in CODE_FILES:
                     found.setdefault(name, file)
     return found
 
 
-def _provenance(job: Job) -> dict[str, Any]:
-    config = job.student.student
+def _provenance(output: Output) -> dict[str, Any]:
+    assert output.student is not None
+    config = output.student.student
     return {
         "hxaconv": version(),
-        "command_line": job.command_line,
-        "sources": {role: _source(checkpoint) for role, checkpoint in job.sources.items()},
-        "format": job.format,
+        "command_line": output.record.command_line,
+        "sources": {role: _source(checkpoint) for role, checkpoint in output.record.sources.items()},
+        "format": output.format,
         "variant": config.rwkv_architecture,
         "gqa_layers": list(config.gqa_layers),
-        **job.extra,
+        **output.record.extra,
     }
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     files = [{"name": f.name, "bytes": f.size, "header_sha256": f.header_digest} for f in checkpoint.files]
     name = checkpoint.repo or Path(checkpoint.label).name
-    story: dict[str, Any] = {"name": name, "revision": checkpoint.revision, "files": files}
+    described: dict[str, Any] = {"name": name, "revision": checkpoint.revision, "files": files}
     history = history_of(checkpoint)
-    return story | {"history": history} if history else story
+    return described | {"history": history} if history else described

@@ -10,13 +10,14 @@ from pathlib import Path
 from hxaconv.errors import HxaconvError, raise_all, shortened
 from hxaconv.formats.files import SourceFile
 from hxaconv.formats.json_files import read_sidecar
-from hxaconv.formats.layout import FileLayout
 from hxaconv.save import diskio
+from hxaconv.save.output import Output
 from hxaconv.save.staging import Staging, stagings_at
-from hxaconv.save.target import Output
 
 SLACK_BYTES, SLACK_BYTES_PER_TENSOR = 256 * 1024, 1024
 """For journal, index, provenance and the file system's own blocks."""
+LONGEST_NAME = 255
+"""Bytes of a file's name on the file systems in use."""
 _REPLACEABLE = re.compile(
     r"(model|pytorch_model)((-\d{5}-of-\d{5})?\.(safetensors|bin)|\.(safetensors|bin)\.index\.json)"
     r"|(hxaconv|config|generation_config|preprocessor_config|processor_config|chat_template)\.json"
@@ -25,19 +26,16 @@ _REPLACEABLE = re.compile(
     r"|(configuration|modeling|tokenization|processing|image_processing)_\w+\.py"
 )
 """Names in a checkpoint's folder: what this package, transformers and downloads from the Hub put there."""
-_WITHOUT_LINKS = ("vfat", "msdos", "fat", "exfat")
-_LARGEST_FILE = {"vfat": 0xFFFFFFFF, "msdos": 0xFFFFFFFF, "fat": 0xFFFFFFFF}
 
 
-def bytes_needed(output: Output, files: Sequence[FileLayout]) -> int:
+def bytes_needed(output: Output) -> int:
     """Disk space that writing an output takes; a source's file that can be linked takes none."""
     documents = sum(len(data) for data in output.documents.values())
     copied = sum(file.size for file in output.copied_files.values())
     slack = SLACK_BYTES + SLACK_BYTES_PER_TENSOR * len(output.tensors)
-    mirrored = [layout for layout in files if layout.mirror is not None]
-    links = bool(mirrored) and _file_system(output.target.parent) not in _WITHOUT_LINKS
-    linked = sum(layout.size for layout in mirrored if links and _same_device(layout.mirror, output.target.parent))
-    return sum(layout.size for layout in files) - linked + documents + copied + slack
+    parent = output.target.parent
+    linked = sum(layout.size for layout in output.files if _same_device(layout.mirror, parent))
+    return output.nbytes - linked + documents + copied + slack
 
 
 def _same_device(file: SourceFile | None, folder: Path) -> bool:
@@ -50,51 +48,45 @@ def _same_device(file: SourceFile | None, folder: Path) -> bool:
         return False
 
 
-def check_place(output: Output, files: Sequence[FileLayout], staging: Staging, *, overwrite: bool) -> None:
+def check_place(output: Output, staging: Staging, *, overwrite: bool) -> None:
     """Refuse a place that nothing may be written to, not even a lock.
 
     Raises:
         HxaconvError: listing every problem, those that `check` would find as well.
     """
-    problems = [*_place_problems(output), *_name_problems(output, files, staging)]
+    problems = _place_problems(output, staging)
     if problems and output.target.parent.is_dir():
-        problems += _content_problems(output, files, staging, overwrite)
+        problems += _content_problems(output, staging, overwrite)
     _refuse(output, problems)
 
 
-def check(output: Output, files: Sequence[FileLayout], staging: Staging, *, overwrite: bool) -> None:
+def check(output: Output, staging: Staging, *, overwrite: bool) -> None:
     """Refuse what is in the way, and what does not fit.
 
     Raises:
         HxaconvError: listing every problem.
     """
-    _refuse(output, _content_problems(output, files, staging, overwrite))
+    _refuse(output, _content_problems(output, staging, overwrite))
 
 
 def _refuse(output: Output, problems: Sequence[str]) -> None:
     raise_all(f"{output.target} cannot be written:", problems, hint="Nothing was written.")
 
 
-def _content_problems(output: Output, files: Sequence[FileLayout], staging: Staging, overwrite: bool) -> list[str]:
-    return [
-        *_existing_problems(output, staging, overwrite),
-        *_space_problems(output, files, staging),
-    ]
+def _content_problems(output: Output, staging: Staging, overwrite: bool) -> list[str]:
+    return [*_existing_problems(output, staging, overwrite), *_space_problems(output, staging)]
 
 
-def _place_problems(output: Output) -> list[str]:
+def _place_problems(output: Output, staging: Staging) -> list[str]:
     parent = output.target.parent
     if not parent.is_dir():
         return [f"{parent} is not a folder; create it first (mkdir -p)"]
     problems = []
     if not os.access(parent, os.W_OK | os.X_OK):
         problems.append(f"{parent} is not writable for this user")
-    return problems + _overlap_problems(output)
-
-
-def _overlap_problems(output: Output) -> list[str]:
+    if len(os.fsencode(staging.path.name)) > LONGEST_NAME:
+        problems.append(f"its name with the suffix of the work folder is longer than {LONGEST_NAME} bytes")
     target = output.target.resolve()
-    problems = []
     for path in _source_paths(output):
         if path == target:
             problems.append(f"it is the source {path} itself")
@@ -124,7 +116,7 @@ def _existing_problems(output: Output, staging: Staging, overwrite: bool) -> lis
             problems.append(f"{final} exists; choose another name, or add --overwrite")
         elif final.is_symlink():
             problems.append(f"{final} is a symbolic link; name the place it points to, or remove it")
-        elif final == output.target and output.container == "safetensors":
+        elif final == output.target and output.is_folder:
             problems += _folder_problems(final, {*output.documents, *output.copied_files})
         elif not final.is_file():
             problems.append(f"{final} is not a file")
@@ -159,58 +151,9 @@ def _sidecar_problems(path: Path) -> list[str]:
     return [f"--overwrite would replace {path}, which is no sidecar of a .pth; move it away"]
 
 
-def _name_problems(output: Output, files: Sequence[FileLayout], staging: Staging) -> list[str]:
+def _space_problems(output: Output, staging: Staging) -> list[str]:
     parent = output.target.parent
-    problems = []
-    longest = _pathconf(parent, "PC_NAME_MAX")
-    if longest is not None and len(os.fsencode(f"{staging.path.name}")) > longest:
-        problems.append(f"its name with the suffix of the work folder is longer than {longest} bytes")
-    limit, why = _largest_file(parent)
-    problems += [
-        f"{layout.name} has {layout.size:,} bytes, {why} holds at most {limit:,} per file; lower --max-shard-size"
-        for layout in files
-        if limit is not None and layout.size > limit
-    ]
-    return problems
-
-
-def _pathconf(folder: Path, name: str) -> int | None:
-    try:
-        return os.pathconf(folder, name)
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def _largest_file(folder: Path) -> tuple[int | None, str]:
-    """Bytes that one file may have here, and who says so."""
-    kind = _file_system(folder)
-    if kind in _LARGEST_FILE:
-        return _LARGEST_FILE[kind], f"a {kind} file system"
-    try:
-        import resource
-    except ImportError:
-        return None, ""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    return (None, "") if limit == resource.RLIM_INFINITY else (limit, "this process (ulimit -f)")
-
-
-def _file_system(folder: Path) -> str | None:
-    """The kind of file system a folder is on, where /proc says it."""
-    try:
-        lines = Path("/proc/mounts").read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return None
-    best, kind = "", None
-    for mount_point, name in (line.split()[1:3] for line in lines if len(line.split()) >= 3):
-        inside = folder.is_relative_to(mount_point.replace("\\040", " "))
-        if inside and len(mount_point) >= len(best):
-            best, kind = mount_point, name
-    return kind
-
-
-def _space_problems(output: Output, files: Sequence[FileLayout], staging: Staging) -> list[str]:
-    parent = output.target.parent
-    needed = bytes_needed(output, files)
+    needed = bytes_needed(output)
     there = min(staging.allocated_bytes(), needed)
     free = diskio.free_bytes(parent)
     if free >= needed - there:

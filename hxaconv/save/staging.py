@@ -1,7 +1,7 @@
 """Where an output grows until it is complete: `OUT.partial-<id>/` beside the target.
 
-    OUT.partial-<id>/plan.json     what is being written, and the command that computes it again
-    OUT.partial-<id>/journal*      what is on disk already, one journal per process
+    OUT.partial-<id>/plan.json     what is being written, by which command
+    OUT.partial-<id>/journal*      what is on disk already, one journal per rank
     OUT.partial-<id>/content/      the files, as they will be published
     OUT.partial-<id>/publishing    present while files are being renamed into place
     OUT.partial-<id>/replaced/     what stood there before
@@ -22,20 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from hxaconv.errors import HxaconvError, bullet_list, raise_all
+from hxaconv.formats.files import SourceFile, write_from
 from hxaconv.formats.layout import FileLayout
 from hxaconv.save import diskio
-from hxaconv.save.source_fingerprint import components, differences, fingerprint
-from hxaconv.save.target import Output
+from hxaconv.save.output import Output
+from hxaconv.save.plan_record import differences, fingerprint, plan_of
 
 RECORD_NAME = "plan.json"
 _MARKER = "publishing"
 _REPLACED = "replaced"
 _CONTENT = "content"
-_PATHS = {
-    **dict.fromkeys(("source", "teacher", "other"), (os.path.isfile, os.path.isdir)),
-    **dict.fromkeys(("layer_map", "layers", "input_ids", "text"), (os.path.isfile,)),
-}
-"""Options that may name a file or a folder, and what it then is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +40,7 @@ class Staging:
 
     path: Path
     target: Path
-    container: str
+    is_folder: bool
     beside: tuple[str, ...]
     """Files published beside the target, before it (the sidecar of a `.pth`)."""
 
@@ -56,7 +52,7 @@ class Staging:
     @property
     def checkpoint(self) -> Path:
         """The staged output as a checkpoint that can be opened: a folder, or a `.pth` file."""
-        return self.content if self.container == "safetensors" else self.content / self.target.name
+        return self.content if self.is_folder else self.content / self.target.name
 
     def moves(self) -> list[tuple[Path, Path]]:
         """From where to where publishing renames; the target itself comes last."""
@@ -74,16 +70,16 @@ class Staging:
         return total
 
     def create(self, record: dict[str, Any]) -> None:
-        """Make the folder, and record the plan unless another part has.
+        """Make the folder, and record the plan.
 
         Raises:
-            OSError: when the disk has no room for that; the folder is gone then, if nobody else has used it.
+            OSError: when the disk has no room for that; the folder is gone then, if nothing else is in it.
         """
         path = self.path / RECORD_NAME
         try:
             self.content.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                diskio.write_file(path, (json.dumps(record, indent=1, default=str) + "\n").encode(), self.path)
+                diskio.write_file(path, [json.dumps(record, indent=1, default=str).encode()], self.path)
                 diskio.sync_folder(self.path)
                 diskio.sync_folder(self.path.parent)
         except OSError:
@@ -92,33 +88,85 @@ class Staging:
                     folder.rmdir()
             raise
 
+    def reserve(self, files: Sequence[FileLayout], total: int) -> None:
+        """Give every file its size, its disk space where the file system can, and its headers.
+
+        Raises:
+            HxaconvError: when there is no room for them; `total` bytes are what the whole output takes.
+        """
+        for layout in files:
+            path = self.content / layout.name
+            try:
+                if layout.mirror is not None:
+                    _link_or_copy(layout.mirror, path)
+                else:
+                    _reserve(layout, path)
+            except OSError as error:
+                raise diskio.output_error(error, path, f"reserving {layout.size} bytes", total) from error
+
+    def seal(self, layout: FileLayout, crcs: Mapping[str, int]) -> None:
+        """Write what depends on the tensors' checksums, and sync the file with all that is in it.
+
+        Raises:
+            OSError: when the system refuses, or the file is not what it should be.
+        """
+        path = self.content / layout.name
+        fd = os.open(path, (os.O_RDONLY if layout.mirror else os.O_RDWR) | getattr(os, "O_BINARY", 0))
+        try:
+            for offset, data in layout.seal(crcs) if layout.seal is not None else ():
+                write_from(fd, memoryview(data), offset)
+            diskio.sync_file(fd)
+        except OSError as error:
+            error.filename = path
+            raise
+        finally:
+            os.close(fd)
+
     def remove(self) -> None:
         """Delete the folder with everything in it, as far as possible."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def plan_record(output: Output, files: Sequence[FileLayout], digest: str) -> dict[str, Any]:
+def _reserve(layout: FileLayout, path: Path) -> None:
+    existed = path.exists()
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        diskio.reserve(fd, layout.size)
+        for offset, data in layout.segments:
+            write_from(fd, memoryview(data), offset)
+    except OSError:
+        if not existed:
+            # A failed reservation keeps all the free space it found.
+            path.unlink()
+        raise
+    finally:
+        os.close(fd)
+
+
+def _link_or_copy(source: SourceFile, path: Path) -> None:
+    """Make `path` the same file as the source, or, where there are no links, a complete copy of it."""
+    source.open()
+    assert source.path is not None
+    if path.exists():
+        return
+    try:
+        os.link(source.path, path)
+    except OSError:
+        copy = path.with_name(f"{path.name}.copying")
+        shutil.copyfile(source.path, copy)
+        with open(copy, "rb+") as file:
+            diskio.sync_file(file.fileno())
+        os.replace(copy, path)
+
+
+def plan_record(output: Output, digest: str) -> dict[str, Any]:
     """What `plan.json` says."""
-    plan = components(output, files, digest)
-    options = _from_anywhere(output.options)
-    return {"command": output.command, "options": options, "beside": _beside(output), "plan": plan}
-
-
-def _from_anywhere(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that mean the same in any working directory: files and folders by their full paths."""
-    full: dict[str, Any] = {}
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            full[key] = _from_anywhere(value)
-        elif isinstance(value, str) and any(is_one(value) for is_one in _PATHS.get(key, ())):
-            full[key] = os.path.abspath(value)
-        else:
-            full[key] = value
-    return full
+    command, options = output.record.command, dict(output.record.options)
+    return {"command": command, "options": options, "beside": _beside(output), "plan": plan_of(output, digest)}
 
 
 def _beside(output: Output) -> list[str]:
-    if output.container == "safetensors":
+    if output.is_folder:
         return []
     return list(dict.fromkeys([*output.documents, *output.copied_files, output.sidecar_name]))
 
@@ -126,7 +174,7 @@ def _beside(output: Output) -> list[str]:
 def staging_of(output: Output, record: dict[str, Any]) -> Staging:
     """The staging folder of a plan, whether it exists or not."""
     path = output.target.with_name(f"{output.target.name}.partial-{fingerprint(record['plan'])[:12]}")
-    return Staging(path, output.target, output.container, tuple(record["beside"]))
+    return Staging(path, output.target, output.is_folder, tuple(record["beside"]))
 
 
 def stagings_at(target: Path) -> list[Staging]:
@@ -135,12 +183,16 @@ def stagings_at(target: Path) -> list[Staging]:
     for path in sorted(target.parent.glob(f"{_escaped(target.name)}.partial-*")):
         record = read_record(path)
         if record is not None:
-            found.append(Staging(path, target, record["plan"]["container"], tuple(record["beside"])))
+            found.append(Staging(path, target, record["plan"]["folder"], tuple(record["beside"])))
     return found
 
 
 def _escaped(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+_RECORD_TYPES: dict[str, type] = {"command": str, "options": dict, "beside": list, "plan": dict}
+_PLAN_TYPES: dict[str, type] = {"folder": bool, "digest": str, "sources": dict, "provenance": dict}
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -150,10 +202,6 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return record if _has(record, _RECORD_TYPES) and _has(record["plan"], _PLAN_TYPES) and _all_beside(record) else None
-
-
-_RECORD_TYPES: dict[str, type] = {"command": str, "options": dict, "beside": list, "plan": dict}
-_PLAN_TYPES: dict[str, type] = {"container": str, "digest": str, "sources": dict, "provenance": dict}
 
 
 def _has(value: Any, types: Mapping[str, type]) -> bool:
@@ -195,7 +243,7 @@ def publish(staging: Staging, *, overwrite: bool) -> None:
         raise_all("these appeared while the output was being written:", appeared, hint="Move them away.")
     try:
         diskio.sync_folder(staging.content)
-        diskio.write_file(staging.path / _MARKER, b"", staging.path)
+        diskio.write_file(staging.path / _MARKER, [], staging.path)
         diskio.sync_folder(staging.path)
         _rename_into_place(staging)
     except OSError as error:

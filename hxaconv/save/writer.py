@@ -1,29 +1,32 @@
-"""Writes an output so that its target is either absent or complete and right, whatever happens."""
+"""Writes an output so that its target is either absent or complete and right, whatever happens.
+
+It is laid out already; here it is reserved, filled, checked and published. Several ranks fill their own tensors of the
+same files; the first of them does the rest.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hxaconv.errors import CheckFailed, HxaconvError, raise_all
+from hxaconv import ranks
+from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, raise_all
 from hxaconv.formats.files import SourceChanged, SourceFile
-from hxaconv.formats.layout import FileLayout
+from hxaconv.formats.layout import FileLayout, Fill
+from hxaconv.options import Write
+from hxaconv.progress import Progress, bar
 from hxaconv.save import diskio, locks, preflight
 from hxaconv.save.checksums import Finished
-from hxaconv.save.documents import write_documents, write_provenance
-from hxaconv.save.fill import FillSettings, fill_files
+from hxaconv.save.documents import read_back, write_documents, write_provenance
+from hxaconv.save.fill import Filling, FillSettings
 from hxaconv.save.interruption import Signals, interruptible
-from hxaconv.save.journal import Journal, journal_path, read_journals
-from hxaconv.save.nonfinite import NonfiniteError, nonfinite_counts, refuse_nonfinite
-from hxaconv.save.staging import Staging, plan_record, publish, recover, refuse_other_plans, staging_of, stagings_at
-from hxaconv.save.target import Output, WriteResult, WriteSettings, layouts
-
-if TYPE_CHECKING:
-    from hxaconv.progress import Progress
+from hxaconv.save.journal import Journal, read_journals
+from hxaconv.save.output import Output
+from hxaconv.save.staging import plan_record, publish, recover, refuse_other_plans, staging_of, stagings_at
 
 Prepare = Callable[[Sequence[SourceFile]], None]
 """Gets source files ready to be read: downloads them."""
@@ -31,20 +34,29 @@ Verify = Callable[[Path], Mapping[str, Any]]
 """Takes the staged checkpoint; returns a verdict for the provenance, or raises CheckFailed."""
 
 
-@contextmanager
-def _system_errors() -> Iterator[None]:
-    """What the system refuses around the writing, as an error of ours; also a decorator."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or "the target's file system"
-        raise HxaconvError(f"{where}: {error.strerror or error}", hint=diskio.hint_for(error)) from error
+class NonfiniteError(HxaconvError):
+    """Tensors that hold NaN or infinite values, which nobody has allowed."""
 
 
-@_system_errors()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteResult:
+    """A target that was published."""
+
+    path: Path
+    nbytes: int
+    """Of all weight files."""
+    digests: Mapping[str, str]
+    """Tensor name -> digest; empty for `none`."""
+    nonfinite: Mapping[str, int]
+    """Tensor name -> NaN and infinite values, where there are any."""
+    verification: Mapping[str, Any] | None
+    leftovers: tuple[Path, ...] = ()
+    """Folders of other interrupted runs on the same target."""
+
+
 def write(
     output: Output,
-    settings: WriteSettings,
+    options: Write,
     *,
     verify: Verify | None = None,
     prepare: Prepare | None = None,
@@ -56,134 +68,83 @@ def write(
 
     Raises:
         HxaconvError: for anything that stands in the way; the target is as before.
-        CheckFailed: when `verify` finds the result wrong; it is kept beside the target and named.
+        CheckFailed: when the result is found wrong; it is kept beside the target and named.
         Interrupted: on Ctrl-C or SIGTERM; what is done is kept for --resume.
     """
-    output = replace(output, target=_place(output.target))
-    files = layouts(output)
-    record = plan_record(output, files, settings.digest)
-    staging = staging_of(output, record)
-    preflight.check_place(output, files, staging, overwrite=settings.overwrite)
-    run = _Run(output, settings, files, staging, progress)
-    with locks.held(_lock_path(output.target), output.target), interruptible(run.what_is_kept) as signals:
-        done = read_journals(staging.path).tensors
-        if _recover_all(output.target, staging) and settings.resume:
+    run = _Run(output, options, progress)
+    with ExitStack() as stack:
+        with run.step():
+            preflight.check_place(run.output, run.staging, overwrite=options.overwrite)
+            if ranks.rank() == 0:
+                stack.enter_context(locks.held(_lock_path(run.output.target), run.output.target))
+        signals = stack.enter_context(interruptible(run.what_is_kept))
+        stack.enter_context(run.tidy_end())
+        tensors, verification = read_journals(run.staging.path), None
+        with run.step():
+            complete = ranks.rank() == 0 and run.begin()
+        if ranks.broadcast(complete):
             run.note_published(signals)
-            return _published(output, settings, files, done, None)
-        preflight.check(output, files, staging, overwrite=settings.overwrite)
-        _begin(settings, staging, files, record)
-        return run.write(signals, record, verify, prepare)
+        else:
+            with run.step():
+                run.fill(signals, prepare)
+            signals.stop_if_requested()
+            with run.step():
+                if ranks.rank() == 0:
+                    tensors, verification = run.finish(signals, verify)
+        return ranks.broadcast(run.result(tensors, verification))
 
 
-@_system_errors()
-def check(output: Output, settings: WriteSettings) -> None:
+def refuse(output: Output, options: Write) -> None:
     """Refuse what `write` would refuse before its first byte, for work that has to be done before there is a plan.
 
     Raises:
         HxaconvError: listing every problem.
     """
-    output = replace(output, target=_place(output.target))
-    files = layouts(output)
-    staging = staging_of(output, plan_record(output, files, settings.digest))
-    preflight.check_place(output, files, staging, overwrite=settings.overwrite)
-    preflight.check(output, files, staging, overwrite=settings.overwrite)
-
-
-def _place(target: Path) -> Path:
-    target = target.absolute()
-    if target.name in ("", ".."):
-        raise HxaconvError(f"{target} cannot be written: it has no name of its own", hint="Name a new file or folder.")
-    return target
-
-
-def _recover_all(target: Path, ours: Staging) -> bool:
-    """Finish or undo what crashes left half published; whether our own output turned out to be published."""
-    published = False
-    for staging in stagings_at(target):
-        if recover(staging):
-            published |= staging.path == ours.path
-    return published
-
-
-def _published(
-    output: Output,
-    settings: WriteSettings,
-    files: Sequence[FileLayout],
-    tensors: Mapping[str, Finished],
-    verification: Mapping[str, Any] | None,
-) -> WriteResult:
-    digests = {name: tensors[name].digest(settings.digest) for name in output.tensors}
-    return WriteResult(
-        path=output.target,
-        published=True,
-        nbytes=sum(layout.size for layout in files),
-        digests={name: digest for name, digest in digests.items() if digest is not None},
-        nonfinite=nonfinite_counts(tensors),
-        verification=verification,
-        leftovers=tuple(staging.path for staging in stagings_at(output.target)),
-    )
+    run = _Run(output, options, None)
+    with run.step():
+        preflight.check_place(run.output, run.staging, overwrite=options.overwrite)
+        preflight.check(run.output, run.staging, overwrite=options.overwrite)
 
 
 def _lock_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.hxaconv-lock")
 
 
-def _begin(settings: WriteSettings, staging: Staging, files: Sequence[FileLayout], record: dict[str, Any]) -> None:
-    """Decide what the staging folder's being there, or not, means."""
-    done = read_journals(staging.path)
-    if done.tensors and not settings.resume:
-        raise HxaconvError(
-            f"{staging.path} holds {len(done.tensors)} finished tensors of an interrupted run of the same command",
-            hint="Add --resume to continue it, or delete that folder to start over.",
-        )
-    if settings.resume and not staging.path.is_dir():
-        refuse_other_plans(staging, record)
-    if not done.tensors:
-        staging.remove()
-
-
-def _missing(staging: Staging, files: Sequence[FileLayout]) -> list[FileLayout]:
-    """The files that are not complete yet."""
-    done = read_journals(staging.path).files
-    return [
-        layout for layout in files if layout.name not in done or _size(staging.content / layout.name) != layout.size
-    ]
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
-
-
 class _Run:
-    """One call of `write`, from the first byte on."""
+    """One call of `write`."""
 
-    def __init__(
-        self,
-        output: Output,
-        settings: WriteSettings,
-        files: Sequence[FileLayout],
-        staging: Staging,
-        progress: Progress | None,
-    ) -> None:
-        self.output = output
-        self.settings = settings
-        self.files = files
-        self.staging = staging
+    def __init__(self, output: Output, options: Write, progress: Progress | None) -> None:
+        target = output.target.absolute()
+        if target.name in ("", ".."):
+            raise HxaconvError(
+                f"{target} cannot be written: it has no name of its own", hint="Name a new file or folder."
+            )
+        self.output = replace(output, target=target)
+        self.options = options
         self.progress = progress
+        self.record = plan_record(self.output, options.digest)
+        self.staging = staging_of(self.output, self.record)
         self.published = False
 
-    def write(
-        self, signals: Signals, record: dict[str, Any], verify: Verify | None, prepare: Prepare | None
-    ) -> WriteResult:
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A step that all ranks end together, what the system refuses an error of ours."""
+        with ranks.together():
+            try:
+                yield
+            except OSError as error:
+                path = Path(error.filename or self.staging.path)
+                total = preflight.bytes_needed(self.output)
+                raise diskio.output_error(error, path, "writing", total) from error
+
+    @contextmanager
+    def tidy_end(self) -> Iterator[None]:
+        """Errors end with what is kept and how to go on; what is of no use to anybody is removed."""
         try:
-            self.staging.create(record)
-            self._fill(signals, prepare)
-            return self._finish(signals, verify)
+            yield
         except (NonfiniteError, SourceChanged):
-            self.staging.remove()
+            if ranks.rank() == 0:
+                self.staging.remove()
             raise
         except CheckFailed as error:
             error.hint = (
@@ -191,24 +152,19 @@ class _Run:
                 " with --resume repairs it and checks once more; otherwise delete it before another run."
             )
             raise
-        except (HxaconvError, OSError) as error:
-            told = error if isinstance(error, HxaconvError) else self._told(error)
-            told.hint = f"{told.hint} {self.what_is_kept()}".strip()
-            raise told from error.__cause__
-
-    def _told(self, error: OSError) -> HxaconvError:
-        """What the system refuses of the small things around the tensors: locks, folders, documents."""
-        path = Path(error.filename or self.staging.path)
-        return diskio.output_error(error, path, "writing", preflight.bytes_needed(self.output, self.files))
+        except HxaconvError as error:
+            error.hint = f"{error.hint} {self.what_is_kept()}".strip()
+            raise
 
     def what_is_kept(self) -> str:
         """Drop the staging folder if nothing in it is worth keeping; say how to go on."""
         path, target = self.staging.path, self.staging.target
         if self.published:
             return f"{target} is complete."
-        count = len(read_journals(path).tensors)
+        count = len(read_journals(path))
         if count == 0:
-            self.staging.remove()
+            if ranks.rank() == 0:
+                self.staging.remove()
             return f"Nothing had been finished; {target} is as before."
         return f"{count} finished tensors are kept in {path}; the same command with --resume continues."
 
@@ -217,59 +173,83 @@ class _Run:
         self.published = True
         signals.message = f"Interrupted. {self.what_is_kept()}"
 
-    def _fill(self, signals: Signals, prepare: Prepare | None) -> None:
-        mine = self.files
+    def begin(self) -> bool:
+        """Make what is needed to write tensors, or find that all is published already (True)."""
+        staging, options = self.staging, self.options
+        complete = False
+        for other in stagings_at(staging.target):
+            complete |= recover(other) and other.path == staging.path
+        if complete and options.resume:
+            self._look_at_target()
+            return True
+        preflight.check(self.output, staging, overwrite=options.overwrite)
+        count = len(read_journals(staging.path))
+        if count and not options.resume:
+            raise HxaconvError(
+                f"{staging.path} holds {count} finished tensors of an interrupted run of the same command",
+                hint="Add --resume to continue it, or delete that folder to start over.",
+            )
+        if options.resume and not staging.path.is_dir():
+            refuse_other_plans(staging, self.record)
+        if not count:
+            staging.remove()
+        staging.create(self.record)
+        staging.reserve(self.output.files, preflight.bytes_needed(self.output))
+        return False
+
+    def fill(self, signals: Signals, prepare: Prepare | None) -> None:
+        """Write this rank's tensors, but for those that an earlier run has written."""
+        jobs = share(self.output.files, ranks.rank(), ranks.world())
+        recipes = [fill.recipe for _, fills in jobs for fill in fills]
         if prepare is not None:
-            recipes = [fill.recipe for layout in mine for fill in layout.fills]
             prepare(list(dict.fromkeys(file for recipe in recipes for file in recipe.make.sources())))
-        digest, total = self.settings.digest, sum(layout.size for layout in mine)
+        digest, total = self.options.digest, sum(recipe.nbytes for recipe in recipes)
         limit = diskio.memory_limit()
         settings = FillSettings(
-            workers=self.settings.workers or min(2, os.cpu_count() or 1),
-            crc32=digest == "crc32" or self.output.container == "pth",
+            workers=self.options.workers or min(2, os.cpu_count() or 1),
+            crc32=digest == "crc32" or not self.output.is_folder,
             sha256=digest == "sha256",
             keep_cache=limit is None or total <= limit // 2,
         )
-        recorded = read_journals(self.staging.path).tensors
-        journal = Journal(journal_path(self.staging.path))
-        places = [(layout, self.staging.content / layout.name) for layout in mine]
-        if self.progress is not None:
-            self.progress.start("Writing", sum(fill.recipe.nbytes for layout in mine for fill in layout.fills))
+        journal = Journal(self.staging.path, ranks.rank())
         try:
-            with signals.deferred():
-                stop = signals.requested
-                fill_files(places, recorded, settings, journal, stop_requested=stop, progress=self.progress)
+            filling = Filling(
+                [(layout, self.staging.content / layout.name, fills) for layout, fills in jobs],
+                read_journals(self.staging.path),
+                settings,
+                journal.done,
+                total=preflight.bytes_needed(self.output),
+                progress=self.progress,
+            )
+            with bar(self.progress, "Writing", total), signals.deferred():
+                filling.run(signals.requested)
         finally:
             journal.close()
-            if self.progress is not None:
-                self.progress.stop()
-        signals.stop_if_requested()
 
-    def _finish(self, signals: Signals, verify: Verify | None) -> WriteResult:
-        done = read_journals(self.staging.path)
-        missing = [layout.name for layout in _missing(self.staging, self.files)]
+    def finish(self, signals: Signals, verify: Verify | None) -> tuple[dict[str, Finished], Mapping[str, Any] | None]:
+        """Everything but the tensors, the verdict on them, and the target's name; returns (tensors, verdict)."""
+        output, staging = self.output, self.staging
+        tensors = read_journals(staging.path)
         raise_all(
-            f"{self.staging.path}: {len(missing)} of {len(self.files)} files that were written are not there:",
-            missing,
-            hint="Something else cleared or changed that folder during the run. Run the command again.",
+            f"{staging.path}: these tensors were written and are no longer there:",
+            [name for name in output.tensors if name not in tensors],
+            hint="Something else changes that folder. Run the command again.",
         )
-        verification = self._complete(done.tensors, verify)
-        with signals.deferred(all_of_them=True):
-            publish(self.staging, overwrite=self.settings.overwrite)
-            self.note_published(signals)
-        return _published(self.output, self.settings, self.files, done.tensors, verification)
-
-    def _complete(self, tensors: Mapping[str, Finished], verify: Verify | None) -> Mapping[str, Any] | None:
-        """Everything but the tensors, and the verdict on them; returns it."""
-        if not self.settings.allow_nonfinite:
-            refuse_nonfinite(self.output, tensors)
+        if not self.options.allow_nonfinite:
+            refuse_nonfinite(output, tensors)
         self._check_sources()
-        write_documents(self.staging, self.output, self.files)
+        for layout in output.files:
+            staging.seal(layout, {fill.name: tensors[fill.name].crc32 or 0 for fill in layout.fills})
+        write_documents(staging, output)
+        read_back(staging, output, tensors)
         verification = None if verify is None else self._verified(verify)
-        digests = {name: tensors[name].digest(self.settings.digest) for name in self.output.tensors}
-        write_provenance(self.staging, self.output, digests, nonfinite_counts(tensors), verification)
+        write_provenance(staging, output, tensors, verification, self.options.digest)
         self._check_sources()
-        return verification
+        with signals.deferred(all_of_them=True):
+            publish(staging, overwrite=self.options.overwrite)
+            self._look_at_target()
+            self.note_published(signals)
+        return tensors, verification
 
     def _verified(self, verify: Verify) -> dict[str, Any]:
         try:
@@ -282,3 +262,62 @@ class _Run:
     def _check_sources(self) -> None:
         for file in self.output.sources():
             file.check_unchanged()
+
+    def _look_at_target(self) -> None:
+        """Whether the target is there, with all its weights: nothing else is a success."""
+        target = self.output.target
+        for layout in self.output.files:
+            path = target / layout.name if self.output.is_folder else target
+            if not path.is_file() or path.stat().st_size != layout.size:
+                raise HxaconvError(
+                    f"{path} is not there, although it was published",
+                    hint="Something else moves or deletes files there. Run the command again.",
+                )
+
+    def result(self, tensors: Mapping[str, Finished], verification: Mapping[str, Any] | None) -> WriteResult:
+        """What `write` returns, once the target is published."""
+        found = {name: tensors[name] for name in self.output.tensors if name in tensors}
+        digests = {name: tensor.digest(self.options.digest) for name, tensor in found.items()}
+        return WriteResult(
+            path=self.output.target,
+            nbytes=self.output.nbytes,
+            digests={name: digest for name, digest in digests.items() if digest is not None},
+            nonfinite={name: tensor.nonfinite for name, tensor in found.items() if tensor.nonfinite},
+            verification=verification,
+            leftovers=tuple(staging.path for staging in stagings_at(self.output.target)),
+        )
+
+
+def share(files: Sequence[FileLayout], rank: int, world: int) -> list[tuple[FileLayout, list[Fill]]]:
+    """The tensors that a rank writes: those whose middle lies in its part of all bytes, in order on disk.
+
+    A run of neighbours, so that ranks share no more than one page of a file.
+    """
+    total, before = sum(fill.recipe.nbytes for layout in files for fill in layout.fills), 0
+    mine: list[tuple[FileLayout, list[Fill]]] = []
+    for layout in files:
+        fills = []
+        for fill in layout.fills:
+            middle = 2 * before + fill.recipe.nbytes
+            if min(world - 1, middle * world // max(1, 2 * total)) == rank:
+                fills.append(fill)
+            before += fill.recipe.nbytes
+        if fills:
+            mine.append((layout, fills))
+    return mine
+
+
+def refuse_nonfinite(output: Output, tensors: Mapping[str, Finished]) -> None:
+    """Name all tensors with NaN or infinite values.
+
+    Raises:
+        NonfiniteError: when there are any.
+    """
+    found = {name: recipe for name, recipe in output.tensors.items() if tensors[name].nonfinite}
+    if not found:
+        return
+    problems = [f"{name}: {tensors[name].nonfinite} of {r.numel} ({r.origin})" for name, r in found.items()]
+    hint = "The source is damaged or its training diverged. To convert it all the same, add --allow-nonfinite."
+    if any(recipe.dtype == "F16" and recipe.make.kind in ("cast", "scale") for recipe in found.values()):
+        hint = "float16 ends at 65504: use --dtype bfloat16 or float32, or add --allow-nonfinite."
+    raise NonfiniteError(f"these tensors hold NaN or infinite values:\n{bullet_list(problems)}", hint=hint)

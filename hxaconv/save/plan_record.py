@@ -5,23 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from hxaconv.formats.layout import FileLayout
 from hxaconv.save.command_line import option_name
-from hxaconv.save.target import Output
+from hxaconv.save.output import Output
 
-Record = Mapping[str, Any]
+Plan = Mapping[str, Any]
 
 
-def components(output: Output, files: Sequence[FileLayout], digest: str) -> dict[str, Any]:
+def plan_of(output: Output, digest: str) -> dict[str, Any]:
     """The parts of a plan that must be equal for a run to go on where another stopped, as JSON."""
     return {
-        "container": output.container,
+        "folder": output.is_folder,
         "digest": digest,
-        "files": {layout.name: layout.size for layout in files},
+        "files": {layout.name: layout.size for layout in output.files},
         "tensors": {
             name: f"{recipe.dtype} {list(recipe.shape)} {recipe.make.kind} of {recipe.origin}"
             for name, recipe in output.tensors.items()
@@ -40,39 +39,38 @@ def components(output: Output, files: Sequence[FileLayout], digest: str) -> dict
     }
 
 
-def fingerprint(record: Record) -> str:
+def fingerprint(plan: Plan) -> str:
     """64 hex digits."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
-def differences(recorded: Record, current: Record) -> list[str]:
-    """In words, what two plan records differ in: options and sources first; the tensors where neither explains it."""
+def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """In words, what two plan records differ in: options and sources first; the rest where neither explains it."""
     if recorded["command"] != current["command"]:
         return [f"the command: {recorded['command']} then, {current['command']} now"]
     plans = recorded["plan"], current["plan"]
     then, now = (plan["provenance"].get("hxaconv") for plan in plans)
     if then != now:  # records of another version may look otherwise
         return [f"hxaconv: {then} then, {now} now"]
-    settings = ({**record["options"], "digest": record["plan"]["digest"]} for record in (recorded, current))
-    told = [*_changed_options(*settings), *_changed_sources(*(plan["sources"] for plan in plans))]
-    return told or _changed(*plans)
+    options = (_flat({**record["options"], "digest": record["plan"]["digest"]}) for record in (recorded, current))
+    return [*_changed_options(*options), *_changed_sources(*(plan["sources"] for plan in plans))] or _changed(*plans)
 
 
-def _changed_options(recorded: Record, current: Record) -> list[str]:
-    then, now = (_flat(json.loads(json.dumps(options, default=str))) for options in (recorded, current))
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by name, as JSON; those of a group (how to calibrate) by their own."""
+    flat: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(options, default=str)).items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _changed_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
-        f"{_option(name)}: {_shown(then.get(name))} then, {_shown(now.get(name))} now"
+        f"{name if name in ('source', 'teacher') else f'--{option_name(name)}'}:"
+        f" {_shown(then.get(name))} then, {_shown(now.get(name))} now"
         for name in dict.fromkeys([*then, *now])
         if name != "out" and not _same(then.get(name), now.get(name))
     ]
-
-
-def _flat(options: Record) -> dict[str, Any]:
-    """Options by name, those of a group (how to calibrate) by their own."""
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        flat |= value if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def _same(then: Any, now: Any) -> bool:
@@ -82,15 +80,11 @@ def _same(then: Any, now: Any) -> bool:
     return bool(then == now)
 
 
-def _option(name: str) -> str:
-    return name if name in ("source", "teacher") else f"--{option_name(name)}"
-
-
 def _shown(value: Any) -> str:
     return "not given" if value is None or value is False else "given" if value is True else str(value)
 
 
-def _changed_sources(then: Record, now: Record) -> list[str]:
+def _changed_sources(then: Plan, now: Plan) -> list[str]:
     lines = []
     for key in dict.fromkeys([*then, *now]):
         name, was, is_ = key.partition(" ")[2], then.get(key), now.get(key)
@@ -106,20 +100,19 @@ def _changed_sources(then: Record, now: Record) -> list[str]:
     return lines
 
 
-def _time(source: Record) -> str:
+def _time(source: Mapping[str, Any]) -> str:
     """Local time to the millisecond."""
     if source["modified"] is None:
         return "?"
     return datetime.fromtimestamp(source["modified"] / 1e9).isoformat(" ", "milliseconds")
 
 
-def _changed(recorded: Record, current: Record) -> list[str]:
+def _changed(recorded: Plan, current: Plan, section: str = "") -> list[str]:
     lines: list[str] = []
-    for section, now in current.items():
-        before = recorded.get(section)
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
-            lines += [f"{section}, {key}: {before.get(key)} then, {now.get(key)} now" for key in keys]
-        elif before != now:
-            lines.append(f"{section}: {before} then, {now} now")
+    for key in dict.fromkeys([*recorded, *current]):
+        then, now, name = recorded.get(key), current.get(key), f"{section}{key}"
+        if isinstance(then, Mapping) and isinstance(now, Mapping):
+            lines += _changed(then, now, f"{name}, ")
+        elif then != now:
+            lines.append(f"{name}: {then} then, {now} now")
     return lines

@@ -1,0 +1,135 @@
+"""The end of every command that writes: what it planned becomes a checkpoint, verified, and uploaded where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hxaconv import ranks
+from hxaconv.errors import HxaconvError
+from hxaconv.formats.files import SourceFile
+from hxaconv.formats.json_files import plain_data
+from hxaconv.model.model import Model
+from hxaconv.options import Write
+from hxaconv.progress import Progress
+from hxaconv.save.interruption import interruptible
+from hxaconv.save.output import Output
+from hxaconv.save.writer import WriteResult, refuse, write
+
+if TYPE_CHECKING:
+    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.verification import Report
+
+Verify = Callable[[Model, "Progress | None"], "Report"]
+"""Checks the student that was written, and shows how far it is."""
+
+VERDICT_DIGITS = 3
+"""Significant digits of what a verification measured in hxaconv.json: beyond them, sums depend on the machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """What came of an output."""
+
+    written: WriteResult | None
+    """None where nothing was to be written (a dry run)."""
+    report: Report | None = None
+    """What the verification of the output found."""
+    pushed_to: str | None = None
+
+
+def save(output: Output, options: Write, *, verify: Verify | None = None, progress: Progress | None = None) -> Saved:
+    """Write an output, verify it before it gets its name, and upload it where asked; a dry run refuses the same.
+
+    Raises:
+        HxaconvError: when the target is refused, or something fails; the target is as before then.
+        CheckFailed: when the output did not pass; it is left beside the target for inspection.
+    """
+    if options.push_to:
+        from hxaconv.save.hub_push import check_push
+
+        check_push(options.push_to)
+    if options.dry_run:
+        refuse(output, options)
+        return Saved(written=None)
+    check = _StagedCheck(output, verify, options, progress) if verify is not None and options.verify else None
+
+    def prepare(needed: Sequence[SourceFile]) -> None:
+        models = [output.student] if output.student is not None and ranks.rank() == 0 else []
+        download(output.record.sources.values(), needed, models, progress)
+
+    written = write(output, options, verify=check, prepare=prepare, progress=progress)
+    pushed = _push(written.path, options.push_to) if options.push_to else None
+    return Saved(written=written, report=check.report if check else None, pushed_to=pushed)
+
+
+class _StagedCheck:
+    """A verification of what is staged; keeps its report."""
+
+    def __init__(self, output: Output, verify: Verify, options: Write, progress: Progress | None) -> None:
+        self.output, self.verify, self.options, self.progress = output, verify, options, progress
+        self.report: Report | None = None
+
+    def __call__(self, staged: Path) -> Mapping[str, Any]:
+        from hxaconv.load.opening import open_checkpoint
+
+        student = self.output.student
+        assert student is not None
+        plan = dict(open_checkpoint(staged).plan)
+        report = self.verify(Model(student.config, plan, str(self.output.target), student.raw), self.progress)
+        if self.options.allow_nonfinite:
+            _let_nonfinite_pass(report)
+        report.raise_if_failed()
+        self.report = report
+        verdict: Mapping[str, Any] = plain_data(report.verdict(), VERDICT_DIGITS)
+        return verdict
+
+
+def _let_nonfinite_pass(report: Report) -> None:
+    """Turn checks that NaN and Inf alone make fail into passed ones that say so; those of bits still count."""
+    numeric = {"finite", "finite weights", "finite logits", "logits", "layers", "GQA layers"}
+    if any(not check.passed and check.name.startswith("finite") for check in report.checks):
+        report.checks = [
+            replace(check, passed=True, detail=f"allowed by --allow-nonfinite: {check.detail}")
+            if not check.passed and check.name in numeric
+            else check
+            for check in report.checks
+        ]
+
+
+def _push(path: Path, repo_id: str) -> str | None:
+    from hxaconv.save.hub_push import push_folder
+
+    if ranks.rank():
+        return None
+    kept = f"{path} is complete; `hf upload {repo_id} {path}` sends it as well."
+    with interruptible(lambda: kept):
+        try:
+            return push_folder(path, repo_id)
+        except HxaconvError as error:
+            error.hint = f"{error.hint} {kept}".strip()
+            raise
+
+
+def download(
+    checkpoints: Iterable[Checkpoint],
+    needed: Sequence[SourceFile],
+    models: Iterable[Model],
+    progress: Progress | None,
+) -> None:
+    """Have these files of the checkpoints here, where they come from the Hub, and compare heads that waited for it.
+
+    Raises:
+        Inconsistent: when a model's tied head is not its embedding.
+    """
+    from hxaconv.formats.hub import download_weights
+
+    heads = [model.tied_head for model in models if model.tied_head is not None]
+    files = [*needed, *(file for head in heads for file in head.files)]
+    for checkpoint in checkpoints:
+        if checkpoint.repo is not None:
+            download_weights(checkpoint, progress, needed=files)
+    for head in heads:
+        head.check()
