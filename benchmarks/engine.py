@@ -42,22 +42,17 @@ def initialise(teacher: str) -> None:
 
 def scale(source: str, target: str) -> None:
     """Write `source` with every tensor halved."""
-    from hxaconv.load.checkpoint import open_checkpoint
-    from hxaconv.save.target import Output, WriteSettings
+    from hxaconv.load import open_checkpoint
+    from hxaconv.options import Write
+    from hxaconv.save.output import Output, Record, layouts
     from hxaconv.save.writer import write
     from hxaconv.surgery.arithmetic import scaled
 
     checkpoint = open_checkpoint(source)
     plan = {name: scaled(recipe, 0.5, recipe.dtype, recipe.origin) for name, recipe in checkpoint.plan.items()}
-    output = Output(
-        target=Path(target),
-        container="safetensors",
-        tensors=plan,
-        max_shard_bytes=5_000_000_000,
-        documents={},
-        command="scale",
-    )
-    write(output, WriteSettings())
+    files = layouts(Path(target), "hf", plan, 5_000_000_000)
+    record = Record(command="scale")
+    write(Output(target=Path(target), format="hf", tensors=plan, files=files, documents={}, record=record), Write())
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ class HubServer:
         self.ignore_ranges = False
         self.fail_with = 0
         self.corrupt: set[str] = set()
+        self.role = "write"
+        self.refuse_creating = False
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
@@ -227,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = json.loads(body)
         private = wanted.get("private") is True or wanted.get("visibility") == "private"
         name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else f"me/{wanted['name']}"
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}" or self.hub.refuse_creating:
             self._error(401, "Unauthorized")
         elif name in self.hub.repos:
             self._json({"error": "exists", "url": f"{self.hub.url}/{name}"}, 409)
@@ -236,7 +238,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 
     def whoami(self, body: bytes, query: dict[str, list[str]]) -> None:
-        self._json({"name": "me", "type": "user", "auth": {"accessToken": {"role": "write"}}, "orgs": []})
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._error(401, "Unauthorized")
+            return
+        self._json({"name": "me", "type": "user", "auth": {"accessToken": {"role": self.hub.role}}, "orgs": []})
 
     def validate_yaml(self, body: bytes, query: dict[str, list[str]]) -> None:
         self._json({"errors": [], "warnings": []})

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -64,10 +64,46 @@ def test_only_the_shards_that_are_needed_are_fetched(hub: HubServer, golden: Pat
     assert all(torch.equal(made[name], student[name]) for name in student)
 
 
+@pytest.mark.parametrize(
+    ("repo", "token", "said"),
+    [
+        ("me/student", None, "nobody is logged in"),
+        ("me/student", "hf_of_somebody_else", "The Hub refuses access"),
+        ("else/student", TOKEN, "me may write to me"),
+    ],
+)
+def test_what_cannot_be_uploaded_to_is_refused_before_any_work(
+    hub: HubServer, tiny_teacher: Path, tmp_path: Path, repo: str, token: str | None, said: str
+) -> None:
+    words = ["init-from-teacher", tiny_teacher, tmp_path / "out", "--push-to", repo, *(["--dry-run"] if token else [])]
+    done = run(hub, tmp_path / "home", *words, token=token)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert not hub.repos
+
+
+@pytest.mark.parametrize("repo", ["student", "me/a student", "a/b/c"])
+def test_what_names_no_repository_is_refused(
+    cli: Callable[..., int], tiny_teacher: Path, tmp_path: Path, repo: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("init-from-teacher", tiny_teacher, tmp_path / "out", "--push-to", repo, "--dry-run") == 2
+    assert "It takes ORG/NAME" in capsys.readouterr().err
+
+
+def test_a_token_that_may_only_read_is_refused_too(hub: HubServer, tiny_teacher: Path, tmp_path: Path) -> None:
+    hub.role = "read"
+    words = ["init-from-teacher", tiny_teacher, tmp_path / "out", "--push-to", "me/student", "--dry-run"]
+    done = run(hub, tmp_path / "home", *words, token=TOKEN)
+    assert done.returncode == 2
+    assert "may only read" in done.stderr
+
+
 def test_a_failed_upload_says_that_the_output_is_complete(hub: HubServer, tiny_teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    hub.refuse_creating = True
     words = ["init-from-teacher", tiny_teacher, out, "--no-verify", "--push-to", "me/student", "--quiet"]
-    done = run(hub, tmp_path / "home", *words)
+    done = run(hub, tmp_path / "home", *words, token=TOKEN)
     assert done.returncode == 2
     assert f"{out} is complete; `hf upload me/student {out}` sends it as well." in done.stderr
     assert (out / "hxaconv.json").is_file()

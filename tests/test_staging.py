@@ -12,8 +12,8 @@ from writing import TARGETS, leftovers, output, partials, plan_over, reference, 
 
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.model.plan import with_origin
+from hxaconv.options import Write
 from hxaconv.save import fill, staging
-from hxaconv.save.target import WriteSettings
 from hxaconv.save.writer import write
 
 # Existing targets
@@ -26,9 +26,9 @@ def test_an_existing_target_is_refused_and_untouched(tmp_path, name):
     before = tree(out.target)
     changed = replace(out, documents=dict.fromkeys(out.documents, b'{"new": 1}'))
     with pytest.raises(HxaconvError, match="add --overwrite"):
-        write(changed, WriteSettings())
+        write(changed, Write())
     assert tree(out.target) == before
-    write(changed, WriteSettings(overwrite=True))
+    write(changed, Write(overwrite=True))
     assert tree(out.target) != before
     assert leftovers(out.target) == []
 
@@ -42,10 +42,10 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path, name):
         return {}
 
     with pytest.raises(HxaconvError, match="appeared while"):
-        write(out, WriteSettings(), verify=appear)
+        write(out, Write(), verify=appear)
     assert out.target.read_text() == "somebody else's"
     out.target.unlink()
-    assert verified(out, resume=True).published
+    verified(out, resume=True)
 
 
 BELONGS = (
@@ -79,7 +79,7 @@ def test_overwrite_deletes_nothing_but_checkpoints(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(out.target)
     with pytest.raises(HxaconvError, match="symbolic link"):
-        write(replace(out, target=link), WriteSettings(overwrite=True))
+        write(replace(out, target=link), Write(overwrite=True))
 
 
 @pytest.mark.parametrize("text", ["my own table", "[]", '{"learning_rate": 1}'])
@@ -193,7 +193,7 @@ def test_a_finished_tensor_that_changed_on_disk_is_written_again(tmp_path, monke
         raise CheckFailed("not convinced")
 
     with pytest.raises(CheckFailed, match="not convinced") as caught:
-        write(out, WriteSettings(digest=digest), verify=refuse)
+        write(out, Write(digest=digest), verify=refuse)
     (partial,) = partials(tmp_path)
     assert str(partial) in str(caught.value)
     assert not out.target.exists()
@@ -251,7 +251,7 @@ def test_resuming_with_other_options_names_them(tmp_path, monkeypatch, small_bat
 
 def test_resuming_nothing_begins(tmp_path):
     out = output(tmp_path / "out", plan_over(source(tmp_path)))
-    assert verified(out, resume=True).published
+    verified(out, resume=True)
 
 
 def test_a_leftover_of_another_plan_is_reported(tmp_path, monkeypatch, small_batches):

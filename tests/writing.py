@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 
 from hxaconv.formats.files import SourceFile
 from hxaconv.model.plan import Plan, stored
+from hxaconv.options import Write
 from hxaconv.save import fill
-from hxaconv.save.target import Output, WriteResult, WriteSettings
-from hxaconv.save.writer import write
+from hxaconv.save.output import Output, Record, layouts
+from hxaconv.save.writer import WriteResult, write
 
 TARGETS = ("out", "out.pth")
 
@@ -43,12 +45,21 @@ def plan_over(file: SourceFile, tensors: int = 24) -> Plan:
     return plan
 
 
-def output(target: Path, plan: Plan, **changes: Any) -> Output:
+def output(target: Path, plan: Plan, *, max_shard_bytes: int = 40_000, **changes: Any) -> Output:
     """An output in several shards, with documents."""
-    container = "pth" if target.suffix == ".pth" else "safetensors"
-    documents = {f"{target.stem}.json": b'{"rope_theta": 1}'} if container == "pth" else {"config.json": b"{}"}
-    settings = {"max_shard_bytes": 40_000, "documents": documents, "provenance": {"hxaconv": "test"}}
-    return Output(target=target, container=container, tensors=plan, **(settings | changes))
+    format = "pth" if target.suffix == ".pth" else "hf"
+    settings: dict[str, Any] = {
+        "documents": {f"{target.stem}.json": b'{"rope_theta": 1}'} if format == "pth" else {"config.json": b"{}"},
+        "provenance": {"hxaconv": "test"},
+        "files": layouts(target, format, plan, max_shard_bytes),
+        "record": Record(command="test"),
+    }
+    return Output(target=target, format=format, tensors=plan, **(settings | changes))
+
+
+def with_plan(out: Output, plan: Plan) -> Output:
+    """The output with other tensors."""
+    return replace(out, tensors=plan, files=layouts(out.target, out.format, plan, 40_000))
 
 
 def tree(target: Path) -> dict[str, bytes]:
@@ -71,7 +82,7 @@ def partials(folder: Path) -> list[Path]:
 
 def verified(out: Output, **options: Any) -> WriteResult:
     """Write with a verification that is content."""
-    return write(out, WriteSettings(**options), verify=lambda path: {"ok": True})
+    return write(out, Write(**options), verify=lambda path: {"ok": True})
 
 
 def reference(folder: Path, name: str, **changes: Any) -> dict[str, bytes]:

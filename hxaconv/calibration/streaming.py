@@ -27,7 +27,7 @@ from hxaconv.model.model import Model
 from hxaconv.model.names import layer_index, mixer_prefix
 from hxaconv.model.plan import Plan, Recipe, Scratch, layer_bytes, total_bytes
 from hxaconv.progress import Progress, bar
-from hxaconv.save.finite import count_nonfinite
+from hxaconv.save.checksums import count_nonfinite
 from hxaconv.surgery.arithmetic import Computed, torch_dtype
 from hxaconv.verification.origins import foreign_tensors, touched_tensors
 

@@ -205,8 +205,7 @@ def _check_plot(plot: str | None, *, overwrite: bool) -> None:
 
 
 def _plot_calibration(outcome: Outcome, plot: str | None) -> None:
-    published = outcome.written is not None and outcome.written.published
-    if plot is not None and published and outcome.calibration is not None:
+    if plot is not None and outcome.written is not None and outcome.calibration is not None:
         from pathlib import Path
 
         from hxaconv.calibration.plot import plot as draw
@@ -521,11 +520,7 @@ def _rehearse(apply: Callable[[str, WriteOptions], Outcome], write: WriteOptions
     """Refuse before hours of scoring what would be refused after them."""
     from dataclasses import replace
 
-    from hxaconv.commands.common import check_target
-
-    outcome = apply(layers, replace(write, dry_run=True))
-    if not write.dry_run:
-        check_target(outcome.job, write)
+    apply(layers, replace(write, dry_run=True))
 
 
 @app.command("verify", no_args_is_help=True)

@@ -13,7 +13,6 @@ from hxaconv.load.inspection import part_of, parts
 from hxaconv.model.names import TABLE, is_attention, layer_kinds
 from hxaconv.model.plan import Plan, total_bytes
 from hxaconv.model.variants.base import RANK_KEYS
-from hxaconv.save.target import describe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,20 +25,21 @@ if TYPE_CHECKING:
 
 def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:
     """An outcome as plain data; with `tensors`, every tensor's shape, dtype and origin."""
-    job, student = outcome.job, outcome.job.student
+    output, student = outcome.output, outcome.output.student
+    assert student is not None
     data: dict[str, Any] = {
-        "command": job.command,
-        "target": str(job.target),
-        "format": job.format,
-        "dtype": job.dtype,
+        "command": output.record.command,
+        "target": str(output.target),
+        "format": output.format,
+        "dtype": output.dtype,
         "layers": student.student.strip,
         "gqa_layers": list(student.student.gqa_layers),
         "ranks": {RANK_KEYS[name]: getattr(student.student.ranks, name) for name in student.student.variant.rank_names},
         "tensors": len(outcome.output.tensors),
         "bytes": total_bytes(outcome.output.tensors),
-        "files": [{"name": item.name, "bytes": item.nbytes} for item in describe(outcome.output)],
+        "files": [{"name": layout.name, "bytes": layout.size} for layout in output.files],
         "written": outcome.written is not None,
-        "published": outcome.written is not None and outcome.written.published,
+        "published": outcome.written is not None,
         "notes": outcome.notes,
         "warnings": outcome.warnings,
         "calibration": outcome.calibration.json() if outcome.calibration else None,
@@ -56,18 +56,18 @@ def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:
 
 def outcome_tables(outcome: Outcome) -> list[RenderableType]:
     """The plan of an outcome for people: layers, parts, files."""
-    config = outcome.job.student.student
-    files = describe(outcome.output)
+    output, student = outcome.output, outcome.output.student
+    assert student is not None
+    config = student.student
     ranks, weights = config.ranks, total_bytes(outcome.output.tensors)
     sizes = ", ".join(f"{name.replace('_', ' ')} {getattr(ranks, name)}" for name in config.variant.rank_names)
-    whole = outcome.job.student.plan
-    plan = {name: recipe for name, recipe in whole.items() if outcome.job.everything or is_attention(name)}
+    plan = {name: recipe for name, recipe in student.plan.items() if output.whole or is_attention(name)}
     return [
-        f"{outcome.job.command}: {outcome.job.target} ({outcome.job.format}, {outcome.job.dtype})",
+        f"{output.record.command}: {output.target} ({output.format}, {output.dtype})",
         *_strip_block(config.strip),
         f"Low-rank sizes: {sizes}",
         _parts_table(plan),
-        table("", ("file", "tensors", "bytes"), [(f.name, f.tensors, f"{f.nbytes:,}") for f in files]),
+        table("", ("file", "tensors", "bytes"), [(f.name, len(f.fills), f"{f.size:,}") for f in output.files]),
         f"{len(outcome.output.tensors)} tensors, {weights:,} bytes of weights ({human_bytes(weights)})",
         *_calibrated(outcome),
         *_verified(outcome),

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.commands.advice_options import cache_path, rules
-from hxaconv.commands.common import base_model_name, checked_device, download, one_of, scaling_warnings
+from hxaconv.commands.common import base_model_name, checked_device, one_of, scaling_warnings
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats.dtypes import FLOATS
 from hxaconv.forward.tokens import TokenOptions, calibration_tokens
 from hxaconv.load import load_other, load_student, load_teacher, open_checkpoint
+from hxaconv.load.models import download
 from hxaconv.load.student import FLAGS, is_student
 from hxaconv.model import layer_choice
 from hxaconv.model.config import student_of

@@ -24,7 +24,7 @@ from hxaconv.model.model import checked_here
 from hxaconv.model.plan import main_dtype
 from hxaconv.options import Settings
 from hxaconv.save.card import UNTRAINED
-from hxaconv.save.output import Job
+from hxaconv.save.output import Record, lay_out
 
 COMMAND = "calibrate"
 
@@ -79,18 +79,20 @@ def run(
     model, sources = checked_here(plain.base), plain.sources
     checkpoint = sources["teacher"]
     task = prepare(model, plain, options, seed, checkpoint, write)
-    job = Job(
-        command=COMMAND,
-        options=recorded,
-        defaults=defaults_of(run) | defaults_of(CalibrateOptions),
-        student=plain,
-        target=Path(out),
+    output = lay_out(
+        plain,
+        Path(out),
         format=format or format_by_suffix(out),
         dtype=main_dtype(plain.plan),
+        record=Record(
+            command=COMMAND,
+            options=recorded,
+            defaults=defaults_of(run) | defaults_of(CalibrateOptions),
+            sources=sources,
+            base_model=base_model_name(checkpoint),
+            purpose=UNTRAINED,
+        ),
         max_shard_bytes=parse_size(max_shard_size),
-        sources=sources,
-        base_model=base_model_name(checkpoint),
-        purpose=UNTRAINED,
     )
     warnings = [*scaling_warnings(sources.values()), *dtype_warnings(plain.plan, ""), *layer_0_warning(plain.student)]
-    return perform_calibrated(task, job, write, None, warnings, list(plain.notes))
+    return perform_calibrated(task, output, write, None, warnings, list(plain.notes))

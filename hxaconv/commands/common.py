@@ -5,53 +5,56 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError
-from hxaconv.formats.json_files import plain_data
 from hxaconv.model import layer_choice
 from hxaconv.model.config import StudentConfig, dropped_scaling
-from hxaconv.model.model import Model
+from hxaconv.options import Write
 from hxaconv.save.command_line import option_name
-from hxaconv.save.interruption import interruptible
-from hxaconv.save.output import Job, build_output
-from hxaconv.save.target import WriteSettings
+from hxaconv.save.run import Verify, save
 
 if TYPE_CHECKING:
     from hxaconv.calibration import CalibrationReport
-    from hxaconv.formats.files import SourceFile
     from hxaconv.model.model import Checkpoint
     from hxaconv.progress import Progress
-    from hxaconv.save.target import Output, WriteResult
+    from hxaconv.save.output import Output
+    from hxaconv.save.writer import WriteResult
     from hxaconv.verification.report import Report
-
-Verify = Callable[[Model, "Progress | None"], "Report"]
-"""Checks the student that was written, and shows how far it is."""
-
-VERDICT_DIGITS = 3
-"""Significant digits of what a verification measured in hxaconv.json: beyond them, sums depend on the machine."""
 
 SHOWN = 3
 """Names of oversized tensors that a warning lists; the plan shows their files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WriteOptions(WriteSettings):
-    """How a command writes: what concerns the writer, and what is done before and after."""
+class WriteOptions:
+    """How a command writes, and who hears of its progress."""
 
+    overwrite: bool = False
+    resume: bool = False
+    workers: int | None = None
+    digest: str = "crc32"
+    allow_nonfinite: bool = False
     dry_run: bool = False
     verify: bool = True
     push_to: str | None = None
     progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.group
+
+    @property
+    def group(self) -> Write:
+        """The same without the progress."""
+        return Write(**{f.name: getattr(self, f.name) for f in fields(self) if f.name != "progress"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What a writing command did, or with `dry_run` would do."""
 
-    job: Job
     output: Output
     written: WriteResult | None
     report: Report | None = None
@@ -107,83 +110,35 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * base ** " kmgt".index(unit.removesuffix("i") or " "))
 
 
-def perform(job: Job, write: WriteOptions, verify: Verify | None, warnings: list[str], notes: list[str]) -> Outcome:
-    """Write a job's output, verify it before it gets its name, and upload it where asked.
+def perform(
+    output: Output,
+    write: WriteOptions,
+    verify: Verify | None,
+    warnings: list[str],
+    notes: list[str],
+    max_shard_bytes: int = 0,
+) -> Outcome:
+    """Write an output, verify it before it gets its name, and upload it where asked.
 
     Raises:
         HxaconvError: when the plan or the target is refused.
         CheckFailed: when the output did not pass; it is left beside the target for inspection.
     """
-    from hxaconv.save.writer import write as write_output
-
-    output = build_output(job)
-    warnings += oversized(output, job.max_shard_bytes)
-    if write.dry_run:
-        return Outcome(job=job, output=output, written=None, warnings=warnings, notes=notes)
-    reports: list[Report] = []
-    check = _staged_check(job, verify, reports, write) if verify is not None and write.verify else None
-
-    def prepare(needed: Sequence[SourceFile]) -> None:
-        download(job.sources.values(), needed, [job.student], write.progress)
-
-    written = write_output(output, write, verify=check, prepare=prepare, progress=write.progress)
+    if max_shard_bytes:
+        warnings += oversized(output, max_shard_bytes)
+    saved = save(output, write.group, verify=verify, progress=write.progress)
     notes += [
         f"{path} is left from an interrupted run with other options or sources; delete it if nobody will resume it."
-        for path in written.leftovers
+        for path in (saved.written.leftovers if saved.written else ())
     ]
-    pushed = None
-    if write.push_to and written.published:
-        from hxaconv.save.hub_push import push_folder
-
-        kept = f"{written.path} is complete; `hf upload {write.push_to} {written.path}` sends it as well."
-        with interruptible(lambda: kept):
-            try:
-                pushed = push_folder(written.path, write.push_to)
-            except HxaconvError as error:
-                error.hint = f"{error.hint} {kept}".strip()
-                raise
     return Outcome(
-        job=job,
         output=output,
-        written=written,
-        report=reports[-1] if reports else None,
+        written=saved.written,
+        report=saved.report,
         warnings=warnings,
         notes=notes,
-        pushed_to=pushed,
+        pushed_to=saved.pushed_to,
     )
-
-
-def download(
-    checkpoints: Iterable[Checkpoint],
-    needed: Sequence[SourceFile],
-    models: Iterable[Model],
-    progress: Progress | None,
-) -> None:
-    """Have these files of the checkpoints here, where they come from the Hub, and compare heads that waited for it.
-
-    Raises:
-        Inconsistent: when a model's tied head is not its embedding.
-    """
-    from hxaconv.load.checkpoint import download_weights
-
-    heads = [model.tied_head for model in models if model.tied_head is not None]
-    files = [*needed, *(file for head in heads for file in head.files)]
-    for checkpoint in checkpoints:
-        if checkpoint.repo is not None:
-            download_weights(checkpoint, progress, needed=files)
-    for head in heads:
-        head.check()
-
-
-def check_target(job: Job, write: WriteOptions) -> None:
-    """Refuse now what would be refused after hours of computing: the target, its disk, the options.
-
-    Raises:
-        HxaconvError: listing every problem.
-    """
-    from hxaconv.save.writer import check
-
-    check(build_output(job), write)
 
 
 def layers_text(layers: str | Iterable[int]) -> str:
@@ -210,44 +165,13 @@ def useless(given: Collection[str], names: Iterable[str], reason: str) -> list[s
 
 def oversized(output: Output, max_shard_bytes: int) -> list[str]:
     """Tensors that no file of the size asked for can hold."""
-    if output.container != "safetensors":
+    if not output.is_folder:
         return []
     names = [name for name, recipe in output.tensors.items() if recipe.nbytes > max_shard_bytes]
     if not names:
         return []
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return [f"larger than --max-shard-size, in files of their own: {', '.join(names[:SHOWN])}{rest}"]
-
-
-def let_nonfinite_pass(report: Report) -> None:
-    """Turn checks that NaN and Inf alone make fail into passed ones that say so; those of bits still count."""
-    numeric = {"finite", "finite weights", "finite logits", "logits", "layers", "GQA layers"}
-    if any(not check.passed and check.name.startswith("finite") for check in report.checks):
-        report.checks = [
-            replace(check, passed=True, detail=f"allowed by --allow-nonfinite: {check.detail}")
-            if not check.passed and check.name in numeric
-            else check
-            for check in report.checks
-        ]
-
-
-def _staged_check(
-    job: Job, verify: Verify, reports: list[Report], write: WriteOptions
-) -> Callable[[Path], Mapping[str, Any]]:
-    def check(staged: Path) -> Mapping[str, Any]:
-        from hxaconv.load.checkpoint import open_checkpoint
-
-        checkpoint = open_checkpoint(staged)
-        student = Model(job.student.config, dict(checkpoint.plan), str(job.target), job.student.raw)
-        report = verify(student, write.progress)
-        if write.allow_nonfinite:
-            let_nonfinite_pass(report)
-        report.raise_if_failed()
-        reports.append(report)
-        verdict: Mapping[str, Any] = plain_data(report.verdict(), VERDICT_DIGITS)
-        return verdict
-
-    return check
 
 
 def base_model_name(checkpoint: Checkpoint) -> str:

@@ -25,9 +25,8 @@ from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention
 from hxaconv.model.plan import Plan, main_dtype
 from hxaconv.options import Settings
-from hxaconv.save.card import CONVERTED, by_record, calibration_section, purpose_by
-from hxaconv.save.output import Job
-from hxaconv.save.records import calibration_of, history_of
+from hxaconv.save.card import CONVERTED
+from hxaconv.save.output import Record, lay_out
 from hxaconv.surgery.padding import pad_ffn
 
 if TYPE_CHECKING:
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 
 COMMANDS = {"to-hf": "hf", "to-pth": "pth", "to-training": "training"}
 """Command -> format of its output."""
-
-FROM_RECORD = "These figures are from the record of its source. "
 
 
 def to_hf(
@@ -136,21 +133,21 @@ def _convert(command: str, function: Callable[..., Outcome], given: Mapping[str,
     student = load_student(given["source"], settings, teacher=given["teacher"], whole=need_all, progress=write.progress)
     changed, name = reshape(student, given["dtype"], given.get("pad_ffn"))
     sources = student.sources
-    history = history_of(sources["source"])
-    fitted = calibration_of(history)
-    job = Job(
-        command=command,
-        options={key: value for key, value in given.items() if key != "write"},
-        defaults=defaults_of(function),
-        student=changed,
-        target=Path(given["out"]),
+    shard_bytes = parse_size(given.get("max_shard_size", "5GB"))
+    output = lay_out(
+        changed,
+        Path(given["out"]),
         format=COMMANDS[command],
         dtype=name,
-        max_shard_bytes=parse_size(given.get("max_shard_size", "5GB")),
-        sources=sources,
-        base_model=base_model_name(sources.get("teacher", sources["source"])),
-        purpose=f"{CONVERTED} {by_record(purpose_by(history, changed.student.rwkv_layers))}".rstrip(),
-        section=calibration_section(fitted, FROM_RECORD) if fitted else "",
+        record=Record(
+            command=command,
+            options={key: value for key, value in given.items() if key != "write"},
+            defaults=defaults_of(function),
+            sources=sources,
+            base_model=base_model_name(sources.get("teacher", sources["source"])),
+            purpose=CONVERTED,
+        ),
+        max_shard_bytes=shard_bytes,
         all_tensors=need_all,
         copy_code=given.get("copy_code", False),
     )
@@ -163,7 +160,7 @@ def _convert(command: str, function: Callable[..., Outcome], given: Mapping[str,
 
     warnings = scaling_warnings(sources.values())
     warnings += [*dtype_warnings(changed.plan, command), *layer_0_warning(changed.student)]
-    return perform(job, write, verify, warnings, list(student.notes))
+    return perform(output, write, verify, warnings, list(student.notes), shard_bytes)
 
 
 def reshape(student: Model, dtype: str | None, multiple: int | None) -> tuple[Model, str]:

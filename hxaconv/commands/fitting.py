@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING
 from hxaconv.commands.common import (
     Outcome,
     WriteOptions,
-    check_target,
     checked_device,
-    download,
     perform,
     useless,
 )
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.forward.tokens import TokenOptions, calibration_tokens
+from hxaconv.load.models import download
 from hxaconv.model.model import Model
 from hxaconv.model.plan import source_files
 from hxaconv.save.card import CALIBRATED, UNTRAINED, calibration_section
 from hxaconv.save.interruption import interruptible
-from hxaconv.save.output import Job
+from hxaconv.save.writer import refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from hxaconv.model.model import Checkpoint
     from hxaconv.model.plan import Plan
     from hxaconv.progress import Progress
+    from hxaconv.save.output import Output, Record
     from hxaconv.verification.report import Report
 
 
@@ -144,14 +144,13 @@ class Calibrated:
     report: CalibrationReport
     folder: Path
 
-    def told_in(self, job: Job) -> Job:
-        """The job of the plain student, now with the calibrated one and its figures."""
+    def described_in(self, record: Record) -> Record:
+        """The record of the plain student, now with the figures of the calibrated one."""
         return replace(
-            job,
-            student=self.student,
+            record,
             purpose=CALIBRATED if self.replaced else UNTRAINED,
             section=calibration_section(self.report),
-            extra={**job.extra, "calibration": self.report.json()},
+            extra={**record.extra, "calibration": self.report.json()},
         )
 
     @property
@@ -195,7 +194,7 @@ class Calibrated:
 
     def finish(self, outcome: Outcome) -> Outcome:
         """The outcome with the calibration's report; finished layers are dropped once the output is published."""
-        if outcome.written is not None and outcome.written.published:
+        if outcome.written is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
         return replace(outcome, calibration=self.report)
 
@@ -234,7 +233,7 @@ def prepare(
 
 def perform_calibrated(
     task: Task,
-    job: Job,
+    output: Output,
     write: WriteOptions,
     factors: Mapping[str, float] | None,
     warnings: list[str],
@@ -249,19 +248,21 @@ def perform_calibrated(
     notes, warnings = [*notes, *task.notes], [*warnings, *task.warnings]
     if write.dry_run:
         planned = task.planned
-        job = replace(job, student=replace(job.student, plan=job.student.plan | planned))
+        student = replace(task.plain, plan=task.plain.plan | planned)
+        output = output.refilled(student, output.record)
         notes.append(
             f"Up to {len(planned)} tensors are fitted, those shown as calibrated; where a fit is no better, the plain"
             " values stay"
         )
-        return perform(job, write, None, warnings, notes)
-    calibrated = calibrate_student(task, job, write)
+        return perform(output, write, None, warnings, notes)
+    calibrated = calibrate_student(task, output, write)
     warnings, notes = warnings + calibrated.warnings, notes + calibrated.notes
     verify = functools.partial(calibrated.verify, factors)
-    return calibrated.finish(perform(calibrated.told_in(job), write, verify, warnings, notes))
+    output = output.refilled(calibrated.student, calibrated.described_in(output.record))
+    return calibrated.finish(perform(output, write, verify, warnings, notes))
 
 
-def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated:
+def calibrate_student(task: Task, output: Output, write: WriteOptions) -> Calibrated:
     """Fit the plain student; finished layers are kept beside the target until it is published.
 
     Layers are judged one by one, and then all together: where they leave the student no nearer to its teacher than
@@ -274,7 +275,7 @@ def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated:
     from hxaconv.calibration.check import measure
     from hxaconv.calibration.streaming import calibrate
 
-    folder = Path(f"{job.target.absolute()}.calibration")
+    folder = Path(f"{output.target.absolute()}.calibration")
 
     def kept() -> str:
         done = len(list(folder.glob("layer-*.safetensors")))
@@ -282,12 +283,12 @@ def calibrate_student(task: Task, job: Job, write: WriteOptions) -> Calibrated:
             f"Layers are kept in {folder} ({done}); the same command continues." if done else "No layer was finished."
         )
 
-    check_target(job, write)
+    refuse(output, write.group)
     with interruptible(kept), locked(folder):
         cache = Cache(folder, fingerprint(task.teacher, task.plain, task.pieces, task.settings))
         distances = cache.load_distances()
         if distances is None:
-            download(job.sources.values(), task.files, [task.teacher, task.plain], write.progress)
+            download(output.record.sources.values(), task.files, [task.teacher, task.plain], write.progress)
         done = calibrate(
             task.teacher,
             task.plain,

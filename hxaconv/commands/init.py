@@ -27,7 +27,7 @@ from hxaconv.model.config import TeacherConfig, student_of
 from hxaconv.model.model import Model
 from hxaconv.options import Settings
 from hxaconv.save.card import UNTRAINED
-from hxaconv.save.output import FORMATS, Job
+from hxaconv.save.output import FORMATS, Record, lay_out
 from hxaconv.save.records import init_record
 from hxaconv.surgery.init import InitSettings, init_from_teacher, parse_scale
 
@@ -122,34 +122,38 @@ def run(
         options["calibration"] = asdict(fit)
     else:
         fit.refuse_without_calibration()
-    job = Job(
+    shard_bytes = parse_size(max_shard_size)
+    record = Record(
         command=COMMAND,
         options=options,
         defaults=defaults_of(run) | defaults_of(CalibrateOptions),
-        student=student,
-        target=Path(out),
-        format=format,
-        dtype=settings.dtype,
-        max_shard_bytes=parse_size(max_shard_size),
         sources={"teacher": checkpoint},
         base_model=base_model_name(checkpoint),
         purpose=UNTRAINED,
-        copy_code=copy_code,
         extra={
             "init": init_record(config.rwkv_layers, init, preset, settings),
             "layer_choice": reason,
         },
     )
+    output = lay_out(
+        student,
+        Path(out),
+        format=format,
+        dtype=settings.dtype,
+        record=record,
+        max_shard_bytes=shard_bytes,
+        copy_code=copy_code,
+    )
     if init == "calibrated":
         task = prepare(model, student, fit, seed, checkpoint, write)
-        return perform_calibrated(task, job, write, factors, warnings, notes)
+        return perform_calibrated(task, output, write, factors, warnings, notes)
 
     def verify(output: Model, progress: Progress | None) -> Report:
         from hxaconv.verification.contracts import check_initialised
 
         return check_initialised(model, output, factors=factors, progress=progress)
 
-    return perform(job, write, verify, warnings, notes)
+    return perform(output, write, verify, warnings, notes, shard_bytes)
 
 
 def choose_layers(

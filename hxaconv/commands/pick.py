@@ -27,9 +27,9 @@ from hxaconv.model.config import StudentConfig, student_of
 from hxaconv.model.model import Model
 from hxaconv.model.plan import Plan, Recipe, main_dtype, total_bytes
 from hxaconv.options import Settings
-from hxaconv.save.card import UNTRAINED, by_record, partly_untrained, purpose_by
-from hxaconv.save.output import Job
-from hxaconv.save.records import FITTED, history_of, init_record, layer_states
+from hxaconv.save.card import UNTRAINED, partly_untrained
+from hxaconv.save.output import Record, lay_out
+from hxaconv.save.records import history_of, init_record
 from hxaconv.surgery.init import InitSettings, as_options, parse_scale
 from hxaconv.surgery.repick import in_dtype, repick
 
@@ -141,20 +141,22 @@ def run(
         )
     if donor is not None and donor.checkpoint is not None:
         sources["from"] = donor.checkpoint
-    job = Job(
-        command=COMMAND,
-        options=options,
-        defaults=defaults_of(run),
-        student=result,
-        target=Path(out),
+    output = lay_out(
+        result,
+        Path(out),
         format=container,
         dtype=settings.dtype,
+        record=Record(
+            command=COMMAND,
+            options=options,
+            defaults=defaults_of(run),
+            sources=sources,
+            base_model=base_model_name(sources.get("teacher", sources["source"])),
+            purpose=UNTRAINED if fresh == list(new.rwkv_layers) else partly_untrained(fresh),
+            extra=made,
+        ),
         max_shard_bytes=shard_bytes,
-        sources=sources,
-        base_model=base_model_name(sources.get("teacher", sources["source"])),
-        purpose=_purpose(history, made, fresh, new),
         shards=shards,
-        extra=made,
     )
 
     def verify(output: Model, progress: Progress | None) -> Report:
@@ -170,7 +172,7 @@ def run(
             progress=progress,
         )
 
-    return perform(job, write, verify, warnings, notes)
+    return perform(output, write, verify, warnings, notes, shard_bytes)
 
 
 def kept_shards(source: Checkpoint, before: Plan, after: Plan, max_shard_bytes: int) -> list[Shard] | None:
@@ -219,16 +221,6 @@ def _check_origins(changed: list[int], taken: list[int], teacher: Model | None) 
         )
 
 
-def _purpose(
-    history: Sequence[Mapping[str, Any]], made: Mapping[str, Any], fresh: Sequence[int], new: StudentConfig
-) -> str:
-    """What the model card says of the RWKV layers: of those made just now, and of what the record knows."""
-    purpose = purpose_by([*history, made], new.rwkv_layers)
-    if not fresh:
-        return by_record(purpose)
-    return purpose if purpose == UNTRAINED else partly_untrained(fresh)
-
-
 def _uneven(
     history: Sequence[Mapping[str, Any]],
     fresh: Sequence[int],
@@ -239,7 +231,11 @@ def _uneven(
     """Warnings where layers made just now are not what the student's others are by its record."""
     found = []
     named = _layers(fresh)
-    first = next((step["init"] for step in history if "init" in step), None)
+    first: Mapping[str, Any] | None = next(
+        (step["init"] for step in history if isinstance(step.get("init"), dict)), None
+    )
+    if first is not None and not (first.keys() >= {"preset", "factors", "seed"} and isinstance(first["factors"], dict)):
+        first = None
     if fresh and first and (first["factors"], first["seed"]) != (settings.factors, settings.seed):
         recorded, used = (
             as_options(name, factors, seed)
@@ -252,8 +248,7 @@ def _uneven(
             f"{named}: initialised with {used}, the student by its record with {recorded};"
             " pass the latter for layers like the others"
         )
-    states = layer_states(history)
-    if fresh and FITTED in {states.get(layer) for layer in new.rwkv_layers if layer not in fresh}:
+    if len(fresh) < len(new.rwkv_layers) and fresh and any("calibration" in step for step in history):
         choice = ",".join(map(str, new.gqa_layers)) or "none"
         found.append(
             f"{named}: plain among calibrated layers, and a student that is calibrated in part cannot be calibrated"

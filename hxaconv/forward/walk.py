@@ -31,7 +31,7 @@ from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, layer_index
 from hxaconv.model.plan import Plan, Ranges, Recipe, Scratch, has_rows, rows
-from hxaconv.save.finite import count_nonfinite
+from hxaconv.save.checksums import count_nonfinite
 from hxaconv.surgery.arithmetic import SERIAL_BYTES, tensor, tensor_rows, torch_dtype
 
 SLICE_BYTES = 16 * 2**20

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.load.checkpoint import open_checkpoint
+from hxaconv.load.checkpoint import download_weights, open_checkpoint
 from hxaconv.load.graft import complete
 from hxaconv.load.student import FLAGS, Facts, is_student, student_facts, student_model
 from hxaconv.load.teacher import open_teacher
@@ -19,6 +20,7 @@ from hxaconv.model.plan import check
 from hxaconv.options import Settings
 
 if TYPE_CHECKING:
+    from hxaconv.formats.files import SourceFile
     from hxaconv.progress import Progress
 
     Name = str | Path | Checkpoint
@@ -185,3 +187,23 @@ def _attention_of(student: Model) -> Model:
     expected = {name: shape for name, shape in expected_tensors(student.config).items() if is_attention(name)}
     check({name: recipe for name, recipe in student.plan.items() if is_attention(name)}, expected, student.label)
     return replace(student, tied_head=None)
+
+
+def download(
+    checkpoints: Iterable[Checkpoint],
+    needed: Sequence[SourceFile],
+    models: Iterable[Model],
+    progress: Progress | None,
+) -> None:
+    """Have these files of the checkpoints here, where they come from the Hub, and compare heads that waited for it.
+
+    Raises:
+        Inconsistent: when a model's tied head is not its embedding.
+    """
+    heads = [model.tied_head for model in models if model.tied_head is not None]
+    files = [*needed, *(file for head in heads for file in head.files)]
+    for checkpoint in checkpoints:
+        if checkpoint.repo is not None:
+            download_weights(checkpoint, progress, needed=files)
+    for head in heads:
+        head.check()

@@ -78,12 +78,12 @@ def write_provenance(
 
 
 def _file_digests(staging: Staging, output: Output, kind: str) -> dict[str, str]:
-    """Small files by name; the settings in a sidecar stand for it, since the digests are in it."""
-    names = [*output.copied_files, *_documents(output)]
-    found = {name: digest_of((staging.content / name).read_bytes(), kind) for name in names}
-    if not output.is_folder:
-        settings = json.loads((staging.content / output.sidecar_name).read_bytes())
-        found[output.sidecar_name] = settings_digest(settings, kind)
+    """Small files by name; of a sidecar, in which this is to stand, its settings."""
+    found = {}
+    for name in [*output.copied_files, *_documents(output)]:
+        data = (staging.content / name).read_bytes()
+        sidecar = name == output.sidecar_name and not output.is_folder
+        found[name] = settings_digest(json.loads(data), kind) if sidecar else digest_of(data, kind)
     return found
 
 

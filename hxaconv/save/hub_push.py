@@ -6,10 +6,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hxaconv.errors import HxaconvError
-from hxaconv.formats.hub_client import explain, network_errors
+from hxaconv.formats.hub_client import explain, hub_utils, network_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+
+def check_push(repo_id: str) -> None:
+    """Refuse, before any work, what the Hub would refuse of an upload after it.
+
+    Raises:
+        HxaconvError: for a name that no repository can have, without a token, and where the token may not write.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+
+    asked = f"--push-to {repo_id}"
+    try:
+        hub_utils().validate_repo_id(repo_id)
+        user = HfApi().whoami() if "/" in repo_id else None
+    except HFValidationError as error:
+        raise HxaconvError(f"{asked}: {str(error).splitlines()[0]}", hint="It takes ORG/NAME.") from None
+    except LocalTokenNotFoundError:
+        raise HxaconvError(f"{asked}: nobody is logged in", hint="`hf auth login`, or set HF_TOKEN.") from None
+    except network_errors() as error:
+        raise explain(error, repo_id, None) from None
+    if user is None:
+        raise HxaconvError(f"{asked} names no owner", hint="It takes ORG/NAME.")
+    owners = [str(user.get("name")), *(str(org.get("name")) for org in user.get("orgs") or [])]
+    if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise HxaconvError(f"{asked}: the token of {owners[0]} may only read", hint="Use one that may write.")
+    if repo_id.partition("/")[0] not in owners:
+        raise HxaconvError(f"{asked}: {owners[0]} may write to {', '.join(owners)}", hint="Name one of these.")
 
 
 def push_folder(path: Path, repo_id: str) -> str:
@@ -26,7 +54,7 @@ def push_folder(path: Path, repo_id: str) -> str:
     if ".partial-" in path.name or not (path.is_file() or (path / "config.json").is_file()):
         raise HxaconvError(
             f"{path} is no finished model: expected a folder with config.json, or a .pth",
-            hint="Complete it first: hxaconv finish.",
+            hint="Run the command that makes it to its end first.",
         )
     api = HfApi()
     try:

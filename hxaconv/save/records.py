@@ -9,7 +9,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.formats.json_files import read_json
 
 if TYPE_CHECKING:
-    from hxaconv.load.checkpoint import Checkpoint
+    from hxaconv.model.model import Checkpoint
     from hxaconv.surgery.init import InitSettings
 
 MAX_STEPS = 32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,7 @@ from hxaconv.save.output import Output
 from hxaconv.save.writer import WriteResult, refuse, write
 
 if TYPE_CHECKING:
-    from hxaconv.load.checkpoint import Checkpoint
-    from hxaconv.verification import Report
+    from hxaconv.verification.report import Report
 
 Verify = Callable[[Model, "Progress | None"], "Report"]
 """Checks the student that was written, and shows how far it is."""
@@ -58,6 +57,8 @@ def save(output: Output, options: Write, *, verify: Verify | None = None, progre
 
     def prepare(needed: Sequence[SourceFile]) -> None:
         models = [output.student] if output.student is not None and ranks.rank() == 0 else []
+        from hxaconv.load.models import download
+
         download(output.record.sources.values(), needed, models, progress)
 
     written = write(output, options, verify=check, prepare=prepare, progress=progress)
@@ -73,7 +74,7 @@ class _StagedCheck:
         self.report: Report | None = None
 
     def __call__(self, staged: Path) -> Mapping[str, Any]:
-        from hxaconv.load.opening import open_checkpoint
+        from hxaconv.load import open_checkpoint
 
         student = self.output.student
         assert student is not None
@@ -111,25 +112,3 @@ def _push(path: Path, repo_id: str) -> str | None:
         except HxaconvError as error:
             error.hint = f"{error.hint} {kept}".strip()
             raise
-
-
-def download(
-    checkpoints: Iterable[Checkpoint],
-    needed: Sequence[SourceFile],
-    models: Iterable[Model],
-    progress: Progress | None,
-) -> None:
-    """Have these files of the checkpoints here, where they come from the Hub, and compare heads that waited for it.
-
-    Raises:
-        Inconsistent: when a model's tied head is not its embedding.
-    """
-    from hxaconv.formats.hub import download_weights
-
-    heads = [model.tied_head for model in models if model.tied_head is not None]
-    files = [*needed, *(file for head in heads for file in head.files)]
-    for checkpoint in checkpoints:
-        if checkpoint.repo is not None:
-            download_weights(checkpoint, progress, needed=files)
-    for head in heads:
-        head.check()

@@ -54,6 +54,17 @@ class WriteResult:
     """Folders of other interrupted runs on the same target."""
 
 
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """What the system refuses, as an error of ours; also a decorator."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or "the target's file system"
+        raise HxaconvError(f"{where}: {error.strerror or error}", hint=diskio.hint_for(error)) from error
+
+
+@_system_errors()
 def write(
     output: Output,
     options: Write,
@@ -73,7 +84,7 @@ def write(
     """
     run = _Run(output, options, progress)
     with ExitStack() as stack:
-        with run.step():
+        with ranks.together(), _system_errors():
             preflight.check_place(run.output, run.staging, overwrite=options.overwrite)
             if ranks.rank() == 0:
                 stack.enter_context(locks.held(_lock_path(run.output.target), run.output.target))
@@ -94,6 +105,7 @@ def write(
         return ranks.broadcast(run.result(tensors, verification))
 
 
+@_system_errors()
 def refuse(output: Output, options: Write) -> None:
     """Refuse what `write` would refuse before its first byte, for work that has to be done before there is a plan.
 
@@ -101,7 +113,7 @@ def refuse(output: Output, options: Write) -> None:
         HxaconvError: listing every problem.
     """
     run = _Run(output, options, None)
-    with run.step():
+    with ranks.together(), _system_errors():
         preflight.check_place(run.output, run.staging, overwrite=options.overwrite)
         preflight.check(run.output, run.staging, overwrite=options.overwrite)
 
@@ -129,19 +141,24 @@ class _Run:
     @contextmanager
     def step(self) -> Iterator[None]:
         """A step that all ranks end together, what the system refuses an error of ours."""
-        with ranks.together():
-            try:
-                yield
-            except OSError as error:
-                path = Path(error.filename or self.staging.path)
-                total = preflight.bytes_needed(self.output)
-                raise diskio.output_error(error, path, "writing", total) from error
+        with ranks.together(), self._explained():
+            yield
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            path = Path(error.filename or self.staging.path)
+            total = preflight.bytes_needed(self.output)
+            raise diskio.output_error(error, path, "writing", total) from error
 
     @contextmanager
     def tidy_end(self) -> Iterator[None]:
         """Errors end with what is kept and how to go on; what is of no use to anybody is removed."""
         try:
-            yield
+            with self._explained():
+                yield
         except (NonfiniteError, SourceChanged):
             if ranks.rank() == 0:
                 self.staging.remove()
