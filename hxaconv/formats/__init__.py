@@ -6,7 +6,9 @@ from hxaconv.errors import HxaconvError
 from hxaconv.formats.contents import Contents, broken
 from hxaconv.formats.files import SourceFile
 from hxaconv.formats.legacy_reader import MAGIC, read_legacy
+from hxaconv.formats.pickle_machine import Refused
 from hxaconv.formats.safetensors_reader import read_safetensors
+from hxaconv.formats.state_dict import advised
 from hxaconv.formats.torchzip_reader import read_torchzip
 
 __all__ = ["Contents", "read_contents"]
@@ -27,7 +29,13 @@ def read_contents(file: SourceFile) -> Contents:
     Raises:
         HxaconvError: when it is no checkpoint, or a damaged one.
     """
-    start = file.read(0, min(file.size, 512))
+    try:
+        return _read(file, file.read(0, min(file.size, 512)))
+    except Refused as refused:
+        raise advised(refused, file) from None
+
+
+def _read(file: SourceFile, start: bytes) -> Contents:
     if start[:4] == b"PK\x03\x04":
         return read_torchzip(file)
     if start[8:9] == b"{":  # before pickles: the length in front may begin with any byte

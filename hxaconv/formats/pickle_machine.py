@@ -6,6 +6,7 @@ so there is no way from a file to code. Time and memory are bounded by the budge
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.contents import broken, show
-from hxaconv.formats.dtypes import BY_STORAGE_CLASS
+from hxaconv.formats.dtypes import BY_NAME, BY_STORAGE_CLASS, BY_TORCH_NAME
 
 MAX_PICKLE_BYTES = 64 * 1024 * 1024
 MAX_OPCODES = 1_000_000
@@ -29,11 +30,19 @@ class Truncated(HxaconvError):
     """The data ended before the pickle did."""
 
 
+class Refused(HxaconvError):
+    """The pickle asks for something that neither a state dict nor torch.load(weights_only=True) knows."""
+
+    value: Any = None
+    """What the pickle holds otherwise, the unknown objects as they were written."""
+
+
 class Callee(Enum):
     """The callables that a state dict needs; none is ever called."""
 
     ORDERED_DICT = auto()
     TENSOR = auto()
+    TENSOR_OF_DTYPE = auto()
     PARAMETER = auto()
     TYPED = auto()
     SIZE = auto()
@@ -88,15 +97,64 @@ class Tensor:
     strides: tuple[int, ...]
 
 
-_QUANTIZED = ("_rebuild_qtensor", "_rebuild_tensor_v3", "_rebuild_wrapper_subclass")
-"""What torch.save names for tensors of float8 and other types that need more than bytes and a shape."""
+@dataclass(frozen=True, slots=True)
+class UntypedStorage:
+    """The class of storages that count bytes; the tensors on them say their dtype."""
+
+
 _CALLEES = {
     ("collections", "OrderedDict"): Callee.ORDERED_DICT,
+    ("torch._utils", "_rebuild_tensor"): Callee.TENSOR,
     ("torch._utils", "_rebuild_tensor_v2"): Callee.TENSOR,
+    ("torch._utils", "_rebuild_tensor_v3"): Callee.TENSOR_OF_DTYPE,
     ("torch._utils", "_rebuild_parameter"): Callee.PARAMETER,
+    ("torch._utils", "_rebuild_parameter_with_state"): Callee.PARAMETER,
     ("torch._tensor", "_rebuild_from_type_v2"): Callee.TYPED,
     ("torch", "Size"): Callee.SIZE,
 }
+
+OPAQUE_TENSORS = frozenset(
+    f"torch._utils._rebuild_{kind}"
+    for kind in (
+        *("qtensor", "sparse_tensor", "nested_tensor", "wrapper_subclass", "meta_tensor_no_storage"),
+        *("device_tensor_from_numpy", "device_tensor_from_cpu_tensor"),
+    )
+)
+"""What makes tensors that are more, or less, than bytes and a shape: no weights, but they may lie beside some."""
+
+ALLOWED = OPAQUE_TENSORS | {
+    *("collections.Counter", "_codecs.encode", "builtins.bytearray", "builtins.set", "builtins.complex"),
+    *("torch.Tensor", "torch.device", "torch.nn.parameter.Parameter", "torch.serialization._get_layout"),
+    *("torch.storage.TypedStorage", "torch.per_tensor_affine", "torch.per_tensor_symmetric"),
+    *("torch.per_channel_affine", "torch.per_channel_symmetric", "torch.per_channel_affine_float_qparams"),
+}
+"""What torch.load(weights_only=True) lets through beside state dicts: passed over here. Its dtypes, typed tensors
+and storages follow a pattern."""
+_ALLOWED_PATTERN = re.compile(
+    r"torch\.(cuda\.)?(sparse\.)?(Byte|Char|Short|Int|Long|Half|Float|Double|Bool|BFloat16)Tensor"
+    r"|torch\.(cuda\.)?\w+Storage"
+    r"|torch\.(q?u?int\d+(x\d+)?|quint\dx\d|bits\d+(x\d+)?|b?float\d+\w*|complex\d+|bool)"
+)
+_DANGEROUS = frozenset(
+    {
+        *[
+            "os",
+            "posix",
+            "nt",
+            "subprocess",
+            "sys",
+            "builtins",
+            "runpy",
+            "shutil",
+            "socket",
+            "importlib",
+            "pty",
+            "code",
+            "ctypes",
+        ]
+    }
+)
+"""Modules that no training state needs and that malware asks for."""
 _KEY_TYPES = frozenset({str, int, float, bool, bytes, type(None), Record})
 """Records are told apart by identity, so that hashing one takes no recursion."""
 MAX_KEY = 2**31
@@ -239,25 +297,31 @@ class Machine:
             raise self.fail(f"has dictionary keys beyond {MAX_KEY}, which no state dict needs")
         target.update(zip(keys, flat[1::2], strict=True))
 
-    def find_global(self, module: str, name: str) -> Callee | StorageClass | Inert:
-        """What stands for a name of the allow-list.
+    def find_global(self, module: str, name: str) -> Callee | StorageClass | UntypedStorage | Inert:
+        """What stands for a name of the allow-list, which is that of torch.load(weights_only=True).
 
         Raises:
-            HxaconvError: for every other name.
+            Refused: for every other name.
         """
         if module == "torch" and name in BY_STORAGE_CLASS:
             return StorageClass(BY_STORAGE_CLASS[name].name)
+        if (module, name) == ("torch.storage", "UntypedStorage"):
+            return UntypedStorage()
         if (module, name) in _CALLEES:
             return _CALLEES[module, name]
-        if f"{module}.{name}" in self.inert or f"{module.partition('.')[0]}.*" in self.inert:
-            return Inert(f"{module}.{name}")
-        raise HxaconvError(
-            f"{self.where}: its pickle asks for {show(f'{module}.{name}')}, which a state dict does not need;"
+        module = "builtins" if module == "__builtin__" else module  # protocol 2 has Python 2's name
+        full = f"{module}.{name}"
+        if full in ALLOWED or _ALLOWED_PATTERN.fullmatch(full):
+            return Inert(full)
+        if full in self.inert or {f"{module.partition('.')[0]}.*", "*"} & set(self.inert):
+            return Inert(full)
+        hint = f"Load and save it again as a state dict where {module.partition('.')[0]} is installed."
+        if module.partition(".")[0] in _DANGEROUS:
+            hint = "Do not load this file with torch: take the weights as safetensors, from whom you trust."
+        raise Refused(
+            f"{self.where}: its pickle asks for {show(full)}, which a state dict does not need;"
             " nothing of it was executed",
-            hint="Its tensors are quantized: take the bf16 original."
-            if module == "torch._utils" and name in _QUANTIZED
-            else "If you trust its origin, load it with torch.load(..., weights_only=True) and save the plain"
-            " state dict (name -> dense tensor) again.",
+            hint=hint,
         )
 
     def call(self, callee: Any, arguments: Any) -> Any:
@@ -267,13 +331,17 @@ class Machine:
         if callee is Callee.TENSOR:
             return self.tensor(arguments)
         if callee is Callee.PARAMETER:
-            if len(arguments) != 3 or not isinstance(arguments[0], Tensor):
+            if len(arguments) not in (3, 4) or not isinstance(arguments[0], Tensor | Record):
                 raise self.fail("builds a parameter from something else than a tensor")
             return arguments[0]
+        if callee is Callee.TENSOR_OF_DTYPE:
+            return self.tensor_of_dtype(arguments)
         if callee is Callee.ORDERED_DICT and len(arguments) <= 1:
             return self.ordered_dict(arguments[0] if arguments else [])
         if callee is Callee.TYPED and len(arguments) == 4 and arguments[0] is Callee.TENSOR:
             return self.tensor(arguments[2])  # one that has attributes of its own, which are passed over
+        if callee is Callee.TYPED and len(arguments) == 4 and isinstance(arguments[0], Inert):
+            return Record(arguments[0].name, arguments)
         if callee is Callee.SIZE and len(arguments) == 1 and isinstance(arguments[0], tuple):
             return arguments[0]
         if isinstance(callee, Inert):
@@ -292,9 +360,11 @@ class Machine:
         self.store_items(made, [item for pair in pairs for item in pair])
         return made
 
-    def tensor(self, arguments: Any) -> Tensor:
+    def tensor(self, arguments: Any) -> Tensor | Record:
         """What `_rebuild_tensor_v2` would view; HxaconvError is raised for numbers that no tensor has."""
-        if not isinstance(arguments, tuple) or len(arguments) not in (6, 7) or not isinstance(arguments[0], Storage):
+        if isinstance(arguments, tuple) and arguments and isinstance(arguments[0], Record):
+            return Record("torch._utils._rebuild_tensor_v2", arguments)  # on a storage of quantized elements
+        if not isinstance(arguments, tuple) or len(arguments) not in (4, 6, 7) or not isinstance(arguments[0], Storage):
             raise self.fail("builds a tensor from something else than a storage")
         storage, offset, shape, strides = arguments[:4]
         if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= MAX_DIMS):
@@ -305,7 +375,19 @@ class Machine:
             raise self.fail("marks a tensor as conjugated or negated, which is not supported")
         return Tensor(storage, offset, shape, strides)
 
-    def storage(self, ident: Any) -> Storage:
+    def tensor_of_dtype(self, arguments: tuple[Any, ...]) -> Tensor | Record:
+        """What `_rebuild_tensor_v3` would view: a tensor on bytes, its dtype named beside it."""
+        dtype = arguments[6] if len(arguments) > 6 and isinstance(arguments[6], Inert) else None
+        if dtype is None or not isinstance(arguments[0], Storage):
+            raise self.fail("builds a tensor from something else than a storage and a dtype")
+        known = BY_TORCH_NAME.get(dtype.name.removeprefix("torch."))
+        if known is None:
+            return Record("torch._utils._rebuild_tensor_v3", arguments)
+        bytes_of = arguments[0]
+        numel = bytes_of.numel * BY_NAME[bytes_of.dtype].itemsize // known.itemsize
+        return self.tensor((Storage(known.name, bytes_of.key, numel, bytes_of.view), *arguments[1:6]))
+
+    def storage(self, ident: Any) -> Storage | Record:
         """The storage that a persistent id names.
 
         Raises:
@@ -321,7 +403,9 @@ class Machine:
         if len(ident) not in (5, 6):
             raise self.fail("refers to a storage of unknown form")
         kind, key, _device, numel, view = (*ident[1:], None)[:5]
-        if not (isinstance(kind, StorageClass) and isinstance(key, str)):
+        if isinstance(kind, Inert) and isinstance(key, str):
+            return Record(kind.name, (key,))
+        if not (isinstance(kind, StorageClass | UntypedStorage) and isinstance(key, str)):
             raise self.fail("refers to a storage of unknown form")
         if not (type(numel) is int and 0 <= numel < _MAX_SIZE):
             raise self.fail("refers to a storage with an impossible number of elements")
@@ -332,6 +416,6 @@ class Machine:
             and all(type(n) is int and 0 <= n < _MAX_SIZE for n in view[1:])
         ):
             raise self.fail("refers to a storage view of unknown form")
-        made = Storage(kind.dtype, key, numel, view)
+        made = Storage(kind.dtype if isinstance(kind, StorageClass) else "U8", key, numel, view)
         self.storages.setdefault(key, made)
         return made

@@ -5,11 +5,13 @@ Nothing is executed (see `pickle_machine`); an opcode that torch.save does not w
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hxaconv.errors import HxaconvError
 from hxaconv.formats.pickle_machine import (
     MAX_LONG_BYTES,
     MAX_OPCODES,
@@ -19,7 +21,9 @@ from hxaconv.formats.pickle_machine import (
     Machine,
     Pickled,
     Record,
+    Refused,
     StorageClass,
+    UntypedStorage,
 )
 
 
@@ -28,18 +32,24 @@ def parse(
 ) -> Pickled:
     """Interpret the pickle at `start`; nothing is executed.
 
-    `inert` names classes and constants (`package.module.Class`, or `package.*`) beside those of a state dict
+    `inert` names classes and constants (`package.module.Class`, `package.*`, or `*`) beside those of a state dict
     that are expected and become records of what they were written with.
 
     Raises:
         Truncated: when the data ends first.
-        HxaconvError: for a global that a state dict does not need, a malformed or an oversized pickle.
+        Refused: for a global that a state dict does not need.
+        HxaconvError: for a malformed or an oversized pickle.
     """
     machine = Machine(data, where, start, inert, max_steps)
     try:
         return Pickled(machine.run(_OPERATIONS), machine.position, machine.storages)
     except IndexError:
         raise machine.fail("takes from an empty stack") from None
+    except Refused as refused:
+        if "*" not in inert:  # what it holds besides tells what can be done about it
+            with contextlib.suppress(HxaconvError):
+                refused.value = parse(data, where, start, inert=("*",), max_steps=max_steps).value
+        raise
 
 
 def _push(value: Callable[[Machine], Any]) -> Callable[[Machine], None]:
@@ -169,7 +179,7 @@ def _build(machine: Machine) -> None:
         target.state = state
 
 
-def _global(machine: Machine) -> Callee | StorageClass | Inert:
+def _global(machine: Machine) -> Callee | StorageClass | UntypedStorage | Inert:
     module = machine.decode(machine.line())
     return machine.find_global(module, machine.decode(machine.line()))
 
