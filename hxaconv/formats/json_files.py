@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,15 +29,49 @@ def read_json(file: SourceFile) -> dict[str, Any]:
     if file.size > MAX_JSON_BYTES:
         raise HxaconvError(f"{file.label} has {file.size} bytes, expected at most {MAX_JSON_BYTES}")
     try:
-        value = json.loads(file.read(0, file.size).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        detail = "nested too deeply" if isinstance(error, RecursionError) else show(str(error))
-        raise HxaconvError(f"{file.label} is not valid JSON: {detail}") from None
+        value = parse_json(file.read(0, file.size))
+    except ValueError as error:
+        raise HxaconvError(f"{file.label} is not valid JSON: {error}", hint=_not_json(file)) from None
     finally:
         file.close()
     if not isinstance(value, dict):
         raise HxaconvError(f"{file.label} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The value that JSON text holds; of two values under one key readers take either, so that none is right.
+
+    Raises:
+        ValueError: saying what is wrong, also for numbers and nesting without bounds.
+    """
+    try:
+        return json.loads(data if isinstance(data, str) else data.decode("utf-8"), object_pairs_hook=unique_keys)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(show(str(error).partition(";")[0])) from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for json.loads; ValueError is raised for a key that occurs twice."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the name {show(twice)} occurs twice")
+    return made
+
+
+def _not_json(file: SourceFile) -> str:
+    """What to do about a file that should be JSON, by its first bytes."""
+    start = file.read(0, min(file.size, 512)).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        return "It is a Git LFS pointer, not the file itself: run `git lfs pull` in that folder."
+    if start.startswith((b"<!", b"<html")):
+        return "It is a web page: the download went wrong; download it again."
+    if re.fullmatch(rb"(\.\./)+blobs/[0-9a-f]{40,64}\s*", start):
+        return "It is a link of the Hub's cache written out as text: copy the cache with its links, or download again."
+    return "" if start else "The file is empty: download it again."
 
 
 def read_config(file: SourceFile) -> dict[str, Any]:
@@ -133,7 +169,8 @@ _ROPE = {"rope_theta": _NUMBER, "rope_type": _TEXT, "type": _TEXT, "partial_rota
 _TYPES: dict[str, Any] = {
     "num_hidden_layers": _whole(MAX_LAYERS),
     **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"), _SIZE),
-    **dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"), _SIZE),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings"), _SIZE),
+    "sliding_window": (lambda value: value is False or _SIZE[0](value), _SIZE[1]),
     **dict.fromkeys(("lora_rank_decay", "lora_rank_iclr", "lora_rank_gate"), _SIZE),
     **dict.fromkeys(("lora_rank_value_residual_mix", "lora_rank_key_residual_mix"), _SIZE),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), _SIZE),

@@ -10,6 +10,7 @@ from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats.contents import Contents, broken, check_names, show
 from hxaconv.formats.dtypes import BY_NAME, num_bytes
 from hxaconv.formats.files import SourceFile
+from hxaconv.formats.json_files import unique_keys
 from hxaconv.model.plan import Plan, stored
 
 MAX_HEADER_BYTES = 25_000_000
@@ -51,7 +52,8 @@ def parse_header(file: SourceFile, data: bytes) -> Contents:
         HxaconvError: listing every entry of one kind of fault at once.
     """
     entries = _load_json(data[8:], file.label)
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # some writers say null
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise broken(file.label, "__metadata__ of the header does not map text to text")
     check_names(list(entries), file.label)
@@ -73,21 +75,12 @@ def _load_json(raw: bytes, where: str) -> dict[str, Any]:
     if raw[:1] != b"{" or dense:
         raise broken(where, "what should be the safetensors header is not one")
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         detail = "nested too deeply" if isinstance(error, RecursionError) else show(str(error))
         raise broken(where, f"the safetensors header is not valid: {detail}") from None
     assert isinstance(header, dict)
     return header
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the name {show(twice)} occurs twice")
-    return made
 
 
 def _no_constant(text: str) -> Any:

@@ -173,7 +173,7 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
     variant, scaling = raw.get("rwkv_architecture"), rope_settings(raw)[1]
     problems = []
     if variant is None:
-        problems.append(f'there is no rwkv_architecture; loaders need it, one of {", ".join(VARIANTS)}')
+        problems.append(f"there is no rwkv_architecture; loaders need it, one of {', '.join(VARIANTS)}")
     elif variant not in VARIANTS:
         problems.append(f"rwkv_architecture is {variant!r}, this tool knows {', '.join(VARIANTS)}")
     if scaling not in ROPE_SCALING_DEFAULTS:

@@ -109,24 +109,36 @@ class StudentConfig(ModelConfig):
 
 
 def rope_settings(raw: Mapping[str, Any]) -> tuple[float | None, str | None]:
-    """(rope_theta, kind of scaling) from either spelling: top level, or `rope_parameters`."""
-    nested = raw.get("rope_parameters") or {}
-    theta = raw.get("rope_theta", nested.get("rope_theta"))
-    scaling = raw.get("rope_scaling") or {}
-    kinds = [settings.get("rope_type") or settings.get("type") for settings in (scaling, nested)]
+    """(rope_theta, kind of scaling) from any spelling: top level, `rope_parameters`, or `rope_scaling`."""
+    nested, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    theta = next((value for value in _thetas(raw).values()), None)
+    kinds = [_scaling(settings) for settings in (scaling, nested)]
     # Where one spelling scales and the other does not, some reader scales.
     kind = next((found for found in kinds if found not in ROPE_SCALING_DEFAULTS), kinds[0] or kinds[1])
-    if kind in ROPE_SCALING_DEFAULTS and scaling.get("factor", 1) not in (None, 1, 1.0):
-        kind = "linear"
     return (None if theta is None else float(theta)), kind
 
 
+def _scaling(settings: Mapping[str, Any]) -> str | None:
+    """The kind of scaling that one spelling names; `linear` by a factor of 1 is none."""
+    kind, factor = settings.get("rope_type") or settings.get("type"), settings.get("factor")
+    if kind in (*ROPE_SCALING_DEFAULTS, "linear"):
+        return "default" if factor in (None, 1) and (kind != "linear" or factor == 1) else "linear"
+    return str(kind)
+
+
+def _thetas(raw: Mapping[str, Any]) -> dict[str, float]:
+    """Place -> rope_theta, of every place that names one."""
+    places = {"at top level": raw, "in rope_parameters": raw.get("rope_parameters") or {}}
+    places["in rope_scaling"] = raw.get("rope_scaling") or {}
+    return {place: found["rope_theta"] for place, found in places.items() if found.get("rope_theta") is not None}
+
+
 def rope_contradiction(raw: Mapping[str, Any]) -> str | None:
-    """The two values of rope_theta, where a config.json gives two; readers disagree about which one counts."""
-    outer, nested = raw.get("rope_theta"), (raw.get("rope_parameters") or {}).get("rope_theta")
-    if outer is None or nested is None or outer == nested:
+    """The values of rope_theta, where a config.json gives several; readers disagree about which one counts."""
+    found = _thetas(raw)
+    if len(set(found.values())) < 2:
         return None
-    return f"rope_theta is {outer!r} at top level, {nested!r} in rope_parameters"
+    return f"rope_theta is {', '.join(f'{value!r} {place}' for place, value in found.items())}"
 
 
 def stored_dtype(raw: Mapping[str, Any]) -> str | None:
@@ -161,13 +173,14 @@ def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling
         found.append(
             f"sliding-window attention is in force ({window}): full attention is needed, as GQA layers have it"
         )
-    activation = raw.get("hidden_act", raw.get("hidden_activation"))
+    family = FAMILIES.get(str(kind))
+    usual = family.activation if family is not None else None
+    activation = raw.get("hidden_act", raw.get("hidden_activation", usual))
     if activation not in ("silu", "swish"):
         found.append(f"hidden_act is {activation!r}: hxa079's MLP is SwiGLU, a teacher with silu is needed")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown method")
         found.append(f"the checkpoint is quantized ({method}): take the bf16 original")
-    family = FAMILIES.get(str(kind))
     output_bias = family is not None and family.biases(raw).output
     if not allow_output_bias and (raw.get("mlp_bias") or output_bias):
         found.append("biases on o_proj or the MLP, which RWKV-Infer drops silently: --allow-output-bias keeps them")

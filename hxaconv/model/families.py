@@ -30,6 +30,45 @@ def _input_biases(raw: Raw) -> Biases:
     return Biases(inputs=True, output=False)
 
 
+def _no_window(raw: Raw) -> str | None:
+    return None
+
+
+def _window(default: int | None) -> Callable[[Raw], str | None]:
+    """`sliding_window` counts whatever other keys say; `default` where there is no such key."""
+
+    def rule(raw: Raw) -> str | None:
+        window = raw.get("sliding_window", default)
+        if window is None or _reaches(window, raw):
+            return None
+        implied = "" if "sliding_window" in raw else ", the default of this family where config.json has no such key"
+        return f"sliding_window is {window}{implied}"
+
+    return rule
+
+
+def _switched_window(raw: Raw) -> str | None:
+    """`sliding_window` counts where `use_sliding_window` is true, in layers that `layer_types` or, without it,
+    `max_window_layers` (28) says."""
+    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        count, begins = raw.get("num_hidden_layers") or 0, raw.get("max_window_layers", 28)
+        windowed = window is not None and (begins or 0) < count
+    else:
+        windowed = any(kind != "full_attention" for kind in kinds)
+    if not windowed or (window is not None and _reaches(window, raw)):
+        return None
+    odd = sorted(set(kinds or ()) - {"full_attention"})
+    return f"layer_types names {odd}" if odd else f"sliding_window is {window}, and use_sliding_window true"
+
+
+def _reaches(window: int, raw: Raw) -> bool:
+    """Whether the window spans the whole context."""
+    context = raw.get("max_position_embeddings")
+    return context is not None and window >= context
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One kind of teacher."""
@@ -38,36 +77,22 @@ class Family:
     biases: Callable[[Raw], Biases] = _no_biases
     qk_norm: bool = False
     """Norms on q and k over head_dim."""
-    window_switch: bool = False
-    """Whether `sliding_window` counts only where `use_sliding_window` is true, and from `max_window_layers` on."""
-    default_window: int | None = None
-    """What transformers reads into a config.json without the key `sliding_window`."""
+    window: Callable[[Raw], str | None] = _no_window
+    """Why attention does not see everything, or None: what transformers' class makes of `sliding_window`,
+    `use_sliding_window`, `max_window_layers` and `layer_types`. Without a rule the class reads none of them."""
+    activation: str = "silu"
+    """What transformers reads into a config.json without `hidden_act`."""
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(title="Llama, Reka Flash 3 and 3.1", biases=_all_biases),
-    "mistral": Family(title="Mistral, Devstral, Magistral (text)", default_window=4096),
-    "qwen2": Family(title="Qwen2 and Qwen2.5 (biases on q, k, v)", biases=_input_biases, window_switch=True),
-    "qwen3": Family(title="Qwen3 (norms on q and k)", biases=_all_biases, qk_norm=True, window_switch=True),
-    "phi3": Family(title="Phi-3 and Phi-4 (fused projections)"),
+    "mistral": Family(title="Mistral, Devstral, Magistral (text)", window=_window(4096)),
+    "qwen2": Family(title="Qwen2 and Qwen2.5 (biases on q, k, v)", biases=_input_biases, window=_switched_window),
+    "qwen3": Family(title="Qwen3 (norms on q and k)", biases=_all_biases, qk_norm=True, window=_switched_window),
+    "phi3": Family(title="Phi-3 and Phi-4 (fused projections)", window=_window(None)),
 }
 
 
 def window_in_force(raw: Raw) -> str | None:
     """Why attention does not see everything, or None."""
-    family, kinds = FAMILIES.get(str(raw.get("model_type")), Family(title="")), raw.get("layer_types") or []
-    if any(kind != "full_attention" for kind in kinds):
-        return f"layer_types names {sorted(set(kinds) - {'full_attention'})}"
-    implied = "sliding_window" not in raw and family.default_window is not None
-    window = family.default_window if implied else raw.get("sliding_window")
-    if not isinstance(window, int) or kinds or not raw.get("use_sliding_window", not family.window_switch):
-        return None
-    # In Qwen's configs the window begins at this layer.
-    begins, layers = raw.get("max_window_layers"), raw.get("num_hidden_layers")
-    if isinstance(begins, int) and isinstance(layers, int) and begins >= layers:
-        return None
-    context = raw.get("max_position_embeddings")
-    if context is not None and window >= context:
-        return None
-    default = f", the default of {raw['model_type']}'s where config.json has no such key" if implied else ""
-    return f"sliding_window is {window}{default}"
+    return FAMILIES.get(str(raw.get("model_type")), Family(title="")).window(raw)

@@ -104,6 +104,9 @@ def load(name: str | Path, check: Check | None = None) -> LayerMap:
 _WHERE = "Name the file, or one of the shipped maps: hxaconv maps"
 
 
+MAX_BYTES = 1024 * 1024
+
+
 def read(path: Path, check: Check | None = None) -> LayerMap:
     """Parse one file; `check` as `load` has it.
 
@@ -111,10 +114,12 @@ def read(path: Path, check: Check | None = None) -> LayerMap:
         HxaconvError: listing everything in it that is not understood.
     """
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise HxaconvError(f"layer map {path} has {path.stat().st_size} bytes, expected at most {MAX_BYTES}")
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise HxaconvError(f"layer map {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: TOML, UTF-8, and numbers of thousands of digits
         detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise HxaconvError(f"layer map {path} is not valid TOML: {detail}") from None
     minimal = "" if "gqa_layers" in raw else "A minimal map is one line: gqa_layers = [4, 9, 14]"

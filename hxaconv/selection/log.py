@@ -23,7 +23,7 @@ WEIGHTS = {
     "scale mismatch": 0.15,
     "instability": 0.10,
 }
-_COLUMN = re.compile(r"layer_(\d+)_(\w+)")
+_COLUMN = re.compile(r"layer_(\d{1,6})_(\w+)", re.ASCII)
 _NEEDED = ("rawMSE", "scale")
 TINY = 1e-8
 
