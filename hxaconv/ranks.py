@@ -48,6 +48,7 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
                 )
             _place, _host = (int(found[0]), int(found[1])), environment
             return
+    _place, _host = (0, 1), {}
 
 
 def rank() -> int:

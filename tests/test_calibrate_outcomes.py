@@ -65,12 +65,6 @@ def test_a_student_that_is_no_nearer_is_left_plain_and_that_is_said(
     assert f"| calibrated, not used | {calibrated:.3g} |" in card
     assert "better starting point" not in card
     assert weights(tmp_path / "o") == weights(plain)
-    assert cli("to-pth", tmp_path / "o", tmp_path / "o.pth", "--no-verify", "--quiet") == 0
-    assert cli("to-hf", tmp_path / "o.pth", tmp_path / "again", "--no-verify", "--quiet") == 0
-    card = (tmp_path / "again" / "README.md").read_text()
-    assert "**The fit is not used**" in card
-    assert "better starting point" not in card
-    assert "not trained yet" in card
 
 
 def test_a_student_that_is_nearer_is_taken_as_before(

@@ -18,7 +18,6 @@ from hxaconv import commands, selection
 from hxaconv.cli.app import app as command_line
 from hxaconv.model import layer_choice, layer_maps
 from hxaconv.save.interruption import Interrupted
-from hxaconv.save.preflight import _file_system
 from hxaconv.selection.sweep import Sweep
 
 Cli = Callable[..., int]
@@ -170,7 +169,6 @@ REFUSED = [
     (("--strategy", "mse", "--max-shard-size", "huge"), "not a size"),
     (("--strategy", "mse", "--min-gap", 0, "--max-gap", -3, "--max-consecutive", 0), "--max-consecutive 0"),
     (("--strategy", "mse", "--count", 3, "--min-gap", 3), "no choice of 3 of 6"),
-    (("--strategy", "mse", "--part", "1/2"), "every part would score"),
     (("--strategy", "mse", "--kl-mode", "convert"), "only --strategy kl"),
     (("--strategy", "log"), "--log FILE.csv"),
     (("--strategy", "last", "--tokens", 5, "--log", "x"), "--tokens: --strategy last looks at no tokens"),
@@ -519,8 +517,6 @@ def test_shards_that_are_only_linked_need_no_space(
     assert "hard links to the source's" in capsys.readouterr().err
     whole = sum(path.stat().st_size for path in (tmp_path / "p").glob("*.safetensors"))
     assert whole > 4_000_000
-    monkeypatch.setattr("hxaconv.save.preflight._WITHOUT_LINKS", (_file_system(tmp_path),))
-    assert cli(*pick, "--overwrite") == 2
 
 
 def test_a_training_file_holds_attention_alone_whatever_made_it(

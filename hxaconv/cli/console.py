@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hxaconv import ranks
 from hxaconv.errors import HxaconvError
 from hxaconv.progress import Progress
 
@@ -51,7 +52,10 @@ def _tell(text: str, style: str = "") -> None:
 
 
 class Talk:
-    """One per command: `quiet` silences all but errors, `json_output` turns results into JSON."""
+    """One per command: `quiet` silences all but errors, `json_output` turns results into JSON.
+
+    Of several ranks the first one talks.
+    """
 
     def __init__(self, *, quiet: bool = False, json_output: bool = False) -> None:
         self.quiet = quiet
@@ -59,15 +63,18 @@ class Talk:
 
     def say(self, text: str) -> None:
         """One line of talk, on stderr."""
-        if not self.quiet:
+        if not self.quiet and ranks.rank() == 0:
             _tell(text)
 
     def warn(self, text: str) -> None:
         """A warning, on stderr, quiet or not."""
-        _tell(f"Warning: {text}", "yellow")
+        if ranks.rank() == 0:
+            _tell(f"Warning: {text}", "yellow")
 
     def result(self, data: Mapping[str, Any], *renderables: RenderableType) -> None:
         """The command's result: JSON on stdout where asked for, else what people read."""
+        if ranks.rank():
+            return
         if self.json_output:
             from hxaconv.formats.json_files import plain_data
 
@@ -83,7 +90,7 @@ class Talk:
 
     def progress(self) -> Progress | None:
         """A byte bar on stderr, now and then a line where stderr is no terminal; None when quiet."""
-        return None if self.quiet else Bars() if sys.stderr.isatty() else Lines(self.say)
+        return None if self.quiet or ranks.rank() else Bars() if sys.stderr.isatty() else Lines(self.say)
 
 
 class Bars:
@@ -170,8 +177,11 @@ class Lines:
 
 
 def render_error(error: HxaconvError) -> None:
-    """The one place that prints what went wrong: the problem, then what to do."""
+    """The one place that prints what went wrong: the problem, then what to do; once, where all ranks have it."""
+    if error.shared and ranks.rank():
+        return
     word = "Check failed" if error.exit_code == 1 else "Error"
+    word += f" (rank {ranks.rank()})" if ranks.rank() else ""
     _tell(f"{word}: {error.message}", "bold red")
     if error.hint:
         _tell(f"What to do: {error.hint}")

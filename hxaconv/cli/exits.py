@@ -11,6 +11,7 @@ from typing import Any
 
 from typer.core import TyperGroup
 
+from hxaconv import ranks
 from hxaconv.errors import HxaconvError, out_of_memory
 from hxaconv.save.interruption import NOTHING_PUBLISHED, ignore_from_now
 
@@ -56,6 +57,7 @@ def guarded(run: Callable[[], Any]) -> int:
     if debug:
         sys.argv.remove("--debug")
     try:
+        ranks.join()
         run()
     except (HxaconvError, MemoryError, RuntimeError) as error:
         told = error if isinstance(error, HxaconvError) else out_of_memory(error)

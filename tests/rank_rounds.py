@@ -1,0 +1,111 @@
+"""Runs a command as several ranks, as torchrun starts them, and prints as JSON what came of it.
+
+    python rank_rounds.py FOLDER
+
+Ranks are forked after the imports. Runs: alone; two ranks; two of which one is killed while it writes, resumed by
+two, and another such run resumed by one process; two of which one finds the disk full.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed  # noqa: F401
+from kill_rounds import TEACHER
+from writing import leftovers, tree
+
+from hxaconv.cli.app import app
+from hxaconv.cli.exits import guarded
+from hxaconv.save import fill
+
+OPTIONS = ("--gqa-layers", "2,5", "--max-shard-size", "1MB", "--no-verify", "--quiet")
+
+
+def start(words: list[str], rank: int, world: int, port: int, log: Path, prepare: Callable[[], None] | None) -> int:
+    """One rank in a process of its own; returns its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        place = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in place.items()})
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        fill.BATCH_BYTES = 200_000
+        if prepare is not None:
+            prepare()
+        sys.argv = ["hxaconv", *words]
+        code = guarded(app)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def slow() -> None:
+    real = os.pwrite
+
+    def pwrite(*arguments: Any) -> int:
+        time.sleep(0.03)
+        return real(*arguments)
+
+    os.pwrite = pwrite
+
+
+def full() -> None:
+    def pwrite(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    os.pwrite = pwrite
+
+
+def run(
+    folder: Path, name: str, world: int, *more: str, prepare: Callable[[], None] | None = None, kill: bool = False
+) -> dict[str, Any]:
+    """The command by so many ranks; the last is prepared, and perhaps killed once it has written something."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["init-from-teacher", str(TEACHER), str(folder / name), *OPTIONS, *more]
+    logs = [folder / f"log-{rank}" for rank in range(world)]
+    last = world - 1
+    pids = [start(words, r, world, port, logs[r], prepare if r == last else None) for r in range(world)]
+    while kill:
+        found = [path.read_text() for path in folder.glob(f"{name}.partial-*/journal-{last}")]
+        if found and found[0].count("tensor") >= 3:
+            os.kill(pids[last], signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return {"codes": codes, "said": [log.read_text() for log in logs], "published": (folder / name).exists()}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    (folder / "alone").parent.mkdir(exist_ok=True)
+    found = {"alone": run(folder, "alone", 1), "two": run(folder, "two", 2)}
+    for name in ("killed", "taken-over"):
+        found[name] = run(folder, name, 2, prepare=slow, kill=True)
+    found["resumed"] = run(folder, "killed", 2, "--resume")
+    found["resumed alone"] = run(folder, "taken-over", 1, "--resume")
+    found["full"] = run(folder, "full", 2, prepare=full)
+    alone = tree(folder / "alone")
+    for name in ("two", "killed", "taken-over"):
+        found[name]["same"] = tree(folder / name) == alone
+        found[name]["left"] = [left for left in leftovers(folder / name) if name in left]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
