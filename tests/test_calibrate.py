@@ -30,7 +30,7 @@ from hxaconv.model.model import Model
 from hxaconv.model.plan import Literal, Recipe, check
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
-from hxaconv.verification.origins import untouched_layers
+from hxaconv.verification.values import untouched_layers
 
 
 @pytest.fixture(scope="module", autouse=True)

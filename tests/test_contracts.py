@@ -15,8 +15,8 @@ from hxaconv.model.names import is_attention
 from hxaconv.surgery.arithmetic import cast, scaled
 from hxaconv.surgery.init import PRESETS
 from hxaconv.surgery.padding import pad_ffn
-from hxaconv.verification.contracts import check_converted, check_initialised, check_rwkv_layers, completed
-from hxaconv.verification.report import Report
+from hxaconv.verification.compare import compare_models
+from hxaconv.verification.contracts import check_converted, check_initialised, completed, initial_claims
 from hxaconv.verification.single import verify_model
 
 
@@ -59,11 +59,11 @@ def test_a_broken_promise_is_named(promise: str) -> None:
 def test_only_the_projections_that_were_checked_are_listed() -> None:
     base, made = fresh()
     kinds = (".receptance.", ".key.", ".k_norm.", ".r_norm.")
-    rest = dataclasses.replace(made, plan={n: r for n, r in made.plan.items() if not any(kind in n for kind in kinds)})
-    report = Report(source="made")
-    check_rwkv_layers(report, rest, base.plan, FACTORS)
+    replaced = [name for name in made.plan if any(kind in name for kind in kinds)]
+    claims = initial_claims(made.student, FACTORS, without=replaced)
+    report = compare_models(made, base, ids=None, claims=claims)
     told = next(check.detail for check in report.checks if check.name == "scaled projections")
-    assert told.startswith("4 tensors: the teacher's, value x 0.3, output x 0.5")
+    assert told.startswith("4 tensors are the teacher's, value x 0.3, output x 0.5")
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_only_the_projections_that_were_checked_are_listed() -> None:
 def test_every_kind_of_initial_value_is_checked(part: str) -> None:
     base, made = fresh()
     name = f"model.layers.2.self_attn.{part}"
-    report = Report(source="made")
-    check_rwkv_layers(report, changed(made, name, lambda values: values * 1.1 + 0.1), base.plan, FACTORS)
+    wrong = changed(made, name, lambda values: values * 1.1 + 0.1)
+    report = compare_models(wrong, base, ids=None, claims=initial_claims(made.student, FACTORS))
     assert [name in check.detail for check in report.checks if check.name == "initial values"] == [True]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -11,9 +10,9 @@ from torch import Tensor
 from hxaconv.calibration.report import Distances
 from hxaconv.model.model import Model
 from hxaconv.model.names import layer_index
-from hxaconv.model.plan import same_bytes
+from hxaconv.verification.claims import Claim, Copied, listing
 from hxaconv.verification.compare import compare_models
-from hxaconv.verification.contracts import check_copies, check_gqa_layers, check_rwkv_layers, completed, listing
+from hxaconv.verification.contracts import against_teacher, completed, copied, initial_claims
 from hxaconv.verification.report import Report
 
 if TYPE_CHECKING:
@@ -56,19 +55,31 @@ def check_calibrated(
     GQA layers that were not replaced equal the teacher's attention with all positions 0. With `factors`, what was
     copied and the projections that were not replaced are checked against the teacher's as well.
     """
-    whole = completed(output, teacher)
-    report = compare_models(whole, teacher, ids=ids, device=device, progress=progress)
-    kept = [name for name in output.plan if name not in replaced]
-    wrong = [n for n in kept if n not in plain.plan or not same_bytes(output.plan[n], plain.plan[n])]
-    text = f"{len(kept)} tensors are the plain student's, {len(replaced)} are fitted"
-    report.check("kept tensors", not wrong, listing(wrong, "differ from the plain student's") or text)
+    claims: list[Claim] = [
+        Copied(
+            check="kept tensors",
+            good=f"are the plain student's, {len(replaced)} are fitted",
+            bad="differ from the plain student's",
+            wanted=lambda name: name in output.plan and name not in replaced,
+            role="plain",
+            exact=True,
+        )
+    ]
+    if factors is not None:
+        claims.append(copied(output.student, without=replaced))
+        claims += initial_claims(output.student, factors, without=replaced)
+    changed = {layer_index(name) for name in replaced}
+    report = against_teacher(
+        output,
+        teacher,
+        claims,
+        beside={"plain": plain},
+        without_gqa=changed,
+        ids=ids,
+        device=device,
+        progress=progress,
+    )
     lost = [name for name in replaced if name not in output.plan]
     if replaced:
         report.check("fitted tensors", not lost, listing(lost, "are missing") or f"{len(replaced)} are there")
-    changed = {layer_index(name) for name in replaced}
-    check_gqa_layers(report, without=changed)
-    if factors is not None:
-        check_copies(report, whole, teacher, without=replaced)
-        rest = replace(output, plan={name: output.plan[name] for name in kept})
-        check_rwkv_layers(report, rest, teacher.plan, factors)
     return report

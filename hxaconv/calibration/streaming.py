@@ -29,7 +29,7 @@ from hxaconv.model.plan import Plan, Recipe, Scratch, layer_bytes, total_bytes
 from hxaconv.progress import Progress, bar
 from hxaconv.save.checksums import count_nonfinite
 from hxaconv.surgery.arithmetic import Computed, torch_dtype
-from hxaconv.verification.origins import foreign_tensors, touched_tensors
+from hxaconv.verification.values import foreign_tensors, touched_tensors
 
 FEWEST_TO_JUDGE = 8
 """Held-out tokens without which nobody can say that a fit is better."""

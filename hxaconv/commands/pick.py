@@ -160,8 +160,7 @@ def run(
     )
 
     def verify(output: Model, progress: Progress | None) -> Report:
-        from hxaconv.verification.contracts import completed
-        from hxaconv.verification.repicked import check_repicked
+        from hxaconv.verification.contracts import check_repicked, completed
 
         return check_repicked(
             student,

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import ModuleType
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.dtypes import parse_dtype
+from hxaconv.formats.files import SourceFile
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
 from hxaconv.forward.matrix import BLOCK_BYTES, Matrix
@@ -30,7 +32,7 @@ from hxaconv.forward.pool import Pool
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, layer_index
-from hxaconv.model.plan import Plan, Ranges, Recipe, Scratch, has_rows, rows
+from hxaconv.model.plan import Bytes, Plan, Ranges, Recipe, Scratch, has_rows, rows
 from hxaconv.save.checksums import count_nonfinite
 from hxaconv.surgery.arithmetic import SERIAL_BYTES, tensor, tensor_rows, torch_dtype
 
@@ -78,7 +80,7 @@ class Stream:
     """What the last layer's mixer added."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class Held:
     """A tensor in memory, as it is stored."""
 
@@ -86,6 +88,26 @@ class Held:
     values: Tensor = field(default_factory=lambda: torch.empty(0))
     nonfinite: int = 0
     """How many of its values are NaN or infinite."""
+
+    @cached_property
+    def at_hand(self) -> Recipe:
+        """The recipe, but that its bytes are already here; as long as the layer is."""
+        flat = self.values.reshape(-1).view(torch.uint8)
+        return replace(self.recipe, make=_AtHand(memoryview(flat.numpy()), self.recipe.make))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _AtHand:
+    data: memoryview
+    origin: Bytes
+    kind: str = "copy"
+
+    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+        for start in range(0, len(self.data), len(scratch.read)):
+            yield self.data[start : start + len(scratch.read)]
+
+    def sources(self) -> Iterable[SourceFile]:
+        return self.origin.sources()
 
 
 class Walk:
@@ -115,6 +137,11 @@ class Walk:
 
     def __getitem__(self, role: str) -> Track:
         return self._tracks[role]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of the models."""
+        return tuple(self._tracks)
 
     def layers(self, indices: Iterable[int] | None = None) -> Iterator[int]:
         """Load one layer of all models after the other; by default from the first to the last.
@@ -216,6 +243,10 @@ class Walk:
     def held(self, role: str) -> Mapping[str, Held]:
         """What is in memory of a model now."""
         return self._held[role]
+
+    def at_hand(self) -> dict[str, Plan]:
+        """Role -> plan of the tensors that are in memory now; a tensor held once is one recipe."""
+        return {role: {name: held.at_hand for name, held in plan.items()} for role, plan in self._held.items()}
 
     def product(self, x: Tensor, stored: Tensor) -> Tensor:
         """x (tokens, columns) times some rows of a weight as it is stored -> (tokens, rows)."""

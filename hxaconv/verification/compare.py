@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,11 +23,13 @@ from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD
 from hxaconv.model.plan import Recipe, layer_bytes, same_ranges, total_bytes
 from hxaconv.progress import Progress, bar
+from hxaconv.verification.claims import MADE, ORIGIN, Claim, States
 from hxaconv.verification.expectations import Thresholds, config_differences, judge, usual_expectation
 from hxaconv.verification.report import LayerResult, LogitResult, Report, TensorResult
-from hxaconv.verification.tensors import compare_held, joined, misshapen, unpaired, with_head
+from hxaconv.verification.tensors import compare_held, joined, misshapen, unpaired
+from hxaconv.verification.values import with_head
 
-SOURCE, OTHER = "source", "other"
+SOURCE, OTHER = MADE, ORIGIN
 NOISE = {torch.float32: 1e-6, torch.float64: 1e-12}
 """Relative error below which two layers count as the same: rounding in another order of summation."""
 
@@ -41,11 +44,14 @@ def compare_models(
     dtype: str = "float32",
     device: str = "cpu",
     logits_out: Path | None = None,
+    beside: Mapping[str, Model] | None = None,
+    claims: Collection[Claim | States] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Compare two complete models on token ids (B, T), holding one layer of each; without ids, their tensors only.
 
     `expect` is identical, close or report; None: identical for the same architecture, else report.
+    `claims` are about the source, the other, and models `beside` them by role; each becomes a check.
     `logits_out` receives the source's input_ids, logits and hidden.{i}.
 
     Raises:
@@ -61,12 +67,14 @@ def compare_models(
     compute, device = compute_settings(dtype, device)
     with (
         dumping(logits_out, source.config, ids, compute) as dump,
-        Walk({SOURCE: source, OTHER: other}, dtype=compute, device=device) as walk,
+        Walk({SOURCE: source, OTHER: other, **(beside or {})}, dtype=compute, device=device) as walk,
     ):
-        _Comparison(report, walk, dump).run(None if ids is None else ids.to(device), progress)
+        _Comparison(report, walk, dump, claims).run(None if ids is None else ids.to(device), progress)
     if isinstance(source.config, TeacherConfig) and isinstance(other.config, StudentConfig):
         report.notes.append("Name the student first to see how near it is to attention zeroed, and its GQA layers.")
     judge(report, thresholds or Thresholds(), source)
+    for claim in claims:
+        claim.conclude(report)
     report.seconds = time.monotonic() - began
     return report
 
@@ -93,8 +101,8 @@ class _Streams:
 class _Comparison:
     """The loop of a comparison over the layers."""
 
-    def __init__(self, report: Report, walk: Walk, dump: Dump | None) -> None:
-        self.report, self.walk, self.dump = report, walk, dump
+    def __init__(self, report: Report, walk: Walk, dump: Dump | None, claims: Collection[Claim | States]) -> None:
+        self.report, self.walk, self.dump, self.claims = report, walk, dump, claims
         self.left, self.right = walk[SOURCE], walk[OTHER]
         self.students = isinstance(self.left.config, StudentConfig) and isinstance(self.right.config, StudentConfig)
 
@@ -105,7 +113,7 @@ class _Comparison:
         with bar(progress, "verifying", sum(map(total_bytes, plans))) as advance:
             self._outside()
             for index in self.walk.layers():
-                self.report.tensors += compare_held(self.walk, SOURCE, OTHER)
+                self.report.tensors += self._compared()
                 if streams is not None:
                     self.report.layers.append(self._layer(streams, index))
                     if self.dump:
@@ -130,8 +138,21 @@ class _Comparison:
             result = unpaired(name, one, two) if one is None or two is None else misshapen(name, one, two)
             self.report.tensors.append(result)
             return
-        parts = self.walk.slices({SOURCE: one, OTHER: two}, name)
-        self.report.tensors.append(joined(result for _ in parts for result in compare_held(self.walk, SOURCE, OTHER)))
+        parts = self.walk.slices({SOURCE: one, OTHER: two, **self._beside(name, one)}, name)
+        self.report.tensors.append(joined(result for _ in parts for result in self._compared()))
+
+    def _beside(self, name: str, like: Recipe) -> dict[str, Recipe]:
+        """The same tensor of the models beside, where they have one of that shape."""
+        plans = {role: with_head(self.walk[role].model) for role in self.walk.roles if role not in (SOURCE, OTHER)}
+        return {role: plan[name] for role, plan in plans.items() if name in plan and plan[name].shape == like.shape}
+
+    def _compared(self) -> list[TensorResult]:
+        """Results for what is at hand, which claims are put to the test on as well."""
+        if self.claims:
+            at_hand = self.walk.at_hand()
+            for claim in self.claims:
+                claim.look(at_hand, self.walk.pool)
+        return list(compare_held(self.walk, SOURCE, OTHER))
 
     def _layer(self, streams: _Streams, index: int) -> LayerResult:
         """Move all streams through a layer, and the other's input through the source's layer too."""
@@ -214,9 +235,9 @@ class _Comparison:
             return
         end = _End(self.walk, streams, min(one.shape[0], two.shape[0]))
         found: list[TensorResult] = []
-        for start, stop in self.walk.slices({SOURCE: one, OTHER: two}, HEAD):
+        for start, stop in self.walk.slices({SOURCE: one, OTHER: two, **self._beside(HEAD, one)}, HEAD):
             if one.shape == two.shape:
-                found += compare_held(self.walk, SOURCE, OTHER)
+                found += self._compared()
             end.slice(start, stop, self.dump)
         self.report.tensors.append(joined(found) if found else misshapen(HEAD, one, two))
         self.report.logits = end.result()

@@ -1,35 +1,31 @@
-"""What each transformation promises, checked on what it wrote, without asking the code that wrote it."""
+"""What each operation has to leave true, checked on what it wrote, without asking the code that wrote it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hxaconv.errors import shortened
 from hxaconv.forward.probe import probe_tokens
-from hxaconv.model.config import StudentConfig
+from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Model
-from hxaconv.model.names import HEAD, is_attention
-from hxaconv.model.plan import Plan, Recipe
+from hxaconv.model.names import HEAD, is_attention, layer_index
+from hxaconv.model.plan import Plan
+from hxaconv.verification import specification
+from hxaconv.verification.claims import Claim, Copied, Initial, Scaled, States, listing
 from hxaconv.verification.compare import compare_models
 from hxaconv.verification.expectations import Thresholds
-from hxaconv.verification.origins import (
-    COPIED,
-    SCALED,
-    in_rwkv_layer,
-    is_initial,
-    is_padded,
-    is_scaled,
-    part_of_mixer,
-    teacher_name,
-)
-from hxaconv.verification.report import Report, TensorResult
-from hxaconv.verification.tensors import with_head
+from hxaconv.verification.report import Report
+from hxaconv.verification.single import verify_model
+from hxaconv.verification.values import in_rwkv_layer, part_of_mixer, with_head
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hxaconv.progress import Progress
 
+PROBE_TOKENS = 16
+"""Enough for every fault of structure: benchmarks/MUTATIONS.md."""
 SAME_ATTENTION = 1e-5
 """Relative error of two float32 attentions with the same weights that sum in another order."""
 CAST_ATTENTION = 3e-2
@@ -40,26 +36,53 @@ together: up to 1.6e-2 in a layer and 1.4e-3 nats were seen; a damaged layer cos
 PADDED = Thresholds(layer=1e-5, kl=1e-9)
 """Zeros that are added change the order of summation, nothing else."""
 
+SETTINGS = (
+    *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("rms_norm_eps", "rope_theta", "qk_norm", "attention_bias", "output_bias", "mlp_bias"),
+)
+"""What a student has from its teacher."""
+
 
 def check_initialised(
     teacher: Model,
     student: Model,
     *,
     factors: Mapping[str, float],
+    seed: int | None = None,
+    ids: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Check a freshly initialised student, whole or attention only, against its teacher.
 
     Copied tensors have equal bits (or are the teacher's, rounded once), projections of RWKV layers are factor times
     the teacher's, each GQA layer fed the teacher's hidden states equals its attention with all positions 0, the
-    logits are finite, and KL divergences are reported. `factors`: receptance, key, value, output.
+    logits are finite, and KL divergences are reported. `factors`: receptance, key, value, output. With `seed`, random
+    matrices have to be those of that seed, to the bit.
     """
+    claims = [copied(student.student), *initial_claims(student.student, factors, seed=seed)]
+    report = against_teacher(student, teacher, claims, ids=ids, progress=progress)
+    check_ranks(report, student.student)
+    return report
+
+
+def against_teacher(
+    student: Model,
+    teacher: Model,
+    claims: Collection[Claim | States],
+    *,
+    beside: Mapping[str, Model] | None = None,
+    without_gqa: Collection[int | None] = (),
+    ids: Tensor | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Report:
+    """Compare a student, whole or attention only, with its teacher: claims, settings, GQA layers."""
+    if ids is None:
+        ids = probe_tokens(min(teacher.config.vocab_size, student.config.vocab_size), tokens=PROBE_TOKENS)
     whole = completed(student, teacher)
-    ids = probe_tokens(min(teacher.config.vocab_size, student.config.vocab_size))
-    report = compare_models(whole, teacher, ids=ids, progress=progress)
-    check_copies(report, whole, teacher)
-    check_rwkv_layers(report, student, teacher.plan, factors)
-    check_gqa_layers(report)
+    report = compare_models(whole, teacher, ids=ids, device=device, beside=beside, claims=claims, progress=progress)
+    check_settings(report, whole.student, teacher.config)
+    check_gqa_layers(report, without=without_gqa)
     return report
 
 
@@ -73,66 +96,73 @@ def completed(model: Model, base: Model) -> Model:
     return replace(model, plan=rest | model.plan)
 
 
-def check_copies(report: Report, student: Model, teacher: Model, *, without: Collection[str] = ()) -> None:
-    """Every tensor that both have, but for some: the same bits, or a cast of them."""
-    plans = with_head(student), with_head(teacher)
-    shared = [
-        result
-        for result in report.tensors
-        if not result.status.startswith("only in")
-        and not in_rwkv_layer(student.student, result.name)
-        and result.name not in without
+def copied(config: StudentConfig, *, without: Collection[str] = (), padded: bool = False) -> Claim:
+    """Everything outside the mixers of RWKV layers is the teacher's."""
+    return Copied(
+        check="copied tensors",
+        good="are the teacher's",
+        bad="differ from the teacher's",
+        wanted=lambda name: not in_rwkv_layer(config, name) and name not in without,
+        complete=True,
+        padded=padded,
+    )
+
+
+def initial_claims(
+    config: StudentConfig,
+    factors: Mapping[str, float],
+    *,
+    layers: Collection[int] | None = None,
+    without: Collection[str] = (),
+    role: str = "other",
+    seed: int | None = None,
+) -> list[Claim]:
+    """RWKV layers (all, or some) are as they were initialised, but for tensors that were fitted since."""
+    from_teacher = specification.FACTORS | specification.NORMS
+
+    def wanted(name: str, *, projection: bool) -> bool:
+        mine = in_rwkv_layer(config, name) and (layers is None or layer_index(name) in layers)
+        return mine and name not in without and (part_of_mixer(name) in from_teacher) == projection
+
+    bad = "are not what they should be"
+    return [
+        Scaled(
+            check="scaled projections",
+            good="are the teacher's",
+            bad=bad,
+            wanted=lambda name: wanted(name, projection=True),
+            role=role,
+            factors=factors,
+        ),
+        Initial(
+            check="initial values",
+            good="are as published, random matrices orthogonal" if seed is None else f"are those of seed {seed}",
+            bad=bad,
+            wanted=lambda name: wanted(name, projection=False),
+            config=config,
+            seed=seed,
+        ),
     ]
-    wrong = [result.name for result in shared if not _is_copy(result, *plans)]
-    text = f"{len(shared)} tensors are the teacher's" + (
-        "" if _same_dtypes(shared) else ", rounded to the output's dtype"
-    )
-    report.check("copied tensors", not wrong, listing(wrong, "differ from the teacher's") or text)
-    lacking = [name for name in plans[1] if name not in plans[0] and not in_rwkv_layer(student.student, name)]
-    report.check(
-        "nothing lost", not lacking, listing(lacking, "are missing") or "every tensor outside RWKV layers is there"
-    )
 
 
-def _same_dtypes(results: list[TensorResult]) -> bool:
-    return all(result.status == "equal" for result in results)
+def check_settings(report: Report, student: StudentConfig, teacher: ModelConfig) -> None:
+    """What a student has from its teacher it has as the teacher has it, theta and eps above all."""
+    pairs = [(name, getattr(student, name), getattr(teacher, name)) for name in SETTINGS]
+    wrong = [f"{name} is {found!r}, the teacher's is {wanted!r}" for name, found, wanted in pairs if found != wanted]
+    if student.tie_word_embeddings and not teacher.tie_word_embeddings:
+        wrong.append("the head is tied to the embedding, the teacher's is not")
+    theta, eps = f"{student.rope_theta:.10g}", f"{student.rms_norm_eps:g}"
+    report.check("settings", not wrong, "; ".join(wrong) or f"the teacher's: rope_theta {theta}, rms_norm_eps {eps}")
 
 
-def _is_copy(result: TensorResult, made: Plan, origin: Plan) -> bool:
-    if result.status == "equal":
-        return True
-    a, b = made[result.name], origin[result.name]
-    return a.dtype != b.dtype and a.shape == b.shape and is_scaled(a, b, 1.0)
-
-
-def check_rwkv_layers(report: Report, student: Model, teacher: Plan, factors: Mapping[str, float]) -> None:
-    """Projections, norms and initial values of every RWKV layer."""
-    wrong: dict[str, list[str]] = {"scaled projections": [], "initial values": []}
-    counts, seen = dict.fromkeys(wrong, 0), set()
-    for name, recipe in student.plan.items():
-        if not in_rwkv_layer(student.student, name):
-            continue
-        kind, kept = _keeps_promise(name, recipe, student.student, teacher, factors)
-        counts[kind] += 1
-        seen.add(part_of_mixer(name))
-        if not kept:
-            wrong[kind].append(name)
-    shown = "".join(f", {part} x {factor:g}" for part, factor in factors.items() if part in seen)
-    good = {"scaled projections": f"the teacher's{shown}", "initial values": "as published, random matrices orthogonal"}
-    for kind, names in wrong.items():
-        text = f"{counts[kind]} tensors: {good[kind]}"
-        report.check(kind, not names, listing(names, "are not what they should be") or text)
-
-
-def _keeps_promise(
-    name: str, recipe: Recipe, config: StudentConfig, teacher: Plan, factors: Mapping[str, float]
-) -> tuple[str, bool]:
-    """(kind of promise, whether the tensor of an RWKV layer keeps it)."""
-    part = part_of_mixer(name)
-    if part in SCALED | COPIED:
-        origin = teacher.get(teacher_name(name))
-        return "scaled projections", origin is not None and is_scaled(recipe, origin, factors.get(part, 1.0))
-    return "initial values", is_initial(name, recipe, config)
+def check_ranks(report: Report, config: StudentConfig) -> None:
+    """The low-rank pairs have the published widths."""
+    names = {"w1": "decay", "a1": "iclr", "v1": "value", "k1": "key", "g1": "gate"}
+    wanted = specification.ranks(config.variant.name, config.attention_size)
+    found = {first: getattr(config.ranks, names[first]) for first in wanted}
+    wrong = [f"{n} has rank {found[n]}, published is {rank}" for n, rank in wanted.items() if found[n] != rank]
+    if config.rwkv_layers:
+        report.check("ranks", not wrong, "; ".join(wrong) or ", ".join(f"{n} {rank}" for n, rank in found.items()))
 
 
 def check_gqa_layers(report: Report, *, without: Collection[int | None] = ()) -> None:
@@ -152,11 +182,6 @@ def check_gqa_layers(report: Report, *, without: Collection[int | None] = ()) ->
     report.check("GQA layers", not wrong, listing(wrong, "are not the teacher's attention without RoPE") or text)
 
 
-def listing(names: list[str], what: str) -> str:
-    """`3 differ: a, b, c`, or nothing where no name is given."""
-    return f"{len(names)} {what}: {shortened(names)}" if names else ""
-
-
 def check_converted(source: Model, output: Model, *, progress: Progress | None = None) -> Report:
     """Check that a conversion kept the model: identical tensors and logits.
 
@@ -166,36 +191,97 @@ def check_converted(source: Model, output: Model, *, progress: Progress | None =
     whole = completed(output, source)
     ids = None
     if any(not is_attention(name) for name in source.plan):
-        ids = probe_tokens(min(source.config.vocab_size, output.config.vocab_size))
+        ids = probe_tokens(min(source.config.vocab_size, output.config.vocab_size), tokens=PROBE_TOKENS)
     cast = any(recipe.dtype != output.plan[name].dtype for name, recipe in source.plan.items() if name in output.plan)
     padded = output.config.intermediate_size > source.config.intermediate_size
-    expect = "close" if cast or padded else "identical"
+    rounded = Copied(
+        check="tensors",
+        good="are the source's, rounded or padded with zeros",
+        bad="are not the source's",
+        wanted=lambda name: True,
+        complete=True,
+        padded=True,
+    )
     report = compare_models(
         whole,
         source,
         ids=ids,
-        expect=expect,
+        expect="close" if cast or padded else "identical",
         thresholds=CAST if cast else PADDED if padded else None,
+        claims=[rounded] if cast or padded else [],
         progress=progress,
     )
-    if expect == "close":
-        _check_rounded(report, whole, source)
+    if cast or padded:
+        # What fits any two models that are close is said more exactly by the claim.
+        report.checks = [check for check in report.checks if check.name != "config"]
+        report.checks = [c for i, c in enumerate(report.checks) if c.name != "tensors" or i == _last(report, "tensors")]
+        other = [text for text in report.config_differences if not (padded and text.startswith("intermediate_size"))]
+        report.check("config", not other, "; ".join(other) or "the same settings")
     return report
 
 
-def _check_rounded(report: Report, output: Model, source: Model) -> None:
-    """Replace the checks on tensors and config by those that fit a cast or a padded MLP."""
-    plans = with_head(output), with_head(source)
-    wrong = [r.name for r in report.tensors if not (_is_copy(r, *plans) or _is_padded(r, *plans))]
-    report.checks = [check for check in report.checks if check.name not in ("tensors", "config")]
-    text = f"{len(report.tensors)} tensors are the source's, rounded or padded with zeros"
-    report.check("tensors", not wrong, listing(wrong, "are not the source's") or text)
-    other = [text for text in report.config_differences if not text.startswith("intermediate_size")]
-    report.check("config", not other, "; ".join(other) or "the same settings")
+def _last(report: Report, name: str) -> int:
+    return max(i for i, check in enumerate(report.checks) if check.name == name)
 
 
-def _is_padded(result: TensorResult, made: Plan, origin: Plan) -> bool:
-    """Whether an MLP tensor is the origin's with zeros below and to the right."""
-    if result.status != "misshapen" or ".mlp." not in result.name:
-        return False
-    return is_padded(made[result.name], origin[result.name])
+def check_repicked(
+    source: Model,
+    teacher: Model | None,
+    output: Model,
+    *,
+    other: Model | None,
+    factors: Mapping[str, float],
+    progress: Progress | None = None,
+) -> Report:
+    """Check `output` against the student it was made of, and its new layers against where they come from."""
+    layers, config = range(output.config.num_hidden_layers), output.student
+    changed = {i for i in layers if source.student.layer_kind(i) != config.layer_kind(i)}
+    taken = {i for i in changed if other and other.student.layer_kind(i) == config.layer_kind(i)}
+    fresh = changed - taken
+    beside = {"before": source}
+
+    def mixer_of(some: Collection[int]) -> Callable[[str], bool]:
+        return lambda name: is_attention(name) and layer_index(name) in some
+
+    claims: list[Claim] = [
+        Copied(
+            check="kept tensors",
+            good="have the bits of the source",
+            bad="differ from the source",
+            wanted=lambda name: not mixer_of(changed)(name),
+            role="before",
+            exact=True,
+        )
+    ]
+    if other is not None and taken:
+        beside["donor"] = other
+        claims.append(
+            Copied(
+                check="layers taken over",
+                good=f"of layers {', '.join(map(str, sorted(taken)))} are those of --from",
+                bad="differ from the other checkpoint",
+                wanted=mixer_of(taken),
+                role="donor",
+            )
+        )
+    if teacher is not None and fresh:
+        beside["teacher"] = teacher
+        gqa = {i for i in fresh if config.layer_kind(i) == "gqa"}
+        if gqa:
+            claims.append(
+                Copied(
+                    check="new GQA layers",
+                    good="are the teacher's attention",
+                    bad="differ from the teacher's",
+                    wanted=mixer_of(gqa),
+                    role="teacher",
+                )
+            )
+        if fresh - gqa:
+            claims += initial_claims(config, factors, layers=fresh, role="teacher")
+    ids = probe_tokens(output.config.vocab_size, tokens=PROBE_TOKENS)
+    report = verify_model(output, ids=ids, beside=beside, claims=claims, progress=progress)
+    # What is particular to the layers may change, nothing else.
+    kept = replace(config, gqa_layers=source.student.gqa_layers) == source.student
+    report.check("config", kept, "the source's but for the layers" if kept else "settings differ from the source's")
+    return report

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from hxaconv.errors import shortened
 from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Model
-from hxaconv.verification.origins import untouched_layers
 from hxaconv.verification.report import Report
+from hxaconv.verification.values import untouched_layers
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,8 @@ class Report:
     tensors: list[TensorResult] = field(default_factory=list)
     layers: list[LayerResult] = field(default_factory=list)
     logits: LogitResult | None = None
+    attention: dict[int, str] = field(default_factory=dict)
+    """Layer -> what has happened to its attention since it was the teacher's, where that was looked at."""
     notes: list[str] = field(default_factory=list)
     findings: list[dict[str, Any]] = field(default_factory=list)
     """Verdicts of the loader lint, as plain data."""

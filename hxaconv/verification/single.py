@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -18,11 +19,13 @@ from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD
-from hxaconv.model.plan import layer_bytes, same_bytes, total_bytes
+from hxaconv.model.plan import Recipe, layer_bytes, same_bytes, total_bytes
 from hxaconv.progress import Progress, bar
+from hxaconv.verification.claims import MADE, Claim
 from hxaconv.verification.report import Report
+from hxaconv.verification.values import with_head
 
-MODEL = "model"
+MODEL = MADE
 
 
 def verify_model(
@@ -32,11 +35,13 @@ def verify_model(
     dtype: str = "float32",
     device: str = "cpu",
     logits_out: Path | None = None,
+    beside: Mapping[str, Model] | None = None,
+    claims: Collection[Claim] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Check a complete model against its own config, and run it on token ids (B, T).
 
-    The forward is left out where names or shapes are wrong already.
+    The forward is left out where names or shapes are wrong already. `claims` are about it and models `beside` it.
     """
     began = time.monotonic()
     report = Report(source=model.label)
@@ -47,9 +52,9 @@ def verify_model(
         compute, device = compute_settings(dtype, device)
         with (
             dumping(logits_out, model.config, ids, compute) as dump,
-            Walk({MODEL: model}, dtype=compute, device=device) as walk,
+            Walk({MODEL: model, **(beside or {})}, dtype=compute, device=device) as walk,
         ):
-            _run(report, walk, ids.to(device), dump, progress)
+            _run(report, walk, ids.to(device), dump, claims, progress)
     report.seconds = time.monotonic() - began
     return report
 
@@ -98,46 +103,62 @@ def _check_config(report: Report, config: ModelConfig) -> None:
     report.check("config", not problems, shortened(problems, "; ") or "consistent")
 
 
-def _run(report: Report, walk: Walk, ids: Tensor, dump: Dump | None, progress: Progress | None) -> None:
+def _run(
+    report: Report, walk: Walk, ids: Tensor, dump: Dump | None, claims: Collection[Claim], progress: Progress | None
+) -> None:
     track = walk[MODEL]
     plan = track.model.plan
     with bar(progress, "verifying", total_bytes(plan)) as advance:
         broken = []
         for name, recipe in walk.outside(MODEL).items():
-            if recipe is not track.head and any(_broken(walk) for _ in walk.slices({MODEL: recipe}, name)):
-                broken.append(name)
+            if recipe is not track.head:
+                parts = walk.slices(_with_those_beside(walk, name, recipe), name)
+                seen = [_looked(walk, claims) for _ in parts]
+                broken += [name] if any(seen) else []
         stream, lost = track.start(ids), None
         for index in walk.layers():
-            broken += _broken(walk)
+            broken += _looked(walk, claims)
             track.layer(stream, index)
             if lost is None and not stream.x.isfinite().all():
                 lost = index
             if dump:
                 dump.append(f"hidden.{index}", stream.x)
             advance(layer_bytes(plan, index), f"layer {index}")
-        worst = _largest_logit(walk, stream.x, dump, broken)
+        worst = _largest_logit(walk, stream.x, dump, broken, claims)
     report.check(
         "finite weights", not broken, shortened(broken, "; ") or f"{len(plan)} tensors without NaN or infinity"
     )
     where = "" if lost is None else f"; the residual stream is lost in layer {lost}"
     text = f"NaN or infinite{where}" if math.isnan(worst) else f"{ids.numel()} tokens, largest |logit| {worst:.3g}"
     report.check("finite logits", not math.isnan(worst), text)
+    for claim in claims:
+        claim.conclude(report)
 
 
-def _broken(walk: Walk) -> list[str]:
-    """The tensors at hand with NaN or infinite values."""
+def _with_those_beside(walk: Walk, name: str, recipe: Recipe) -> dict[str, Recipe]:
+    plans = {role: with_head(walk[role].model) for role in walk.roles if role != MODEL}
+    found = {role: plan[name] for role, plan in plans.items() if name in plan and plan[name].shape == recipe.shape}
+    return {MODEL: recipe, **found}
+
+
+def _looked(walk: Walk, claims: Collection[Claim]) -> list[str]:
+    """Put claims to the test on what is at hand; the tensors with NaN or infinite values."""
+    if claims:
+        at_hand = walk.at_hand()
+        for claim in claims:
+            claim.look(at_hand, walk.pool)
     return [name for name, held in walk.held(MODEL).items() if held.nonfinite]
 
 
-def _largest_logit(walk: Walk, x: Tensor, dump: Dump | None, broken: list[str]) -> float:
+def _largest_logit(walk: Walk, x: Tensor, dump: Dump | None, broken: list[str], claims: Collection[Claim]) -> float:
     """The largest |logit| at the end of the residual stream; NaN where one is not finite."""
     track, worst, found = walk[MODEL], 0.0, False
     normed = track.final_norm(x)
     name = EMBEDDING if track.config.tie_word_embeddings else HEAD
     step = max(1, LOGITS_AT_ONCE // len(normed))
-    for start, stop in walk.slices({MODEL: track.head}, name):
+    for start, stop in walk.slices(_with_those_beside(walk, name, track.head), name):
         held = walk.held(MODEL)[name]
-        found = found or held.nonfinite > 0
+        found = bool(_looked(walk, claims)) or found
         for low in range(0, stop - start, step):
             logits = walk.product(normed, held.values[low : low + step])
             if dump:

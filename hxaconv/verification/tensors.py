@@ -10,18 +10,9 @@ from torch import Tensor
 
 from hxaconv.forward.matrix import BLOCK_BYTES
 from hxaconv.forward.walk import Held, Walk
-from hxaconv.model.model import Model
-from hxaconv.model.names import EMBEDDING, HEAD
-from hxaconv.model.plan import Plan, Recipe, Scratch
-from hxaconv.surgery.arithmetic import SERIAL_BYTES, torch_dtype
+from hxaconv.model.plan import Recipe
 from hxaconv.verification.report import TensorResult
-
-
-def with_head(model: Model) -> Plan:
-    """The plan with the head spelled out: of a tied model that is the embedding."""
-    if model.config.tie_word_embeddings and HEAD not in model.plan and EMBEDDING in model.plan:
-        return model.plan | {HEAD: model.plan[EMBEDDING]}
-    return model.plan
+from hxaconv.verification.values import same_bits
 
 
 def compare_held(walk: Walk, source: str, other: str) -> Iterator[TensorResult]:
@@ -77,31 +68,3 @@ def _difference(a: Tensor, b: Tensor) -> float:
         return 0.0
     wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
     return (a.to(wide) - b.to(wide)).abs().max().item()
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype have the same bits: NaN equals itself, 0 and -0 differ."""
-    whole_numbers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.view(whole_numbers), b.view(whole_numbers))
-
-
-def element_pairs(a: Recipe, b: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
-    """The elements of both, in stretches of equal length."""
-    left, right = _flat(a), _flat(b)
-    x = y = torch.empty(0)
-    for _ in range(2 * (a.numel + 1)):
-        if not len(x):
-            x = next(left, x)
-        if not len(y):
-            y = next(right, y)
-        count = min(len(x), len(y))
-        if not count:
-            return
-        yield x[:count], y[:count]
-        x, y = x[count:], y[count:]
-
-
-def _flat(recipe: Recipe) -> Iterator[Tensor]:
-    dtype = torch_dtype(recipe.dtype)
-    for piece in recipe.pieces(Scratch(SERIAL_BYTES)):
-        yield torch.frombuffer(bytearray(piece) if piece.readonly else piece, dtype=dtype)

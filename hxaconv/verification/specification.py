@@ -1,0 +1,308 @@
+"""The specification said a second time, literally: what checks hold an output against.
+
+Nothing here comes from the code that writes: names, formulas, spellings and checksums are stated anew from
+docs/hxa079.md (section numbers below) and from the published code that it names, so that a mistake in a table that
+writer and reader share is not agreed to by the check as well.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# --- Section 5: initial values. Source: OpenMOSE/RWKVInside, rwkv_inside/TimeMixer.py at d03af49. ------------------
+
+FACTORS = {"receptance": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+"""Projection of an RWKV layer -> the teacher's that it is a multiple of."""
+NORMS = {"r_norm": "q_norm", "k_norm": "k_norm"}
+"""Norm of an RWKV layer -> the teacher's that it is."""
+
+ORTHOGONAL = "semi-orthogonal, 0.1"
+RAMP = "as published"
+
+_SECOND_FACTORS: dict[str, float | str] = {"w2": ORTHOGONAL, "a2": ORTHOGONAL, "g2": ORTHOGONAL}
+_BIASES: dict[str, float | str] = {"w0": RAMP, "a0": RAMP}
+_ZEROS: dict[str, float | str] = {"w1": 0.0, "a1": 0.0, "g1": 0.0}
+INITIAL: dict[str, dict[str, float | str]] = {
+    "hxa079": {
+        **_BIASES,
+        **_ZEROS,
+        **_SECOND_FACTORS,
+        "v0": 0.73,
+        "k0": 0.73,
+        "v1": 0.0,
+        "k1": 0.0,
+        "v2": ORTHOGONAL,
+        "k2": ORTHOGONAL,
+        "r_k": -0.04,
+        "layer_architecture": 78.0,
+    },
+    "hxa07a": {**_BIASES, **_ZEROS, **_SECOND_FACTORS},
+    "hxa07b": {
+        **_BIASES,
+        **_SECOND_FACTORS,
+        "w1": ORTHOGONAL,
+        "a1": ORTHOGONAL,
+        "v1": ORTHOGONAL,
+        "v2": ORTHOGONAL,
+        "g1": 0.0,
+    },
+}
+"""Variant -> parameter -> its initial value. `head_size_record` is head_dim."""
+INITIAL["hxa07c"] = INITIAL["hxa07b"]
+GAIN = 0.1
+"""Of orthogonal matrices, times sqrt(rows / columns) where there are more rows than columns."""
+FITTED = frozenset({"v0", "k0", "w0", "a0", "r_k", "g2", "receptance", "key", "output"})
+"""Parameters of an RWKV layer that a calibration replaces; all others keep their initial values."""
+
+
+def decay_bias(channels: int, head_dim: int, layer: int, layers: int) -> np.ndarray:
+    """w0: how fast each channel forgets, as log(-log decay) + 0.5 before the softplus; (channels), float64."""
+    import numpy as np
+
+    depth = layer / (layers - 1) if layers > 1 else 0.0
+    values: np.ndarray = -5.5 + 6.0 * np.linspace(0.0, 1.0, channels) ** (1.0 + depth**0.3)
+    return values + 2.5 * _zig(channels, head_dim)
+
+
+def iclr_bias(channels: int, head_dim: int) -> np.ndarray:
+    """a0: the in-context learning rate before the sigmoid; (channels), float64."""
+    import numpy as np
+
+    values: np.ndarray = -0.19 + 0.3 * _zig(channels, head_dim) + np.linspace(-0.2, 0.2, channels)
+    return values
+
+
+def _zig(channels: int, head_dim: int) -> np.ndarray:
+    """-1 to 1 within each head, its square with its sign."""
+    import numpy as np
+
+    place = np.linspace(-1.0, 1.0, head_dim)
+    return np.tile(place * np.abs(place), channels // head_dim)
+
+
+def ranks(variant: str, attention_size: int) -> dict[str, int]:
+    """Inner widths of the low-rank pairs, by the parameter that shows them."""
+    a = float(attention_size)
+
+    def r32(value: float) -> int:
+        return round(value / 32.0) * 32
+
+    if variant == "hxa07a":
+        decay = max(32, r32(1.7 * a**0.6))
+        return {"w1": decay, "a1": max(32, r32(1.3 * a**0.5)), "g1": decay}
+    if variant in ("hxa07b", "hxa07c"):
+        decay = max(256, r32(1.7 * a**0.6))
+        return {"w1": decay, "a1": max(128, r32(1.8 * a**0.5)), "v1": max(32, r32(1.3 * a**0.5)), "g1": decay}
+    value = max(32, r32(1.3 * a**0.5))
+    widths = {"w1": max(256, r32(1.7 * a**0.6)), "a1": max(32, r32(1.8 * a**0.5)), "v1": value, "k1": value}
+    return {**widths, "g1": max(256, r32(0.35 * a**0.8))}
+
+
+# --- Section 6: names. Source: OpenMOSE/RWKV-Infer (.pth) and OpenMOSE/RWKVInside (training) ------------------------
+
+_RWKV_NAMES = """
+model.embed_tokens.weight                            emb.weight
+model.norm.weight                                    ln_out.weight
+lm_head.weight                                       head.weight
+model.layers.#.input_layernorm.weight                blocks.#.ln1.weight
+model.layers.#.post_attention_layernorm.weight       blocks.#.ln2.weight
+model.layers.#.mlp.gate_proj.weight                  blocks.#.ffn.gate.weight
+model.layers.#.mlp.gate_proj.bias                    blocks.#.ffn.gate.bias
+model.layers.#.mlp.up_proj.weight                    blocks.#.ffn.up.weight
+model.layers.#.mlp.up_proj.bias                      blocks.#.ffn.up.bias
+model.layers.#.mlp.down_proj.weight                  blocks.#.ffn.down.weight
+model.layers.#.mlp.down_proj.bias                    blocks.#.ffn.down.bias
+model.layers.#.self_attn.r_norm.weight               blocks.#.att.ln_r.weight
+model.layers.#.self_attn.q_norm.weight               blocks.#.att.ln_r.weight
+model.layers.#.self_attn.k_norm.weight               blocks.#.att.ln_k.weight
+"""
+RWKV_NAMES = dict(line.split() for line in _RWKV_NAMES.strip().splitlines())
+
+
+def stored_name(canonical: str, dialect: str) -> str:
+    """What a tensor is called in a folder (`hf`, the canonical name), a `.pth` (`rwkv`) or a training checkpoint."""
+    if dialect == "hf":
+        return canonical
+    if dialect == "training":
+        return "model." + canonical.replace(".self_attn.", ".self_attn.student_attn.")
+    layer = re.match(r"model\.layers\.(\d+)\.", canonical)
+    template = canonical if layer is None else f"model.layers.#.{canonical[layer.end() :]}"
+    name = RWKV_NAMES.get(template)
+    if name is None:
+        return re.sub(r"^model\.layers\.(\d+)\.self_attn\.", r"blocks.\1.att.", canonical)
+    return name.replace("#", layer[1]) if layer else name
+
+
+def wrong_names(stored: Mapping[str, str], dialect: str) -> list[str]:
+    """Canonical -> stored names that are not the specification's, as sentences."""
+    return [
+        f"{found} holds {name}, which is {expected} in a {dialect} file"
+        for name, found in stored.items()
+        if found != (expected := stored_name(name, dialect))
+    ]
+
+
+# --- Section 7: config.json, as RWKV-Infer and the modelling code read it -------------------------------------------
+
+
+def config_values(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What a loader takes out of a config.json, by what it means."""
+    nested = raw.get("rope_parameters")
+    return {
+        "layers": raw.get("num_hidden_layers"),
+        "hidden size": raw.get("hidden_size"),
+        "intermediate size": raw.get("intermediate_size"),
+        "vocabulary": raw.get("vocab_size"),
+        "heads": raw.get("num_attention_heads"),
+        "kv heads": raw.get("num_key_value_heads"),
+        "head_dim": raw.get("head_dim"),
+        "eps": raw.get("rms_norm_eps"),
+        "theta": raw.get("rope_theta"),
+        "theta in rope_parameters": nested.get("rope_theta") if isinstance(nested, dict) else raw.get("rope_theta"),
+        "tied head": raw.get("tie_word_embeddings"),
+        "architecture": raw.get("rwkv_architecture"),
+        "GQA layers": raw.get("transformer_layers"),
+        "q/k norm": raw.get("enable_qk_norm"),
+        "biases of q, k, v": raw.get("attention_bias"),
+        "bias of the attention output": raw.get("attention_out_bias"),
+        "biases of the MLP": raw.get("mlp_bias"),
+        "rank of w": raw.get("lora_rank_decay"),
+        "rank of a": raw.get("lora_rank_iclr"),
+        "rank of v": raw.get("lora_rank_value_residual_mix"),
+        "rank of k": raw.get("lora_rank_key_residual_mix"),
+        "rank of g": raw.get("lora_rank_gate"),
+        "dtype": raw.get("torch_dtype"),
+        "dtype, newer spelling": raw.get("dtype", raw.get("torch_dtype")),
+        "activation": raw.get("hidden_act"),
+        "RoPE scaling": raw.get("rope_scaling"),
+    }
+
+
+def shape_values(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> dict[str, Any]:
+    """The same, as far as the tensors of a student say it: what no config can talk away. Canonical names."""
+    layers = [int(found[1]) for name in shapes if (found := re.match(r"model\.layers\.(\d+)\.", name))]
+    kept = sorted({_layer(name) for name in shapes if name.endswith(".self_attn.q_proj.weight")})
+    values: dict[str, Any] = {"layers": max(layers) + 1 if layers else None, "GQA layers": kept}
+    if "model.embed_tokens.weight" in shapes:
+        values["vocabulary"], values["hidden size"] = shapes["model.embed_tokens.weight"]
+    up = next((shape for name, shape in shapes.items() if name.endswith(".mlp.up_proj.weight")), None)
+    if up is not None:
+        values["intermediate size"] = up[0]
+    bonus = next((shape for name, shape in shapes.items() if name.endswith(".self_attn.r_k")), None)
+    if bonus is not None:
+        values["heads"], values["head_dim"] = bonus
+        key = next(shape for name, shape in shapes.items() if name.endswith(".self_attn.key.weight"))
+        values["kv heads"] = key[0] // bonus[1]
+    for letter, inner in (("w", 1), ("a", 1), ("v", 1), ("k", 1), ("g", 1)):
+        first = next((shape for name, shape in shapes.items() if name.endswith(f".self_attn.{letter}1")), None)
+        if first is not None:
+            values[f"rank of {letter}"] = first[inner]
+    endings = {
+        "q/k norm": (".r_norm.weight", ".q_norm.weight"),
+        "biases of q, k, v": (".receptance.bias", ".q_proj.bias"),
+        "bias of the attention output": (".output.bias", ".o_proj.bias"),
+        "biases of the MLP": (".up_proj.bias",),
+    }
+    values |= {what: any(name.endswith(ends) for name in shapes) for what, ends in endings.items()}
+    counts: dict[str, int] = {}
+    for name, dtype in dtypes.items():
+        size = 1
+        for axis in shapes[name]:
+            size *= axis
+        counts[dtype] = counts.get(dtype, 0) + size
+    spelled = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+    most = max(counts, key=lambda dtype: counts[dtype], default="")
+    if most in spelled:
+        values["dtype"] = values["dtype, newer spelling"] = spelled[most]
+    return values
+
+
+def _layer(name: str) -> int:
+    return int(name.split(".")[2])
+
+
+def wrong_values(expected: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> list[str]:
+    """What a config.json, or a sidecar, says otherwise than it has to, as sentences."""
+    found = config_values(raw)
+    return [
+        f"{where} says {what} {found[what]!r}, expected {value!r}"
+        for what, value in expected.items()
+        if found[what] != value or isinstance(found[what], bool) != isinstance(value, bool)
+    ]
+
+
+# --- Files: what their own formats say of themselves ----------------------------------------------------------------
+
+
+def wrong_index(folder: Path) -> list[str]:
+    """What the index of a folder says otherwise than its shards, read by their headers alone."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    said, found, total, problems = json.loads(index.read_bytes()), dict[str, str](), 0, []
+    for file in sorted(set(said["weight_map"].values())):
+        with open(folder / file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        found |= dict.fromkeys(header, file)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        total += sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
+        if 8 + length + end != (folder / file).stat().st_size:
+            problems.append(f"{file} does not end where its header says, at byte {8 + length + end}")
+    if found != said["weight_map"]:
+        both = {*found, *said["weight_map"]}
+        names = sorted(name for name in both if found.get(name) != said["weight_map"].get(name))
+        problems.append(f"the index names other files than hold {', '.join(names[:3])}")
+    if said["metadata"]["total_size"] != total:
+        problems.append(f"the index says {said['metadata']['total_size']} bytes, the tensors have {total}")
+    return problems
+
+
+CHUNK = 1 << 20
+
+
+def wrong_checksums(path: Path, workers: int = 2) -> list[str]:
+    """Records of a zip whose CRC-32 in the directory, or in the record's own header, is not that of their bytes.
+
+    Source: PKWARE APPNOTE 4.3.7 and 4.3.12; the directory is read by Python's own zipfile.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+
+    def problem(record: zipfile.ZipInfo) -> str:
+        crc, left = 0, record.file_size
+        with open(path, "rb", buffering=0) as stream:
+            stream.seek(record.header_offset)
+            local = stream.read(30)
+            own = int.from_bytes(local[14:18], "little")
+            behind = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+            stream.seek(record.header_offset + 30 + behind)
+            while left:
+                data = stream.read(min(CHUNK, left))
+                if not data:
+                    return f"{record.filename} ends early"
+                crc, left = zlib.crc32(data, crc), left - len(data)
+        # Bit 3: the record's own header leaves its checksum to what follows the data.
+        if crc != record.CRC or (crc != own and not record.flag_bits & 8):
+            return f"{record.filename} has CRC-32 {crc:08x}, recorded are {record.CRC:08x} and {own:08x}"
+        return ""
+
+    with ThreadPoolExecutor(workers) as pool:
+        return [text for text in pool.map(problem, records) if text]
+
+
+def listed(problems: Iterable[str], most: int = 3) -> str:
+    """The first few, in one line."""
+    found = list(problems)
+    return "; ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
