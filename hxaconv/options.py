@@ -146,6 +146,8 @@ def plain(value: Any) -> Any:
     """An option's value as JSON can hold it; token ids in memory are counted."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
+    if isinstance(value, tuple) and all(isinstance(item, str | float) for item in value):
+        return list(value)
     return f"{size(value)} token ids in memory"
 
 
@@ -172,6 +174,22 @@ def _ids(value: Any) -> Any:
     if isinstance(value, str | Sequence) or hasattr(value, "__array__"):
         return value
     raise ValueError(f"{value!r} is neither a file nor token ids")
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """One text or path, or several."""
+    several = [value] if isinstance(value, str | os.PathLike) else value
+    if not isinstance(several, Sequence) or not all(isinstance(item, str | os.PathLike) for item in several):
+        raise ValueError(f"{value!r} is neither text nor a list of it")
+    return tuple(map(os.fspath, several))
+
+
+def _floats(value: Any) -> tuple[float, ...]:
+    """One number, or several."""
+    several = [value] if isinstance(value, numbers.Real) else value
+    if not isinstance(several, Sequence) or not all(isinstance(item, numbers.Real) for item in several):
+        raise ValueError(f"{value!r} is neither a number nor a list of them")
+    return tuple(map(float, several))
 
 
 TokenIds = str | Sequence[Any] | ArrayLike
@@ -214,6 +232,14 @@ class Settings(Group):
             choices=("master", "model"),
         ),
     ] = None
+    adapter: Annotated[
+        tuple[str, ...],
+        Option(help="Adapter to merge into the source, a folder or file (LoRA, DoRA, PiSSA, Bone).", convert=_texts),
+    ] = ()
+    adapter_scale: Annotated[
+        tuple[float, ...],
+        Option(help="Its B A is multiplied by this (with PEFT: too). One per adapter.", convert=_floats),
+    ] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

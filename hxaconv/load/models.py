@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.load.checkpoint import download_weights, open_checkpoint
 from hxaconv.load.graft import complete
 from hxaconv.load.student import FLAGS, Facts, is_student, student_facts, student_model
@@ -15,8 +16,8 @@ from hxaconv.model import layer_maps
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Checkpoint, Model
-from hxaconv.model.names import EMBEDDING, HEAD, is_attention
-from hxaconv.model.plan import check
+from hxaconv.model.names import EMBEDDING, HEAD, is_attention, layer_kinds
+from hxaconv.model.plan import Plan, check
 from hxaconv.options import Settings
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def load_teacher(
     settings = settings or Settings()
     checkpoint = _opened(name, settings, progress)
     tied = settings.tie_word_embeddings
+    ties = bool((checkpoint.config or {}).get("tie_word_embeddings", False)) if tied is None else tied
+    checkpoint = replace(checkpoint, plan=_with_adapters(checkpoint.plan, settings, checkpoint.label, tied=ties))
     if lenient:  # a teacher without a head may have an untied student
         tied = False if tied is False and HEAD in checkpoint.plan else None
     return open_teacher(
@@ -96,7 +99,9 @@ def load_student(
         layer_map=map_facts(settings.layer_map) if settings.layer_map is not None else None,
     )
     student = replace(student, raw=student.raw or (base.raw if base else {}), base=base)
-    return complete(student) if whole else _attention_of(student)
+    student = complete(student) if whole else _attention_of(student)
+    tied = student.config.tie_word_embeddings
+    return replace(student, plan=_with_adapters(student.plan, settings, student.label, tied=tied))
 
 
 def load_model(
@@ -149,7 +154,32 @@ def load_other(
 
 def of_another(settings: Settings) -> Settings:
     """The settings without what belongs to one source alone."""
-    return replace(settings, revision=None, weights=None)
+    return replace(settings, revision=None, weights=None, adapter=(), adapter_scale=())
+
+
+def _with_adapters(plan: Plan, settings: Settings, where: str, *, tied: bool) -> Plan:
+    """The plan with the adapters merged into it that the settings name."""
+    names, scales = settings.adapter, settings.adapter_scale
+    if scales and len(scales) != len(names):
+        raise HxaconvError(
+            f"{len(names)} --adapter and {len(scales)} --adapter-scale", hint="Give every adapter a scale, or none."
+        )
+    if not names:
+        return plan
+    from hxaconv.surgery.adapters import read_adapter  # it computes: only what merges imports torch
+    from hxaconv.surgery.merging import merge
+
+    kinds = layer_kinds(plan)
+    adapters = [
+        read_adapter(name, scale, kinds=kinds) for name, scale in zip(names, scales or [None] * len(names), strict=True)
+    ]
+    half = [adapter.label for adapter in adapters if tied and adapter.names & {EMBEDDING, HEAD}]
+    raise_all(
+        f"{where} ties its head to the embedding; these adapters change one of them:",
+        half,
+        hint="Merge them with the library that trained them, into an untied model, and convert that.",
+    )
+    return merge(plan, adapters, where)
 
 
 def _opened(name: Name, settings: Settings, progress: Progress | None) -> Checkpoint:

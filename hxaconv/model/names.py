@@ -173,14 +173,18 @@ def layer_kinds(names: Iterable[str]) -> dict[int, str]:
     return kinds
 
 
-def to_canonical(names: Iterable[str], dialect: str, where: str) -> dict[str, str | None]:
+def to_canonical(
+    names: Iterable[str], dialect: str, where: str, *, kinds: Mapping[int, str] | None = None
+) -> dict[str, str | None]:
     """Stored name -> canonical name, or None for buffers that are known and left behind.
+
+    `kinds` are those of the layers, where the names alone do not tell them.
 
     Raises:
         HxaconvError: listing every unknown name with the nearest known one, and adapters by name.
     """
     names = list(names)
-    reader, kinds = _READERS[dialect], layer_kinds(map(unwrapped, names))
+    reader, kinds = _READERS[dialect], kinds or layer_kinds(map(unwrapped, names))
     result: dict[str, str | None] = {}
     unknown: list[str] = []
     for name in names:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -109,12 +110,22 @@ class Computed:
         return self.files
 
 
+@runtime_checkable
+class Rounded(Bytes, Protocol):
+    """Bytes that are computed in more precision than they have, so that what is made of them is rounded once."""
+
+    def exact(self) -> tuple[Bytes, str]:
+        """The same before the rounding, and its dtype."""
+        ...
+
+
 def scaled(recipe: Recipe, factor: float, dtype: str, origin: str) -> Recipe:
     """The recipe times a factor, in `dtype`; the very same bytes where that changes nothing."""
     if factor == 1.0 and dtype == recipe.dtype:
         return replace(recipe, origin=origin)
+    make, given = recipe.make.exact() if isinstance(recipe.make, Rounded) else (recipe.make, recipe.dtype)
     kind = "cast" if factor == 1.0 else "scale"
-    return Recipe(dtype, recipe.shape, Scaled(recipe.make, recipe.dtype, dtype, factor, kind), origin)
+    return Recipe(dtype, recipe.shape, Scaled(make, given, dtype, factor, kind), origin)
 
 
 def cast(recipe: Recipe, dtype: str) -> Recipe:

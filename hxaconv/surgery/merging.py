@@ -1,0 +1,382 @@
+"""Adapters merged into tensors: PEFT's LoRA, and the lora, dora, pissa, bone and disha files of RWKV trainers.
+
+Formulas, W the base weight (out, in), B A the product of the low-rank pair, s the scale:
+
+| adapter | merged weight | where it is defined |
+|---|---|---|
+| LoRA | W + s B A | peft `lora/layer.py`; RWKV-PEFT `merge/merge_lora.py` |
+| LoRA of an embedding | W + s (B A)^T | peft `lora/layer.py` |
+| DoRA of PEFT | m (W + s B A) / norm of its rows | peft `lora/dora.py` |
+| DoRA of RWKVInside | m (W + s B A) / (norm of its columns + 1e-6) | RWKVInside `train_scripts/merge_lora.py` |
+| PiSSA | W - B0 A0 + B A | RWKV-PEFT `merge/merge_pissa.py` |
+| Bone, one matrix (r, out) | W + its transpose, repeated along the columns | RWKV-PEFT `merge/merge_disha.py` |
+| Bone, blocks (in / r, r, r) | W + W D + D in every r x r block | the same, and RWKVInside `loralinear.py` |
+
+Each merged tensor is computed in float32 (float64 from a float64 base), some rows at a time, and rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hxaconv.errors import raise_all
+from hxaconv.formats.dtypes import BY_NAME, FLOATS, num_elements
+from hxaconv.formats.files import SourceFile
+from hxaconv.model.plan import Divisible, Plan, Recipe, Scratch
+from hxaconv.surgery.arithmetic import cast, one_thread, tensor, torch_dtype
+
+BLOCK_ELEMENTS = 2**20
+"""Rows that are merged at a time: 4 MiB of float32."""
+
+Change = Callable[[Tensor, int], Tensor]
+"""(rows of a weight, number of the first) -> these rows, changed; they may be changed in place."""
+Blocks = Callable[[], Iterator[tuple[int, Tensor]]]
+"""The rows of a weight from the first to the last, some at a time, before a change."""
+
+
+class Delta(Protocol):
+    """How one adapter changes one tensor."""
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The adapter's tensors."""
+        ...
+
+    @property
+    def multiple(self) -> int:
+        """Rows have to be changed in multiples of it."""
+        ...
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        """Why it cannot change a tensor of this shape, or None."""
+        ...
+
+    def load(self, dtype: torch.dtype, before: Blocks) -> Change:
+        """Read the adapter's tensors, for a computation in `dtype`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """LoRA and the DoRA of PEFT: a (r, in), b (out, r), magnitude (out)."""
+
+    a: Recipe
+    b: Recipe
+    scale: float
+    magnitude: Recipe | None = None
+    multiple: int = 1
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        return (self.a, self.b, *([self.magnitude] if self.magnitude else []))
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        pair = self.a.shape, self.b.shape
+        if (
+            len(shape) != 2
+            or any(len(s) != 2 for s in pair)
+            or pair != ((pair[0][0], shape[1]), (shape[0], pair[0][0]))
+        ):
+            return f"A {list(self.a.shape)} and B {list(self.b.shape)}"
+        if self.magnitude is not None and self.magnitude.numel != shape[0]:
+            return f"a magnitude {list(self.magnitude.shape)}"
+        return None
+
+    def load(self, dtype: torch.dtype, before: Blocks) -> Change:
+        a, b = tensor(self.a, dtype=dtype), tensor(self.b, dtype=dtype)
+        magnitude = None if self.magnitude is None else tensor(self.magnitude, dtype=dtype).view(-1)
+
+        def change(rows: Tensor, first: int) -> Tensor:
+            some = slice(first, first + len(rows))
+            rows += (b[some] @ a) * self.scale
+            if magnitude is not None:
+                rows *= (magnitude[some] / torch.linalg.norm(rows, dim=1)).view(-1, 1)
+            return rows
+
+        return change
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingPair:
+    """LoRA of an embedding (V, C): a (r, V), b (C, r)."""
+
+    a: Recipe
+    b: Recipe
+    scale: float
+    multiple: int = 1
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        return self.a, self.b
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        fits = len(shape) == 2 and self.a.shape[1:] == shape[:1] and self.b.shape == (shape[1], self.a.shape[0])
+        return None if fits else f"A {list(self.a.shape)} and B {list(self.b.shape)} of an embedding"
+
+    def load(self, dtype: torch.dtype, before: Blocks) -> Change:
+        a, b = tensor(self.a, dtype=dtype), tensor(self.b, dtype=dtype)
+
+        def change(rows: Tensor, first: int) -> Tensor:
+            rows += (b @ a[:, first : first + len(rows)]).T * self.scale
+            return rows
+
+        return change
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnNormed:
+    """DoRA of RWKVInside: a LoRA whose sum is divided by the norm of every column and multiplied by m (1, in)."""
+
+    pair: LowRank
+    magnitude: Recipe
+    multiple: int = 1
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        return *self.pair.recipes, self.magnitude
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        if self.magnitude.numel != shape[-1]:
+            return f"a magnitude {list(self.magnitude.shape)}"
+        return self.pair.misfit(shape)
+
+    def load(self, dtype: torch.dtype, before: Blocks) -> Change:
+        add = self.pair.load(dtype, before)
+        squares = sum(add(rows, first).double().square().sum(dim=0) for first, rows in before())
+        assert isinstance(squares, Tensor)
+        factor = (tensor(self.magnitude, dtype=torch.float64).view(-1) / (squares.sqrt() + 1e-6)).to(dtype)
+
+        def change(rows: Tensor, first: int) -> Tensor:
+            return add(rows, first) * factor
+
+        return change
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """Bone with one matrix (r, out): its transpose is added to every r columns, to the last ones a part of it."""
+
+    matrix: Recipe
+    multiple: int = 1
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        return (self.matrix,)
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        fits = len(shape) == 2 and self.matrix.shape[1] == shape[0] and self.matrix.shape[0] <= shape[1]
+        return None if fits else f"a matrix {list(self.matrix.shape)}"
+
+    def load(self, dtype: torch.dtype, before: Blocks) -> Change:
+        matrix = tensor(self.matrix, dtype=dtype).T.contiguous()
+
+        def change(rows: Tensor, first: int) -> Tensor:
+            part = matrix[first : first + len(rows)]
+            for start in range(0, rows.shape[1], part.shape[1]):
+                columns = rows[:, start : start + part.shape[1]]
+                columns += part[:, : columns.shape[1]]
+            return rows
+
+        return change
+
+
+@dataclass(frozen=True, slots=True)
+class Blockwise:
+    """Bone with blocks (in / r, r, r): every r x r block of a weight is changed by that of its columns."""
+
+    blocks: Recipe
+
+    @property
+    def multiple(self) -> int:
+        return self.blocks.shape[1]
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        return (self.blocks,)
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        count, r, other = self.blocks.shape
+        fits = len(shape) == 2 and r == other and count * r == shape[1] and shape[0] % r == 0
+        return None if fits else f"blocks {list(self.blocks.shape)}"
+
+    def load(self, dtype: torch.dtype, before: Blocks) -> Change:
+        blocks = tensor(self.blocks, dtype=dtype)
+        count, r, _ = blocks.shape
+
+        def change(rows: Tensor, first: int) -> Tensor:
+            cut = rows.view(-1, r, count, r).transpose(1, 2)
+            return (cut + (cut @ blocks + blocks)).transpose(1, 2).reshape(rows.shape)
+
+        return change
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A vector that is added, as to a bias."""
+
+    vector: Recipe
+    scale: float
+    multiple: int = 1
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        return (self.vector,)
+
+    def misfit(self, shape: tuple[int, ...]) -> str | None:
+        return None if self.vector.shape == shape else f"a vector {list(self.vector.shape)}"
+
+    def load(self, dtype: torch.dtype, before: Blocks) -> Change:
+        vector = tensor(self.vector, dtype=dtype)
+
+        def change(rows: Tensor, first: int) -> Tensor:
+            rows += vector[first : first + len(rows)] * self.scale
+            return rows
+
+        return change
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A tensor with what adapters change in it, some rows at a time."""
+
+    base: Recipe
+    deltas: tuple[Delta, ...]
+    dtype: str
+    rows: tuple[int, int]
+    """The rows, [first, last), that are wanted."""
+    kind: str = "merge"
+
+    def sources(self) -> Iterable[SourceFile]:
+        """The base's files and the adapters'."""
+        files = [*self.base.make.sources()]
+        for recipe in (recipe for delta in self.deltas for recipe in delta.recipes):
+            files += recipe.make.sources()
+        return list(dict.fromkeys(files))
+
+    def part(self, start: int, nbytes: int) -> Merged:
+        """The rows that these bytes are."""
+        row = num_elements(self.base.shape[1:]) * BY_NAME[self.dtype].itemsize
+        first = self.rows[0] + start // row
+        return replace(self, rows=(first, first + nbytes // row))
+
+    def exact(self) -> tuple[Merged, str]:
+        """The same before it is rounded, and its dtype."""
+        dtype = "F64" if self.base.dtype == "F64" else "F32"
+        return replace(self, dtype=dtype), dtype
+
+    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+        """The merged rows, in pieces no longer than the scratch buffer."""
+        step = len(scratch.read) // 16 * 16
+        with one_thread():
+            changes = self._load()
+        low, high = self.rows
+        multiple = math.lcm(*(delta.multiple for delta in self.deltas))
+        begin, end = low // multiple * multiple, min(-(-high // multiple) * multiple, self.base.shape[0])
+        for first, rows in self._blocks(begin, end, multiple):
+            with one_thread():
+                for change in changes:
+                    rows = change(rows, first)
+                wanted = rows[max(0, low - first) : max(0, high - first)]
+                made = wanted.to(torch_dtype(self.dtype)).contiguous().view(-1)
+            data = memoryview(made.view(torch.uint8).numpy())  # type: ignore[arg-type]
+            for start in range(0, len(data), step):
+                yield data[start : start + step]
+
+    def _load(self) -> list[Change]:
+        compute = torch_dtype(self.exact()[1])
+        changes: list[Change] = []
+        for delta in self.deltas:
+            changes.append(delta.load(compute, self._before(tuple(changes))))
+        return changes
+
+    def _before(self, changes: Sequence[Change]) -> Blocks:
+        def blocks() -> Iterator[tuple[int, Tensor]]:
+            multiple = math.lcm(*(delta.multiple for delta in self.deltas))
+            for first, rows in self._blocks(0, self.base.shape[0], multiple):
+                for change in changes:
+                    rows = change(rows, first)
+                yield first, rows
+
+        return blocks
+
+    def _blocks(self, begin: int, end: int, multiple: int) -> Iterator[tuple[int, Tensor]]:
+        """Rows [begin, end) of the base in the compute dtype, some at a time, with the number of the first."""
+        compute = torch_dtype(self.exact()[1])
+        columns, base = max(1, num_elements(self.base.shape[1:])), self.base
+        step = max(1, BLOCK_ELEMENTS // columns // multiple) * multiple
+        whole = None if isinstance(base.make, Divisible) else tensor(base, dtype=compute)
+        row = columns * BY_NAME[base.dtype].itemsize
+        for first in range(begin, end, step):
+            last = min(end, first + step)
+            if whole is not None:
+                yield first, whole[first:last].clone()
+                continue
+            assert isinstance(base.make, Divisible)
+            part = base.make.part(first * row, (last - first) * row)
+            yield first, tensor(Recipe(base.dtype, (last - first, *base.shape[1:]), part, base.origin), dtype=compute)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter's changes by canonical name of the tensor: deltas, and tensors that take the place of the base's."""
+
+    label: str
+    deltas: Mapping[str, tuple[Delta, ...]]
+    replaced: Mapping[str, Recipe] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """Every tensor that it changes."""
+        return {*self.deltas, *self.replaced}
+
+
+def merge(plan: Plan, adapters: Iterable[Adapter], where: str) -> Plan:
+    """The plan with every adapter merged into it, in order; dtypes stay.
+
+    Raises:
+        HxaconvError: listing what an adapter changes and the plan does not have, and what has another shape.
+    """
+    merged = dict(plan)
+    for adapter in adapters:
+        lacking = sorted(adapter.names - plan.keys())
+        raise_all(
+            f"{adapter.label} changes {len(adapter.names)} tensors, {len(lacking)} of them are not in {where}:",
+            lacking,
+            hint="Is it an adapter of this model? A training checkpoint holds attention only: add --teacher.",
+        )
+        problems = []
+        for name in adapter.names:
+            base = merged[name]
+            given = adapter.replaced.get(name)
+            if given is not None and given.shape != base.shape:
+                problems.append(f"{name}: the model has {list(base.shape)}, the adapter a tensor {list(given.shape)}")
+                continue
+            if base.dtype not in FLOATS:
+                problems.append(f"{name}: the model's is {base.dtype}, not a float type")
+            deltas = adapter.deltas.get(name, ())
+            misfits = [misfit for delta in deltas if (misfit := delta.misfit(base.shape))]
+            problems += [f"{name}: the model has {list(base.shape)}, the adapter {misfit}" for misfit in misfits]
+            if not problems:
+                merged[name] = _with(base, given, deltas, adapter.label)
+        raise_all(f"{adapter.label} does not fit {where}:", problems, hint="Is it an adapter of this model?")
+    return merged
+
+
+def _with(base: Recipe, given: Recipe | None, deltas: tuple[Delta, ...], label: str) -> Recipe:
+    origin = f"{base.origin} + {label}"
+    before: tuple[Delta, ...] = ()
+    make = base.make
+    if given is not None:
+        base = cast(given, base.dtype)  # in the model's own dtype, whatever the adapter is stored in
+    elif isinstance(make, Merged):
+        base, before = make.base, make.deltas
+    if not deltas:
+        return replace(base, origin=origin)
+    shape = base.shape
+    return Recipe(base.dtype, shape, Merged(base, before + deltas, base.dtype, (0, shape[0])), origin)
