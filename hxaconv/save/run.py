@@ -75,11 +75,14 @@ class _StagedCheck:
 
     def __call__(self, staged: Path) -> Mapping[str, Any]:
         from hxaconv.load import open_checkpoint
+        from hxaconv.verification.written import check_written
 
         student = self.output.student
         assert student is not None
-        plan = dict(open_checkpoint(staged).plan)
+        checkpoint = open_checkpoint(staged)
+        plan = dict(checkpoint.plan)
         report = self.verify(Model(student.config, plan, str(self.output.target), student.raw), self.progress)
+        check_written(report, checkpoint, student, self.output.dtype)
         if self.options.allow_nonfinite:
             _let_nonfinite_pass(report)
         report.raise_if_failed()
