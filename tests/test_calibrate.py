@@ -28,6 +28,7 @@ from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import TeacherConfig, student_of
 from hxaconv.model.model import Model
 from hxaconv.model.plan import Literal, Recipe, check
+from hxaconv.model.rope import Rope
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.values import untouched_layers
@@ -505,7 +506,7 @@ def test_a_rotation_of_pairs_goes_through_rope():
     weight = torch.randn(24, 20, generator=generator)
 
     def rotated(y):
-        return hxa079.rotate(y, torch.arange(9), 1e4)
+        return hxa079.rotate(y, torch.arange(9), Rope(1e4))
 
     found = rotated((x @ mixed_rows(weight, heads.rotation(turn)).T).view(1, 9, 3, 8))
     torch.testing.assert_close(found, heads.turned(rotated((x @ weight.T).view(1, 9, 3, 8)), turn))
@@ -563,11 +564,11 @@ def test_mean_rotation_of_attention_to_one_lag():
     config = replace(random_teacher().teacher, num_attention_heads=1, num_key_value_heads=1)
     positions, one = torch.arange(24), torch.zeros(1, 1, 24, 12)
     one[..., 0] = 60.0
-    rotated_by_one = llama.rotate(one, torch.ones(24), config.rope_theta)
+    rotated_by_one = llama.rotate(one, torch.ones(24), config.rope)
     from hxaconv.calibration.teacher import Projected
 
     # q at t, turned back by 1, looks like k at t - 1; the frequencies of one pair tell the lags apart.
-    projected = Projected(llama.rotate(one, -torch.ones(24), config.rope_theta), one, rotated_by_one)
+    projected = Projected(llama.rotate(one, -torch.ones(24), config.rope), one, rotated_by_one)
     assert len(positions) == 24
     with Pool(1, "cpu") as pool:
         turn = folding.mean_rotation(projected, config, pool, torch.ones(1, 24))

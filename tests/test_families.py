@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from torch import Tensor
 from hxaconv.forward import llama
 from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.teacher import open_teacher
+from hxaconv.model.rope import Rope
 from hxaconv.surgery.arithmetic import tensor
 
 transformers = pytest.importorskip("transformers")
 
-AGREEMENT = 5e-6
+AGREEMENT = 1e-5
 """transformers drops to float32 in RMSNorm, RoPE angles and softmax, even in a float64 model."""
 
 SIZES = {
@@ -34,6 +36,18 @@ SIZES = {
     "pad_token_id": 0,
 }
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+MSCALE = {"mscale": 0.8, "mscale_all_dim": 0.3, "beta_fast": 8, "beta_slow": 2, "truncate": False}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
+
 FAMILIES = {
     "llama": ("LlamaConfig", {"head_dim": 12, "rope_theta": 8e6}),
     "llama with all biases": ("LlamaConfig", {"head_dim": 12, "attention_bias": True, "mlp_bias": True}),
@@ -42,6 +56,15 @@ FAMILIES = {
     "qwen3": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3 with biases": ("Qwen3Config", {"head_dim": 10, "attention_bias": True}),
     "phi3": ("Phi3Config", {"hidden_size": 48}),
+    "seed-oss": ("SeedOssConfig", {"head_dim": 12, "residual_dropout": 0.1}),
+    "seed-oss with all biases": ("SeedOssConfig", {"head_dim": 12, "attention_out_bias": True}),
+    "smollm3": ("SmolLM3Config", {"hidden_size": 48, "no_rope_layer_interval": 2}),
+    "smollm3 by list": ("SmolLM3Config", {"hidden_size": 48, "no_rope_layers": [0, 1, 0]}),
+    "granite without multipliers": ("GraniteConfig", {"hidden_size": 48, "attention_multiplier": 8**-0.5}),
+    "llama3 scaling": ("LlamaConfig", {"head_dim": 12, "rope_parameters": LLAMA3}),
+    "yarn": ("Qwen3Config", {"head_dim": 16, "rope_parameters": YARN}),
+    "yarn with mscale": ("Qwen3Config", {"head_dim": 16, "rope_parameters": YARN | MSCALE}),
+    "linear scaling": ("LlamaConfig", {"head_dim": 12, "rope_parameters": LINEAR}),
 }
 
 
@@ -73,6 +96,12 @@ def test_transformers_agrees(name: str, tmp_path: Path) -> None:
     assert (logits - expected).abs().max() < AGREEMENT
     unrotated, _ = llama.forward(ids, get, model.config, rope=False)
     assert (unrotated - expected).abs().max() > 1e-2
+    if model.config.rope_scaling is not None:
+        unscaled, _ = llama.forward(ids, get, replace(model.config, rope_scaling=None))
+        assert (unscaled - expected).abs().max() > 1e-2
+    if model.config.nope_layers:
+        rotated, _ = llama.forward(ids, get, replace(model.config, nope_layers=()))
+        assert (rotated - expected).abs().max() > 1e-2
 
 
 def test_what_remains_is_the_float32_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,9 +111,9 @@ def test_what_remains_is_the_float32_of_transformers(tmp_path: Path, monkeypatch
         narrow = x.float()
         return weight * (narrow * torch.rsqrt(narrow.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
-    def float32_rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    def float32_rotate(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
         size = x.shape[-1]
-        inverse = 1.0 / (theta ** (torch.arange(0, size, 2).float() / size))
+        inverse = 1.0 / (rope.theta ** (torch.arange(0, size, 2).float() / size))
         angles = (positions.float()[:, None] * inverse).repeat(1, 2)
         turned = torch.cat([-x[..., size // 2 :], x[..., : size // 2]], dim=-1)
         return x * angles.cos().to(x.dtype) + turned * angles.sin().to(x.dtype)

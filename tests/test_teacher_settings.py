@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import hxaconv
 
 Cli = Callable[..., int]
-DROPPED = "Warning: the teacher's rope_scaling 'linear' is dropped"
+DROPPED = "Warning: the teacher's rope_scaling 'dynamic' is dropped"
 QUIET = ("--no-verify", "--quiet")
 
 
@@ -73,7 +73,7 @@ def test_rope_theta_changes_a_teacher_s_logits(cli: Cli, tiny_teacher: Path, tmp
 def test_rope_scaling_that_was_dropped_is_dropped_again_with_a_warning(
     cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teacher = teacher_with(tiny_teacher, tmp_path / "t", rope_scaling={"type": "linear", "factor": 2.0})
+    teacher = teacher_with(tiny_teacher, tmp_path / "t", rope_scaling={"type": "dynamic", "factor": 2.0})
     init = ("init-from-teacher", teacher, tmp_path / "s", "--gqa-layers", "2,5", *QUIET)
     assert cli(*init) == 2
     assert cli(*init, "--drop-rope-scaling") == 0
@@ -89,6 +89,26 @@ def test_rope_scaling_that_was_dropped_is_dropped_again_with_a_warning(
     for arguments in (("verify", teacher), ("verify", tmp_path / "s", "--against", teacher)):
         assert cli(*arguments, "--json") == 0
         assert [DROPPED.removeprefix("Warning: ") in note for note in json.loads(capsys.readouterr().out)["notes"]][-1]
+
+
+def test_rope_scaling_that_can_be_followed_is_kept(
+    cli: Cli, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    teacher = teacher_with(tiny_teacher, tmp_path / "t", rope_scaling=scaling)
+    init = ("init-from-teacher", teacher, tmp_path / "s", "--gqa-layers", "2,5", "--quiet")
+    assert cli(*init) == 0
+    assert "rope_scaling 'yarn' is kept" in capsys.readouterr().err
+    assert cli("to-training", tmp_path / "s", tmp_path / "a.pth", *QUIET) == 0
+    (tmp_path / "a.json").unlink()
+    assert cli("to-hf", tmp_path / "a.pth", tmp_path / "h", "--teacher", teacher, "--quiet") == 0
+    for folder in ("s", "h"):
+        raw = json.loads((tmp_path / folder / "config.json").read_text())
+        assert raw["rope_scaling"] == scaling
+        assert raw["rope_parameters"] == scaling | {"rope_theta": raw["rope_theta"]}
+    assert cli(*init, "--drop-rope-scaling", "--overwrite") == 0
+    assert json.loads((tmp_path / "s" / "config.json").read_text())["rope_scaling"] is None
+    assert cli("verify", tmp_path / "s", "--against", teacher) == 0, "a dropped scaling is no contradiction"
 
 
 @pytest.mark.parametrize(

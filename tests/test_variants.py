@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hxaconv.forward import hxa079 as student
+from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import StudentConfig
+from hxaconv.model.rope import RopeScaling
 from hxaconv.model.variants import VARIANTS
 from hxaconv.model.variants.base import Ranks
+from hxaconv.save.student_json import student_json
 
 GOLDEN = Path(__file__).parent / "golden" / "variants"
 NAMES = ("hxa079", "hxa07a", "hxa07b", "hxa07c", "hxa07d", "hxa07e")
@@ -103,3 +106,47 @@ def test_initial_biases_are_those_of_the_trainer(name: str) -> None:
         assert torch.allclose(formula(config, layer).float(), vectors[f"initial.{layer}.{key}"], atol=1e-5)
     assert not torch.allclose(initial["w0"](config, 0), initial["w0"](config, 1))
     assert replace(config, gqa_layers=(0,)).rwkv_layers == (1, 2)
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+SCALINGS = {
+    "default": None,
+    "linear": RopeScaling(rope_type="linear", factor=3.0),
+    "llama3": RopeScaling(rope_type="llama3", factor=8.0, **LLAMA3),  # type: ignore[arg-type]
+    "yarn": RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=32),
+}
+
+
+def random_student(name: str, scaling: RopeScaling | None = None) -> tuple[StudentConfig, dict[str, Tensor]]:
+    """A whole model with a GQA layer, and float64 weights of which none is zero."""
+    config = replace(config_of(name), gqa_layers=(1,), rope_scaling=scaling, layer_records=name == "hxa079")
+    generator = torch.Generator().manual_seed(3)
+    weights = {
+        key: torch.randn(shape, generator=generator, dtype=torch.float64) * (0.3 if len(shape) == 2 else 1.0)
+        for key, shape in expected_tensors(config).items()
+    }
+    return config, weights
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "default") for name in NAMES), *(("hxa079", kind) for kind in SCALINGS)]
+)
+def test_the_modelling_code_agrees(name: str, kind: str) -> None:
+    pytest.importorskip("transformers")
+    from hxaconv.model.hf.configuration_hxa079 import Hxa079Config
+    from hxaconv.model.hf.modeling_hxa079 import Hxa079ForCausalLM
+
+    config, weights = random_student(name, SCALINGS[kind])
+    raw = student_json(config, {}, "F32")
+    model = Hxa079ForCausalLM(Hxa079Config(**raw)).double().eval()
+    model.load_state_dict(weights)
+    ids = torch.randint(config.vocab_size, (2, 19), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model(ids).logits
+    expected, _ = student.forward(ids, weights.__getitem__, config)
+    assert relative(found, expected) <= 1e-6  # RMSNorm and states stand in float32 or better there
+    again = Hxa079Config.from_dict(json.loads(model.config.to_json_string()))
+    assert again.rope_stretch == (SCALINGS[kind].to_dict() if SCALINGS[kind] else None)  # type: ignore[union-attr]
+    if kind != "default":
+        plain, _ = student.forward(ids, weights.__getitem__, replace(config, rope_scaling=None))
+        assert relative(plain, expected) > 1e-3

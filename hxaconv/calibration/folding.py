@@ -15,6 +15,7 @@ from hxaconv.calibration.heads import rotation
 from hxaconv.calibration.report import LayerReport
 from hxaconv.calibration.time_mix import Attention, Fit, mixed_rows
 from hxaconv.forward.pool import Pool
+from hxaconv.forward.rope import frequencies
 from hxaconv.model.config import ModelConfig
 
 
@@ -66,9 +67,8 @@ def mean_rotation(projected: teacher.Projected, config: ModelConfig, pool: Pool,
     q, k = teacher.placed(projected.q, config), teacher.placed(projected.k, config)
     batch, count, tokens, size = q.shape
     shared = count // k.shape[1]
-    exponents = torch.arange(size // 2, dtype=torch.float64, device=q.device) / (size // 2)
     lags = torch.arange(tokens, dtype=torch.float64, device=q.device)
-    angles = lags[:, None] * config.rope_theta**-exponents
+    angles = lags[:, None] * frequencies(config.rope, size // 2, q.device)[0]
     future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
     # [t, i] is lag i: the key at t - i; where there is none, the weight is 0 anyway.
     back = (lags[:, None] - lags[None, :]).long()

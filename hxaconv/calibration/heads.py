@@ -26,6 +26,7 @@ from torch.nn.functional import normalize, softplus
 
 from hxaconv.forward.chunked import chunked
 from hxaconv.forward.hxa079 import rmsnorm, rotate
+from hxaconv.model.rope import Rope
 
 DECAYS = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.996)
 LONG_DECAYS = (0.998, 0.9995)
@@ -58,7 +59,7 @@ class Group:
     """W_h' W_h, (R, N, N)."""
     fitted: Tensor
     """1.0 for tokens to fit, 0.0 for those to judge by, (B, T)."""
-    theta: float
+    rope: Rope
     eps: float
     norms: tuple[Tensor, Tensor] | None = None
     """Weights of r_norm and k_norm, (N) each."""
@@ -148,7 +149,7 @@ def _placed(x: Tensor, matrix: Tensor, norm: Tensor | None, group: Group) -> Ten
     x = torch.einsum("btrn,rmn->btrm", x, matrix)
     if norm is not None:
         x = rmsnorm(x, norm, group.eps)
-    return rotate(x, torch.arange(x.shape[1], device=x.device), group.theta)
+    return rotate(x, torch.arange(x.shape[1], device=x.device), group.rope)
 
 
 def answer(group: Group, p: Parameters) -> tuple[Tensor, Tensor, Tensor]:

@@ -214,7 +214,8 @@ class _Walk:
         weights = _mixer(self.teacher, layer, compute)
         norm = compute.make(self.teacher.plan[f"model.layers.{layer}.input_layernorm.weight"])
         x = llama.rmsnorm(state.x, norm, config.rms_norm_eps)
-        heads = teacher_pass.attend(teacher_pass.project(x, weights, config, pool), config, pool)
+        rope = layer not in config.nope_layers
+        heads = teacher_pass.attend(teacher_pass.project(x, weights, config, pool), config, pool, rope=rope)
         said = pool.linear(heads, weights["o_proj.weight"])
         self._check_finite(said, layer)
         bias = weights.get("o_proj.bias")
@@ -238,6 +239,8 @@ class _Walk:
             return None
         mixer, prefix = _mixer(self.student, layer, self.compute), mixer_prefix(layer)
         dtypes = {name: torch_dtype(self.student.plan[prefix + name].dtype) for name in mixer}
+        if not rwkv and layer in self.teacher.config.nope_layers:
+            return None  # there is no RoPE to lose
         if not rwkv:
             return fold_rope(seen, mixer, dtypes, config, layer, self.pool)
         fit = fit_layer(seen, mixer, dtypes, state.first, config, layer, self.settings, self.pool)

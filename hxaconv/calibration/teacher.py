@@ -37,7 +37,7 @@ def project(x: Tensor, weights: Mapping[str, Tensor], config: ModelConfig, pool:
 
 def placed(x: Tensor, config: ModelConfig) -> Tensor:
     """With RoPE, (B, heads, T, N)."""
-    return llama.rotate(x, torch.arange(x.shape[2], device=x.device), config.rope_theta)
+    return llama.rotate(x, torch.arange(x.shape[2], device=x.device), config.rope)
 
 
 def attend(projected: Projected, config: ModelConfig, pool: Pool, *, rope: bool = True) -> Tensor:

@@ -217,7 +217,7 @@ class _Fitting:
                     target=target[:, :, mine],
                     metric=torch.einsum("crn,crm->rnm", columns[:, mine], columns[:, mine]),
                     fitted=self.seen.fitted,
-                    theta=config.rope_theta,
+                    rope=config.rope,
                     eps=config.rms_norm_eps,
                     norms=(weights["r_norm.weight"], weights["k_norm.weight"]) if config.qk_norm else None,
                     k_first=None if self.first is None else self.first[1][:, :, g],

@@ -32,7 +32,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize, silu, softplus
 
+from hxaconv.forward.rope import frequencies
 from hxaconv.model.config import StudentConfig
+from hxaconv.model.rope import Rope
 
 Get = Callable[[str], Tensor]
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -138,7 +140,7 @@ class TimeMix:
         """x (B, T, heads, N) rotated by its positions."""
         start = self.carry.position
         positions = torch.arange(start, start + x.shape[1], device=x.device)
-        return rotate(x, positions, self.config.rope_theta)
+        return rotate(x, positions, self.config.rope)
 
     def repeated(self, x: Tensor) -> Tensor:
         """Each kv head H/G times, (B, T, G, N) -> (B, T, H, N)."""
@@ -227,13 +229,13 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
     """RoPE in the rotate-half layout, x (B, T, heads, N): channel n is paired with n + N/2."""
     half = x.shape[-1] // 2
     # The angles in float64: at position 10,000 float32 is off by 1e-3.
-    exponents = torch.arange(half, dtype=torch.float64, device=x.device) / half
-    angles = (positions.to(torch.float64)[:, None] * theta**-exponents)[:, None, :]
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    per_token, factor = frequencies(rope, half, x.device)
+    angles = (positions.to(torch.float64)[:, None] * per_token)[:, None, :]
+    cos, sin = (angles.cos() * factor).to(x.dtype), (angles.sin() * factor).to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from hxaconv.forward.rope import frequencies
 from hxaconv.model.config import ModelConfig
+from hxaconv.model.rope import Rope
 
 Get = Callable[[str], Tensor]
 Cache = dict[int, tuple[Tensor, Tensor]]
@@ -90,10 +92,10 @@ def attention(
     if config.qk_norm:
         q = rmsnorm(q, get(f"{name}.q_norm.weight"), config.rms_norm_eps)
         k = rmsnorm(k, get(f"{name}.k_norm.weight"), config.rms_norm_eps)
-    if rope:
+    if rope and index not in config.nope_layers:
         if positions is None:
             positions = torch.arange(past, past + x.shape[1], device=x.device)
-        q, k = rotate(q, positions, config.rope_theta), rotate(k, positions, config.rope_theta)
+        q, k = rotate(q, positions, config.rope), rotate(k, positions, config.rope)
     if cache is not None:
         if past:
             k, v = torch.cat([cache[index][0], k], dim=2), torch.cat([cache[index][1], v], dim=2)
@@ -138,13 +140,13 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
     """RoPE in the rotate-half layout, x (B, heads, T, N): channel n is paired with n + N/2."""
     half = x.shape[-1] // 2
     # The angles in float64: at position 10,000 float32 is off by 1e-3.
-    exponents = torch.arange(half, dtype=torch.float64, device=x.device) / half
-    angles = positions.to(torch.float64)[:, None] * theta**-exponents
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    per_token, factor = frequencies(rope, half, x.device)
+    angles = positions.to(torch.float64)[:, None] * per_token
+    cos, sin = (angles.cos() * factor).to(x.dtype), (angles.sin() * factor).to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 

@@ -22,12 +22,12 @@ from hxaconv.model.config import (
     StudentConfig,
     TeacherConfig,
     kv_cache_bytes,
-    rope_settings,
     state_bytes,
     teacher_config,
 )
 from hxaconv.model.names import HEAD, is_attention, layer_kinds, template_of
 from hxaconv.model.plan import Plan, Recipe, Scratch, check, total_bytes
+from hxaconv.model.rope import rope_of
 from hxaconv.model.variants import matching, nearest
 from hxaconv.model.variants.base import RANK_KEYS
 
@@ -190,13 +190,15 @@ def _dimensions(checkpoint: Checkpoint, config: ModelConfig | None) -> dict[str,
         known = asdict(config)
         known.pop("raw", None)
         known.pop("warnings", None)
+        known |= {"rope_scaling": config.rope_scaling.to_dict() if config.rope_scaling else "none"}
+        known["nope_layers"] = list(config.nope_layers)
         if isinstance(config, StudentConfig):
             ranks = known.pop("ranks")
             known |= {RANK_KEYS[name]: ranks[name] for name in config.variant.rank_names}
             known["gqa_layers"] = list(config.gqa_layers)
         return known
     facts = tensor_facts(checkpoint.plan)
-    theta, _ = rope_settings(checkpoint.config or checkpoint.sidecar or {})
+    theta = rope_of(checkpoint.config or checkpoint.sidecar or {})[0]
     keys = list(ModelConfig.__dataclass_fields__)
     raw = checkpoint.config or checkpoint.sidecar or {}
     return {key: facts.get(key, theta if key == "rope_theta" else raw.get(key)) for key in keys} | {

@@ -18,6 +18,7 @@ from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.names import EMBEDDING, HEAD, is_attention, layer_kinds
 from hxaconv.model.plan import Plan, check
+from hxaconv.model.rope import rope_of
 from hxaconv.options import Settings
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def load_teacher(
     tied = settings.tie_word_embeddings
     ties = bool((checkpoint.config or {}).get("tie_word_embeddings", False)) if tied is None else tied
     checkpoint = replace(checkpoint, plan=_with_adapters(checkpoint.plan, settings, checkpoint.label, tied=ties))
+    unfollowed = rope_of(checkpoint.config or {})[2] is not None
     if lenient:  # a teacher without a head may have an untied student
         tied = False if tied is False and HEAD in checkpoint.plan else None
     return open_teacher(
@@ -60,7 +62,7 @@ def load_teacher(
         rope_theta=settings.rope_theta,
         rms_norm_eps=settings.rms_norm_eps,
         allow_output_bias=lenient or settings.allow_output_bias,
-        drop_rope_scaling=lenient or settings.drop_rope_scaling,
+        drop_rope_scaling=(lenient and unfollowed) or settings.drop_rope_scaling,
         tie_word_embeddings=tied,
         headers_only=headers_only,
     )
@@ -190,7 +192,8 @@ def _opened(name: Name, settings: Settings, progress: Progress | None) -> Checkp
 
 def overrules(settings: Settings) -> dict[str, Any]:
     """What overrules every file: name -> value, None where nothing is said."""
-    return {key: getattr(settings, key) for key in FLAGS} | {"rwkv_architecture": settings.variant}
+    named = {key: getattr(settings, key) for key in FLAGS}
+    return named | {"rwkv_architecture": settings.variant, "drop_rope_scaling": settings.drop_rope_scaling}
 
 
 def may_be_student(checkpoint: Checkpoint) -> bool:

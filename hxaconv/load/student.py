@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING, Any
 from hxaconv.errors import HxaconvError, Inconsistent, bullet_list, raise_all
 from hxaconv.load.teacher import split_tied_head
 from hxaconv.model.config import (
-    ROPE_SCALING_DEFAULTS,
     ModelConfig,
     StudentConfig,
     TeacherConfig,
     number_problems,
-    rope_settings,
     teacher_config,
 )
 from hxaconv.model.families import FAMILIES
 from hxaconv.model.model import Model, checked_here
 from hxaconv.model.names import EMBEDDING, is_attention, layer_kinds, template_of
 from hxaconv.model.plan import Plan
+from hxaconv.model.rope import rope_of
 from hxaconv.model.variants import VARIANTS, matching, nearest
 from hxaconv.model.variants.base import MODEL_TYPE, RANK_KEYS, Ranks
 
@@ -152,12 +151,13 @@ def config_facts(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         HxaconvError: listing what cannot be: an unknown variant, scaled RoPE, layer kinds that do not add up.
     """
-    theta, problems = rope_settings(raw)[0], _config_problems(raw)
+    (theta, scaling, _), problems = rope_of(raw), _config_problems(raw)
     hint = "Correct the file if it is wrong; if it is right, this is another model, which this tool does not convert."
     raise_all(f"{where}: config.json is not a student's that is known here:", problems, hint=hint, kind=Inconsistent)
     switches = ("tie_word_embeddings", "attention_bias", "mlp_bias")
     keys = ("rwkv_architecture", *SIZES, "rms_norm_eps", *switches, *RANK_KEYS.values())
     facts = {key: raw[key] for key in keys if raw.get(key) is not None}
+    facts["rope_scaling"] = scaling
     if theta is not None:
         facts["rope_theta"] = theta
     renamed = {"enable_qk_norm": "qk_norm", "attention_out_bias": "output_bias", "has_layer_records": "layer_records"}
@@ -170,14 +170,14 @@ def config_facts(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _config_problems(raw: Mapping[str, Any]) -> list[str]:
-    variant, scaling = raw.get("rwkv_architecture"), rope_settings(raw)[1]
+    variant, scaling = raw.get("rwkv_architecture"), rope_of(raw)[2]
     problems = []
     if variant is None:
         problems.append(f"there is no rwkv_architecture; loaders need it, one of {', '.join(VARIANTS)}")
     elif variant not in VARIANTS:
         problems.append(f"rwkv_architecture is {variant!r}, this tool knows {', '.join(VARIANTS)}")
-    if scaling not in ROPE_SCALING_DEFAULTS:
-        problems.append(f"rope_scaling is {scaling!r}, students have the default frequencies")
+    if scaling is not None:
+        problems.append(f"rope_scaling cannot be followed: {scaling}")
     problems += [
         f"{key} is {raw[key]!r}, expected {allowed[0]!r}"
         for key, allowed in FIXED.items()
@@ -191,7 +191,7 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
 
 def model_facts(config: ModelConfig) -> dict[str, Any]:
     """What a teacher's config says of its students, and theirs of each other."""
-    keys = (*SIZES, "rms_norm_eps", "rope_theta", "tie_word_embeddings")
+    keys = (*SIZES, "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings")
     return {key: getattr(config, key) for key in (*keys, "qk_norm", "attention_bias", "output_bias", "mlp_bias")}
 
 
@@ -210,6 +210,8 @@ def gather_facts(
 ) -> list[Facts]:
     """Every source that says something about a student's config, the strongest first."""
     given = {key: value for key, value in (flags or {}).items() if value is not None}
+    if given.pop("drop_rope_scaling", False):
+        given["rope_scaling"] = None
     # The other options correct a file; no option turns one variant into another.
     variant = {key: given.pop(key) for key in ("rwkv_architecture",) if key in given}
     found = tensor_facts(checkpoint.plan) | variant_facts(checkpoint)
@@ -228,19 +230,24 @@ def gather_facts(
             rope_theta=given.get("rope_theta"),
             rms_norm_eps=given.get("rms_norm_eps"),
             allow_output_bias=True,
-            drop_rope_scaling=True,
+            drop_rope_scaling=rope_of(checkpoint.config or {})[2] is not None,
         )
         facts.append(Facts("config.json", model_facts(beside)))
     if sidecar is not None:
         facts += _file_facts("the sidecar", sidecar, f"sidecar of {checkpoint.label}")
     if teacher is not None:
-        facts.append(Facts("the teacher", model_facts(teacher)))
+        # Its scaling may have been dropped when the student was made.
+        facts.append(_without_told(Facts("the teacher", model_facts(teacher)), "rope_scaling", facts))
     if layer_map is not None:
         # A student of another variant may have the same layers.
-        told = any("rwkv_architecture" in source.values for source in facts)
-        values = {key: value for key, value in layer_map.values.items() if not told or key != "rwkv_architecture"}
-        facts.append(replace(layer_map, values=values))
+        facts.append(_without_told(layer_map, "rwkv_architecture", facts))
     return facts
+
+
+def _without_told(source: Facts, key: str, others: list[Facts]) -> Facts:
+    """The source, silent on `key` where another one says it."""
+    told = any(key in other.values for other in others)
+    return replace(source, values={name: value for name, value in source.values.items() if not told or name != key})
 
 
 def _file_facts(source: str, raw: Mapping[str, Any], where: str) -> list[Facts]:
@@ -280,6 +287,7 @@ def resolve(sources: list[Facts], where: str) -> StudentConfig:
         rms_norm_eps=float(values["rms_norm_eps"]),
         rope_theta=float(values["rope_theta"]),
         tie_word_embeddings=bool(values["tie_word_embeddings"]),
+        rope_scaling=values.get("rope_scaling"),
         rwkv_architecture=variant.name,
         gqa_layers=values["gqa_layers"],
         ranks=ranks,

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.model.families import FAMILIES, Biases, window_in_force
+from hxaconv.model.families import FAMILIES, REFUSED, Biases, window_in_force
+from hxaconv.model.rope import Rope, RopeScaling, rope_contradiction, rope_of, scaling_kind
 from hxaconv.model.variants import VARIANTS
 from hxaconv.model.variants.base import Ranks, Variant
 
-ROPE_SCALING_DEFAULTS = (None, "default")
 DEFAULT_VARIANT = "hxa079"
 """What a teacher becomes where nothing else is asked for."""
 
@@ -40,6 +40,9 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
+    rope_scaling: RopeScaling | None = None
+    nope_layers: tuple[int, ...] = ()
+    """Layers of a teacher whose attention has no RoPE. In a student none of the GQA layers has, and all others do."""
     qk_norm: bool = False
     attention_bias: bool = False
     """Biases on q, k and v."""
@@ -56,6 +59,11 @@ class ModelConfig:
     def key_value_size(self) -> int:
         """G * N."""
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def rope(self) -> Rope:
+        """How positions turn r and k, or q and k."""
+        return Rope(self.rope_theta, self.rope_scaling)
 
     def kv_cache_bytes(self, num_layers: int) -> int:
         """Bytes of keys and values per token of `num_layers` attention layers, in bf16."""
@@ -108,39 +116,6 @@ class StudentConfig(ModelConfig):
         return "".join("G" if self.layer_kind(i) == "gqa" else "R" for i in range(self.num_hidden_layers))
 
 
-def rope_settings(raw: Mapping[str, Any]) -> tuple[float | None, str | None]:
-    """(rope_theta, kind of scaling) from any spelling: top level, `rope_parameters`, or `rope_scaling`."""
-    nested, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
-    theta = next((value for value in _thetas(raw).values()), None)
-    kinds = [_scaling(settings) for settings in (scaling, nested)]
-    # Where one spelling scales and the other does not, some reader scales.
-    kind = next((found for found in kinds if found not in ROPE_SCALING_DEFAULTS), kinds[0] or kinds[1])
-    return (None if theta is None else float(theta)), kind
-
-
-def _scaling(settings: Mapping[str, Any]) -> str | None:
-    """The kind of scaling that one spelling names; `linear` by a factor of 1 is none."""
-    kind, factor = settings.get("rope_type") or settings.get("type"), settings.get("factor")
-    if kind in (*ROPE_SCALING_DEFAULTS, "linear"):
-        return "default" if factor in (None, 1) and (kind != "linear" or factor == 1) else "linear"
-    return str(kind)
-
-
-def _thetas(raw: Mapping[str, Any]) -> dict[str, float]:
-    """Place -> rope_theta, of every place that names one."""
-    places = {"at top level": raw, "in rope_parameters": raw.get("rope_parameters") or {}}
-    places["in rope_scaling"] = raw.get("rope_scaling") or {}
-    return {place: found["rope_theta"] for place, found in places.items() if found.get("rope_theta") is not None}
-
-
-def rope_contradiction(raw: Mapping[str, Any]) -> str | None:
-    """The values of rope_theta, where a config.json gives several; readers disagree about which one counts."""
-    found = _thetas(raw)
-    if len(set(found.values())) < 2:
-        return None
-    return f"rope_theta is {', '.join(f'{value!r} {place}' for place, value in found.items())}"
-
-
 def stored_dtype(raw: Mapping[str, Any]) -> str | None:
     """`torch_dtype` or, as transformers 5 writes it, `dtype`."""
     value = raw.get("dtype", raw.get("torch_dtype"))
@@ -148,18 +123,22 @@ def stored_dtype(raw: Mapping[str, Any]) -> str | None:
 
 
 def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling: bool) -> list[str]:
-    kind = raw.get("model_type")
+    kind = str(raw.get("model_type"))
     found = []
     if any(raw.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         found.append("mixture of experts: an hxa079 layer has one dense MLP; a dense teacher is needed")
     elif "text_config" in raw:
         found.append(f"{kind!r} wraps a language model in `text_config`: export the text model alone first")
+    elif kind in REFUSED:
+        found.append(f"{kind} is no Llama: {REFUSED[kind]}")
     elif kind not in FAMILIES:
         found.append(f"model_type {kind!r} is not known: a teacher is one of {', '.join(FAMILIES)}")
-    scaling = rope_settings(raw)[1]
-    if scaling not in ROPE_SCALING_DEFAULTS and not drop_rope_scaling:
+    else:
+        found += FAMILIES[kind].problems(raw)
+    problem = rope_of(raw)[2]
+    if problem is not None and not drop_rope_scaling:
         found.append(
-            f"rope_scaling {scaling!r}: hxa079 loaders compute default RoPE frequencies only;"
+            f"rope_scaling cannot be followed: {problem};"
             " --drop-rope-scaling goes on without it (long contexts will differ from the teacher's)"
         )
     factors = [settings.get("partial_rotary_factor") for settings in (raw, raw.get("rope_parameters") or {})]
@@ -222,7 +201,8 @@ def teacher_config(
     problems = _refusals(raw, allow_output_bias, drop_rope_scaling)
     raise_all(f"{where} cannot become an hxa079 student:", problems)
     sizes, problems = _integers(raw, _SIZES)
-    theta = rope_theta if rope_theta is not None else rope_settings(raw)[0]
+    own_theta, scaling, _ = rope_of(raw)
+    theta = rope_theta if rope_theta is not None else own_theta
     eps = rms_norm_eps if rms_norm_eps is not None else raw.get("rms_norm_eps")
     if rope_theta is None and (two := rope_contradiction(raw)) is not None:
         problems.append(f"{two}; pass the right one as --rope-theta")
@@ -247,6 +227,8 @@ def teacher_config(
         rms_norm_eps=float(eps),
         rope_theta=float(theta),
         tie_word_embeddings=bool(tied),
+        rope_scaling=None if drop_rope_scaling else scaling,
+        nope_layers=family.nope_layers(raw),
         qk_norm=family.qk_norm,
         attention_bias=biases.inputs,
         output_bias=biases.output,
@@ -254,7 +236,7 @@ def teacher_config(
         model_type=raw["model_type"],
         dtype=stored_dtype(raw),
         raw=dict(raw),
-        warnings=tuple(_warnings(raw, biases)),
+        warnings=tuple(_warnings(raw, biases, drop_rope_scaling)),
     )
 
 
@@ -267,16 +249,21 @@ def number_problems(values: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def dropped_scaling(raw: Mapping[str, Any]) -> list[str]:
-    """A warning, where a teacher's config scales RoPE: neither a student nor the reference forward does."""
-    scaling = rope_settings(raw)[1]
-    if scaling in ROPE_SCALING_DEFAULTS:
+def dropped_scaling(raw: Mapping[str, Any], dropped: bool = False) -> list[str]:
+    """A warning, where a teacher's config scales RoPE in a way that is not followed, or is to be `dropped`."""
+    _, scaling, problem = rope_of(raw)
+    if problem is None and (scaling is None or not dropped):
         return []
-    return [f"the teacher's rope_scaling {scaling!r} is dropped: RoPE has its default frequencies here"]
+    return [f"the teacher's rope_scaling {scaling_kind(raw)!r} is dropped: RoPE has its default frequencies here"]
 
 
-def _warnings(raw: Mapping[str, Any], biases: Biases) -> list[str]:
-    found = dropped_scaling(raw)
+def _warnings(raw: Mapping[str, Any], biases: Biases, dropped: bool) -> list[str]:
+    found = dropped_scaling(raw, dropped)
+    if not found and rope_of(raw)[1] is not None:
+        found.append(
+            f"the teacher's rope_scaling {scaling_kind(raw)!r} is kept: transformers follows it, RWKV-Infer computes"
+            " default frequencies (--drop-rope-scaling makes a student without it)"
+        )
     if raw.get("mlp_bias") or biases.output:
         found.append("biases on o_proj or the MLP are kept, but RWKV-Infer ignores them")
     return found
@@ -311,7 +298,7 @@ def student_of(
     Raises:
         HxaconvError: for a variant whose ranks are not published, where none are given.
     """
-    shared = {f.name: getattr(teacher, f.name) for f in fields(ModelConfig)}
+    shared = {f.name: getattr(teacher, f.name) for f in fields(ModelConfig)} | {"nope_layers": ()}
     own = teacher.rwkv_architecture if isinstance(teacher, StudentConfig) else DEFAULT_VARIANT
     name = variant or own
     return StudentConfig(

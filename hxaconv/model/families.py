@@ -1,4 +1,7 @@
-"""Families of teachers: one entry per `model_type`, with what transformers' class makes of its config.json."""
+"""Families of teachers: one entry per `model_type`, with what transformers' class makes of its config.json.
+
+A family that is not here, but in `REFUSED`, is no Llama with other settings: its reason is told.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class Biases:
     output: bool
 
 
-def _no_biases(raw: Raw) -> Biases:
+def _biases_of_inputs(raw: Raw) -> Biases:
     return Biases(inputs=bool(raw.get("attention_bias")), output=False)
 
 
@@ -26,8 +29,45 @@ def _all_biases(raw: Raw) -> Biases:
     return Biases(inputs=bool(raw.get("attention_bias")), output=bool(raw.get("attention_bias")))
 
 
-def _input_biases(raw: Raw) -> Biases:
+def _always_biases_of_inputs(raw: Raw) -> Biases:
     return Biases(inputs=True, output=False)
+
+
+def _seed_oss_biases(raw: Raw) -> Biases:
+    return Biases(inputs=bool(raw.get("attention_bias", True)), output=bool(raw.get("attention_out_bias")))
+
+
+def _no_layers(raw: Raw) -> tuple[int, ...]:
+    return ()
+
+
+def _smollm3_layers(raw: Raw) -> tuple[int, ...]:
+    with_rope, layers = raw.get("no_rope_layers"), range(raw["num_hidden_layers"])
+    if with_rope is None:
+        interval = raw.get("no_rope_layer_interval", 4)
+        with_rope = [(layer + 1) % interval != 0 for layer in layers]
+    return tuple(layer for layer in layers if not with_rope[layer])
+
+
+def _no_problems(raw: Raw) -> list[str]:
+    return []
+
+
+def _granite_problems(raw: Raw) -> list[str]:
+    """Multipliers that are not those of Llama. Folded into bf16 weights, all but powers of two would round them."""
+    heads, hidden = raw.get("num_attention_heads") or 1, raw.get("hidden_size") or 1
+    head_dim = raw.get("head_dim") or hidden // heads
+    neutral = {
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": head_dim**-0.5,
+        "logits_scaling": 1.0,
+    }
+    return [
+        f"{key} is {raw.get(key, 1.0):g}: students have none, and folded into bf16 weights it would round them"
+        for key, value in neutral.items()
+        if raw.get(key, 1.0) != value
+    ]
 
 
 def _no_window(raw: Raw) -> str | None:
@@ -63,6 +103,18 @@ def _switched_window(raw: Raw) -> str | None:
     return f"layer_types names {odd}" if odd else f"sliding_window is {window}, and use_sliding_window true"
 
 
+def _smollm3_window(raw: Raw) -> str | None:
+    """`sliding_window` counts where `use_sliding_window` is true, in layers without RoPE or those of `layer_types`."""
+    kinds, window = raw.get("layer_types") or [], raw.get("sliding_window")
+    odd = sorted(set(kinds) - {"full_attention"})
+    if odd:
+        return f"layer_types names {odd}"
+    limited = not kinds and raw.get("use_sliding_window") and window is not None and _smollm3_layers(raw)
+    if not limited or _reaches(window, raw):
+        return None
+    return f"sliding_window is {window}, and use_sliding_window true"
+
+
 def _reaches(window: int, raw: Raw) -> bool:
     """Whether the window spans the whole context."""
     context = raw.get("max_position_embeddings")
@@ -74,23 +126,62 @@ class Family:
     """One kind of teacher."""
 
     title: str
-    biases: Callable[[Raw], Biases] = _no_biases
+    biases: Callable[[Raw], Biases] = _biases_of_inputs
     qk_norm: bool = False
     """Norms on q and k over head_dim."""
+    nope_layers: Callable[[Raw], tuple[int, ...]] = _no_layers
+    """Layers whose attention has no RoPE."""
     window: Callable[[Raw], str | None] = _no_window
     """Why attention does not see everything, or None: what transformers' class makes of `sliding_window`,
     `use_sliding_window`, `max_window_layers` and `layer_types`. Without a rule the class reads none of them."""
     activation: str = "silu"
     """What transformers reads into a config.json without `hidden_act`."""
+    problems: Callable[[Raw], list[str]] = _no_problems
+    """What else a student could not compute, a line each."""
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(title="Llama, Reka Flash 3 and 3.1", biases=_all_biases),
     "mistral": Family(title="Mistral, Devstral, Magistral (text)", window=_window(4096)),
-    "qwen2": Family(title="Qwen2 and Qwen2.5 (biases on q, k, v)", biases=_input_biases, window=_switched_window),
-    "qwen3": Family(title="Qwen3 (norms on q and k)", biases=_all_biases, qk_norm=True, window=_switched_window),
+    "qwen2": Family(
+        title="Qwen2 and Qwen2.5 (biases on q, k, v)",
+        biases=_always_biases_of_inputs,
+        window=_switched_window,
+    ),
+    "qwen3": Family(
+        title="Qwen3 (norms on q and k)",
+        biases=_all_biases,
+        qk_norm=True,
+        window=_switched_window,
+    ),
     "phi3": Family(title="Phi-3 and Phi-4 (fused projections)", window=_window(None)),
+    "seed_oss": Family(title="Seed-OSS (biases on q, k, v)", biases=_seed_oss_biases),
+    "smollm3": Family(
+        title="SmolLM3 (layers without RoPE)",
+        biases=_all_biases,
+        nope_layers=_smollm3_layers,
+        window=_smollm3_window,
+    ),
+    "granite": Family(
+        title="Granite, where all its multipliers are Llama's", biases=_all_biases, problems=_granite_problems
+    ),
 }
+
+REFUSED = {
+    "olmo": "its norms have no weights",
+    "olmo2": "it norms what attention and MLP give, not what they get, and q and k over all heads at once",
+    "olmo3": "it norms what attention and MLP give, not what they get, and q and k over all heads at once",
+    "gemma": "its norms multiply by 1 + weight, its embedding is scaled, its MLP has GELU",
+    "gemma2": "its norms multiply by 1 + weight and stand on both sides, its logits are capped, its MLP has GELU",
+    "gemma3_text": "its norms multiply by 1 + weight and stand on both sides, its MLP has GELU",
+    "cohere": "attention and MLP read the same norm side by side",
+    "cohere2": "attention and MLP read the same norm side by side, and most layers see a window",
+    "gpt_oss": "its attention has sinks, and its experts are not SwiGLU",
+    "phi": "attention and MLP read the same norm side by side, and its MLP is no SwiGLU",
+    "deepseek_v2": "its attention is MLA: keys and values come from one narrow projection",
+    "deepseek_v3": "its attention is MLA: keys and values come from one narrow projection",
+}
+"""Families that are asked for and cannot be students' teachers: `model_type` -> why."""
 
 
 def window_in_force(raw: Raw) -> str | None:

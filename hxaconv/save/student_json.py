@@ -32,6 +32,7 @@ def student_json(config: StudentConfig, raw: Mapping[str, Any], dtype: str) -> d
     rope_theta and the dtype stand in both spellings: RWKV-Infer and transformers 4 read the first,
     transformers 5 the second.
     """
+    scaling = config.rope_scaling.to_dict() if config.rope_scaling else None
     torch_name = BY_NAME[dtype].torch_name
     return {
         "architectures": ["Hxa079ForCausalLM"],
@@ -48,8 +49,8 @@ def student_json(config: StudentConfig, raw: Mapping[str, Any], dtype: str) -> d
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta},
+        "rope_scaling": scaling,
         "tie_word_embeddings": config.tie_word_embeddings,
         "transformer_layers": list(config.gqa_layers),
         "rwkv_layers": list(config.rwkv_layers),

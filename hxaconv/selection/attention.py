@@ -18,7 +18,8 @@ def head_weights(normed: Tensor, get: Get, config: ModelConfig, layer: int) -> I
     prefix, n = mixer_prefix(layer), config.head_dim
     q, k = (_projected(normed, get, config, prefix, part) for part in ("q", "k"))
     positions = torch.arange(normed.shape[0], device=normed.device)
-    q, k = rotate(q[None], positions, config.rope_theta)[0], rotate(k[None], positions, config.rope_theta)[0]
+    if layer not in config.nope_layers:
+        q, k = rotate(q[None], positions, config.rope)[0], rotate(k[None], positions, config.rope)[0]
     future = torch.ones(len(positions), len(positions), dtype=torch.bool, device=normed.device).triu(1)
     share = config.num_attention_heads // config.num_key_value_heads
     for group in range(config.num_key_value_heads):

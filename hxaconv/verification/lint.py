@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import shortened
 from hxaconv.load.student import is_student
-from hxaconv.model.config import ROPE_SCALING_DEFAULTS, ModelConfig, StudentConfig, rope_settings
+from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.families import FAMILIES
 from hxaconv.model.names import EMBEDDING, HEAD, layer_kinds, mixer_prefix
 from hxaconv.model.plan import Plan
+from hxaconv.model.rope import rope_of, scaling_kind
 
 if TYPE_CHECKING:
     from hxaconv.model.model import Checkpoint
@@ -166,7 +167,7 @@ def _name(checkpoint: Checkpoint) -> str:
 def _missing_keys(raw: Mapping[str, Any], keys: tuple[str, ...], reader: str) -> Iterator[Finding]:
     for key in keys:
         if raw.get(key) is None:
-            nested = key == "rope_theta" and rope_settings(raw)[0] is not None
+            nested = key == "rope_theta" and rope_of(raw)[0] is not None
             what = "rope_theta stands only inside rope_parameters" if nested else f"{key} is missing"
             yield Finding(f"{what}: {reader} reads it at top level", "config.json", f"Add {key} to config.json.")
 
@@ -232,8 +233,8 @@ def _infer_pth(checkpoint: Checkpoint, config: ModelConfig | None) -> Verdict:
 
 
 def _rope_scaling(raw: Mapping[str, Any]) -> Iterator[Finding]:
-    kind = rope_settings(raw)[1]
-    if kind not in ROPE_SCALING_DEFAULTS:
+    kind = scaling_kind(raw)
+    if kind is not None:
         yield Finding(f"rope_scaling {kind!r} is ignored", "config.json", "Only default frequencies are computed.")
 
 

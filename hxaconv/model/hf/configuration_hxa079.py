@@ -24,6 +24,21 @@ AUTO_MAP = {
 }
 
 
+# Kinds of RoPE scaling whose frequencies do not depend on the input's length -> what they cannot do without.
+_LENGTH = "original_max_position_embeddings"
+ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", _LENGTH, "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", _LENGTH),
+}
+
+
+def kind_of(rope: dict[str, Any]) -> str:
+    """The kind of scaling that RoPE settings name, in either spelling."""
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
 class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
     """Sizes, layer map and switches of an hxa079 model; names as in config.json.
 
@@ -97,7 +112,13 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
         self.lora_rank_gate = lora_rank_gate
         self.lora_rank_own_value = lora_rank_own_value
         self.rms_norm_eps = rms_norm_eps
-        rope = rope_parameters or rope_scaling or {}
+        spellings = [settings for settings in (rope_parameters, rope_scaling) if settings]
+        rope = next((settings for settings in spellings if kind_of(settings) != "default"), (spellings or [{}])[0])
+        # Not named rope_scaling: that is an alias of rope_parameters in transformers 5.
+        self.rope_stretch = None
+        if kind_of(rope) != "default":
+            self.rope_stretch = {key: rope[key] for key in rope if key not in ("type", "rope_theta")}
+            self.rope_stretch["rope_type"] = kind_of(rope)
         self.rope_theta = rope_theta if rope_theta is not None else rope.get("rope_theta", 1e6)
         self.enable_qk_norm = enable_qk_norm
         self.attention_bias = attention_bias
@@ -121,7 +142,6 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def _refuse(self, rope: dict[str, Any], rwkv_layers: Sequence[int] | None) -> None:
-        kind = rope.get("rope_type", rope.get("type", "default"))
         layers = range(self.num_hidden_layers)
         fixed = {"hidden_act": "silu", "nope_in_transformer": True, "nope_in_rwkv": False}
         if self.rwkv_architecture not in ARCHITECTURES:
@@ -131,8 +151,12 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
         for key, value in fixed.items():
             if getattr(self, key) != value:
                 raise ValueError(f"config.json: {key} is {getattr(self, key)!r}, this code implements {value!r} only")
-        if kind != "default" or rope.get("rope_theta", self.rope_theta) != self.rope_theta:
-            raise ValueError(f"config.json: RoPE settings {rope} are not the default frequencies of {self.rope_theta=}")
+        if kind_of(rope) not in ROPE_NEEDS or rope.get("rope_theta", self.rope_theta) != self.rope_theta:
+            raise ValueError(
+                f"config.json: RoPE settings {rope} are not computed for {self.rope_theta=}"
+            )
+        if any(not rope.get(key) for key in ROPE_NEEDS[kind_of(rope)]):
+            raise ValueError(f"config.json: RoPE settings {rope} lack some of {ROPE_NEEDS[kind_of(rope)]}")
         if any(layer not in layers for layer in self.transformer_layers):
             raise ValueError(f"config.json: transformer_layers {self.transformer_layers} outside 0..{len(layers) - 1}")
         if rwkv_layers is not None and sorted(rwkv_layers) != self.rwkv_layers:
@@ -146,7 +170,9 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """Everything, with RoPE in both spellings and an auto_map that works offline."""
         content: dict[str, Any] = super().to_dict()
-        content["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
+        stretch = content.pop("rope_stretch", None)
+        content["rope_parameters"] = {"rope_type": "default", **(stretch or {}), "rope_theta": self.rope_theta}
+        content["rope_scaling"] = stretch
         # After loading from the Hub the entries read "org/name--module.Class".
         auto_map = AUTO_MAP | (content.get("auto_map") or {})
         content["auto_map"] = {key: value.rsplit("--", 1)[-1] for key, value in auto_map.items()}

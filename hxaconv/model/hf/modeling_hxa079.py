@@ -23,6 +23,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -286,12 +287,44 @@ class Hxa079RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
+def stretched(frequencies: Tensor, config: Hxa079Config) -> tuple[Tensor, float]:
+    """Frequencies per channel pair under `config.rope_stretch`, and the factor of cos and sin."""
+    rope = config.rope_stretch or {}
+    kind, factor = rope.get("rope_type"), rope.get("factor", 1.0)
+    if kind == "linear":
+        return frequencies / factor, 1.0
+    if kind == "llama3":
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - kept) * frequencies / factor + kept * frequencies, 1.0
+    if kind == "yarn":
+        pairs, length = len(frequencies), rope["original_max_position_embeddings"]
+        low, high = (
+            pairs * math.log(length / (turns * 2 * math.pi)) / math.log(config.rope_theta)
+            for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+        )
+        if rope.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * pairs - 1)
+        index = torch.arange(pairs, device=frequencies.device, dtype=frequencies.dtype)
+        kept = 1 - ((index - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+        up, down = rope.get("mscale") or 1.0, rope.get("mscale_all_dim") or 0.0
+        if not (rope.get("mscale") and rope.get("mscale_all_dim")):
+            up, down = 1.0, 0.0
+        grown = math.log(max(factor, 1.0))
+        scale = rope.get("attention_factor") or (0.1 * up * grown + 1.0) / (0.1 * down * grown + 1.0)
+        return (1 - kept) * frequencies / factor + kept * frequencies, scale
+    return frequencies, 1.0
+
+
 def rope_angles(positions: Tensor, config: Hxa079Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, T, 1, N): default frequencies, both halves alike. Computed on the fly, so nothing to store."""
+    """cos and sin, (B, T, 1, N), both halves alike. Computed on the fly, so nothing to store."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype) / config.head_dim
-    angles = positions[..., None].to(dtype) * (1.0 / config.rope_theta**exponents)
+    frequencies, factor = stretched(1.0 / config.rope_theta**exponents, config)
+    angles = positions[..., None].to(dtype) * frequencies
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,0 +1,148 @@
+"""Rotary position embeddings as config.json describes them: theta, and what stretches the frequencies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+DEFAULT_KINDS = (None, "default", "mrope")
+"""Kinds without scaling; `mrope` has three positions per token, which are one for text."""
+
+STATIC_KINDS = ("linear", "llama3", "yarn")
+"""Kinds whose frequencies do not depend on the length of the input."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """`rope_scaling` of one of the static kinds; fields as config.json has them."""
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For config.json."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @property
+    def cos_sin_factor(self) -> float:
+        """What cos and sin are multiplied by."""
+        if self.rope_type != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
+        return _mscale(self.factor, 1.0)
+
+    def stretched(self, frequency: float, pair: int, pairs: int, theta: float) -> float:
+        """The frequency of channel pair `pair` of `pairs`, radians per token."""
+        if self.rope_type == "linear":
+            return frequency / self.factor
+        kept = self._kept_by_wavelength(frequency) if self.rope_type == "llama3" else self._kept(pair, pairs, theta)
+        return (1 - kept) * frequency / self.factor + kept * frequency
+
+    def _kept_by_wavelength(self, frequency: float) -> float:
+        """1 for wavelengths that the original context holds often enough, 0 for long ones, a line in between."""
+        assert self.original_max_position_embeddings and self.low_freq_factor and self.high_freq_factor
+        turns = self.original_max_position_embeddings * frequency / (2 * math.pi)
+        share = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return min(1.0, max(0.0, share))
+
+    def _kept(self, pair: int, pairs: int, theta: float) -> float:
+        """1 for pairs that turn beta_fast times within the original context, 0 for beta_slow, a line in between."""
+        context = self.original_max_position_embeddings
+        assert context
+
+        def pair_of(turns: float) -> float:
+            return pairs * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
+
+        low, high = pair_of(self.beta_fast or 32), pair_of(self.beta_slow or 1)
+        if self.truncate is not False:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * pairs - 1)
+        return 1 - min(1.0, max(0.0, (pair - low) / (high - low if high != low else 0.001)))
+
+
+def _mscale(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """What turns a position into angles: theta**(-i / pairs) for pair i, stretched."""
+
+    theta: float
+    scaling: RopeScaling | None = None
+
+
+def rope_of(raw: Mapping[str, Any]) -> tuple[float | None, RopeScaling | None, str | None]:
+    """(rope_theta, scaling, why it cannot be computed) from any spelling: top level, `rope_parameters`, `rope_scaling`.
+
+    Where one spelling scales and the other does not, some reader scales: so does this one.
+    """
+    theta = next(iter(_thetas(raw).values()), None)
+    spellings = [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    found = next((one for one in spellings if kind_of(one) not in DEFAULT_KINDS), {})
+    scaling, problem = (None, None) if not found else _scaling(found, raw)
+    return (None if theta is None else float(theta)), scaling, problem
+
+
+def _thetas(raw: Mapping[str, Any]) -> dict[str, float]:
+    """Place -> rope_theta, of every place that names one."""
+    places = {"at top level": raw, "in rope_parameters": raw.get("rope_parameters") or {}}
+    places["in rope_scaling"] = raw.get("rope_scaling") or {}
+    return {place: found["rope_theta"] for place, found in places.items() if found.get("rope_theta") is not None}
+
+
+def rope_contradiction(raw: Mapping[str, Any]) -> str | None:
+    """The values of rope_theta, where a config.json gives several; readers disagree about which one counts."""
+    found = _thetas(raw)
+    if len(set(found.values())) < 2:
+        return None
+    return f"rope_theta is {', '.join(f'{value!r} {place}' for place, value in found.items())}"
+
+
+def kind_of(settings: Mapping[str, Any]) -> str | None:
+    """`rope_type` or, as older files say, `type`; a factor without either is linear, and one of 1 is none."""
+    kind, factor = settings.get("rope_type") or settings.get("type"), settings.get("factor")
+    if kind in DEFAULT_KINDS:
+        return kind if factor in (None, 1) else "linear"
+    return None if kind == "linear" and factor == 1 else str(kind)
+
+
+def scaling_kind(raw: Mapping[str, Any]) -> str | None:
+    """The kind of scaling that either spelling names, None where there is none."""
+    kinds = (kind_of(raw.get(key) or {}) for key in ("rope_scaling", "rope_parameters"))
+    return next((kind for kind in kinds if kind not in DEFAULT_KINDS), None)
+
+
+def _scaling(found: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[RopeScaling | None, str | None]:
+    kind = str(kind_of(found))
+    if kind not in STATIC_KINDS:
+        return None, f"its frequencies change with the length of the input, or are not known here ({kind})"
+    values = {key: found[key] for key in RopeScaling.__dataclass_fields__ if found.get(key) is not None}
+    values["rope_type"] = kind
+    context = raw.get("max_position_embeddings")
+    if kind != "linear":
+        values.setdefault("original_max_position_embeddings", raw.get("original_max_position_embeddings", context))
+    needed = {"linear": (), "llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ()}[kind]
+    always = ("factor",) if kind == "linear" else ("factor", "original_max_position_embeddings")
+    wrong = [
+        f"{key} is {values.get(key)!r}"
+        for key in (*always, *needed)
+        if isinstance(values.get(key), bool) or not isinstance(values.get(key), int | float) or not values[key] > 0
+    ]
+    if kind == "llama3" and not wrong and values["low_freq_factor"] == values["high_freq_factor"]:
+        wrong = ["low_freq_factor is high_freq_factor"]
+    return (None, ", ".join(wrong)) if wrong else (RopeScaling(**values), None)
