@@ -115,7 +115,7 @@ def _smollm3_window(raw: Raw) -> str | None:
     return f"sliding_window is {window}, and use_sliding_window true"
 
 
-def _reaches(window: int, raw: Raw) -> bool:
+def _reaches(window: Any, raw: Raw) -> bool:
     """Whether the window spans the whole context."""
     context = raw.get("max_position_embeddings")
     return context is not None and window >= context

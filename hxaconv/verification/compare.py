@@ -202,8 +202,9 @@ class _Comparison:
         if (layer_kind(self.left.config, index), layer_kind(self.right.config, index)) != ("gqa", "attention"):
             return None
         nowhere = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
-        right = self.right
-        return llama.attention(right.normed(x, index), right.weight, right.config, index, positions=nowhere)
+        # Without scaling: YaRN multiplies q and k at position 0 too.
+        right, config = self.right, replace(self.right.config, rope_scaling=None)
+        return llama.attention(right.normed(x, index), right.weight, config, index, positions=nowhere)
 
     def _same_layer(self) -> bool:
         """Whether the layer at hand is one and the same of both models."""
