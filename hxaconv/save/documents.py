@@ -11,6 +11,7 @@ from typing import Any
 
 from hxaconv.errors import CheckFailed, raise_all
 from hxaconv.formats.json_files import PROVENANCE_NAME, as_bytes
+from hxaconv.formats.layout import FileLayout
 from hxaconv.formats.safetensors_layout import INDEX_NAME, index_json
 from hxaconv.model.plan import Scratch
 from hxaconv.save import diskio
@@ -101,7 +102,8 @@ def read_back(staging: Staging, output: Output, tensors: Mapping[str, Finished])
     Raises:
         CheckFailed: listing everything that differs.
     """
-    content, problems = staging.content, []
+    content = staging.content
+    problems = _settings_problems(content, output)
     for name, data in _documents(output).items():
         if (content / name).read_bytes() != data:
             problems.append(f"{name} is not what was written")
@@ -109,36 +111,45 @@ def read_back(staging: Staging, output: Output, tensors: Mapping[str, Finished])
         problems += _size_problem(content / name, file.size)
     for layout in output.files:
         wrong = _size_problem(content / layout.name, layout.size)
-        if not wrong and output.is_folder:
-            wrong = _unlike(
-                _safetensors_tensors(content / layout.name),
-                {
-                    fill.name: [fill.recipe.dtype, [*fill.recipe.shape], fill.offset, fill.offset + fill.recipe.nbytes]
-                    for fill in layout.fills
-                },
-                layout.name,
-            )
-        elif not wrong:
-            wrong = _unlike(
-                _zip_tensors(content / layout.name),
-                {f"data/{i}": [tensors[fill.name].crc32, fill.recipe.nbytes] for i, fill in enumerate(layout.fills)},
-                layout.name,
-            )
-        problems += wrong
+        problems += wrong or _layout_problems(content / layout.name, layout, output, tensors)
     raise_all(f"{content}: on disk is not what was to be written:", problems, kind=CheckFailed)
+
+
+def _layout_problems(path: Path, layout: FileLayout, output: Output, tensors: Mapping[str, Finished]) -> list[str]:
+    try:
+        if output.is_folder:
+            found: dict[str, Any] = _safetensors_tensors(path)
+            wanted = {
+                fill.name: [fill.recipe.dtype, [*fill.recipe.shape], fill.offset, fill.offset + fill.recipe.nbytes]
+                for fill in layout.fills
+            }
+        else:
+            found = _zip_tensors(path)
+            wanted = {f"data/{i}": [tensors[f.name].crc32, f.recipe.nbytes] for i, f in enumerate(layout.fills)}
+    except (ValueError, KeyError, TypeError, struct.error, zipfile.BadZipFile) as error:
+        return [f"{path.name} cannot be read: {error}"]
+    return [
+        f"{path.name}: {name} is {found.get(name, 'not there')}, expected {wanted.get(name, 'nothing')}"
+        for name in dict.fromkeys([*wanted, *found])
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+def _settings_problems(content: Path, output: Output) -> list[str]:
+    """What the settings on disk say of the model against what was asked, by the literal specification."""
+    if output.student is None:
+        return []
+    from hxaconv.verification.specification import wrong_values
+    from hxaconv.verification.written import intended
+
+    name = "config.json" if output.is_folder else output.sidecar_name
+    raw = json.loads((content / name).read_bytes())
+    return wrong_values(intended(output.student.student, output.dtype), raw, name)
 
 
 def _size_problem(path: Path, expected: int) -> list[str]:
     size = path.stat().st_size
     return [] if size == expected else [f"{path.name} has {size:,} bytes, expected {expected:,}"]
-
-
-def _unlike(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str) -> list[str]:
-    return [
-        f"{where}: {name} is {found.get(name, 'not there')}, expected {wanted.get(name, 'nothing')}"
-        for name in dict.fromkeys([*wanted, *found])
-        if found.get(name) != wanted.get(name)
-    ]
 
 
 def _safetensors_tensors(path: Path) -> dict[str, list[Any]]:
@@ -161,7 +172,7 @@ def _zip_tensors(path: Path) -> dict[str, list[Any]]:
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         for info in entries.values():
-            if info.file_size <= SMALL_BYTES:
+            if info.file_size <= SMALL_BYTES or "/data/" not in info.filename:
                 archive.read(info)
     return {name: [info.CRC, info.file_size] for name, info in entries.items() if name.startswith("data/")}
 

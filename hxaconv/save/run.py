@@ -79,7 +79,7 @@ class _StagedCheck:
 
         student = self.output.student
         assert student is not None
-        checkpoint = open_checkpoint(staged)
+        checkpoint = open_checkpoint(str(staged))
         plan = dict(checkpoint.plan)
         report = self.verify(Model(student.config, plan, str(self.output.target), student.raw), self.progress)
         check_written(report, checkpoint, student, self.output.dtype)

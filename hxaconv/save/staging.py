@@ -148,7 +148,9 @@ def _link_or_copy(source: SourceFile, path: Path) -> None:
     source.open()
     assert source.path is not None
     if path.exists():
-        return
+        if os.path.samefile(source.path, path):
+            return
+        path.unlink()  # a copy of an interrupted run: whether it is whole, nobody knows
     try:
         os.link(source.path, path)
     except OSError:
