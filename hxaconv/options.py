@@ -350,7 +350,10 @@ class Check(Group):
 
     expect: Annotated[
         str | None,
-        Option(help="identical, close or report. Default: identical for the same architecture, else report."),
+        Option(
+            help="untrained, calibrated, attention-trained, identical, close or report. Default: identical for the same"
+            " architecture; for a student and its teacher what its record says, else attention-trained."
+        ),
     ] = None
     max_logit: Annotated[float | None, Option(help="Largest difference of a logit (identical: 0).", least=0)] = None
     max_layer: Annotated[float | None, Option(help="Largest relative error of a layer (close: 0.01).", least=0)] = None

@@ -534,7 +534,10 @@ def verify(
     ] = False,
     expect: Annotated[
         str | None,
-        typer.Option(help="identical, close or report. Default: identical for the same architecture, else report."),
+        typer.Option(
+            help="untrained, calibrated, attention-trained, identical, close or report. Default: identical for the same"
+            " architecture; for a student and its teacher what its record says, else attention-trained."
+        ),
     ] = None,
     max_logit: Annotated[float | None, typer.Option(help="Largest difference of a logit (identical: 0).")] = None,
     max_layer: Annotated[float | None, typer.Option(help="Largest relative error of a layer (close: 0.01).")] = None,

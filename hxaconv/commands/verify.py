@@ -13,9 +13,10 @@ from hxaconv.forward.tokens import TokenOptions, tokens_of
 from hxaconv.load import load_model, open_checkpoint
 from hxaconv.load.models import may_be_student, tells_nothing
 from hxaconv.load.student import MissingSettings
+from hxaconv.model.config import StudentConfig, TeacherConfig
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.options import Settings
-from hxaconv.save.records import record_of
+from hxaconv.save.records import history_of, record_of
 from hxaconv.verification.digests import DigestReport, check_digests
 from hxaconv.verification.lint import lint
 
@@ -69,9 +70,11 @@ def run(
         HxaconvError: when a setting is known from no source, or the two cannot be fed the same input.
     """
     from hxaconv.verification.compare import compare_models
+    from hxaconv.verification.contracts import check_against, made_by
     from hxaconv.verification.expectations import Thresholds
     from hxaconv.verification.report import EXPECTATIONS
     from hxaconv.verification.single import verify_model
+    from hxaconv.verification.written import check_own
 
     options = options or VerifyOptions()
     one_of("--dtype", options.dtype, ("float32", "float64"))
@@ -124,17 +127,27 @@ def run(
         )
         report.findings = [finding.to_json() for finding in lint(checkpoint, model.config)]
     else:
-        report = compare_models(
-            model,
-            other,
-            ids=ids,
-            expect=options.expect,
-            thresholds=Thresholds(**options.thresholds),
-            dtype=options.dtype,
-            device=options.device,
-            logits_out=logits_out,
-            progress=options.progress,
-        )
+        how: dict[str, Any] = {
+            "ids": ids,
+            "thresholds": Thresholds(**options.thresholds),
+            "dtype": options.dtype,
+            "device": options.device,
+            "logits_out": logits_out,
+            "progress": options.progress,
+        }
+        student = isinstance(model.config, StudentConfig) and isinstance(other.config, TeacherConfig)
+        if options.expect in ("untrained", "calibrated", "attention-trained") and not student:
+            raise HxaconvError(
+                f"--expect {options.expect} is about a student and its teacher",
+                hint="Name the student as SOURCE and the teacher with --against.",
+            )
+        if student and options.expect in (None, "untrained", "calibrated", "attention-trained", "report"):
+            made, folded = made_by(history_of(checkpoint))
+            report = check_against(model, other, expect=options.expect, made=made, folded=folded, **how)
+        else:
+            report = compare_models(model, other, expect=options.expect, **how)
+    if isinstance(model.config, StudentConfig):
+        check_own(report, checkpoint, record_of(checkpoint))
     for one, two in ((checkpoint, beside), (beside, checkpoint)):
         if one is not None and two is not None and teacher is None and tells_nothing(one):
             report.notes.append(f"{one.label} says nothing of rope_theta, rms_norm_eps and tying: as in {two.label}")

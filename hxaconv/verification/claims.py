@@ -19,6 +19,7 @@ from hxaconv.verification.values import (
     is_multiple,
     is_padded,
     is_rounded,
+    is_rounded_twice,
     part_of_mixer,
     teacher_name,
 )
@@ -94,12 +95,17 @@ class Scaled(Claim):
     """Projections of RWKV layers are the teacher's times a factor, norms are the teacher's."""
 
     factors: Mapping[str, float]
+    cast_since: bool = False
+    """Whether it may have been cast after it was initialised."""
     parts: set[str] = field(default_factory=set)
 
     def holds(self, name: str, made: Recipe, origin: Plan) -> bool:
         part, other = part_of_mixer(name), origin.get(teacher_name(name))
         self.parts.add(part)
-        return other is not None and is_rounded(made, other, self.factors.get(part, 1.0))
+        if other is None:
+            return False
+        factor = self.factors.get(part, 1.0)
+        return is_rounded(made, other, factor) or (self.cast_since and is_rounded_twice(made, other, factor))
 
     def conclude(self, report: Report) -> None:
         self.good += "".join(f", {part} x {factor:g}" for part, factor in self.factors.items() if part in self.parts)

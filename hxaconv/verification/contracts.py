@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from hxaconv.forward.probe import probe_tokens
 from hxaconv.model.config import ModelConfig, StudentConfig
@@ -65,6 +66,114 @@ def check_initialised(
     return report
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """How some RWKV layers were initialised, by a student's own record."""
+
+    layers: frozenset[int]
+    factors: Mapping[str, float]
+    seed: int
+    fitted: frozenset[int] = frozenset()
+    """Those of them that were calibrated since."""
+
+
+def made_by(history: Iterable[Mapping[str, Any]]) -> tuple[list[Made], bool]:
+    """How a student's layers were initialised, by its record; and whether a calibration changed kept attention.
+
+    A record comes with a checkpoint, from anybody: where it is not as this package writes it, nothing is known.
+    """
+    steps: list[Made] = []
+    folded = False
+    try:
+        for step in history:
+            again = {int(layer) for layer in step.get("changed_layers", ())}
+            steps = [replace(made, layers=made.layers - again, fitted=made.fitted - again) for made in steps]
+            if "init" in step:
+                init = step["init"]
+                factors = {name: float(init["factors"][name]) for name in specification.FACTORS}
+                layers = frozenset(map(int, init["layers"]))
+                steps.append(Made(layers=layers, factors=factors, seed=int(init["seed"])))
+            if step.get("calibration"):
+                fit = step["calibration"]
+                folded = folded or bool(fit["settings"].get("fold_rope"))
+                changed = {int(layer["layer"]) for layer in fit["layers"] if not layer["kept_plain"]}
+                steps = [replace(made, fitted=made.fitted | (made.layers & changed)) for made in steps]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return [], False
+    return [made for made in steps if made.layers], folded
+
+
+def usual_claim(student: StudentConfig, made: Collection[Made]) -> str:
+    """What a student should be against its teacher: what its record says, else that only attention was trained."""
+    known = {layer for step in made for layer in step.layers}
+    if not set(student.rwkv_layers) <= known:
+        return "attention-trained"
+    return "calibrated" if any(step.fitted for step in made) else "untrained"
+
+
+def check_against(
+    student: Model,
+    teacher: Model,
+    *,
+    expect: str | None = None,
+    made: Collection[Made] = (),
+    folded: bool = False,
+    **how: Any,
+) -> Report:
+    """Every claim that can be made of a student against its teacher.
+
+    Args:
+        expect: `untrained`, `calibrated`, `attention-trained` or `report`; None: `usual_claim`.
+        made: how the layers were initialised, by the student's record.
+        folded: whether a calibration has changed q_proj and o_proj of the layers that stayed attention.
+        how: what `compare_models` takes beside it: ids, thresholds, dtype, device, logits_out, progress.
+    """
+    config = student.student
+    expect = expect or usual_claim(config, made)
+    states = States(config)
+    claims: list[Claim | States] = []
+    if expect == "attention-trained":
+        claims.append(copied(config, without_attention=True))
+    elif expect in ("untrained", "calibrated"):
+        claims += _as_made(config, made, folded and expect == "calibrated", fitted=expect == "calibrated")
+    report = compare_models(student, teacher, expect=expect, claims=[*claims, states], **how)
+    if expect == "report":
+        return report
+    check_settings(report, config, teacher.config)
+    if expect != "attention-trained":
+        _check_states(report, expect, states)
+        check_ranks(report, config)
+        check_gqa_layers(report, without=config.gqa_layers if folded else ())
+    return report
+
+
+def _as_made(config: StudentConfig, made: Collection[Made], folded: bool, *, fitted: bool) -> list[Claim | States]:
+    """What an initialised student, or one that was calibrated since, has kept."""
+
+    def changed(name: str, step: Made) -> bool:
+        return fitted and layer_index(name) in step.fitted and part_of_mixer(name) in specification.FITTED
+
+    claims: list[Claim | States] = [
+        copied(config, without_parts=("q_proj", "o_proj") if folded else ()),
+    ]
+    for step in made:
+        claims += initial_claims(
+            config,
+            step.factors,
+            layers=step.layers,
+            except_for=functools.partial(changed, step=step),
+            seed=step.seed,
+            cast_since=True,
+        )
+    return claims
+
+
+def _check_states(report: Report, expect: str, states: States) -> None:
+    fine = {"untrained", "kept"} | ({"calibrated"} if expect == "calibrated" else set())
+    wrong = [f"layer {i} is {state}" for i, state in states.found.items() if state not in fine]
+    report.check(f"as {expect}", not wrong, specification.listed(wrong) or "every layer")
+
+
 def against_teacher(
     student: Model,
     teacher: Model,
@@ -96,15 +205,27 @@ def completed(model: Model, base: Model) -> Model:
     return replace(model, plan=rest | model.plan)
 
 
-def copied(config: StudentConfig, *, without: Collection[str] = (), padded: bool = False) -> Claim:
-    """Everything outside the mixers of RWKV layers is the teacher's."""
+def copied(
+    config: StudentConfig,
+    *,
+    without: Collection[str] = (),
+    without_parts: Collection[str] = (),
+    without_attention: bool = False,
+) -> Claim:
+    """Everything outside the mixers of RWKV layers, or outside all attention, is the teacher's."""
+
+    def wanted(name: str) -> bool:
+        if is_attention(name) and (without_attention or part_of_mixer(name) in without_parts):
+            return False
+        return not in_rwkv_layer(config, name) and name not in without
+
     return Copied(
         check="copied tensors",
         good="are the teacher's",
         bad="differ from the teacher's",
-        wanted=lambda name: not in_rwkv_layer(config, name) and name not in without,
+        wanted=wanted,
         complete=True,
-        padded=padded,
+        padded=True,
     )
 
 
@@ -114,15 +235,18 @@ def initial_claims(
     *,
     layers: Collection[int] | None = None,
     without: Collection[str] = (),
+    except_for: Callable[[str], bool] = lambda name: False,
     role: str = "other",
     seed: int | None = None,
+    cast_since: bool = False,
 ) -> list[Claim]:
     """RWKV layers (all, or some) are as they were initialised, but for tensors that were fitted since."""
     from_teacher = specification.FACTORS | specification.NORMS
 
     def wanted(name: str, *, projection: bool) -> bool:
         mine = in_rwkv_layer(config, name) and (layers is None or layer_index(name) in layers)
-        return mine and name not in without and (part_of_mixer(name) in from_teacher) == projection
+        mine = mine and name not in without and not except_for(name)
+        return mine and (part_of_mixer(name) in from_teacher) == projection
 
     bad = "are not what they should be"
     return [
@@ -133,6 +257,7 @@ def initial_claims(
             wanted=lambda name: wanted(name, projection=True),
             role=role,
             factors=factors,
+            cast_since=cast_since,
         ),
         Initial(
             check="initial values",

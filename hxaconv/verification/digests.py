@@ -10,7 +10,8 @@ from hxaconv.errors import CheckFailed, HxaconvError, bullet_list
 from hxaconv.formats.contents import show
 from hxaconv.model.plan import Recipe, Scratch, total_bytes
 from hxaconv.progress import Progress, bar
-from hxaconv.save.checksums import DIGESTS, Checks
+from hxaconv.save.checksums import DIGESTS, Checks, digest_of
+from hxaconv.save.documents import settings_digest
 
 if TYPE_CHECKING:
     from hxaconv.model.model import Checkpoint
@@ -46,7 +47,8 @@ class DigestReport:
         """
         if self.problems:
             raise CheckFailed(
-                f"{label}: {len(self.problems)} tensors are not those that were written:\n{bullet_list(self.problems)}",
+                f"{label}: {len(self.problems)} tensors or files are not as they were written:\n"
+                f"{bullet_list(self.problems)}",
                 hint="The files were changed or damaged after the conversion; convert or copy them again.",
             )
 
@@ -68,7 +70,8 @@ def check_digests(
             hint="They are written by default; this checkpoint is from elsewhere, or was made with --digest none.",
         )
     plan = {checkpoint.stored_names[name]: recipe for name, recipe in checkpoint.plan.items()}
-    problems = [f"{name} is recorded and not there" for name in recorded if name not in plan]
+    problems = wrong_files(checkpoint, provenance)
+    problems += [f"{name} is recorded and not there" for name in recorded if name not in plan]
     problems += [f"{name} is there and not recorded" for name in plan if name not in recorded]
     names = [name for name in plan if recorded.get(name)]
     total = total_bytes({name: plan[name] for name in names})
@@ -79,6 +82,31 @@ def check_digests(
             if found != expected:
                 problems.append(f"{name} has {found}, recorded is {expected}")
     return DigestReport(len(names), total, tuple(problems))
+
+
+def wrong_files(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> list[str]:
+    """Small files whose recorded digest is not theirs any more; the model card may be edited.
+
+    Only those on this machine are looked at.
+    """
+    recorded, root = provenance.get("files"), checkpoint.root
+    if not isinstance(recorded, dict) or root is None:
+        return []
+    problems = []
+    for name, expected in recorded.items():
+        if name == "README.md" or not isinstance(expected, str):
+            continue
+        kind = expected.partition(":")[0]
+        if not root.is_dir():
+            found = settings_digest(checkpoint.sidecar or {}, kind)
+        elif (root / name).is_file():
+            found = digest_of((root / name).read_bytes(), kind)
+        else:
+            problems.append(f"{name} is recorded and not there")
+            continue
+        if found != expected:
+            problems.append(f"{name} has {found}, recorded is {expected}")
+    return problems
 
 
 def _recorded(provenance: Mapping[str, Any], label: str) -> dict[str, str | None]:

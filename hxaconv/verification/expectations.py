@@ -29,7 +29,6 @@ USUAL = {
     "identical": Thresholds(logits=0.0),
     # Rounding all weights of a layer to bf16 costs up to 4e-3.
     "close": Thresholds(layer=1e-2, kl=1e-3),
-    "report": Thresholds(),
 }
 """What each expectation allows where nothing is given."""
 
@@ -54,14 +53,15 @@ def judge(report: Report, thresholds: Thresholds, source: Model) -> None:
     ran = report.logits is not None
     if ran:
         _finite(report)
-    if report.expect == "report":
-        _explain(report, source)
-    else:
+    alike = report.expect in ("identical", "close")
+    if alike:
         _same_tensors(report, exactly=report.expect == "identical")
         _same_config(report)
+    else:
+        _explain(report, source)
     if ran:
-        _within(report, thresholds, USUAL[report.expect or "report"])
-    elif report.expect != "report":
+        _within(report, thresholds, USUAL.get(report.expect, Thresholds()))
+    elif alike:
         report.notes.append("Only tensors were compared: no forward was run.")
 
 

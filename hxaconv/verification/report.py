@@ -8,7 +8,7 @@ from typing import Any
 from hxaconv.errors import CheckFailed, bullet_list
 from hxaconv.formats.json_files import plain_data
 
-EXPECTATIONS = ("identical", "close", "report")
+EXPECTATIONS = ("untrained", "calibrated", "attention-trained", "identical", "close", "report")
 
 
 @dataclass(frozen=True, slots=True)

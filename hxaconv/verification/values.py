@@ -85,6 +85,17 @@ def is_rounded(made: Recipe, origin: Recipe, factor: float = 1.0) -> bool:
     return True
 
 
+def is_rounded_twice(made: Recipe, origin: Recipe, factor: float) -> bool:
+    """Whether `made` is factor * origin rounded to bf16 or fp16 first, as an initialisation that was cast later is."""
+    return made.shape == origin.shape and any(
+        all(
+            same_bits(found, (source.float() * factor).to(between).to(found.dtype))
+            for found, source in element_pairs(made, origin)
+        )
+        for between in (torch.bfloat16, torch.float16)
+    )
+
+
 def is_multiple(made: Recipe, origin: Recipe) -> bool:
     """Whether `made` is origin times one factor, whatever it is, each value as near as its dtype can say.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.names import EMBEDDING, HEAD
 from hxaconv.verification import specification
+from hxaconv.verification.digests import wrong_files
 from hxaconv.verification.report import Report
 from hxaconv.verification.specification import listed
 
@@ -36,6 +38,30 @@ def check_written(report: Report, checkpoint: Checkpoint, asked: Model, dtype: s
         wrong = specification.wrong_values(expected, raw, where)
         report.check("settings as asked", not wrong, listed(wrong) or f"{where} says them all")
     check_files(report, checkpoint)
+
+
+def check_own(report: Report, checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> None:
+    """Add what the files of a student say of it by themselves: config against tensors, names, figures of the container.
+
+    `provenance` is its record, which knows the digests of small files.
+    """
+    raw, where = checkpoint.config, "config.json"
+    if raw is None:
+        raw, where = checkpoint.sidecar, "the sidecar"
+    if raw is not None:
+        shapes = {name: recipe.shape for name, recipe in checkpoint.plan.items()}
+        dtypes = {name: recipe.dtype for name, recipe in checkpoint.plan.items()}
+        said = specification.config_values(raw)
+        implied = specification.shape_values(shapes, dtypes)
+        wrong = specification.wrong_values({k: v for k, v in implied.items() if said[k] is not None}, raw, where)
+        report.check("config and tensors", not wrong, listed(wrong) or f"{where} says what the tensors show")
+    wrong = specification.wrong_names(checkpoint.stored_names, checkpoint.dialect)
+    if checkpoint.dialect == "rwkv":
+        report.check("names", not wrong, listed(wrong) or f"those of the {checkpoint.dialect} dialect")
+    check_files(report, checkpoint)
+    wrong = wrong_files(checkpoint, provenance)
+    if provenance.get("files"):
+        report.check("recorded files", not wrong, listed(wrong) or "config, sidecar and code are as they were written")
 
 
 def check_files(report: Report, checkpoint: Checkpoint) -> None:
