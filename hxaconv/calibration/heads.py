@@ -159,14 +159,13 @@ def answer(group: Group, p: Parameters) -> tuple[Tensor, Tensor, Tensor]:
     k = own = _placed(group.k[:, :, None], p.matrix_k(), norm_k, group)
     if group.k_first is not None and group.k_mix is not None:
         k = k + (group.k_first[:, :, None] - k) * group.k_mix
-    k = k.expand_as(r)
     w = -softplus(-p.decay_bias) - 0.5
     iclr = p.iclr_bias.sigmoid()
-    kk = normalize(k, dim=-1, eps=1e-12)
+    kk = normalize(k, dim=-1, eps=1e-12).expand_as(r)
     k = k * (1 - w + iclr)
     v = group.v[:, :, None].expand_as(r)
     state = r.new_zeros(r.shape[0], r.shape[2], r.shape[3], r.shape[3])
-    y, _ = chunked(r, w.expand_as(r), k, v, kk, iclr.expand_as(r), state)
+    y, _ = chunked(r, w[None, None], k, v, kk, iclr[None, None], state)
     return y * r.shape[3] ** -0.5, r * k, own[:, :, 0]
 
 
