@@ -221,10 +221,10 @@ def test_resuming_another_plan_is_refused_with_what_differs(tmp_path, monkeypatc
     assert "elsewhere now" in str(caught.value)
     assert "t.4" not in str(caught.value)
     os.utime(file.path, ns=(5, 5_000_000))
-    with pytest.raises(HxaconvError, match=r"source-0\.bin: modified 20.* then, 1970-01-01 .*\.005 now"):
+    with pytest.raises(HxaconvError, match=r"source-0\.bin: 240,000 bytes, modified 20.* then, .* 1970-01-01 .*\.005"):
         verified(output(tmp_path / "out", plan_over(source(tmp_path))), resume=True)
     file.path.write_bytes(bytes(240_400))
-    with pytest.raises(HxaconvError, match=r"source-0\.bin: 240,000 bytes then, 240,400 now; modified"):
+    with pytest.raises(HxaconvError, match=r"source-0\.bin: 240,000 bytes, .* then, 240,400 bytes, .* now"):
         verified(output(tmp_path / "out", plan_over(source(tmp_path))), resume=True)
 
 

@@ -1,6 +1,6 @@
 """What the system offers beyond reading and writing, each call with a fallback where it does not.
 
-Linux has all of it; macOS and Windows go without write-behind and cache control, which costs speed only.
+Linux has all of it; others go without writeback and cache control, which costs speed only.
 """
 
 from __future__ import annotations
@@ -106,8 +106,6 @@ def sync_file(fd: int) -> None:
 
 def sync_folder(path: Path) -> None:
     """Make creations and renames in a folder survive a power loss."""
-    if sys.platform == "win32":
-        return
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -124,7 +122,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], workplace: Path
     It is written in the folder `workplace`, on the same file system: a crash leaves nothing beside `path`.
     """
     temporary = workplace / f"{path.name}.tmp-{os.getpid()}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     fd = os.open(temporary, flags, 0o666)
     try:
         try:
@@ -160,35 +158,13 @@ def free_bytes(folder: Path) -> int:
 
 
 def memory_limit() -> int | None:
-    """Bytes of memory that are to be had, cached file pages included; None where the system does not say.
-
-    The least of the machine's available memory and the limits of the control groups this process is in.
-    """
-    return min([*_available_memory(), *_group_limits()], default=None)
-
-
-def _available_memory() -> list[int]:
+    """Bytes of memory that are to be had, cached file pages included; None where the system does not say."""
     with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return [int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024]
+        return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
     with contextlib.suppress(AttributeError, ValueError, OSError):
-        return [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    return []
-
-
-def _group_limits() -> list[int]:
-    root, limits = Path("/sys/fs/cgroup"), []
-    folders = {root, root / "memory"}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            inner = Path(line.split(":", 2)[2].lstrip("/"))
-            for base in (root, root / "memory"):
-                folders |= {base / part for part in (inner, *inner.parents)}
-    for folder in folders:
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            with contextlib.suppress(OSError, ValueError):
-                limits.append(int((folder / name).read_text()))
-    return limits
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 _NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))

@@ -341,4 +341,4 @@ class Writeback:
 
 def open_output(path: Path, *, write: bool = True) -> int:
     """A descriptor that writes into a file that is there; a hard link to a source is only read."""
-    return os.open(path, (os.O_RDWR if write else os.O_RDONLY) | getattr(os, "O_BINARY", 0))
+    return os.open(path, (os.O_RDWR if write else os.O_RDONLY))

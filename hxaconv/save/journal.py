@@ -19,7 +19,7 @@ class Journal:
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self._path = folder / (f"{_NAME}-{rank}" if rank else _NAME)
         try:
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o666)
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
             raise diskio.output_error(error, self._path, "opening") from error
 

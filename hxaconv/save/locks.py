@@ -6,10 +6,10 @@ It ends with its holder, however that ends. Where the file system keeps no locks
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,10 +58,6 @@ def _acquire(path: Path, target: Path) -> int:
 
 def _lock(fd: int) -> bool:
     """False where another process holds it."""
-    if sys.platform == "win32":
-        return True
-    import fcntl
-
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -44,33 +44,53 @@ def fingerprint(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
-def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def differences(recorded: Plan, current: Plan) -> list[str]:
     """In words, what two plan records differ in: options and sources first; the rest where neither explains it."""
-    if recorded["command"] != current["command"]:
-        return [f"the command: {recorded['command']} then, {current['command']} now"]
-    plans = recorded["plan"], current["plan"]
-    then, now = (plan["provenance"].get("hxaconv") for plan in plans)
-    if then != now:  # records of another version may look otherwise
-        return [f"hxaconv: {then} then, {now} now"]
-    options = (_flat({**record["options"], "digest": record["plan"]["digest"]}) for record in (recorded, current))
-    return [*_changed_options(*options), *_changed_sources(*(plan["sources"] for plan in plans))] or _changed(*plans)
+    views: tuple[Callable[[Plan], dict[str, Any]], ...] = (
+        lambda record: {"the command": record["command"]},
+        lambda record: {"hxaconv": record["plan"]["provenance"].get("hxaconv")},  # others may lay it out otherwise
+        lambda record: _options(record) | _sources(record["plan"]["sources"]),
+        lambda record: _flat(record["plan"]),
+    )
+    for view in views:
+        then, now = view(recorded), view(current)
+        changed = [key for key in dict.fromkeys([*then, *now]) if not _same(then.get(key), now.get(key))]
+        if changed:
+            return [f"{key}: {_shown(then.get(key))} then, {_shown(now.get(key))} now" for key in changed]
+    return []
 
 
-def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by name, as JSON; those of a group (how to calibrate) by their own."""
+def _options(record: Plan) -> dict[str, Any]:
+    """Options as one types them, those of a group (how to calibrate) by their own names."""
     flat: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(options, default=str)).items():
+    for name, value in json.loads(json.dumps(record["options"], default=str)).items():
         flat |= value if isinstance(value, dict) else {name: value}
+    flat["digest"] = record["plan"]["digest"]
+    return {
+        name if name in ("source", "teacher") else f"--{option_name(name)}": value
+        for name, value in flat.items()
+        if name != "out"
+    }
+
+
+def _sources(sources: Plan) -> dict[str, str]:
+    return {
+        key.partition(" ")[2]: f"{source['bytes']:,} bytes, modified {_time(source['modified'])},"
+        f" header {str(source['header'])[:8]}"
+        for key, source in sources.items()
+    }
+
+
+def _time(modified: int | None) -> str:
+    """Local time to the millisecond."""
+    return "?" if modified is None else datetime.fromtimestamp(modified / 1e9).isoformat(" ", "milliseconds")
+
+
+def _flat(plan: Plan, section: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in plan.items():
+        flat |= _flat(value, f"{section}{key}, ") if isinstance(value, Mapping) else {f"{section}{key}": value}
     return flat
-
-
-def _changed_options(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name if name in ('source', 'teacher') else f'--{option_name(name)}'}:"
-        f" {_shown(then.get(name))} then, {_shown(now.get(name))} now"
-        for name in dict.fromkeys([*then, *now])
-        if name != "out" and not _same(then.get(name), now.get(name))
-    ]
 
 
 def _same(then: Any, now: Any) -> bool:
@@ -82,37 +102,3 @@ def _same(then: Any, now: Any) -> bool:
 
 def _shown(value: Any) -> str:
     return "not given" if value is None or value is False else "given" if value is True else str(value)
-
-
-def _changed_sources(then: Plan, now: Plan) -> list[str]:
-    lines = []
-    for key in dict.fromkeys([*then, *now]):
-        name, was, is_ = key.partition(" ")[2], then.get(key), now.get(key)
-        if was is None or is_ is None:
-            lines.append(f"{name}: {'not read then' if was is None else 'no longer read'}")
-        elif was != is_:
-            changes = [
-                f"{was['bytes']:,} bytes then, {is_['bytes']:,} now" if was["bytes"] != is_["bytes"] else "",
-                f"modified {_time(was)} then, {_time(is_)} now" if was["modified"] != is_["modified"] else "",
-                "with another header" if was["header"] != is_["header"] else "",
-            ]
-            lines.append(f"{name}: {'; '.join(change for change in changes if change)}")
-    return lines
-
-
-def _time(source: Mapping[str, Any]) -> str:
-    """Local time to the millisecond."""
-    if source["modified"] is None:
-        return "?"
-    return datetime.fromtimestamp(source["modified"] / 1e9).isoformat(" ", "milliseconds")
-
-
-def _changed(recorded: Plan, current: Plan, section: str = "") -> list[str]:
-    lines: list[str] = []
-    for key in dict.fromkeys([*recorded, *current]):
-        then, now, name = recorded.get(key), current.get(key), f"{section}{key}"
-        if isinstance(then, Mapping) and isinstance(now, Mapping):
-            lines += _changed(then, now, f"{name}, ")
-        elif then != now:
-            lines.append(f"{name}: {then} then, {now} now")
-    return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 from hxaconv.errors import HxaconvError, raise_all, shortened
@@ -57,7 +57,7 @@ def check_place(output: Output, staging: Staging, *, overwrite: bool) -> None:
     problems = _place_problems(output, staging)
     if problems and output.target.parent.is_dir():
         problems += _content_problems(output, staging, overwrite)
-    _refuse(output, problems)
+    raise_all(f"{output.target} cannot be written:", problems, hint="Nothing was written.")
 
 
 def check(output: Output, staging: Staging, *, overwrite: bool) -> None:
@@ -66,15 +66,8 @@ def check(output: Output, staging: Staging, *, overwrite: bool) -> None:
     Raises:
         HxaconvError: listing every problem.
     """
-    _refuse(output, _content_problems(output, staging, overwrite))
-
-
-def _refuse(output: Output, problems: Sequence[str]) -> None:
+    problems = _content_problems(output, staging, overwrite)
     raise_all(f"{output.target} cannot be written:", problems, hint="Nothing was written.")
-
-
-def _content_problems(output: Output, staging: Staging, overwrite: bool) -> list[str]:
-    return [*_existing_problems(output, staging, overwrite), *_space_problems(output, staging)]
 
 
 def _place_problems(output: Output, staging: Staging) -> list[str]:
@@ -107,8 +100,8 @@ def _source_paths(output: Output) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
-def _existing_problems(output: Output, staging: Staging, overwrite: bool) -> list[str]:
-    problems = []
+def _content_problems(output: Output, staging: Staging, overwrite: bool) -> list[str]:
+    problems = _space_problems(output, staging)
     for _, final in staging.moves():
         if not os.path.lexists(final):
             continue

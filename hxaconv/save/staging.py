@@ -111,7 +111,7 @@ class Staging:
             OSError: when the system refuses, or the file is not what it should be.
         """
         path = self.content / layout.name
-        fd = os.open(path, (os.O_RDONLY if layout.mirror else os.O_RDWR) | getattr(os, "O_BINARY", 0))
+        fd = os.open(path, (os.O_RDONLY if layout.mirror else os.O_RDWR))
         try:
             for offset, data in layout.seal(crcs) if layout.seal is not None else ():
                 write_from(fd, memoryview(data), offset)
@@ -129,7 +129,7 @@ class Staging:
 
 def _reserve(layout: FileLayout, path: Path) -> None:
     existed = path.exists()
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         diskio.reserve(fd, layout.size)
         for offset, data in layout.segments:

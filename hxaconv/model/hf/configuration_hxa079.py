@@ -152,9 +152,7 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
             if getattr(self, key) != value:
                 raise ValueError(f"config.json: {key} is {getattr(self, key)!r}, this code implements {value!r} only")
         if kind_of(rope) not in ROPE_NEEDS or rope.get("rope_theta", self.rope_theta) != self.rope_theta:
-            raise ValueError(
-                f"config.json: RoPE settings {rope} are not computed for {self.rope_theta=}"
-            )
+            raise ValueError(f"config.json: RoPE settings {rope} are not computed for {self.rope_theta=}")
         if any(not rope.get(key) for key in ROPE_NEEDS[kind_of(rope)]):
             raise ValueError(f"config.json: RoPE settings {rope} lack some of {ROPE_NEEDS[kind_of(rope)]}")
         if any(layer not in layers for layer in self.transformer_layers):
