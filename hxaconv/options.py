@@ -206,6 +206,9 @@ class Settings(Group):
     PANEL: ClassVar[str] = "Teacher and settings"
 
     layer_map: Annotated[str | None, Option(help="Layer map that names rope_theta and eps.")] = None
+    gqa_layers: Annotated[
+        str | None, Option(help="Confirms which layers are GQA, where a file lacks some.", convert=layers_text)
+    ] = None
     rope_theta: Annotated[float | None, Option(help="Where no file says it, or to override it.")] = None
     rms_norm_eps: Annotated[float | None, Option(help="Where no file says it, or to override it.")] = None
     tie_word_embeddings: Annotated[

@@ -122,11 +122,11 @@ def test_rotary_buffers_are_known_and_dropped(tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_all_reported(tmp_path: Path) -> None:
-    names = {EMBEDDING: 0, "model.layers.0.mlp.up_project.weight": 0, "visual.patch": 0}
+    names = {EMBEDDING: 0, "model.layers.0.mlp.up_project.weight": 0, "patch.weight": 0}
     torch.save({name: torch.ones(2) for name in names}, tmp_path / "x.bin")
     with pytest.raises(HxaconvError, match=r"2 tensor names") as caught:
         open_checkpoint(tmp_path / "x.bin")
-    assert "visual.patch" in str(caught.value)
+    assert "patch.weight" in str(caught.value)
     assert "nearest: model.layers.0.mlp.up_proj.weight" in str(caught.value)
 
 

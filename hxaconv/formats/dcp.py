@@ -164,7 +164,10 @@ def _metadata(folder: Path, label: str) -> tuple[Record, SourceFile]:
         raise HxaconvError(f"{file.label}: a pickle of {file.size} bytes, expected at most {MAX_PICKLE_BYTES}")
     value = parse(file.read(0, file.size), file.label, inert=_OBJECTS, max_steps=_MAX_STEPS).value
     if not isinstance(value, Record) or not value.name.endswith(".Metadata"):
-        raise HxaconvError(f"{file.label} is not the metadata of torch.distributed.checkpoint")
+        raise HxaconvError(
+            f"{file.label} is not the metadata of torch.distributed.checkpoint that FSDP shards come with",
+            hint="If they were saved by accelerate, `accelerate merge-weights FOLDER OUT` makes one file of them.",
+        )
     return value, file
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -12,34 +13,50 @@ from hxaconv.formats import Contents, read_contents
 from hxaconv.formats.contents import show
 from hxaconv.formats.files import SourceFile, kind_of
 from hxaconv.formats.json_files import PROVENANCE_NAME, read_config, read_sidecar
+from hxaconv.load.companions import TEMPLATES, is_companion
+from hxaconv.load.kinds import kind_of_config, kind_of_tensors
 from hxaconv.load.trained import Trained, find_trained
-from hxaconv.load.weight_files import SHARD, WEIGHTS, Listing, check_index, holds_weights, select_weights
+from hxaconv.load.weight_files import SHARD, WEIGHTS, Folder, Selection, facts_of, select_weights
+from hxaconv.model.config import teacher_config
 from hxaconv.model.model import Checkpoint
-from hxaconv.model.names import detect_dialect, to_canonical
-from hxaconv.model.plan import Plan
+from hxaconv.model.names import HEAD, canonical_names, detect_dialect, layer_kinds, unknown_names
+from hxaconv.model.plan import Plan, Recipe, same_bytes
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress
 
-COMPANIONS = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json"),
-)
-"""The only files that are copied along from a source."""
-
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
+_CACHED_MODEL = re.compile(r"^models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)$")
+_BLOB = re.compile(r"^[0-9a-f]{40}([0-9a-f]{24})?$")
 
 
 def open_checkpoint(
-    spec: str | Path, *, revision: str | None = None, weights: str | None = None, progress: Progress | None = None
+    spec: str | Path,
+    *,
+    revision: str | None = None,
+    weights: str | None = None,
+    judged: bool = True,
+    progress: Progress | None = None,
 ) -> Checkpoint:
     """Open a folder, a file or a Hub id (`org/name[@revision]`); a path that exists wins.
 
-    `weights`, of a trainer's folder: `master`, the optimizer's float32 weights, or `model`, those it computes with.
+    Args:
+        spec: What the user named.
+        revision: Branch, tag or commit of a Hub id.
+        weights: Of a trainer's folder: `master`, the optimizer's float32 weights, or `model`, those it computes with.
+        judged: Refuse what is neither teacher nor student; otherwise `Checkpoint.problem` says so.
+        progress: Shows a download.
 
     Raises:
         HxaconvError: when there is nothing there, or it is damaged, ambiguous or of an unknown kind.
     """
+    checkpoint = _open(spec, revision, weights, progress)
+    if judged and checkpoint.problem is not None:
+        raise checkpoint.problem
+    return checkpoint
+
+
+def _open(spec: str | Path, revision: str | None, weights: str | None, progress: Progress | None) -> Checkpoint:
     text = str(spec)
     path = Path(text).expanduser()
     if revision is not None and path.exists():
@@ -50,7 +67,10 @@ def open_checkpoint(
         raise HxaconvError(f"--weights {weights} is for folders that a trainer saved; {text} is none")
     if path.exists():
         return open_file(path, label=text)
-    if isinstance(spec, Path) or _looks_like_path(text):
+    page = re.match(r"https?://[\w.-]+/(?P<id>[\w.-]+/[\w.-]+)(/tree/(?P<revision>[\w.-]+))?/?$", text)
+    if page:  # the address of a model's page, pasted
+        text = page["id"] + (f"@{page['revision']}" if page["revision"] else "")
+    elif isinstance(spec, Path) or _looks_like_path(text):
         raise HxaconvError(
             f"{text} does not exist",
             hint="Expected a folder, a .safetensors/.pth/.pt/.bin file, or a Hub id such as RekaAI/reka-flash-3.",
@@ -82,9 +102,16 @@ def _open_hub(repo: str, revision: str | None, *, label: str, progress: Progress
             hub.download([file], repository, progress)  # a pickle stands at no fixed place: it must be here
         return repository.read(file)
 
-    sizes = {name: file.size for name, file in sorted(repository.files.items())}
-    listing = Listing(label=label, sizes=sizes, open=repository.open, read=read)
-    checkpoint = assemble(listing, repo=repo, revision=repository.commit, handle=repository)
+    folder = Folder(
+        label=label,
+        sizes={name: file.size for name, file in sorted(repository.files.items())},
+        open=repository.open,
+        read=read,
+        repo=repo,
+        revision=repository.commit,
+        handle=repository,
+    )
+    checkpoint = assemble(folder)
     hub.remember(repo, revision or "main", repository.commit)
     return checkpoint
 
@@ -114,10 +141,13 @@ def open_folder(
     Raises:
         HxaconvError: listing what is missing, contradictory or outside the folder.
     """
-    root = path.resolve()
+    root, cached = path.resolve(), _CACHED_MODEL.match(path.resolve().name)
+    if cached and (root / "snapshots").is_dir():
+        snapshot = _snapshot(root, label)
+        return open_folder(snapshot, label=label, repo=f"{cached['org']}/{cached['name']}", revision=snapshot.name)
     try:
         entries = sorted(root.iterdir())
-        sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        sizes = {name: found.stat().st_size for name, found in _files(entries)}
     except OSError as error:
         raise HxaconvError(f"{label}: {error.strerror}") from None
     odd = [f"{entry.name} is {kind_of(entry)}" for entry in entries if entry.name not in sizes and _matters(entry)]
@@ -127,54 +157,84 @@ def open_folder(
         target = _inside(root, name, label)
         return SourceFile.local(target, name=name, label=f"{label.rstrip('/')}/{name}")
 
-    listing = Listing(label=label, sizes=sizes, open=open_local)
+    folder = Folder(label=label, sizes=sizes, open=open_local, root=root, repo=repo, revision=revision)
     trained = find_trained(root, label)
-    if trained is not None and (weights is not None or trained.folder == root or not holds_weights(sizes)):
-        return _from_trainer(trained, listing, root, weights)
+    if trained is not None and (weights is not None or trained.folder == root or not folder.weights):
+        return _from_trainer(trained, folder, root, weights)
     if weights is not None:
         raise HxaconvError(
             f"--weights {weights}: {label} was not saved by DeepSpeed's ZeRO, and has one set of weights",
             hint="Leave --weights out.",
         )
-    return assemble(listing, root=root, repo=repo, revision=revision)
+    return assemble(folder)
 
 
-def _from_trainer(trained: Trained, listing: Listing, root: Path, weights: str | None) -> Checkpoint:
+def _files(entries: Collection[Path]) -> Iterator[tuple[str, Path]]:
+    """Files of a folder by their names in it; macOS's `._NAME` beside NAME are no files of the checkpoint."""
+    for entry in entries:
+        if entry.is_file() and not entry.name.startswith("._"):
+            yield entry.name, entry
+        elif entry.name == TEMPLATES and entry.is_dir():
+            for inside in sorted(entry.iterdir()):
+                if is_companion(f"{TEMPLATES}/{inside.name}") and inside.is_file():
+                    yield f"{TEMPLATES}/{inside.name}", inside
+
+
+def _snapshot(cache: Path, label: str) -> Path:
+    """The snapshot of a model in the Hub's cache that its main branch names, or the only one.
+
+    Raises:
+        HxaconvError: when there is none, or one has to be chosen.
+    """
+    found = sorted(entry for entry in (cache / "snapshots").iterdir() if entry.is_dir())
+    main = cache / "refs" / "main"
+    if main.is_file():
+        named = [entry for entry in found if entry.name == main.read_text(encoding="utf-8", errors="replace").strip()]
+        found = named or found
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(f"snapshots/{entry.name}" for entry in found)
+    raise HxaconvError(
+        f"{label} is a model in the Hub's cache with {len(found)} snapshots",
+        hint=f"Give one of them: {names}" if found else "Its download was never finished: run hf download again.",
+    )
+
+
+def _from_trainer(trained: Trained, folder: Folder, root: Path, weights: str | None) -> Checkpoint:
     """Open what several ranks saved, with the small files beside it or in the folder above."""
     files, contents = trained.read(weights)
-    beside = dict(listing.sizes)
-    opener = listing.open
-    if "config.json" not in beside and trained.folder == root and (root.parent / "config.json").is_file():
+    if "config.json" not in folder.sizes and trained.folder == root and (root.parent / "config.json").is_file():
         above = root.parent
-        beside = {path.name: path.stat().st_size for path in above.iterdir() if path.is_file()}
 
         def opener(name: str) -> SourceFile:
             return SourceFile.local(_inside(above, name, str(above)), name=name)
 
-    return _checkpoint(
-        listing.label,
-        [(files[0], contents)],
-        files=files,
-        config=read_config(opener("config.json")) if "config.json" in beside else None,
-        companions={name: opener(name) for name in COMPANIONS if name in beside},
-        root=root,
-    )
+        folder = replace(
+            folder, sizes={name: path.stat().st_size for name, path in _files(list(above.iterdir()))}, open=opener
+        )
+    return _checkpoint(folder, [(files[0], contents)], _config(folder), files=files)
 
 
 def _matters(entry: Path) -> bool:
     """Whether an entry that is no file stands where a checkpoint has one; folders may have any other name."""
-    if entry.name in (*COMPANIONS, "config.json") or entry.name.endswith(".index.json"):
+    if entry.name.startswith("._"):
+        return False
+    if is_companion(entry.name) or entry.name == "config.json" or entry.name.endswith(".index.json"):
         return True
     return entry.name.endswith(WEIGHTS) and (not entry.is_dir() or entry.name.startswith(("model", "pytorch_model")))
 
 
 def _inside(root: Path, name: str, label: str) -> Path:
-    """The path of a file of the folder, unless a link leads out of it (but for the Hub's cache)."""
+    """The path of a file of the folder, unless a link leads out of it.
+
+    Links into the Hub's cache are followed wherever it is: a file there is named by the digest of its content,
+    so that whoever can write such a link knows the content already, and nothing private is copied by following it.
+    """
     target = (root / name).resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    if not any(target.is_relative_to(folder) for folder in allowed):
+    model = target.parent.parent
+    own = root.parent.name == "snapshots" and root.parent.parent == model
+    blob = target.parent.name == "blobs" and (own or (model.name.startswith("models--") and _BLOB.match(target.name)))
+    if not blob and not target.is_relative_to(root):
         raise HxaconvError(
             f"{label}: {show(name)} is a link to {target}, outside the folder",
             hint="Copy the file into the folder if it belongs there.",
@@ -192,98 +252,164 @@ def open_file(path: Path, *, label: str) -> Checkpoint:
     if shard and int(shard[2]) > 1:
         raise HxaconvError(f"{label} is one of {int(shard[2])} shards", hint=f"Give the folder instead: {path.parent}")
     file = SourceFile.local(path, label=label)
-    folder, where = path.parent.resolve(), str(path.parent)
+    root, where = path.parent.resolve(), str(path.parent)
+
+    def beside(name: str) -> SourceFile:
+        return SourceFile.local(_inside(root, name, where), label=str(path.parent / name))
+
+    whole = path.suffix in (".safetensors", ".bin") and (root / "config.json").is_file()
+    config = read_config(beside("config.json")) if whole else None
     contents = read_contents(file)
-
-    def beside(name: str) -> SourceFile | None:
-        if not (folder / name).is_file():
-            return None
-        return SourceFile.local(_inside(folder, name, where), label=str(path.parent / name))
-
-    config = beside("config.json") if path.suffix in (".safetensors", ".bin") else None
-    sidecar = beside(path.with_suffix(".json").name) if contents.container != "safetensors" else None
-    companions = {name: beside(name) for name in COMPANIONS} if config is not None else {}
+    sidecar = path.with_suffix(".json")
+    named = [name for name, _ in _files(list(root.iterdir())) if is_companion(name)] if whole else []
+    folder = Folder(label=label, sizes=dict.fromkeys(named, 0), open=beside, root=path.resolve())
+    has_sidecar = contents.container != "safetensors" and sidecar.is_file()
     return _checkpoint(
-        label,
-        [(file, contents)],
-        config=read_config(config) if config is not None else None,
-        sidecar=read_sidecar(sidecar) if sidecar is not None else None,
-        companions={name: found for name, found in companions.items() if found is not None},
-        root=path.resolve(),
+        folder, [(file, contents)], config, sidecar=read_sidecar(beside(sidecar.name)) if has_sidecar else None
     )
 
 
-def assemble(
-    listing: Listing,
-    *,
-    root: Path | None = None,
-    repo: str | None = None,
-    revision: str | None = None,
-    handle: object = None,
-) -> Checkpoint:
-    """Open what a listing offers: choose the weight files, read their headers, hold them against the index.
+def _config(folder: Folder) -> Mapping[str, Any] | None:
+    return read_config(folder.open("config.json")) if "config.json" in folder.sizes else None
+
+
+def assemble(folder: Folder) -> Checkpoint:
+    """Open what a folder offers: choose the weight files and read their headers.
 
     Raises:
-        HxaconvError: listing every problem of one kind at once.
+        HxaconvError: for files that are damaged, missing or ambiguous.
     """
-    config = read_config(listing.open("config.json")) if "config.json" in listing.sizes else None
-    selection = select_weights(listing)
-    opened = [(file, listing.read(file)) for file in map(listing.open, selection.names)]
-    if selection.weight_map is not None:
-        check_index(selection, opened, listing.label)
+    config = _config(folder)
+    kind = kind_of_config(config or {})
+    if kind is not None and folder.handle is not None:  # before anything large is read over the network
+        return _nothing_of(folder, config, kind.error(folder.label))
+    try:
+        selection = select_weights(folder)
+    except HxaconvError as error:
+        return _nothing_of(folder, config, kind.error(folder.label) if kind else error)
+    opened = [(file, folder.read(file)) for file in map(folder.open, selection.names)]
     sidecar = None
     if len(opened) == 1 and opened[0][1].container != "safetensors":
         beside = str(PurePosixPath(selection.names[0]).with_suffix(".json"))
-        sidecar = read_sidecar(listing.open(beside)) if beside in listing.sizes else None
-    return _checkpoint(
-        listing.label,
-        opened,
-        config=config,
-        sidecar=sidecar,
-        record=listing.open(PROVENANCE_NAME) if PROVENANCE_NAME in listing.sizes else None,
-        companions={name: listing.open(name) for name in COMPANIONS if name in listing.sizes},
-        code_files={name: listing.open(name) for name in listing.sizes if re.fullmatch(r"[\w-]+\.py", name)},
-        root=root,
-        repo=repo,
-        revision=revision,
-        handle=handle,
-        facts={"stray_files": selection.stray, "index": selection.index_name},
+        sidecar = read_sidecar(folder.open(beside)) if beside in folder.sizes else None
+    return _checkpoint(folder, opened, config, selection=selection, sidecar=sidecar)
+
+
+def _nothing_of(folder: Folder, config: Mapping[str, Any] | None, problem: HxaconvError) -> Checkpoint:
+    """A checkpoint of which nothing but its config is known."""
+    return Checkpoint(
+        label=folder.label, container="", dialect="", plan={}, stored_names={}, config=config, files=(), problem=problem
     )
 
 
 def _checkpoint(
-    label: str,
+    folder: Folder,
     opened: list[tuple[SourceFile, Contents]],
+    config: Mapping[str, Any] | None,
     *,
+    selection: Selection | None = None,
     files: Collection[SourceFile] = (),
-    facts: Mapping[str, Any] | None = None,
-    **rest: Any,
+    sidecar: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    merged: Plan = {}
-    twice = []
-    for file, contents in opened:
-        twice += [f"{name} ({merged[name].origin}; {file.name})" for name in contents.tensors if name in merged]
-        merged |= contents.tensors
-    raise_all(f"{label}: tensors that several files hold:", twice, hint="Give the one file to convert by its path.")
+    selection = selection or Selection(names=())
+    merged, problem = _merged(folder, opened, selection)
     dialect = detect_dialect(merged)
-    canonical = to_canonical(merged, dialect, label)
+    try:
+        canonical, unknown = canonical_names(merged, dialect, folder.label)
+    except HxaconvError as error:
+        canonical, unknown, problem = {}, [], problem or error
     plan = {new: merged[old] for old, new in canonical.items() if new is not None}
-    _check_dimensions(plan, label)
     first = opened[0][1]
-    extra = {"stray_files": (), **first.extra, **(facts or {})}
+    extra = {**first.extra, **facts_of(selection, opened)}
     for key in ("ignored", "aliases"):
         extra[key] = [entry for _, contents in opened for entry in contents.extra.get(key, ())]
-    return Checkpoint(
-        label=label,
+    found = Checkpoint(
+        label=folder.label,
         container=first.container,
         dialect=dialect,
         plan=plan,
         stored_names={new: old for old, new in canonical.items() if new is not None},
         dropped=tuple(old for old, new in canonical.items() if new is None),
+        unknown={name: merged[name] for name in unknown},
+        config=config,
+        sidecar=sidecar,
+        record=folder.open(PROVENANCE_NAME) if PROVENANCE_NAME in folder.sizes else None,
         files=tuple(files or (file for file, _ in opened)),
+        companions={name: folder.open(name) for name in folder.sizes if is_companion(name)},
+        code_files={name: folder.open(name) for name in folder.sizes if re.fullmatch(r"[\w-]+\.py", name)},
+        root=folder.root,
+        repo=folder.repo,
+        revision=folder.revision,
         extra=extra,
-        **rest,
+        handle=folder.handle,
     )
+    return replace(found, problem=problem or _problem(found))
+
+
+def _merged(
+    folder: Folder, opened: list[tuple[SourceFile, Contents]], selection: Selection
+) -> tuple[Plan, HxaconvError | None]:
+    """All tensors by their stored names; one that several files hold has to be the same in all of them."""
+    merged: Plan = {}
+    differing = []
+    # Files that stand for themselves are models of their own, however much alike: which one is for the user to say.
+    parts = bool(selection.weight_map) or all(SHARD.search(name) for name in selection.names)
+    for file, contents in opened:
+        for name in contents.tensors.keys() & merged.keys():
+            other = merged[name]
+            same = parts and not any(
+                source.path is None for recipe in (other, contents.tensors[name]) for source in recipe.make.sources()
+            )
+            if not same or not same_bytes(other, contents.tensors[name]):
+                differing.append(f"{show(name)} ({other.origin}; {file.name})")
+        merged |= {name: recipe for name, recipe in contents.tensors.items() if name not in merged}
+    if not differing:
+        return merged, None
+    hint = "Give the one file to convert by its path."
+    if selection.weight_map:
+        hint = "Readers take either; take the stale copy out, or download the folder again."
+    elif parts:
+        hint = "One of the shards is stale: download the folder again."
+    return merged, HxaconvError(
+        f"{folder.label}: tensors that several files hold:\n" + "\n".join(f"  - {line}" for line in differing[:12]),
+        hint=hint,
+    )
+
+
+def _problem(found: Checkpoint) -> HxaconvError | None:
+    """Why a checkpoint is neither teacher nor student: by its config first, then by names, dtypes and shapes."""
+    kind = kind_of_config(found.config or {})
+    if kind is not None:
+        return kind.error(found.label)
+    hybrid = (found.config or {}).get("rwkv_architecture") or "rwkv" in layer_kinds(found.plan).values()
+    if found.unknown and found.config is not None and not hybrid:
+        try:
+            teacher_config(
+                found.config,
+                where=found.label,
+                has_head=HEAD in found.plan,
+                rope_theta=1e4,
+                rms_norm_eps=1e-5,
+                allow_output_bias=True,
+                drop_rope_scaling=True,
+            )
+        except HxaconvError as error:
+            return error
+    kind = kind_of_tensors({name: recipe.dtype for name, recipe in _all(found)}, found.unknown)
+    if kind is not None:
+        return kind.error(found.label)
+    if found.unknown:
+        return unknown_names(list(found.unknown), found.dialect, found.label)
+    try:
+        _check_dimensions(found.plan, found.label)
+    except HxaconvError as error:
+        return error
+    return None
+
+
+def _all(found: Checkpoint) -> Iterator[tuple[str, Recipe]]:
+    yield from found.plan.items()
+    yield from found.unknown.items()
 
 
 def _check_dimensions(plan: Plan, label: str) -> None:

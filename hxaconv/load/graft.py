@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hxaconv.errors import Inconsistent, raise_all
+from hxaconv.load.teacher import refuse_known_gaps
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model, TiedHead, checked_here
-from hxaconv.model.names import EMBEDDING, HEAD, is_attention, layer_index
+from hxaconv.model.names import EMBEDDING, HEAD, is_attention, layer_index, layer_kinds
 from hxaconv.model.plan import Plan, check
 
 
@@ -21,9 +22,11 @@ def complete(student: Model) -> Model:
     config, base = student.student, student.base
     expected = expected_tensors(config)
     missing = [name for name in expected if name not in student.plan]
+    if missing and base is None and student.checkpoint is not None:
+        refuse_known_gaps(student.checkpoint, student.plan, expected)
     if missing and base is None:
         hint = "Pass --teacher FOLDER_OR_HUB_ID: a training checkpoint holds attention only, the rest is its."
-        if any(is_attention(name) for name in missing):
+        if any(is_attention(name) and layer_index(name) in layer_kinds(student.plan) for name in missing):
             hint = "The checkpoint is incomplete: no other holds what was trained."
         raise_all(
             f"{student.label} lacks {len(missing)} of {len(expected)} tensors:", missing, hint=hint, kind=Inconsistent
@@ -38,8 +41,9 @@ def complete(student: Model) -> Model:
         if head is not None and EMBEDDING in base.plan:
             trained = {name: recipe for name, recipe in trained.items() if name != HEAD}
             tied = TiedHead(head, base.plan[EMBEDDING], student.label)
-    grafted = graft(trained, base.plan, config)
-    notes = [f"{len(grafted.from_teacher)} tensors come from the teacher"]
+    student_base = isinstance(base.config, StudentConfig)
+    grafted = graft(trained, base.plan, config, parts=student_base)
+    notes = [f"{len(grafted.from_teacher)} tensors come from {base.label if student_base else 'the teacher'}"]
     if grafted.both:
         notes.append(f"{len(grafted.both)} tensors are in both, the trained ones are taken:")
         notes += [f"  - {name}" for name in grafted.both]
@@ -56,14 +60,16 @@ class Grafted:
     """Tensors that both hold: the trained one won."""
 
 
-def graft(trained: Plan, teacher: Plan, config: StudentConfig) -> Grafted:
+def graft(trained: Plan, teacher: Plan, config: StudentConfig, *, parts: bool = False) -> Grafted:
     """Trained tensors where there are some, the teacher's for the rest, in the architecture's order.
+
+    `parts` says that `teacher` is the student that the run began with: tensors that were frozen in a layer are its.
 
     Raises:
         HxaconvError: when a trained tensor would end up unused, or something is in neither.
     """
     expected = expected_tensors(config)
-    layers = {layer_index(name) for name in trained if is_attention(name)}
+    layers = {layer_index(name) for name in trained if is_attention(name)} if not parts else set()
     raise_all(
         "the trained checkpoint holds these layers' attention only in part, and the teacher's was not trained with it:",
         [f"{n} is missing" for n in expected if is_attention(n) and layer_index(n) in layers and n not in trained],

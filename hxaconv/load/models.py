@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.load import partial
 from hxaconv.load.checkpoint import download_weights, open_checkpoint
+from hxaconv.load.companions import refuse_broken
 from hxaconv.load.graft import complete
 from hxaconv.load.student import FLAGS, Facts, is_student, student_facts, student_model
 from hxaconv.load.teacher import open_teacher
-from hxaconv.model import layer_maps
+from hxaconv.model import layer_choice, layer_maps
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Checkpoint, Model
@@ -35,6 +37,7 @@ def load_teacher(
     *,
     lenient: bool = False,
     headers_only: bool = False,
+    copied: bool = True,
     progress: Progress | None = None,
 ) -> Model:
     """The teacher that `name` is, its names and shapes checked against its config.
@@ -44,6 +47,7 @@ def load_teacher(
         settings: What overrules its config.json.
         lenient: Take output biases and scaled RoPE, which its students leave out: for a teacher beside a student.
         headers_only: Leave a stored head that the config ties for later (`Model.tied_head`).
+        copied: Whether something is made of it that its tokenizer is copied to: broken files are refused.
         progress: Shows a download; pickles have to be here before they can be read.
 
     Raises:
@@ -51,6 +55,8 @@ def load_teacher(
     """
     settings = settings or Settings()
     checkpoint = _opened(name, settings, progress)
+    if copied:
+        refuse_broken([checkpoint])
     tied = settings.tie_word_embeddings
     ties = bool((checkpoint.config or {}).get("tie_word_embeddings", False)) if tied is None else tied
     checkpoint = replace(checkpoint, plan=_with_adapters(checkpoint.plan, settings, checkpoint.label, tied=ties))
@@ -74,6 +80,7 @@ def load_student(
     *,
     teacher: Name | Model | None = None,
     whole: bool = True,
+    copied: bool = True,
     progress: Progress | None = None,
 ) -> Model:
     """The student that `name` is, in any container and key format; `Model.base` is its teacher, where one is given.
@@ -81,8 +88,10 @@ def load_student(
     Args:
         name: What the user named; opened before, it is not opened again.
         settings: What overrules its files; a layer map tells what they leave open.
-        teacher: Completes a checkpoint that holds attention only, and tells settings.
+        teacher: Completes a checkpoint that holds a part of a student, and tells settings: the transformer that it was
+            made of, or the student that the run began with.
         whole: Whether all tensors are wanted; otherwise attention is enough, and the rest stays as it is.
+        copied: As in `load_teacher`.
         progress: Shows a download.
 
     Raises:
@@ -91,19 +100,53 @@ def load_student(
     """
     settings = settings or Settings()
     checkpoint = _opened(name, settings, progress)
-    base = teacher
-    if base is not None and not isinstance(base, Model):
-        base = load_teacher(base, of_another(settings), lenient=True, headers_only=True, progress=progress)
+    base = _base(teacher, settings, copied, progress)
+    if copied:
+        refuse_broken([checkpoint])
+    layer_map = map_facts(settings.layer_map) if settings.layer_map is not None else None
+    named = _layers_named(checkpoint, settings, base)
+    layers = partial.layers_of(checkpoint, base.config, named) if base else None
     student = student_model(
         checkpoint,
         flags=overrules(settings),
-        teacher=base.teacher if base else None,
-        layer_map=map_facts(settings.layer_map) if settings.layer_map is not None else None,
+        teacher=base.config if base else None,
+        layer_map=layer_map,
+        layers=layers,
     )
     student = replace(student, raw=student.raw or (base.raw if base else {}), base=base)
-    student = complete(student) if whole else _attention_of(student)
+    student = complete(student) if whole or layers else _attention_of(student)
+    if base and layers:
+        said = partial.notes(checkpoint, base.config, confirmed=bool(named))
+        student = replace(student, notes=(*said, *student.notes))
     tied = student.config.tie_word_embeddings
     return replace(student, plan=_with_adapters(student.plan, settings, student.label, tied=tied))
+
+
+def _base(name: Name | Model | None, settings: Settings, copied: bool, progress: Progress | None) -> Model | None:
+    """What completes a student: its teacher, or the student that its run began with."""
+    if name is None or isinstance(name, Model):
+        return name
+    settings = of_another(settings)
+    checkpoint = _opened(name, settings, progress)
+    if is_student(checkpoint):
+        return load_student(checkpoint, replace(settings, gqa_layers=None), copied=copied)
+    return load_teacher(checkpoint, settings, lenient=True, headers_only=True, copied=copied)
+
+
+def _layers_named(checkpoint: Checkpoint, settings: Settings, base: Model | None) -> list[Facts]:
+    """Sources that say which layers of a student are GQA, beside its tensors; the strongest first."""
+    found = []
+    if settings.gqa_layers is not None and base is not None:
+        count = base.config.num_hidden_layers
+        layers = layer_choice.parse_layers(settings.gqa_layers, count, allow_layer_0=True, option="--gqa-layers")
+        found.append(Facts("--gqa-layers", {"gqa_layers": layers}))
+    for source, raw in (("config.json", checkpoint.config), ("the sidecar", checkpoint.sidecar)):
+        if raw and raw.get("transformer_layers") is not None:
+            found.append(Facts(source, {"gqa_layers": tuple(raw["transformer_layers"])}))
+    if settings.layer_map is not None:
+        chosen = layer_maps.load(settings.layer_map)
+        found.append(Facts(f"layer map {chosen.name}", {"gqa_layers": chosen.gqa_layers}))
+    return found
 
 
 def load_model(
@@ -125,13 +168,13 @@ def load_model(
     settings = settings or Settings()
     checkpoint = _opened(name, settings, progress)
     if not may_be_student(checkpoint):
-        return load_teacher(checkpoint, settings, lenient=True)
+        return load_teacher(checkpoint, settings, lenient=True, copied=False)
     if like is not None and tells_nothing(checkpoint) and teacher is None:
         untold = {key: getattr(like, key) for key in FLAGS if getattr(settings, key) is None}
         if settings.variant is None and isinstance(like, StudentConfig):
             untold["variant"] = like.rwkv_architecture
         settings = replace(settings, **untold)
-    return load_student(checkpoint, settings, teacher=teacher, progress=progress)
+    return load_student(checkpoint, settings, teacher=teacher, copied=False, progress=progress)
 
 
 def load_other(

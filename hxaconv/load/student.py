@@ -11,7 +11,6 @@ from hxaconv.load.teacher import split_tied_head
 from hxaconv.model.config import (
     ModelConfig,
     StudentConfig,
-    TeacherConfig,
     number_problems,
     teacher_config,
 )
@@ -205,17 +204,25 @@ def gather_facts(
     checkpoint: Checkpoint,
     *,
     flags: Mapping[str, Any] | None = None,
-    teacher: TeacherConfig | None = None,
+    teacher: ModelConfig | None = None,
     layer_map: Facts | None = None,
+    layers: Facts | None = None,
 ) -> list[Facts]:
-    """Every source that says something about a student's config, the strongest first."""
+    """Every source that says something about a student's config, the strongest first.
+
+    `layers`, of a checkpoint that lacks some, says what all of them are.
+    """
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     if given.pop("drop_rope_scaling", False):
         given["rope_scaling"] = None
     # The other options correct a file; no option turns one variant into another.
     variant = {key: given.pop(key) for key in ("rwkv_architecture",) if key in given}
     found = tensor_facts(checkpoint.plan) | variant_facts(checkpoint)
-    facts = [Facts("the options given", given), Facts("--variant", variant), Facts("the tensors", found)]
+    facts = [Facts("the options given", given), Facts("--variant", variant)]
+    if layers is not None:
+        found = {key: value for key, value in found.items() if key not in layers.values}
+        facts.append(layers)
+    facts.append(Facts("the tensors", found))
     raw, sidecar = checkpoint.config or {}, checkpoint.sidecar
     if teacher is not None and all(is_attention(name) for name in checkpoint.plan):
         # The MLPs will be the teacher's; the student that this attention is from may have had padded ones.
@@ -235,7 +242,9 @@ def gather_facts(
         facts.append(Facts("config.json", model_facts(beside)))
     if sidecar is not None:
         facts += _file_facts("the sidecar", sidecar, f"sidecar of {checkpoint.label}")
-    if teacher is not None:
+    if isinstance(teacher, StudentConfig):
+        facts.append(Facts("the student that completes it", student_facts(teacher)))
+    elif teacher is not None:
         # Its scaling may have been dropped when the student was made.
         facts.append(_without_told(Facts("the teacher", model_facts(teacher)), "rope_scaling", facts))
     if layer_map is not None:
@@ -347,23 +356,25 @@ def student_model(
     checkpoint: Checkpoint,
     *,
     flags: Mapping[str, Any] | None = None,
-    teacher: TeacherConfig | None = None,
+    teacher: ModelConfig | None = None,
     layer_map: Facts | None = None,
+    layers: Facts | None = None,
     headers_only: bool = False,
 ) -> Model:
     """The student in a checkpoint, whole or attention only; a head stored by a tied model is left out.
 
-    `headers_only` leaves that head for later; see `checked_here`.
+    `teacher` is the config of the model that completes it, `layers` what `partial.layers_of` found; `headers_only`
+    leaves that head for later (see `checked_here`).
 
     Raises:
         HxaconvError: for layers of no known variant, contradictions, and settings that no source gives.
     """
-    facts = gather_facts(checkpoint, flags=flags, teacher=teacher, layer_map=layer_map)
+    facts = gather_facts(checkpoint, flags=flags, teacher=teacher, layer_map=layer_map, layers=layers)
     if not any("rwkv_architecture" in source.values for source in facts):
         _refuse_unknown_variant(checkpoint.plan, checkpoint.label)
     config = resolve(facts, checkpoint.label)
     plan, tied = checkpoint.plan, None
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and (EMBEDDING in plan or teacher is None):
         plan, tied = split_tied_head(plan, checkpoint.label)
     model = Model(config, plan, checkpoint.label, checkpoint.config or checkpoint.sidecar or {}, tied, checkpoint)
     return model if headers_only else checked_here(model)

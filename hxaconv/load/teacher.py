@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from hxaconv.errors import HxaconvError, Inconsistent
+from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import TeacherConfig, teacher_config
 from hxaconv.model.model import Model, TiedHead, checked_here
-from hxaconv.model.names import EMBEDDING, HEAD, template_of
+from hxaconv.model.names import EMBEDDING, HEAD, canonical_names, template_of
 from hxaconv.model.plan import Plan, Recipe, check, rows
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def open_teacher(
     if config.tie_word_embeddings:
         plan, tied = split_tied_head(plan, checkpoint.label)
     expected = expected_tensors(config)
+    refuse_known_gaps(checkpoint, plan, expected)
     check(plan, expected, f"teacher {checkpoint.label}")
     ordered = {name: _from_teacher(name, plan[name]) for name in expected}
     model = Model(config, ordered, checkpoint.label, checkpoint.config, tied, checkpoint)
@@ -88,8 +90,37 @@ def split_fused(plan: Plan, config: TeacherConfig) -> Plan:
 
 
 def split_tied_head(plan: Plan, where: str) -> tuple[Plan, TiedHead | None]:
-    """(a tied model's plan without the copy of the embedding that some files store as head, that copy)."""
-    if HEAD not in plan or EMBEDDING not in plan:
+    """(a tied model's plan without the copy of the embedding that some files store as head, that copy).
+
+    Where only the head is stored, as safetensors' `save_model` may do, it is the embedding.
+    """
+    if HEAD not in plan:
         return plan, None
     rest = {name: recipe for name, recipe in plan.items() if name != HEAD}
+    if EMBEDDING not in plan:
+        return {EMBEDDING: plan[HEAD], **rest}, None
     return rest, TiedHead(plan[HEAD], plan[EMBEDDING], where)
+
+
+def refuse_known_gaps(checkpoint: Checkpoint, plan: Plan, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Stop where tensors are missing and it is known what helps.
+
+    Raises:
+        Inconsistent: for a head that may be tied, and for tensors that the index lists and no file holds.
+    """
+    missing = [name for name in expected if name not in plan]
+    if missing == [HEAD]:
+        raise Inconsistent(
+            f"{checkpoint.label} stores no head, and its settings do not tie it to the embedding",
+            hint='If the head is the embedding: --tie-word-embeddings, or "tie_word_embeddings": true in config.json.',
+        )
+    listed: Mapping[str, str] = checkpoint.extra.get("only_in_index") or {}
+    if missing and listed:
+        canonical, _ = canonical_names(listed, checkpoint.dialect, checkpoint.label)
+        lacking = [f"{name}: not in {listed[name]}" for name in listed if canonical.get(name) in missing]
+        raise_all(
+            f"{checkpoint.label}: {checkpoint.extra['index']} names tensors that its files lack:",
+            lacking,
+            hint=f"Download {', '.join(sorted({listed[name] for name in listed})[:3])} again.",
+            kind=Inconsistent,
+        )

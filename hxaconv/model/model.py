@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hxaconv.errors import Inconsistent
+from hxaconv.errors import HxaconvError, Inconsistent
 from hxaconv.formats.files import SourceFile
 from hxaconv.model.config import ModelConfig, StudentConfig, TeacherConfig
 from hxaconv.model.names import EMBEDDING, HEAD
@@ -29,6 +29,10 @@ class Checkpoint:
     """Canonical name -> name in the file."""
     dropped: tuple[str, ...] = ()
     """Known buffers that are left behind."""
+    unknown: Mapping[str, Recipe] = field(default_factory=dict)
+    """Tensors whose names are not known, by these names."""
+    problem: HxaconvError | None = None
+    """Why it is neither teacher nor student, where it was opened all the same."""
     config: Mapping[str, Any] | None = None
     """config.json beside the weights, as it is."""
     sidecar: Mapping[str, Any] | None = None
@@ -43,8 +47,7 @@ class Checkpoint:
     revision: str | None = None
     """The commit that was opened, for a Hub id."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Facts about the container: what the reader found, `stray_files` (weight files that were not opened),
-    `index` (the name of the index)."""
+    """Facts about the container: what the reader found, and what `facts_of` says of the choice of files."""
     handle: object = None
     """What downloads the files, for a Hub id."""
 
@@ -96,8 +99,9 @@ class Model:
 
     @property
     def sources(self) -> dict[str, Checkpoint]:
-        """Role (`source`, `teacher`) -> the checkpoint opened for it."""
-        found = {"source": self.checkpoint, "teacher": self.base.checkpoint if self.base else None}
+        """Role (`source`, `teacher`, or `base`, the student that a run began with) -> the checkpoint opened for it."""
+        role = "base" if self.base and isinstance(self.base.config, StudentConfig) else "teacher"
+        found = {"source": self.checkpoint, role: self.base.checkpoint if self.base else None}
         return {role: checkpoint for role, checkpoint in found.items() if checkpoint is not None}
 
     @property

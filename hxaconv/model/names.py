@@ -84,20 +84,14 @@ TABLE: tuple[Row, ...] = (
     _outside("model.layers.{i}.mlp.gate_up_proj.weight", None),
 )
 
-DROPPED = (
-    "model.rotary_emb.inv_freq",
-    "model.layers.{i}.self_attn.rotary_emb.inv_freq",
-    "model.model.rotary_emb.inv_freq",
-    "model.model.layers.{i}.self_attn.rotary_emb.inv_freq",
-    "model.model.layers.{i}.self_attn.student_attn.rotary_emb.inv_freq",
-    "blocks.{i}.att.rotary_emb.inv_freq",
+DROPPED = re.compile(
+    r"(^|\.)(rotary_emb\w*|rotary_pos_emb|rope)\.\w*(inv_freq|cos_cached|sin_cached|freqs\w*)$"
+    r"|(^|\.)(inv_freq|cos_cached|sin_cached)$"
+    r"|^(model\.)?mtp\."
 )
-"""Buffers that old checkpoints carry and every reader computes by itself: known, and left behind."""
+"""Known, and left behind: buffers of rotary embeddings, which every reader computes by itself, wherever they stand,
+and the layers for predicting several tokens, which generation does not use."""
 
-_ADAPTER = re.compile(
-    r"\.(lora_|dora_|bone\b|bone_|pissa|vera_|base_layer\.|modules_to_save\.|original_module\.)|lora_magnitude",
-    re.IGNORECASE,
-)
 _INSIDE = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 _WRAPPERS = re.compile(rf"^(?:(?:module|_forward_module|base_model\.model)\.|{_INSIDE})+|(?<=\.){_INSIDE}")
 """What DDP, FSDP, torch.compile, Lightning and PEFT put into the names of a model that they wrap: left off."""
@@ -143,6 +137,8 @@ def _reader(dialect: str) -> dict[tuple[str, str | None], Row]:
             table[name, row.layer_kind if dialect == "rwkv" else None] = row
             if ".student_attn." in name:  # the name of older trainers
                 table[name.replace(".student_attn.", ".time_mixer."), None] = row
+    if dialect == "hf":  # base models are published without the prefix of the model with a head
+        table |= {(row.hf.removeprefix("model."), None): row for row in TABLE if row.hf.startswith("model.")}
     if dialect == "training":  # teacher tensors (stage 1 keeps them frozen beside the student's)
         table |= {(f"model.{row.hf}", None): row for row in TABLE if (f"model.{row.hf}", None) not in table}
     return table
@@ -173,15 +169,15 @@ def layer_kinds(names: Iterable[str]) -> dict[int, str]:
     return kinds
 
 
-def to_canonical(
+def canonical_names(
     names: Iterable[str], dialect: str, where: str, *, kinds: Mapping[int, str] | None = None
-) -> dict[str, str | None]:
-    """Stored name -> canonical name, or None for buffers that are known and left behind.
+) -> tuple[dict[str, str | None], list[str]]:
+    """(stored name -> canonical name, or None for what is known and left behind; names that are not known).
 
     `kinds` are those of the layers, where the names alone do not tell them.
 
     Raises:
-        HxaconvError: listing every unknown name with the nearest known one, and adapters by name.
+        HxaconvError: where two names mean the same tensor.
     """
     names = list(names)
     reader, kinds = _READERS[dialect], kinds or layer_kinds(map(unwrapped, names))
@@ -192,29 +188,22 @@ def to_canonical(
         row = reader.get((template, None)) or reader.get((template, kinds.get(-1 if index is None else index)))
         if row is not None:
             result[name] = row.hf.replace("{i}", str(index))
-        elif template in DROPPED:
+        elif DROPPED.search(unwrapped(name)):
             result[name] = None
         else:
             unknown.append(name)
-    _refuse_unknown(unknown, dialect, where)
     _refuse_collisions(result, where)
-    return result
+    return result, unknown
 
 
-def _refuse_unknown(unknown: list[str], dialect: str, where: str) -> None:
-    adapters = [name for name in unknown if _ADAPTER.search(name)]
-    if adapters:
-        raise HxaconvError(
-            f"{where} holds adapter weights ({len(adapters)} tensors), not merged ones:\n{bullet_list(adapters)}",
-            hint="Merge the adapter into the model with the library that trained it, then convert the result.",
-        )
-    if unknown:
-        # Looking for the nearest name takes milliseconds: only for those that the message will show.
-        problems = [f"{name}{_nearest(name, dialect)}" for name in unknown[:MAX_LISTED]] + unknown[MAX_LISTED:]
-        raise HxaconvError(
-            f"{where}: {len(unknown)} tensor names are not known in the {dialect} dialect:\n{bullet_list(problems)}",
-            hint="Llama-style teachers and hxa079 students are converted; `hxaconv maps --names` prints the table.",
-        )
+def unknown_names(unknown: list[str], dialect: str, where: str) -> HxaconvError:
+    """The error for names that are not in the table, with the nearest that are."""
+    # Looking for the nearest name takes milliseconds: only for those that the message will show.
+    problems = [f"{name}{_nearest(name, dialect)}" for name in unknown[:MAX_LISTED]] + unknown[MAX_LISTED:]
+    return HxaconvError(
+        f"{where}: {len(unknown)} tensor names are not known in the {dialect} dialect:\n{bullet_list(problems)}",
+        hint="Llama-style teachers and hxa079 students are converted; `hxaconv maps --names` prints the table.",
+    )
 
 
 def _refuse_collisions(result: Mapping[str, str | None], where: str) -> None:

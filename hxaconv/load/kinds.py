@@ -1,0 +1,243 @@
+"""What a checkpoint is that is no teacher and no student: its format in words, and the way out.
+
+Three tables, asked in this order: the files of a folder, config.json, and the names and dtypes of tensors. The
+first two answer before a weight file is opened.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hxaconv.errors import HxaconvError, bullet_list
+from hxaconv.model.families import FAMILIES
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A format that is recognised and not converted."""
+
+    what: str
+    """As in: NAME is ..., with its article."""
+    way_out: str
+    examples: tuple[str, ...] = ()
+    """Names that show it."""
+
+    def error(self, label: str) -> HxaconvError:
+        """The refusal."""
+        shown = f":\n{bullet_list(self.examples)}" if self.examples else ""
+        return HxaconvError(f"{label} is {self.what}{shown}", hint=self.way_out)
+
+
+ORIGINAL = "Take the bf16 original of the model (its model card links it as the base model)."
+_DEQUANTIZED = " If its weights have been dequantized since, delete quantization_config from config.json."
+_ADAPTER = (
+    "Merge it into the model that it was trained on, with the library that trained it (peft: merge_and_unload()),"
+    " and convert the result."
+)
+_ON_ITS_MODEL = (
+    "Give the model that it was trained on, with --adapter and this: hxaconv merges it. Otherwise merge it with the"
+    " library that trained it."
+)
+_OF_TRANSFORMERS = (
+    "Take the files of the transformers format (model.safetensors, config.json) from the same page of the Hub, or"
+    " convert it with transformers' convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py."
+)
+
+# --- files ------------------------------------------------------------------------------------------
+
+_FILES: tuple[tuple[str, str, str], ...] = (
+    (r"adapter_(config\.json|model\.(safetensors|bin))", "an adapter of PEFT, not a model", _ON_ITS_MODEL),
+    (r"__\d+_\d+\.distcp|\.metadata", "a folder of torch.distributed.checkpoint (FSDP) without its .metadata or shards",
+     "Copy the whole folder again; `accelerate merge-weights FOLDER OUT` makes one file of a whole one."),
+    (r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt|zero_to_fp32\.py|latest",
+     "a checkpoint of DeepSpeed ZeRO without the folder of its step",
+     "Copy its global_step* folder as well, all ranks of it, and give this folder again."),
+    (r"params\.json|consolidated[.\d]*\.(pth|safetensors)", "in the original layout of Meta or Mistral",
+     _OF_TRANSFORMERS),
+    (r".*\.gguf", "a GGUF model", "Convert from the original safetensors instead."),
+    (r"tf_model\.h5|.*\.ckpt\.index|saved_model\.pb", "a TensorFlow model",
+     "Take the safetensors or PyTorch files of the model."),
+    (r"flax_model.*\.msgpack", "a Flax model", "Take the safetensors or PyTorch files of the model."),
+    (r".*\.onnx", "an ONNX model", "Take the safetensors or PyTorch files of the model."),
+    (r"latest_checkpointed_iteration\.txt", "a checkpoint of Megatron-LM",
+     "Convert it to the transformers format with Megatron's own tools/checkpoint first."),
+    (r".*\.nemo", "a model of NeMo", "Export it to the transformers format with NeMo first."),
+    (r".*\.npz", "NumPy arrays (an older MLX model)", "Take the safetensors files of the model."),
+    (r"model_index\.json", "a pipeline of diffusers", "Give the folder of its language model."),
+)  # fmt: skip
+
+
+def kind_of_files(names: Iterable[str]) -> Kind | None:
+    """What a folder without weights of its own is, by the names of its files; None where nothing tells."""
+    names = list(names)
+    for pattern, what, way_out in _FILES:
+        if any(re.fullmatch(pattern, name) for name in names):
+            return Kind(what, way_out)
+    return None
+
+
+# --- config.json ------------------------------------------------------------------------------------
+
+_METHODS = {
+    "fp8": "FP8 with scales per block", "fbgemm_fp8": "FP8 (FBGEMM)", "gptq": "GPTQ", "awq": "AWQ",
+    "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors", "hqq": "HQQ", "quanto": "quanto",
+    "torchao": "torchao", "mxfp4": "MXFP4", "modelopt": "ModelOpt", "aqlm": "AQLM", "eetq": "EETQ", "exl2": "EXL2",
+    "bitnet": "BitNet", "auto-round": "AutoRound", "vptq": "VPTQ", "spqr": "SpQR", "higgs": "HIGGS",
+    "quark": "Quark", "fp_quant": "FP-Quant",
+}  # fmt: skip
+_WAYS_BACK = {
+    "fp8": "Or let transformers dequantize it: FineGrainedFP8Config(dequantize=True) when loading, then save it.",
+    "bitsandbytes": "Or let transformers dequantize it: model.dequantize() after loading, then save it.",
+    "compressed-tensors": "Or let transformers decompress it: CompressedTensorsConfig(run_compressed=False) when"
+    " loading, then save it.",
+}
+_SHELLS = ("text_config", "llm_config", "language_config", "thinker_config")
+_OTHER_RWKV = re.compile(r"(hf_)?rwkv[\w-]*", re.IGNORECASE)
+_OTHER_RWKV_CLASSES = {
+    "RWKV7Qwen2ForCausalLM": "QRWKV7 (RWKV-7 inside Qwen2, with its own names)",
+    "RWKV6Qwen2ForCausalLM": "QRWKV6 (RWKV-6 inside Qwen2)",
+    "RwkvHybridForCausalLM": "ARWKV (RWKV-7 inside Qwen2)",
+    "RWKV07BMoEForCausalLM": "a shell of text and vision around an RWKV mixture of experts",
+}
+
+
+def kind_of_config(raw: Mapping[str, Any]) -> Kind | None:
+    """What config.json alone says that is neither teacher nor student; None where it is either, or says nothing."""
+    return _quantized(raw) or _other_rwkv(raw) or _shell(raw)
+
+
+def _quantized(raw: Mapping[str, Any]) -> Kind | None:
+    found = next(
+        (raw[key] for key in ("quantization_config", "quantization", "compression_config") if raw.get(key)), None
+    )
+    if not isinstance(found, Mapping):
+        return None
+    method = found.get("quant_method")
+    if method is None and "group_size" in found and "bits" in found:
+        named, back = "MLX", "Or dequantize it: `python -m mlx_lm convert --hf-path THIS --mlx-path OUT -d`."
+    else:
+        named, back = _METHODS.get(str(method), str(method or "an unknown method")), _WAYS_BACK.get(str(method), "")
+    details = [f"{found['bits']} bits"] if isinstance(found.get("bits"), int) else []
+    if method == "bitsandbytes":
+        four = str(found.get("bnb_4bit_quant_type", "4 bits"))
+        details = [four if found.get("load_in_4bit") else "8 bits"]
+    if isinstance(found.get("format"), str):
+        details.append(found["format"])
+    detail = f", {', '.join(details)}" if details else ""
+    return Kind(
+        f"quantized ({named}{detail}), by its config.json", f"{ORIGINAL} {back}{_DEQUANTIZED}".replace("  ", " ")
+    )
+
+
+def _other_rwkv(raw: Mapping[str, Any]) -> Kind | None:
+    if raw.get("rwkv_architecture"):
+        return None
+    classes = [name for name in raw.get("architectures") or [] if name in _OTHER_RWKV_CLASSES]
+    if classes:
+        what = _OTHER_RWKV_CLASSES[classes[0]]
+    elif _OTHER_RWKV.fullmatch(str(raw.get("model_type") or "")):
+        what = f"an RWKV model of its own ({raw['model_type']})"
+    else:
+        return None
+    return Kind(f"{what}, no hybrid of the family of hxa079", "It runs with its own code; there is nothing to convert.")
+
+
+def _shell(raw: Mapping[str, Any]) -> Kind | None:
+    inner = next((raw[key] for key in _SHELLS if isinstance(raw.get(key), Mapping)), None)
+    if inner is None or raw.get("model_type") in FAMILIES:
+        return None
+    return Kind(
+        f"a shell of several modalities ({raw.get('model_type')}) around a language model"
+        f" ({inner.get('model_type') or 'of a kind it does not name'})",
+        "Save the language model alone first: with transformers, load it by AutoModelForCausalLM or take"
+        " model.language_model with its lm_head, and save_pretrained().",
+    )
+
+
+# --- names and dtypes -------------------------------------------------------------------------------
+
+_NAMES: tuple[tuple[str, str, str], ...] = (
+    # adapters
+    (r"\.init_lora_[AB]\b", "the initial matrices of a PiSSA or LoRA run of RWKV-PEFT, an adapter", _ADAPTER),
+    (r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b|lora_magnitude|\.dora_|\.pissa", "a LoRA adapter",
+     _ON_ITS_MODEL),
+    (r"\.lora_", "a LoRA adapter", _ON_ITS_MODEL),
+    (r"\.disha\b", "a DiSHA adapter of RWKV-PEFT", _ON_ITS_MODEL),
+    (r"\.bone\b|\.bone_", "a Bone adapter", _ON_ITS_MODEL),
+    (r"\.ia3_l\b", "an IA3 adapter", _ADAPTER),
+    (r"\.hada_w[12]_[ab]\b", "a LoHa adapter", _ADAPTER),
+    (r"\.lokr_w[12]", "a LoKr adapter", _ADAPTER),
+    (r"\.vera_lambda|\.vera_", "a VeRA adapter", _ADAPTER),
+    (r"\.b?oft_[rRbBsS]\b|\.oft_", "an OFT adapter", _ADAPTER),
+    (r"prompt_embeddings", "a soft prompt", "Convert the model that it belongs to; a prompt is no part of it."),
+    (r"\.time_state\b", "the initial states of RWKV state tuning",
+     "hxa079 begins with states of zero: convert the model that it was tuned on."),
+    (r"\.base_layer\.|\.modules_to_save\.|\.original_module\.", "a model with an adapter that is not merged", _ADAPTER),
+    # quantized
+    (r"\.quant_state\.bitsandbytes__(nf4|fp4)|\.absmax$|\.quant_map$", "quantized (bitsandbytes, 4 bits)", ORIGINAL),
+    (r"\.SCB$", "quantized (bitsandbytes, 8 bits)", ORIGINAL),
+    (r"\.g_idx$", "quantized (GPTQ)", ORIGINAL),
+    (r"\.qweight$|\.qzeros$", "quantized (AWQ or GPTQ)", ORIGINAL),
+    (r"\.weight_packed$", "quantized (compressed-tensors)", ORIGINAL),
+    (r"\.weight_scale_inv$", "quantized (FP8 with scales per block)", ORIGINAL),
+    (r"\.weight_scale_2$", "quantized (ModelOpt, FP4)", ORIGINAL),
+    (r"\.(weight|input|k|v)_scale$", "quantized (scales beside the weights)", ORIGINAL),
+    (r"_blocks$", "quantized (MXFP4)", ORIGINAL),
+    (r"\.q_scale(_max)?$|\.q_weight$", "quantized (EXL2)", ORIGINAL),
+    (r"\.W_q$", "quantized (HQQ)", ORIGINAL),
+    (r"\.codebooks$", "quantized (AQLM)", ORIGINAL),
+    (r"\.scales$", "quantized (MLX, or another method with scales)", ORIGINAL),
+    # other models
+    (r"\.tiny_[qkvo]\b|\.tiny_", "hxa07i, a hybrid with a second, tiny attention", "hxa07i is not converted."),
+    (r"\.self_attn\.(k_k|k_a|x_[rwkvag])\b", "QRWKV7 or ARWKV (RWKV-7 inside Qwen2, with its own names)",
+     "It runs with its own code; there is nothing to convert."),
+    (r"\.att\.(x_[rwkvag]|k_k|k_a)$|\.att\.ln_x\.|\.ffn\.x_k$", "a plain RWKV-7 model",
+     "It has no attention to convert."),
+    (r"\.att\.time_(mix|maa|decay|first|faaaa)", "a plain RWKV model (before RWKV-7)",
+     "It has no attention to convert."),
+    (r"(^|\.)(tok_embeddings\.weight|layers\.\d+\.attention\.w[qkvo]\.)", "in the original layout of Meta or Mistral",
+     _OF_TRANSFORMERS),
+    (r"^(model\.)?(visual|vision_tower|vision_model|multi_modal_projector|mm_projector|audio_tower|language_model)\.",
+     "a model of several modalities", "Save its language model alone first, under the names of a text model."),
+    (r"(^|\.)transformer\.h\.\d+\.attn\.(attn|qkv)\.", "a model of LitGPT",
+     "Export it: `litgpt convert_from_litgpt`, then name the tensors as transformers does."),
+    (r"(^|\.)(transformer\.h|gpt_neox\.layers|h)\.\d+\.", "a transformer of the GPT-2, GPT-J or GPT-NeoX kind", ""),
+    (r"(^|\.)(decoder\.layers|language_model\.encoder\.layers)\.\d+\.", "a model with the names of Megatron-LM",
+     "Convert it to the transformers format with Megatron's own tools first."),
+    (r"\.kv_a_proj_with_mqa\b|\.kv_b_proj\b", "a model with multi-head latent attention",
+     "hxa079 is made of grouped-query attention: another teacher is needed."),
+    (r"\.mlp\.(experts|gate|shared_expert)\b|\.block_sparse_moe\.", "a mixture of experts of another kind", ""),
+    (r"^(score|v_head|classifier|reward_head)\.", "a classifier or reward model, without a language head",
+     "Take the language model that it was made of."),
+)  # fmt: skip
+_PLAIN = {"F16", "BF16", "F32", "F64"}
+_OTHER_DTYPES: dict[str, tuple[str, str]] = {
+    "F8_E4M3": ("quantized (FP8 without scales)", ORIGINAL),
+    "F8_E5M2": ("quantized (FP8 without scales)", ORIGINAL),
+    "U16": ("saved as 16-bit integers that hold the bits of bfloat16",
+            "Save it again with the real dtype: {name: x.view(torch.bfloat16)} of its torch.uint16 tensors."),
+    "I16": ("saved as 16-bit integers", "If these are the bits of bfloat16, save x.view(torch.bfloat16)."),
+}  # fmt: skip
+
+
+def kind_of_tensors(dtypes: Mapping[str, str], unknown: Collection[str]) -> Kind | None:
+    """What tensors (name -> dtype) are by names that are not known, or by weights that are no floats."""
+    for pattern, what, way_out in _NAMES:
+        hits = tuple(name for name in unknown if re.search(pattern, name))
+        if hits:
+            return Kind(what, way_out or _known(), (*hits[:2], *([f"... {len(hits)} in all"] if len(hits) > 2 else ())))
+    weights = {name: dtype for name, dtype in dtypes.items() if name.endswith(".weight") and dtype not in _PLAIN}
+    if len(weights) * 2 < sum(name.endswith("proj.weight") for name in dtypes) or not weights:
+        return None
+    name, dtype = next(iter(weights.items()))
+    what, way_out = _OTHER_DTYPES.get(dtype, (f"quantized (weights of dtype {dtype})", ORIGINAL))
+    return Kind(
+        what, way_out, (f"{name} has dtype {dtype}", *([f"... {len(weights)} in all"] if len(weights) > 1 else ()))
+    )
+
+
+def _known() -> str:
+    return f"A teacher is one of {', '.join(FAMILIES)}; `hxaconv maps --names` prints the names."
