@@ -97,7 +97,13 @@ def zero_folder(
         for rank, state in enumerate(_optimizer_states(groups, stage, ranks, classes)):
             scaler = classes.LossScaler()
             scaler.__dict__.update(cur_scale=1.0, dynamic=False)
-            base = {"state": {0: {"step": torch.tensor(float(step)), "exp_avg": torch.zeros(3)}}, "param_groups": []}
+            flats = state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
+            taken = torch.tensor(float(step))
+            moments = {
+                i: {"step": taken, "exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
+                for i, x in enumerate(flats)
+            }
+            base = {"state": moments, "param_groups": []}
             key = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
             state |= {"zero_stage": classes.ZeroStageEnum(stage), "loss_scaler": scaler, key: base}
             name = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"

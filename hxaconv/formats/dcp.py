@@ -42,7 +42,7 @@ _MAX_STEPS = 50_000_000
 
 def holds_dcp(folder: Path) -> bool:
     """Whether a folder is a checkpoint of torch.distributed.checkpoint, whole or not."""
-    return (folder / METADATA).is_file() or any(folder.glob(f"*{SUFFIX}"))
+    return (folder / METADATA).is_file() or any(folder.glob(f"[!.]*{SUFFIX}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def read_dcp(folder: Path, *, label: str) -> tuple[list[SourceFile], Contents]:
     file.header_digest = hashlib.sha256(file.read(0, file.size)).hexdigest()
     for other in opened.files.values():
         other.header_digest = file.header_digest
-    stray = sorted(path.name for path in folder.glob(f"*{SUFFIX}") if path.name not in needed)
+    stray = sorted(path.name for path in folder.glob(f"[!.]*{SUFFIX}") if path.name not in needed)
     facts["ignored"] += stray
     return [file, *opened.files.values()], Contents(container="dcp", tensors=plan, extra={**facts, "aliases": []})
 

@@ -59,7 +59,11 @@ def step_folder(folder: Path) -> Path | None:
 
 
 def _holds_step(folder: Path) -> bool:
-    return any(folder.glob(f"*{_MODEL}")) or any(folder.glob(f"*{_OPTIMIZER}"))
+    return any(map(_is_state, folder.iterdir()))
+
+
+def _is_state(path: Path) -> bool:
+    return path.name.endswith((_MODEL, _OPTIMIZER)) and not path.name.startswith("._")  # of macOS, beside each file
 
 
 @dataclass(slots=True)
@@ -121,7 +125,7 @@ def read_zero(folder: Path, *, label: str, weights: str | None = None) -> tuple[
         HxaconvError: for missing ranks, files of several steps, tensors of other sizes than announced, model-parallel
             checkpoints, and everything that makes a single file unreadable.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.name.endswith((_MODEL, _OPTIMIZER)))
+    names = sorted(path.name for path in folder.iterdir() if _is_state(path))
     _refuse_other_layouts(names, label)
     models = _opened(folder, [name for name in names if name.endswith(_MODEL)], label)
     optimizers = _opened(folder, [name for name in names if name.endswith(_OPTIMIZER)], label)
