@@ -24,7 +24,7 @@ from hxaconv.forward import llama
 from hxaconv.forward.layer_weights import Compute, embed, layer_names
 from hxaconv.forward.pool import ROWS, Pool
 from hxaconv.model.model import Model
-from hxaconv.model.names import layer_index, mixer_prefix
+from hxaconv.model.names import is_expert, layer_index, mixer_prefix
 from hxaconv.model.plan import Plan, Recipe, Scratch, layer_bytes, total_bytes
 from hxaconv.progress import Progress, bar
 from hxaconv.save.checksums import count_nonfinite
@@ -225,9 +225,15 @@ class _Walk:
         del seen
         after = state.x + (said if bias is None else said + bias)
         names = layer_names(self.teacher, layer, mixer=False)
-        mlp = {name: compute.make(self.teacher.plan[name]) for name in names}
-        pieces = torch.split(after.flatten(0, 1)[None], ROWS, dim=1)
-        moved = pool.map(lambda s: llama.feed_forward(s, mlp.__getitem__, config, layer), pieces)
+        mlp = {name: compute.make(self.teacher.plan[name]) for name in names if not is_expert(name)}
+
+        def get(name: str) -> Tensor:
+            return mlp[name] if name in mlp else compute.make(self.teacher.plan[name])
+
+        # An expert is read once for all tokens that go to it.
+        tokens = after.flatten(0, 1)[None]
+        pieces = torch.split(tokens, tokens.shape[1] if config.has_experts(layer) else ROWS, dim=1)
+        moved = pool.map(lambda s: llama.feed_forward(s, get, config, layer), pieces)
         state.x = torch.cat(moved, dim=1).view_as(after)
         self._check_finite(state.x, layer)
         return fit

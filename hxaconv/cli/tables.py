@@ -10,7 +10,7 @@ from hxaconv.cli.console import human_bytes, human_count, result_width, strip_li
 from hxaconv.commands.common import Outcome
 from hxaconv.errors import shortened
 from hxaconv.load.inspection import part_of, parts
-from hxaconv.model.names import TABLE, is_attention, layer_kinds
+from hxaconv.model.names import SPLIT, TABLE, is_attention, layer_kinds
 from hxaconv.model.plan import Plan, total_bytes
 from hxaconv.model.variants.base import RANK_KEYS
 
@@ -202,7 +202,8 @@ def map_lines(found: LayerMap) -> list[RenderableType]:
 
 def names_table() -> list[RenderableType]:
     """The name table, as `names.py` has it; the longest of the three columns as the rule that it follows."""
-    rows = [(row.hf, row.rwkv or "split on opening") for row in TABLE]
+    never = {row.hf: "split on opening" if row.hf in SPLIT else "in no .pth" for row in TABLE}
+    rows = [(row.hf, row.rwkv or never[row.hf]) for row in TABLE]
     return [
         table("", ("HF safetensors", "RWKV .pth"), rows, right=2),
         "Training checkpoints: model. before the HF name, and student_attn. (older: time_mixer.) after self_attn.",

@@ -18,7 +18,7 @@ S        (B, H, N, N)   the state, rows along v, columns along k
 get      canonical tensor name -> weight in the compute dtype; asked for one layer at a time
 
     x = x + mixer(rmsnorm(x, input_layernorm))
-    x = x + swiglu(rmsnorm(x, post_attention_layernorm))
+    x = x + mlp(rmsnorm(x, post_attention_layernorm))
 
 What an RWKV layer computes of these is its variant's: `hxaconv/model/variants/`.
 """
@@ -30,8 +30,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, normalize, silu, softplus
+from torch.nn.functional import linear, normalize, softplus
 
+from hxaconv.forward.mlp import mlp
 from hxaconv.forward.rope import frequencies
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.rope import Rope
@@ -205,12 +206,10 @@ def attention(x: Tensor, get: Get, config: StudentConfig, index: int, carry: Car
 
 
 def feed_forward(x: Tensor, get: Get, config: StudentConfig, index: int) -> Tensor:
-    """The second half of a block: x + swiglu(rmsnorm(x))."""
+    """The second half of a block: x + mlp(rmsnorm(x))."""
     name = f"model.layers.{index}"
     normed = rmsnorm(x, get(f"{name}.post_attention_layernorm.weight"), config.rms_norm_eps)
-    gate = _project(normed, get, f"{name}.mlp.gate_proj", config.mlp_bias)
-    up = _project(normed, get, f"{name}.mlp.up_proj", config.mlp_bias)
-    return x + _project(silu(gate) * up, get, f"{name}.mlp.down_proj", config.mlp_bias)
+    return x + mlp(normed, get, config, index)
 
 
 def logits(x: Tensor, get: Get, config: StudentConfig) -> Tensor:

@@ -10,7 +10,7 @@ q     (B, H, T, N)   k, v (B, G, S, N)
 get   canonical tensor name -> weight in the compute dtype; asked for one layer at a time
 
     x = x + attention(rmsnorm(x, input_layernorm))
-    x = x + swiglu(rmsnorm(x, post_attention_layernorm))
+    x = x + mlp(rmsnorm(x, post_attention_layernorm))
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
+from hxaconv.forward.mlp import mlp
 from hxaconv.forward.rope import frequencies
 from hxaconv.model.config import ModelConfig
 from hxaconv.model.rope import Rope
@@ -116,12 +117,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def feed_forward(x: Tensor, get: Get, config: ModelConfig, index: int) -> Tensor:
-    """The second half of a block: x + swiglu(rmsnorm(x))."""
+    """The second half of a block: x + mlp(rmsnorm(x))."""
     name = f"model.layers.{index}"
     normed = rmsnorm(x, get(f"{name}.post_attention_layernorm.weight"), config.rms_norm_eps)
-    gate = _project(normed, get, f"{name}.mlp.gate_proj", config.mlp_bias)
-    up = _project(normed, get, f"{name}.mlp.up_proj", config.mlp_bias)
-    return x + _project(silu(gate) * up, get, f"{name}.mlp.down_proj", config.mlp_bias)
+    return x + mlp(normed, get, config, index)
 
 
 def logits(x: Tensor, get: Get, config: ModelConfig) -> Tensor:

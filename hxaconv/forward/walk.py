@@ -31,7 +31,7 @@ from hxaconv.forward.matrix import BLOCK_BYTES, Matrix
 from hxaconv.forward.pool import Pool
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
-from hxaconv.model.names import EMBEDDING, HEAD, layer_index
+from hxaconv.model.names import EMBEDDING, HEAD, expert_index, is_expert, layer_index
 from hxaconv.model.plan import Bytes, Plan, Ranges, Recipe, Scratch, has_rows, rows
 from hxaconv.save.checksums import count_nonfinite
 from hxaconv.surgery.arithmetic import SERIAL_BYTES, tensor, tensor_rows, torch_dtype
@@ -123,7 +123,9 @@ class Walk:
     ) -> None:
         self.dtype, self.device = dtype, device
         self.pool = Pool(workers, device)
-        self._plans = {role: _by_layer(model.plan) for role, model in models.items()}
+        plans = {role: _by_layer(model.plan) for role, model in models.items()}
+        self._plans = {role: {i: _experts(plan, False) for i, plan in found.items()} for role, found in plans.items()}
+        self._experts = {role: {i: _experts(plan, True) for i, plan in found.items()} for role, found in plans.items()}
         self._tracks = {role: Track(self, role, model) for role, model in models.items()}
         self._held: dict[str, dict[str, Held]] = {role: {} for role in models}
         self._arena = torch.empty(0, dtype=torch.uint8)
@@ -146,13 +148,27 @@ class Walk:
     def layers(self, indices: Iterable[int] | None = None) -> Iterator[int]:
         """Load one layer of all models after the other; by default from the first to the last.
 
-        Weights of a layer are valid until the next one: keep none of them.
+        Weights of a layer are valid until the next one: keep none of them. Experts are read when tokens go to them.
         """
         count = max(track.config.num_hidden_layers for track in self._tracks.values())
         for layer in range(count) if indices is None else indices:
             self.hold({role: plan.get(layer, {}) for role, plan in self._plans.items()})
             yield layer
         self.release()
+
+    def experts_of(self, role: str, layer: int) -> Plan:
+        """The tensors of a layer's experts."""
+        return self._experts[role].get(layer, {})
+
+    def experts(self, layer: int) -> Iterator[int]:
+        """Load one expert of a layer after the other, of all models, in place of what was held of the layer."""
+        plans = {role: self.experts_of(role, layer) for role in self._experts}
+        numbers = {role: {name: expert_index(name) for name in plan} for role, plan in plans.items()}
+        for expert in sorted({number for known in numbers.values() for number in known.values() if number is not None}):
+            self.hold(
+                {role: {n: r for n, r in plan.items() if numbers[role][n] == expert} for role, plan in plans.items()}
+            )
+            yield expert
 
     def outside(self, role: str) -> Plan:
         """The tensors of a model that are in no layer."""
@@ -307,9 +323,11 @@ class Track:
     def feed(self, streams: Sequence[Stream], index: int) -> None:
         """The second half of a layer, the MLP."""
         tokens = torch.cat([stream.x.flatten(0, 1) for stream in streams])
+        # An expert is read once for all tokens that go to it.
+        together = len(tokens) if self.config.has_experts(index) else TOGETHER
         moved = [
             self.reference.feed_forward(piece[None], self.weight, self.config, index)[0]
-            for piece in torch.split(tokens, TOGETHER)
+            for piece in torch.split(tokens, together)
         ]
         sizes = [stream.x.shape[0] * stream.x.shape[1] for stream in streams]
         for stream, x in zip(streams, torch.split(torch.cat(moved), sizes), strict=True):
@@ -371,6 +389,10 @@ def _by_layer(plan: Plan) -> dict[int | None, Plan]:
     for name, recipe in plan.items():
         found.setdefault(layer_index(name), {})[name] = recipe
     return found
+
+
+def _experts(plan: Plan, wanted: bool) -> Plan:
+    return {name: recipe for name, recipe in plan.items() if is_expert(name) == wanted}
 
 
 def _part(recipe: Recipe, start: int, stop: int) -> Recipe:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError
+from hxaconv.load.fused import split_fused
 from hxaconv.load.student import (
     MissingSettings,
     is_student,
@@ -15,12 +16,10 @@ from hxaconv.load.student import (
     tensor_facts,
     variant_facts,
 )
-from hxaconv.load.teacher import split_fused
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import (
     ModelConfig,
     StudentConfig,
-    TeacherConfig,
     kv_cache_bytes,
     state_bytes,
     teacher_config,
@@ -38,6 +37,7 @@ PARTS = {
     "embedding": ("model.embed_tokens.",),
     "RWKV mixers": (),
     "GQA attention": (),
+    "routers and experts": (".mlp.experts.", ".mlp.gate.weight"),
     "MLPs": (".mlp.",),
     "norms": ("layernorm.", "model.norm."),
     "head": ("lm_head.",),
@@ -119,8 +119,7 @@ def _contradictions(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
     if all(is_attention(name) for name in plan):
         expected = {name: shape for name, shape in expected.items() if is_attention(name)}
     try:
-        if isinstance(config, TeacherConfig):
-            plan = split_fused(plan, config)
+        plan = split_fused(plan, config)
         check({name: recipe for name, recipe in plan.items() if name != HEAD or name in expected}, expected, "it")
     except HxaconvError as error:
         return error.message
@@ -192,6 +191,7 @@ def _dimensions(checkpoint: Checkpoint, config: ModelConfig | None) -> dict[str,
         known.pop("warnings", None)
         known |= {"rope_scaling": config.rope_scaling.to_dict() if config.rope_scaling else "none"}
         known["nope_layers"] = list(config.nope_layers)
+        known |= known.pop("experts") or {}
         if isinstance(config, StudentConfig):
             ranks = known.pop("ranks")
             known |= {RANK_KEYS[name]: ranks[name] for name in config.variant.rank_names}
@@ -199,7 +199,7 @@ def _dimensions(checkpoint: Checkpoint, config: ModelConfig | None) -> dict[str,
         return known
     facts = tensor_facts(checkpoint.plan)
     theta = rope_of(checkpoint.config or checkpoint.sidecar or {})[0]
-    keys = list(ModelConfig.__dataclass_fields__)
+    keys = [key for key in ModelConfig.__dataclass_fields__ if key != "experts"]
     raw = checkpoint.config or checkpoint.sidecar or {}
     return {key: facts.get(key, theta if key == "rope_theta" else raw.get(key)) for key in keys} | {
         key: list(value) if isinstance(value, tuple) else value for key, value in facts.items() if key not in keys

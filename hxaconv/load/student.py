@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError, Inconsistent, bullet_list, raise_all
+from hxaconv.load.fused import split_fused
 from hxaconv.load.teacher import split_tied_head
 from hxaconv.model.config import (
     ModelConfig,
@@ -14,9 +15,11 @@ from hxaconv.model.config import (
     number_problems,
     teacher_config,
 )
+from hxaconv.model.experts import KEYS as EXPERT_KEYS
+from hxaconv.model.experts import Experts, expert_facts, expert_problems
 from hxaconv.model.families import FAMILIES
 from hxaconv.model.model import Model, checked_here
-from hxaconv.model.names import EMBEDDING, is_attention, layer_kinds, template_of
+from hxaconv.model.names import EMBEDDING, expert_index, is_attention, is_expert, layer_kinds, template_of
 from hxaconv.model.plan import Plan
 from hxaconv.model.rope import rope_of
 from hxaconv.model.variants import VARIANTS, matching, nearest
@@ -111,6 +114,9 @@ def tensor_facts(plan: Plan) -> dict[str, Any]:
         template = template_of(name)[0]
         short = template.rsplit("self_attn.", 1)[-1] if ".self_attn." in template else template
         _shape_facts(short, recipe.shape, facts)
+    experts = {expert_index(name) for name in plan if is_expert(name)} - {None}
+    if experts:
+        facts["num_experts"] = max(expert or 0 for expert in experts) + 1
     key_rows, rows = facts.pop("rwkv_key_rows", None), facts.pop("rwkv_rows", None)
     if key_rows and "head_dim" in facts:
         facts["num_key_value_heads"] = key_rows // facts["head_dim"]
@@ -142,6 +148,8 @@ def _shape_facts(short: str, shape: tuple[int, ...], facts: dict[str, Any]) -> N
         facts["layer_records"] = True
     elif short.endswith("mlp.up_proj.weight"):
         facts["intermediate_size"] = shape[0]
+    elif short.endswith("mlp.experts.{e}.up_proj.weight"):
+        facts["moe_intermediate_size"] = shape[0]
 
 
 def config_facts(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -155,7 +163,7 @@ def config_facts(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     raise_all(f"{where}: config.json is not a student's that is known here:", problems, hint=hint, kind=Inconsistent)
     switches = ("tie_word_embeddings", "attention_bias", "mlp_bias")
     keys = ("rwkv_architecture", *SIZES, "rms_norm_eps", *switches, *RANK_KEYS.values())
-    facts = {key: raw[key] for key in keys if raw.get(key) is not None}
+    facts = {key: raw[key] for key in keys if raw.get(key) is not None} | expert_facts(raw)
     facts["rope_scaling"] = scaling
     if theta is not None:
         facts["rope_theta"] = theta
@@ -191,7 +199,8 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
 def model_facts(config: ModelConfig) -> dict[str, Any]:
     """What a teacher's config says of its students, and theirs of each other."""
     keys = (*SIZES, "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings")
-    return {key: getattr(config, key) for key in (*keys, "qk_norm", "attention_bias", "output_bias", "mlp_bias")}
+    facts = {key: getattr(config, key) for key in (*keys, "qk_norm", "attention_bias", "output_bias", "mlp_bias")}
+    return facts if config.experts is None else facts | {key: getattr(config.experts, key) for key in EXPERT_KEYS}
 
 
 def student_facts(config: StudentConfig) -> dict[str, Any]:
@@ -305,7 +314,17 @@ def resolve(sources: list[Facts], where: str) -> StudentConfig:
         attention_bias=bool(values.get("attention_bias")),
         output_bias=bool(values.get("output_bias")),
         mlp_bias=bool(values.get("mlp_bias")),
+        experts=_experts(values, where),
     )
+
+
+def _experts(values: Mapping[str, Any], where: str) -> Experts | None:
+    facts = {key: values[key] for key in EXPERT_KEYS if key in values}
+    if "num_experts" not in facts:
+        return None
+    hint = "Its config.json, or --teacher, has to say how tokens are routed."
+    raise_all(f"{where} holds experts:", expert_problems(facts), hint=hint)
+    return Experts(**facts)
 
 
 def _refuse_gaps(values: dict[str, Any], where: str) -> None:
@@ -376,6 +395,7 @@ def student_model(
     plan, tied = checkpoint.plan, None
     if config.tie_word_embeddings and (EMBEDDING in plan or teacher is None):
         plan, tied = split_tied_head(plan, checkpoint.label)
+    plan = split_fused(plan, config)
     model = Model(config, plan, checkpoint.label, checkpoint.config or checkpoint.sidecar or {}, tied, checkpoint)
     return model if headers_only else checked_here(model)
 

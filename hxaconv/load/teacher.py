@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
+from hxaconv.load.fused import split_fused
 from hxaconv.model.architecture import expected_tensors
-from hxaconv.model.config import TeacherConfig, teacher_config
+from hxaconv.model.config import teacher_config
 from hxaconv.model.model import Model, TiedHead, checked_here
-from hxaconv.model.names import EMBEDDING, HEAD, canonical_names, template_of
-from hxaconv.model.plan import Plan, Recipe, check, rows
+from hxaconv.model.names import EMBEDDING, HEAD, canonical_names
+from hxaconv.model.plan import Plan, Recipe, check
 
 if TYPE_CHECKING:
     from hxaconv.model.model import Checkpoint
@@ -63,30 +64,6 @@ def open_teacher(
 
 def _from_teacher(name: str, recipe: Recipe) -> Recipe:
     return Recipe(recipe.dtype, recipe.shape, recipe.make, f"teacher {name}")
-
-
-def split_fused(plan: Plan, config: TeacherConfig) -> Plan:
-    """Phi-3's qkv_proj and gate_up_proj as the row ranges they are made of; other tensors as they are."""
-    a, kv, f = config.attention_size, config.key_value_size, config.intermediate_size
-    parts = {
-        "model.layers.{i}.self_attn.qkv_proj.weight": (("q_proj", a), ("k_proj", kv), ("v_proj", kv)),
-        "model.layers.{i}.mlp.gate_up_proj.weight": (("gate_proj", f), ("up_proj", f)),
-    }
-    result: Plan = {}
-    for name, recipe in plan.items():
-        pieces = parts.get(template_of(name)[0])
-        if pieces is None:
-            result[name] = recipe
-            continue
-        if recipe.shape[0] != sum(size for _, size in pieces):
-            sizes = " + ".join(str(size) for _, size in pieces)
-            raise Inconsistent(f"{name} has {recipe.shape[0]} rows, the config implies {sizes}")
-        start, fused = 0, name.rsplit(".", 2)[1]
-        for part, size in pieces:
-            part_name = name.replace(fused, part)
-            result[part_name] = rows(recipe, start, start + size, f"{name} rows {start}:{start + size}")
-            start += size
-    return result
 
 
 def split_tied_head(plan: Plan, where: str) -> tuple[Plan, TiedHead | None]:

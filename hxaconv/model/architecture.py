@@ -19,7 +19,7 @@ def expected_tensors(config: ModelConfig) -> Shapes:
         for name, shape in mixer_tensors(config, layer).items():
             shapes[f"{prefix}.self_attn.{name}"] = shape
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (c,)
-        for name, shape in _mlp(config).items():
+        for name, shape in _mlp(config, layer).items():
             shapes[f"{prefix}.mlp.{name}"] = shape
     shapes["model.norm.weight"] = (c,)
     if not config.tie_word_embeddings:
@@ -34,8 +34,10 @@ def mixer_tensors(config: ModelConfig, layer: int) -> Shapes:
     return _gqa(config)
 
 
-def _mlp(config: ModelConfig) -> Shapes:
+def _mlp(config: ModelConfig, layer: int) -> Shapes:
     c, f = config.hidden_size, config.intermediate_size
+    if config.experts is not None and config.experts.in_layer(layer):
+        return config.experts.tensors(c)
     shapes: Shapes = {}
     for name, out_size, in_size in (("gate_proj", f, c), ("up_proj", f, c), ("down_proj", c, f)):
         shapes[f"{name}.weight"] = (out_size, in_size)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.model.families import FAMILIES, REFUSED, Biases, window_in_force
+from hxaconv.model.experts import Experts, expert_facts, expert_problems
+from hxaconv.model.families import FAMILIES, REFUSED, Biases, Family, window_in_force
 from hxaconv.model.rope import Rope, RopeScaling, rope_contradiction, rope_of, scaling_kind
 from hxaconv.model.variants import VARIANTS
 from hxaconv.model.variants.base import Ranks, Variant
@@ -49,6 +50,11 @@ class ModelConfig:
     output_bias: bool = False
     """Bias on the attention output."""
     mlp_bias: bool = False
+    experts: Experts | None = None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer has a mixture of experts, not one MLP."""
+        return self.experts is not None and self.experts.in_layer(layer)
 
     @property
     def attention_size(self) -> int:
@@ -125,12 +131,13 @@ def stored_dtype(raw: Mapping[str, Any]) -> str | None:
 def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling: bool) -> list[str]:
     kind = str(raw.get("model_type"))
     found = []
-    if any(raw.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
-        found.append("mixture of experts: an hxa079 layer has one dense MLP; a dense teacher is needed")
+    family = FAMILIES.get(kind, Family(title=""))
+    if kind in REFUSED:
+        found.append(f"{kind} is no Llama: {REFUSED[kind]}")
+    elif _other_experts(raw, family):
+        found.append(f"the mixture of experts of {kind!r}: of mixtures, that of Qwen3-MoE is known here")
     elif "text_config" in raw:
         found.append(f"{kind!r} wraps a language model in `text_config`: export the text model alone first")
-    elif kind in REFUSED:
-        found.append(f"{kind} is no Llama: {REFUSED[kind]}")
     elif kind not in FAMILIES:
         found.append(f"model_type {kind!r} is not known: a teacher is one of {', '.join(FAMILIES)}")
     else:
@@ -152,18 +159,23 @@ def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling
         found.append(
             f"sliding-window attention is in force ({window}): full attention is needed, as GQA layers have it"
         )
-    family = FAMILIES.get(str(kind))
-    usual = family.activation if family is not None else None
+    usual = family.activation if kind in FAMILIES else None
     activation = raw.get("hidden_act", raw.get("hidden_activation", usual))
     if activation not in ("silu", "swish"):
         found.append(f"hidden_act is {activation!r}: hxa079's MLP is SwiGLU, a teacher with silu is needed")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown method")
         found.append(f"the checkpoint is quantized ({method}): take the bf16 original")
-    output_bias = family is not None and family.biases(raw).output
+    output_bias = family.biases(raw).output
     if not allow_output_bias and (raw.get("mlp_bias") or output_bias):
         found.append("biases on o_proj or the MLP, which RWKV-Infer drops silently: --allow-output-bias keeps them")
     return found
+
+
+def _other_experts(raw: Mapping[str, Any], family: Family) -> bool:
+    other = ("n_routed_experts", "n_shared_experts", "shared_expert_intermediate_size")
+    own = () if family.experts else ("num_experts", "num_local_experts")
+    return any(raw.get(key) for key in (*other, *own))
 
 
 def _integers(raw: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
@@ -211,6 +223,8 @@ def teacher_config(
     if eps is None:
         problems.append("rms_norm_eps is not given; pass --rms-norm-eps")
     problems += number_problems({"rope_theta": theta, "rms_norm_eps": eps})
+    experts = expert_facts(raw)
+    problems += expert_problems(experts)
     tied = raw.get("tie_word_embeddings") if tie_word_embeddings is None else tie_word_embeddings
     if tied is None:
         tied = None if has_head is None else not has_head
@@ -233,6 +247,7 @@ def teacher_config(
         attention_bias=biases.inputs,
         output_bias=biases.output,
         mlp_bias=bool(raw.get("mlp_bias")),
+        experts=Experts(**experts) if experts else None,
         model_type=raw["model_type"],
         dtype=stored_dtype(raw),
         raw=dict(raw),

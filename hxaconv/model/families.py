@@ -115,6 +115,11 @@ def _smollm3_window(raw: Raw) -> str | None:
     return f"sliding_window is {window}, and use_sliding_window true"
 
 
+def _plainly_switched_window(raw: Raw) -> str | None:
+    """`sliding_window` counts in every layer where `use_sliding_window` is true."""
+    return _window(4096)(raw) if raw.get("use_sliding_window") else None
+
+
 def _reaches(window: Any, raw: Raw) -> bool:
     """Whether the window spans the whole context."""
     context = raw.get("max_position_embeddings")
@@ -138,6 +143,8 @@ class Family:
     """What transformers reads into a config.json without `hidden_act`."""
     problems: Callable[[Raw], list[str]] = _no_problems
     """What else a student could not compute, a line each."""
+    experts: bool = False
+    """Whether MLPs are mixtures of experts, where config.json names any."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -153,6 +160,13 @@ FAMILIES: dict[str, Family] = {
         biases=_all_biases,
         qk_norm=True,
         window=_switched_window,
+    ),
+    "qwen3_moe": Family(
+        title="Qwen3-MoE (norms on q and k, experts)",
+        biases=_all_biases,
+        qk_norm=True,
+        window=_plainly_switched_window,
+        experts=True,
     ),
     "phi3": Family(title="Phi-3 and Phi-4 (fused projections)", window=_window(None)),
     "seed_oss": Family(title="Seed-OSS (biases on q, k, v)", biases=_seed_oss_biases),

@@ -1,7 +1,7 @@
 """What every tensor is called in the three dialects: the one table, read in every direction.
 
 The HF column is the canonical name: inside the package a plan is always keyed by it.
-`{i}` stands for the layer number. A tensor without a row is an error, never a silent skip.
+`{i}` stands for the layer number, `{e}` for the expert's. A tensor without a row is an error, never a silent skip.
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ def _attention(suffix: str, rwkv: str | None = None, layer_kind: str | None = No
     )
 
 
+SPLIT = (
+    "model.layers.{i}.self_attn.qkv_proj.weight",
+    "model.layers.{i}.mlp.gate_up_proj.weight",
+    "model.layers.{i}.mlp.experts.gate_up_proj",
+    "model.layers.{i}.mlp.experts.down_proj",
+)
+"""What Phi-3, and transformers 5 with experts, store as one tensor: split on opening, and never written."""
+
 RWKV_PARAMETERS = tuple(
     dict.fromkeys(parameter.name for variant in VARIANTS.values() for parameter in variant.parameters)
 )
@@ -77,11 +85,14 @@ TABLE: tuple[Row, ...] = (
     _outside("model.layers.{i}.mlp.up_proj.bias", "blocks.{i}.ffn.up.bias"),
     _outside("model.layers.{i}.mlp.down_proj.weight", "blocks.{i}.ffn.down.weight"),
     _outside("model.layers.{i}.mlp.down_proj.bias", "blocks.{i}.ffn.down.bias"),
+    # No .pth carries experts.
+    _outside("model.layers.{i}.mlp.gate.weight", None),
+    _outside("model.layers.{i}.mlp.experts.{e}.gate_proj.weight", None),
+    _outside("model.layers.{i}.mlp.experts.{e}.up_proj.weight", None),
+    _outside("model.layers.{i}.mlp.experts.{e}.down_proj.weight", None),
     _outside("model.norm.weight", "ln_out.weight"),
     _outside("lm_head.weight", "head.weight"),
-    # Phi-3 keeps these fused; they are split on opening and never written.
-    _outside("model.layers.{i}.self_attn.qkv_proj.weight", None),
-    _outside("model.layers.{i}.mlp.gate_up_proj.weight", None),
+    *(_outside(name, None) for name in SPLIT),
 )
 
 DROPPED = re.compile(
@@ -95,15 +106,42 @@ and the layers for predicting several tokens, which generation does not use."""
 _INSIDE = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 _WRAPPERS = re.compile(rf"^(?:(?:module|_forward_module|base_model\.model)\.|{_INSIDE})+|(?<=\.){_INSIDE}")
 """What DDP, FSDP, torch.compile, Lightning and PEFT put into the names of a model that they wrap: left off."""
-_NUMBERED = re.compile(r"^((?:.*\.)?(?:layers|blocks)\.)(\d{1,5})(\..*)$")
+_NUMBERED = re.compile(
+    r"^((?:.*\.)?(?:layers|blocks)\.)(0|[1-9]\d{0,4})(\..*?)(?:(?<=\.mlp\.experts\.)(0|[1-9]\d{0,4})(\..*))?$"
+)
 
 
 def template_of(name: str) -> tuple[str, int | None]:
-    """`model.layers.7.mlp.up_proj.weight` -> (`model.layers.{i}.mlp.up_proj.weight`, 7)."""
+    """`model.layers.7.mlp.up_proj.weight` -> (`model.layers.{i}.mlp.up_proj.weight`, 7).
+
+    The number of an expert becomes `{e}`.
+    """
+    template, layer, _ = _numbers(name)
+    return template, layer
+
+
+def is_expert(name: str) -> bool:
+    """Whether a canonical name is that of one expert among several."""
+    return ".mlp.experts." in name
+
+
+def expert_index(name: str) -> int | None:
+    """The number of the expert whose tensor this is."""
+    return _numbers(name)[2]
+
+
+def _numbers(name: str) -> tuple[str, int | None, int | None]:
     match = _NUMBERED.match(name)
-    if match is None or (match[2] != "0" and match[2].startswith("0")):
-        return name, None
-    return f"{match[1]}{{i}}{match[3]}", int(match[2])
+    if match is None:
+        return name, None, None
+    start, layer, middle, expert, end = match.groups()
+    if expert is None:
+        return f"{start}{{i}}{middle}", int(layer), None
+    return f"{start}{{i}}{middle}{{e}}{end}", int(layer), int(expert)
+
+
+def _numbered(template: str, layer: int | None, expert: int | None) -> str:
+    return template.replace("{i}", str(layer)).replace("{e}", str(expert))
 
 
 def unwrapped(name: str) -> str:
@@ -184,10 +222,10 @@ def canonical_names(
     result: dict[str, str | None] = {}
     unknown: list[str] = []
     for name in names:
-        template, index = template_of(unwrapped(name))
+        template, index, expert = _numbers(unwrapped(name))
         row = reader.get((template, None)) or reader.get((template, kinds.get(-1 if index is None else index)))
         if row is not None:
-            result[name] = row.hf.replace("{i}", str(index))
+            result[name] = _numbered(row.hf, index, expert)
         elif DROPPED.search(unwrapped(name)):
             result[name] = None
         else:
@@ -219,17 +257,17 @@ def _refuse_collisions(result: Mapping[str, str | None], where: str) -> None:
 
 
 def _nearest(name: str, dialect: str) -> str:
-    template, index = template_of(unwrapped(name))
+    template, index, expert = _numbers(unwrapped(name))
     close = difflib.get_close_matches(template, [key[0] for key in _READERS[dialect]], n=1, cutoff=0.6)
-    return f" (nearest: {close[0].replace('{i}', str(index))})" if close else ""
+    return f" (nearest: {_numbered(close[0], index, expert)})" if close else ""
 
 
 def stored_name(canonical: str, dialect: str) -> str:
     """The name of a canonical tensor in `dialect`. A KeyError is ours: plans hold known names only."""
-    template, index = template_of(canonical)
+    template, index, expert = _numbers(canonical)
     name = getattr(_BY_HF[template], dialect)
     assert name is not None, f"{canonical} has no name in the {dialect} dialect"
-    return str(name).replace("{i}", str(index))
+    return _numbered(str(name), index, expert)
 
 
 def is_attention(canonical: str) -> bool:

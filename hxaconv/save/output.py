@@ -15,6 +15,7 @@ from hxaconv.formats import safetensors_layout, torchzip_layout
 from hxaconv.formats.files import SourceFile
 from hxaconv.formats.json_files import as_bytes
 from hxaconv.formats.layout import FileLayout
+from hxaconv.model.experts import PTH_REASON
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, is_attention, stored_name
 from hxaconv.model.plan import Plan, source_files, with_origin
@@ -143,6 +144,8 @@ def lay_out(
         HxaconvError: for a target that does not fit the format, and tensors that the container cannot hold.
     """
     _check_target(target, format, record)
+    if format == "pth" and student.config.experts is not None:
+        raise HxaconvError(PTH_REASON, hint="Write a folder: `hxaconv to-hf`, or --format hf.")
     whole = all_tensors or format != "training"
     tensors = stored_plan(student.plan, format, whole=whole)
     output = Output(

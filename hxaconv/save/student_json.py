@@ -60,6 +60,7 @@ def student_json(config: StudentConfig, raw: Mapping[str, Any], dtype: str) -> d
         "attention_bias": config.attention_bias,
         "attention_out_bias": config.output_bias,
         "mlp_bias": config.mlp_bias,
+        **(config.experts.to_config() if config.experts is not None else {}),
         "has_layer_records": config.layer_records,
         **{RANK_KEYS[name]: getattr(config.ranks, name) for name in config.variant.rank_names},
         **{key: raw[key] for key in CARRIED if key in raw},

@@ -118,6 +118,8 @@ class _Comparison:
                     self.report.layers.append(self._layer(streams, index))
                     if self.dump:
                         self.dump.append(f"hidden.{index}", streams.source.x)
+                for _ in self.walk.experts(index):
+                    self.report.tensors += compare_held(self.walk, SOURCE, OTHER)
                 advance(sum(layer_bytes(plan, index) for plan in plans), f"layer {index}")
             self._head(streams)
 
@@ -162,7 +164,7 @@ class _Comparison:
         before = theirs.carry if both and theirs.carry.v_first is not None else streams.fed
         fed = Stream(theirs.x, Carry(before.v_first, before.k_first))
         nowhere = self._without_rope(theirs.x, index)
-        one_input, one_layer = _same_place(fed, streams.source), self._same_layer() and _same_place(fed, theirs)
+        one_input, one_layer = _same_place(fed, streams.source), self._same_layer(index) and _same_place(fed, theirs)
         mine = [fed] if one_input else [fed, streams.source]
         rest = [] if one_layer else [theirs]
         left.mix(mine, index)
@@ -206,16 +208,21 @@ class _Comparison:
         right, config = self.right, replace(self.right.config, rope_scaling=None)
         return llama.attention(right.normed(x, index), right.weight, config, index, positions=nowhere)
 
-    def _same_layer(self) -> bool:
+    def _same_layer(self, index: int) -> bool:
         """Whether the layer at hand is one and the same of both models."""
         one, two = self.walk.held(SOURCE), self.walk.held(OTHER)
         alike = self.left.config == self.right.config and self.left.reference is self.right.reference
-        return alike and one == two
+        return alike and one == two and self._same_experts(index)
 
     def _same_mlp(self, index: int) -> bool:
         one, two = ({n: h for n, h in self.walk.held(r).items() if ".self_attn." not in n} for r in (SOURCE, OTHER))
-        configs = [(track.config.rms_norm_eps, track.config.mlp_bias) for track in (self.left, self.right)]
-        return one == two and configs[0] == configs[1]
+        configs = [(c.rms_norm_eps, c.mlp_bias, c.experts) for c in (self.left.config, self.right.config)]
+        return one == two and configs[0] == configs[1] and self._same_experts(index)
+
+    def _same_experts(self, index: int) -> bool:
+        """Whether the layer's experts, which are not held, are read from the same places."""
+        one, two = (self.walk.experts_of(role, index) for role in (SOURCE, OTHER))
+        return one.keys() == two.keys() and all(one[name].make == two[name].make for name in one)
 
     def _head(self, streams: _Streams | None) -> None:
         """The heads, and what comes out of them end to end, some of the vocabulary at a time."""

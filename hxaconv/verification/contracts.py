@@ -39,7 +39,7 @@ PADDED = Thresholds(layer=1e-5, kl=1e-9)
 
 SETTINGS = (
     *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("rms_norm_eps", "rope_theta", "qk_norm", "attention_bias", "output_bias", "mlp_bias"),
+    *("rms_norm_eps", "rope_theta", "qk_norm", "attention_bias", "output_bias", "mlp_bias", "experts"),
 )
 """What a student has from its teacher."""
 

@@ -123,6 +123,8 @@ def _run(
                 lost = index
             if dump:
                 dump.append(f"hidden.{index}", stream.x)
+            for _ in walk.experts(index):
+                broken += _looked(walk, claims)
             advance(layer_bytes(plan, index), f"layer {index}")
         worst = _largest_logit(walk, stream.x, dump, broken, claims)
     report.check(

@@ -176,6 +176,12 @@ def config_values(raw: Mapping[str, Any]) -> dict[str, Any]:
         "biases of q, k, v": raw.get("attention_bias"),
         "bias of the attention output": raw.get("attention_out_bias"),
         "biases of the MLP": raw.get("mlp_bias"),
+        "experts": raw.get("num_experts"),
+        "experts per token": raw.get("num_experts_per_tok"),
+        "size of an expert": raw.get("moe_intermediate_size"),
+        "shares of experts renormalised": raw.get("norm_topk_prob"),
+        "layers without experts": raw.get("mlp_only_layers"),
+        "every how many layers there are experts": raw.get("decoder_sparse_step"),
         "rank of w": raw.get("lora_rank_decay"),
         "rank of a": raw.get("lora_rank_iclr"),
         "rank of v": raw.get("lora_rank_value_residual_mix"),
@@ -198,6 +204,9 @@ def shape_values(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str
     up = next((shape for name, shape in shapes.items() if name.endswith(".mlp.up_proj.weight")), None)
     if up is not None:
         values["intermediate size"] = up[0]
+    experts = {int(found[1]): shape for name, shape in shapes.items() if (found := _EXPERT.search(name))}
+    if experts:
+        values["experts"], values["size of an expert"] = max(experts) + 1, experts[0][0]
     bonus = next((shape for name, shape in shapes.items() if name.endswith(".self_attn.r_k")), None)
     if bonus is not None:
         values["heads"], values["head_dim"] = bonus
@@ -225,6 +234,9 @@ def shape_values(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str
     if most in spelled:
         values["dtype"] = values["dtype, newer spelling"] = spelled[most]
     return values
+
+
+_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.up_proj\.weight$")
 
 
 def _layer(name: str) -> int:

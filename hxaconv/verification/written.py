@@ -77,6 +77,20 @@ def check_files(report: Report, checkpoint: Checkpoint) -> None:
         report.check("checksums", not wrong, listed(wrong) or "every CRC-32 in the file is that of its bytes")
 
 
+def _experts(config: StudentConfig) -> dict[str, Any]:
+    experts = config.experts
+    if experts is None:
+        return {}
+    return {
+        "experts": experts.num_experts,
+        "experts per token": experts.num_experts_per_tok,
+        "size of an expert": experts.moe_intermediate_size,
+        "shares of experts renormalised": experts.norm_topk_prob,
+        "layers without experts": list(experts.mlp_only_layers),
+        "every how many layers there are experts": experts.decoder_sparse_step,
+    }
+
+
 def intended(config: StudentConfig, dtype: str) -> dict[str, Any]:
     """What a loader has to read in the config of such a student."""
     spelled = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype]
@@ -100,6 +114,7 @@ def intended(config: StudentConfig, dtype: str) -> dict[str, Any]:
         "biases of q, k, v": config.attention_bias,
         "bias of the attention output": config.output_bias,
         "biases of the MLP": config.mlp_bias,
+        **_experts(config),
         **{f"rank of {letter}": rank for letter, rank in ranks.items() if rank},
         "dtype": spelled,
         "dtype, newer spelling": spelled,

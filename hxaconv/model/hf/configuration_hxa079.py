@@ -48,6 +48,9 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
         enable_qk_norm: RMSNorm over head_dim on r and k (RWKV) or q and k (GQA).
         attention_bias: biases on q, k, v, in RWKV layers on receptance, key, value.
         attention_out_bias: biases on o_proj, in RWKV layers on output.
+        num_experts: experts in place of the MLP in layers that are not in `mlp_only_layers` and whose number, counted
+            from 1, is a multiple of decoder_sparse_step; 0 for one MLP everywhere. num_experts_per_tok,
+            moe_intermediate_size and norm_topk_prob as in transformers' Qwen3Moe.
         has_layer_records: RWKV layers carry the 0-dim tensors layer_architecture and head_size_record.
         use_fla_kernels: run long inputs on flash-linear-attention's kernel where it is installed, on a GPU,
             in bfloat16 or float16.
@@ -84,6 +87,12 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
         attention_bias: bool = False,
         attention_out_bias: bool = False,
         mlp_bias: bool = False,
+        num_experts: int = 0,
+        num_experts_per_tok: int = 8,
+        moe_intermediate_size: int = 768,
+        norm_topk_prob: bool = False,
+        mlp_only_layers: Sequence[int] | None = None,
+        decoder_sparse_step: int = 1,
         has_layer_records: bool = True,
         nope_in_transformer: bool = True,
         nope_in_rwkv: bool = False,
@@ -124,6 +133,13 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
         self.attention_bias = attention_bias
         self.attention_out_bias = attention_out_bias
         self.mlp_bias = mlp_bias
+        if num_experts:
+            self.num_experts = num_experts
+            self.num_experts_per_tok = num_experts_per_tok
+            self.moe_intermediate_size = moe_intermediate_size
+            self.norm_topk_prob = norm_topk_prob
+            self.mlp_only_layers = list(mlp_only_layers or ())
+            self.decoder_sparse_step = decoder_sparse_step
         self.has_layer_records = has_layer_records
         self.nope_in_transformer = nope_in_transformer
         self.nope_in_rwkv = nope_in_rwkv
@@ -164,6 +180,14 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
                 f"config.json: {self.num_attention_heads=} must be a multiple of"
                 f" {self.num_key_value_heads=}, and {self.head_dim=} even"
             )
+
+    @property
+    def expert_layers(self) -> list[int]:
+        """The layers with a mixture of experts in place of the MLP."""
+        if not getattr(self, "num_experts", 0):
+            return []
+        every = range(self.num_hidden_layers)
+        return [i for i in every if i not in self.mlp_only_layers and (i + 1) % self.decoder_sparse_step == 0]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, with RoPE in both spellings and an auto_map that works offline."""

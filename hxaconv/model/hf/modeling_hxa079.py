@@ -493,15 +493,39 @@ class Hxa079Attention(nn.Module):
 class Hxa079MLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: Hxa079Config) -> None:
+    def __init__(self, config: Hxa079Config, inner: int, bias: bool) -> None:
         super().__init__()
-        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        size = config.hidden_size
         self.gate_proj = nn.Linear(size, inner, bias=bias)
         self.up_proj = nn.Linear(size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Hxa079Experts(nn.Module):
+    """A mixture of SwiGLU experts: the num_experts_per_tok with the largest softmax(gate(x)), weighted by that."""
+
+    def __init__(self, config: Hxa079Config) -> None:
+        super().__init__()
+        self.per_token, self.normed = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        inner = config.moe_intermediate_size
+        self.experts = nn.ModuleList(Hxa079MLP(config, inner, bias=False) for _ in range(config.num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        shares = wide(self.gate(tokens)).softmax(dim=-1)
+        weights, chosen = shares.topk(self.per_token, dim=-1)
+        if self.normed:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        y = torch.zeros_like(tokens)
+        for expert in chosen.unique().tolist():
+            token, place = torch.where(chosen == expert)
+            part = self.experts[expert](tokens[token]) * weights[token, place, None].to(x.dtype)
+            y = y.index_add(0, token, part)
+        return y.view_as(x)
 
 
 class Hxa079DecoderLayer(nn.Module):
@@ -511,7 +535,8 @@ class Hxa079DecoderLayer(nn.Module):
         super().__init__()
         mixer = Hxa079Attention if layer in config.transformer_layers else Hxa079TimeMix
         self.self_attn = mixer(config, layer)
-        self.mlp = Hxa079MLP(config)
+        mixture = layer in config.expert_layers
+        self.mlp = Hxa079Experts(config) if mixture else Hxa079MLP(config, config.intermediate_size, config.mlp_bias)
         self.input_layernorm = Hxa079RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Hxa079RMSNorm(config.hidden_size, config.rms_norm_eps)
 
