@@ -111,6 +111,15 @@ def test_published_weights_beside_a_step_come_first(masters: dict[str, Tensor], 
         open_checkpoint(TEACHER, weights="master")
 
 
+def test_empty_tensors_beside_a_step_of_zero_3(masters: dict[str, Tensor], tmp_path: Path) -> None:
+    zero_folder(tmp_path / "run", masters, stage=3, ranks=2)
+    small = {name: x if x.numel() < 100 else torch.empty(0) for name, x in masters.items()}
+    torch.save(small, tmp_path / "run" / "trainable_only_weights.pth")
+    assert same(open_checkpoint(tmp_path / "run"), masters)
+    with pytest.raises(HxaconvError, match="ZeRO-3 saves them so"):
+        open_checkpoint(tmp_path / "run" / "trainable_only_weights.pth")
+
+
 def optimizer_file(inside: Path, rank: int) -> Path:
     return inside / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.errors import MAX_LISTED, HxaconvError, raise_all
 from hxaconv.formats import Contents, read_contents
 from hxaconv.formats.contents import show
 from hxaconv.formats.files import SourceFile, kind_of
@@ -166,7 +166,11 @@ def open_folder(
             f"--weights {weights}: {label} was not saved by DeepSpeed's ZeRO, and has one set of weights",
             hint="Leave --weights out.",
         )
-    return assemble(folder)
+    found = assemble(folder)
+    if trained is not None and any(0 in recipe.shape for recipe in found.plan.values()):
+        # A state dict that was saved under ZeRO-3 without gathering: the step beside it has the values.
+        return _from_trainer(trained, folder, root, weights)
+    return found
 
 
 def _files(entries: Collection[Path]) -> Iterator[tuple[str, Path]]:
@@ -355,7 +359,9 @@ def _merged(
     # Files that stand for themselves are models of their own, however much alike: which one is for the user to say.
     parts = bool(selection.weight_map) or all(SHARD.search(name) for name in selection.names)
     for file, contents in opened:
-        for name in contents.tensors.keys() & merged.keys():
+        for name in contents.tensors:
+            if name not in merged:
+                continue
             other = merged[name]
             same = parts and not any(
                 source.path is None for recipe in (other, contents.tensors[name]) for source in recipe.make.sources()
@@ -365,11 +371,15 @@ def _merged(
         merged |= {name: recipe for name, recipe in contents.tensors.items() if name not in merged}
     if not differing:
         return merged, None
-    hint = "Give the one file to convert by its path."
+    if not parts:
+        each = "\n".join(f"  - {file.name}: {len(contents.tensors)} tensors" for file, contents in opened[:MAX_LISTED])
+        return merged, HxaconvError(
+            f"{folder.label} holds {len(opened)} files with the same tensors, each a checkpoint of its own:\n{each}",
+            hint="Give the one file to convert by its path.",
+        )
+    hint = "One of the shards is stale: download the folder again."
     if selection.weight_map:
         hint = "Readers take either; take the stale copy out, or download the folder again."
-    elif parts:
-        hint = "One of the shards is stale: download the folder again."
     return merged, HxaconvError(
         f"{folder.label}: tensors that several files hold:\n" + "\n".join(f"  - {line}" for line in differing[:12]),
         hint=hint,
@@ -420,7 +430,8 @@ def _check_dimensions(plan: Plan, label: str) -> None:
     if empty:
         hint = (
             f"{empty} are empty: ZeRO-3 saves them so where the trainer does not gather them first."
-            " Give the folder with its global_step*, or set stage3_gather_16bit_weights_on_model_save and save again."
+            " Give the folder that its step is in (global_step*, with the files of all ranks), or set"
+            " stage3_gather_16bit_weights_on_model_save and save again."
         )
     raise_all(f"{label}: tensors with the wrong number of dimensions, or without elements:", odd, hint=hint)
 
