@@ -20,10 +20,12 @@ from conftest import GOLDEN, TINY_TEACHER
 from safetensors.torch import load_file, save_file
 
 import hxaconv
+from hxaconv.calibration.cache import Cache, Done, State
 from hxaconv.calibration.plot import check_plot, plot
 from hxaconv.calibration.report import CalibrationReport, Distances, LayerReport
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.json_files import plain_data
+from hxaconv.forward.state import StateFile
 from hxaconv.save.card import calibration_section
 
 Cli = Callable[..., int]
@@ -294,3 +296,28 @@ def test_a_calibrated_student_in_transformers_is_as_near_as_the_report_says(
     assert found["c"] == pytest.approx(told.calibrated, rel=2e-3)
     assert found["p"] == pytest.approx(told.plain, rel=2e-3)
     assert found["c"] < 0.4 * found["p"]
+
+
+@pytest.mark.parametrize("polished", [False, True])
+def test_what_another_machine_has_begun_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, polished: bool
+) -> None:
+    def load() -> object:
+        return StateFile(tmp_path / "state", "key").load() if polished else Cache(tmp_path, "key").load("cpu")
+
+    if polished:
+        StateFile(tmp_path / "state", "key").save({"x": torch.zeros(2)}, {})
+    else:
+        Cache(tmp_path, "key").save(State(0, torch.zeros(1, 2, 4), done=[Done(0, {}, None)]))
+        monkeypatch.setattr(Cache, "_load_layer", lambda cache, layer: Done(layer, {}, None))
+    assert load() is not None
+    told = {"torch": "2.0", "instructions": "AVX9"}
+    for module in ("forward.state", "calibration.cache"):
+        monkeypatch.setattr(f"hxaconv.{module}.computed_with", lambda *_: told)
+    with pytest.raises(HxaconvError, match=r"was begun with .*; here it is 2\.0, AVX9, and sums differ"):
+        load()
+
+
+def test_a_record_tells_what_calibrated_values_depend_on(whole: Path) -> None:
+    told = json.loads((whole / "hxaconv.json").read_text())["calibration"]["computed_with"]
+    assert told == {"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability()}

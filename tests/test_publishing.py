@@ -324,3 +324,13 @@ def test_a_copy_of_a_kept_shard_that_was_damaged_is_copied_again(
         damage_data(path)
     assert cli(*pick, "--resume") == 0
     assert tree(tmp_path / "p") == whole
+
+
+def test_files_in_folders_are_taken_over_and_replaced(tmp_path: Path) -> None:
+    name = "additional_chat_templates/tools.jinja"
+    out = output(tmp_path / "out", plan_over(source(tmp_path)), copied_files={name: source(tmp_path)})
+    verified(out)
+    assert (out.target / name).read_bytes() == source(tmp_path).path.read_bytes()  # type: ignore[union-attr]
+    record = json.loads((out.target / "hxaconv.json").read_text())
+    assert record["files"].keys() == {name, "config.json", "model.safetensors.index.json"}
+    verified(out, overwrite=True)

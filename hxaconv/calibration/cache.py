@@ -25,6 +25,7 @@ from torch import Tensor
 from hxaconv.calibration.report import Distances, LayerReport, Settings
 from hxaconv.errors import HxaconvError
 from hxaconv.forward.batches import First
+from hxaconv.forward.fingerprint import computed_with, refuse_to_mix
 from hxaconv.forward.fingerprint import fingerprint as fingerprint_of
 from hxaconv.model.model import Model
 from hxaconv.save import locks
@@ -83,6 +84,7 @@ class Cache:
                 facts = file.metadata() or {}
                 if facts.get("key") != self.key:
                     return None
+                refuse_to_mix(self.folder, facts.get("computed_with"), json.dumps(computed_with(device)))
                 tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
             layer = int(facts["layer"])
             done = [self._load_layer(i) for i in range(layer)]
@@ -116,7 +118,8 @@ class Cache:
         tensors = {"x": state.x}
         if first is not None:
             tensors |= {"v_first": first[0], "k_first": first[1]}
-        self._write(self._stream, tensors, {"layer": str(state.layer)})
+        facts = {"layer": str(state.layer), "computed_with": json.dumps(computed_with(str(state.x.device)))}
+        self._write(self._stream, tensors, facts)
 
     def load_distances(self) -> Distances | None:
         """The divergences as they were measured first, or None."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from hxaconv.errors import raise_all
 from hxaconv.formats.json_files import plain_data
+from hxaconv.forward.fingerprint import computed_with
 
 REFIT_OUTPUT = ("auto", "never", "always")
 
@@ -132,4 +133,5 @@ class CalibrationReport:
         """For hxaconv.json: numbers to four digits, KL to three, since more would only be noise."""
         told = {name: value for name, value in asdict(self).items() if name != "distances"}
         distances = asdict(self.distances) if self.distances else None
-        return {**plain_data(told, 4), "kl_teacher_student": plain_data(distances, 3)}
+        machine = computed_with(str(self.settings.get("device", "cpu")))
+        return {**plain_data(told, 4), "kl_teacher_student": plain_data(distances, 3), "computed_with": machine}

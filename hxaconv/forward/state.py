@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, zeros
 
 from hxaconv.errors import HxaconvError
+from hxaconv.forward.fingerprint import computed_with, refuse_to_mix
 
 SECONDS_BETWEEN_SAVES = 10.0
 SHARE_OF_SAVING = 0.1
@@ -45,6 +46,7 @@ class StateFile:
                 facts = file.metadata() or {}
                 if facts.get("key") != self.key:
                     return None
+                refuse_to_mix(self.path, facts.get("computed_with"), json.dumps(computed_with()))
                 names = [name for name in file.keys() if name]  # noqa: SIM118
                 return {name: file.get_tensor(name) for name in names}, json.loads(facts["state"])
         except (OSError, SafetensorError, KeyError, ValueError):
@@ -77,8 +79,9 @@ class StateFile:
         beside = self.path.with_name(f"{self.path.name}.part")
         # A file without tensors is not read back by every version of safetensors.
         held = {name: values.contiguous().cpu() for name, values in tensors.items()} or {"": zeros(1)}
+        told = {"key": self.key, "state": json.dumps(facts), "computed_with": json.dumps(computed_with())}
         try:
-            save_file(held, beside, metadata={"key": self.key, "state": json.dumps(facts)})
+            save_file(held, beside, metadata=told)
             os.replace(beside, self.path)
         except (OSError, SafetensorError) as error:
             beside.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from hxaconv.formats.dtypes import BY_NAME
 
@@ -64,6 +65,15 @@ class Checks:
 def digest_of(data: bytes, kind: str) -> str:
     """The digest of a small file, as those of tensors are written; sha256 where tensors have none."""
     return f"crc32:{zlib.crc32(data):08x}" if kind == "crc32" else f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def digest_of_file(path: Path, kind: str) -> str:
+    """The same of a file, which may be large."""
+    checks = Checks("U8", crc32=kind == "crc32", sha256=kind != "crc32", finite=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(1024 * 1024):
+            checks.update(memoryview(chunk))
+    return checks.finished(path.name).digest("crc32" if kind == "crc32" else "sha256") or ""
 
 
 def count_nonfinite(chunk: memoryview, dtype: str) -> int:

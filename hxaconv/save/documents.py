@@ -15,7 +15,7 @@ from hxaconv.formats.layout import FileLayout
 from hxaconv.formats.safetensors_layout import INDEX_NAME, index_json
 from hxaconv.model.plan import Scratch
 from hxaconv.save import diskio
-from hxaconv.save.checksums import Finished, digest_of
+from hxaconv.save.checksums import Finished, digest_of, digest_of_file
 from hxaconv.save.output import Output
 from hxaconv.save.staging import Staging
 
@@ -80,11 +80,10 @@ def write_provenance(
 
 def _file_digests(staging: Staging, output: Output, kind: str) -> dict[str, str]:
     """Small files by name; of a sidecar, in which this is to stand, its settings."""
-    found = {}
-    for name in [*output.copied_files, *_documents(output)]:
-        data = (staging.content / name).read_bytes()
-        sidecar = name == output.sidecar_name and not output.is_folder
-        found[name] = settings_digest(json.loads(data), kind) if sidecar else digest_of(data, kind)
+    found = {name: digest_of_file(staging.content / name, kind) for name in [*output.copied_files, *_documents(output)]}
+    if not output.is_folder and output.sidecar_name in found:
+        settings = json.loads((staging.content / output.sidecar_name).read_bytes())
+        found[output.sidecar_name] = settings_digest(settings, kind)
     return found
 
 
@@ -180,7 +179,10 @@ def _zip_tensors(path: Path) -> dict[str, list[Any]]:
 def _write(staging: Staging, name: str, chunks: Iterable[bytes | memoryview]) -> None:
     path = staging.content / name
     try:
+        path.parent.mkdir(exist_ok=True)
         diskio.write_file(path, chunks, staging.path)
+        if path.parent != staging.content:
+            diskio.sync_folder(path.parent)
     except OSError as error:
         error.filename = path  # not all calls know it
         raise

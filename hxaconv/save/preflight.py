@@ -22,7 +22,7 @@ _REPLACEABLE = re.compile(
     r"(model|pytorch_model)((-\d{5}-of-\d{5})?\.(safetensors|bin)|\.(safetensors|bin)\.index\.json)"
     r"|(hxaconv|config|generation_config|preprocessor_config|processor_config|chat_template)\.json"
     r"|(tokenizer|vocab|merges|special_tokens|added_tokens)\w*\.(json|txt|model)|chat_template\.jinja"
-    r"|README\.md|(LICENSE|NOTICE|USE_POLICY)(\.\w+)?|\.gitattributes|\.cache|__pycache__"
+    r"|README\.md|(LICENSE|NOTICE|USE_POLICY)(\.\w+)?|\.gitattributes|\.cache|__pycache__|additional_chat_templates"
     r"|(configuration|modeling|tokenization|processing|image_processing)_\w+\.py"
 )
 """Names in a checkpoint's folder: what this package, transformers and downloads from the Hub put there."""

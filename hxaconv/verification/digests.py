@@ -10,7 +10,7 @@ from hxaconv.errors import CheckFailed, HxaconvError, bullet_list
 from hxaconv.formats.contents import show
 from hxaconv.model.plan import Recipe, Scratch, total_bytes
 from hxaconv.progress import Progress, bar
-from hxaconv.save.checksums import DIGESTS, Checks, digest_of
+from hxaconv.save.checksums import DIGESTS, Checks, digest_of_file
 from hxaconv.save.documents import settings_digest
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def wrong_files(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> list[s
         if not root.is_dir():
             found = settings_digest(checkpoint.sidecar or {}, kind)
         elif (root / name).is_file():
-            found = digest_of((root / name).read_bytes(), kind)
+            found = digest_of_file(root / name, kind)
         else:
             problems.append(f"{name} is recorded and not there")
             continue
