@@ -169,7 +169,7 @@ def test_too_few_tokens_are_refused(small):
 
 
 def test_a_start_that_cannot_be_bettered_is_left(small, monkeypatch):
-    monkeypatch.setattr(module, "RATE", 10.0)
+    monkeypatch.setattr(module, "RATE", 1000.0)
     found = polish(*small, some_ids(small[0]), 48 * 5)
     assert found.report.best_step == 0 and not found.replaced
     assert replace(found.report, curve=()) != found.report
