@@ -223,6 +223,7 @@ def make(name: str) -> dict[str, Any]:
     if case.tokens:
         command += ["--init", "calibrated", "--input-ids", str(BUILD / "fit.npy"), "--tokens", str(case.tokens)]
         command += [*(["--polish-tokens", str(case.polish)] if case.polish else []), *case.options]
+    target.parent.mkdir(exist_ok=True)
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     subprocess.run([sys.executable, "-m", "hxaconv", *command, "--overwrite"], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
