@@ -375,6 +375,7 @@ class Write(Group):
     ] = None
     max_shard_size: Annotated[str, Option(help="Largest file of an hf folder: 5GB, 500MB, 4GiB.")] = "5GB"
     copy_code: Annotated[bool, Option(help="Copy .py files of the source too.")] = False
+    keep_shell: Annotated[bool, Option(help="Carry vision tensors and processor files through.")] = False
     dry_run: Annotated[bool, Option(help="Print the plan, write nothing.")] = False
     overwrite: Annotated[bool, Option(help="Replace OUT once the new one is complete.")] = False
     resume: Annotated[bool, Option(help="Continue an interrupted run.")] = False

@@ -104,6 +104,46 @@ def test_transformers_agrees(name: str, tmp_path: Path) -> None:
         assert (rotated - expected).abs().max() > 1e-2
 
 
+VISION = {"hidden_size": 16, "intermediate_size": 24}
+MROPE = {"rope_type": "default", "mrope_section": [2, 2, 2], "mrope_interleaved": True, "rope_theta": 5e6}
+TEXT = SIZES | {"hidden_size": 48, "head_dim": 12, "num_attention_heads": 4}
+SHELLS = {
+    "Mistral3": {
+        "text_config": TEXT | {"model_type": "mistral", "sliding_window": None},
+        "vision_config": VISION
+        | {"model_type": "pixtral", "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "head_dim": 8},
+        "image_token_index": 88,
+        "tie_word_embeddings": False,
+    },
+    "Qwen3VL": {
+        "text_config": TEXT | {"rope_parameters": MROPE},
+        "vision_config": VISION
+        | {"depth": 1, "num_heads": 2, "out_hidden_size": 48, "deepstack_visual_indexes": [0], "patch_size": 16},
+        "image_token_id": 80,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SHELLS)
+def test_the_text_model_of_a_shell_is_taken(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SHELLS[name])
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).double().eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(80, (2, 17))
+    with torch.no_grad():
+        expected = model(ids).logits
+    checkpoint = open_checkpoint(tmp_path)
+    teacher = open_teacher(checkpoint)
+    found, _ = llama.forward(ids, lambda key: tensor(teacher.plan[key], dtype=torch.float64), teacher.config)
+    assert (found - expected).abs().max() < AGREEMENT
+    parts = {"Mistral3": ("vision_tower", "multi_modal_projector"), "Qwen3VL": ("visual",)}[name]
+    assert all(f"tensors of {part}" in str(teacher.teacher.warnings) for part in parts)
+    assert set(checkpoint.shell).isdisjoint(checkpoint.stored_names.values())
+    assert len(checkpoint.shell) + len(teacher.plan) == sum(1 for _ in model.state_dict())
+
+
 def test_what_remains_is_the_float32_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With RMSNorm, angles and softmax in float32 here too, the two agree to rounding in float64."""
 

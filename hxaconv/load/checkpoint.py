@@ -17,6 +17,7 @@ from hxaconv.load.companions import TEMPLATES, is_companion
 from hxaconv.load.kinds import kind_of_config, kind_of_tensors
 from hxaconv.load.trained import Trained, find_trained
 from hxaconv.load.weight_files import SHARD, WEIGHTS, Folder, Selection, facts_of, select_weights
+from hxaconv.model import shells
 from hxaconv.model.config import teacher_config
 from hxaconv.model.model import Checkpoint
 from hxaconv.model.names import HEAD, canonical_names, detect_dialect, layer_kinds, unknown_names
@@ -317,9 +318,15 @@ def _checkpoint(
 ) -> Checkpoint:
     selection = selection or Selection(names=())
     merged, problem = _merged(folder, opened, selection)
-    dialect = detect_dialect(merged)
+    shell = {name: recipe for name, recipe in merged.items() if shells.is_part(name)}
+    names = {shells.text_name(name): name for name in merged if name not in shell}
+    shell_config: Mapping[str, Any] = {}
+    if config is not None and "text_config" in config:
+        config, shell_config = shells.text_config(config), shells.shell_settings(config)
+    dialect = detect_dialect(names)
     try:
-        canonical, unknown = canonical_names(merged, dialect, folder.label)
+        found_names, unknown = canonical_names(names, dialect, folder.label)
+        canonical, unknown = {names[old]: new for old, new in found_names.items()}, [names[name] for name in unknown]
     except HxaconvError as error:
         canonical, unknown, problem = {}, [], problem or error
     plan = {new: merged[old] for old, new in canonical.items() if new is not None}
@@ -332,6 +339,7 @@ def _checkpoint(
         container=first.container,
         dialect=dialect,
         plan=plan,
+        shell=shell,
         stored_names={new: old for old, new in canonical.items() if new is not None},
         dropped=tuple(old for old, new in canonical.items() if new is None),
         unknown={name: merged[name] for name in unknown},
@@ -341,6 +349,8 @@ def _checkpoint(
         files=tuple(files or (file for file, _ in opened)),
         companions={name: folder.open(name) for name in folder.sizes if is_companion(name)},
         code_files={name: folder.open(name) for name in folder.sizes if re.fullmatch(r"[\w-]+\.py", name)},
+        shell_config=shell_config,
+        shell_files={name: folder.open(name) for name in shells.PROCESSOR_FILES if name in folder.sizes},
         root=folder.root,
         repo=folder.repo,
         revision=folder.revision,

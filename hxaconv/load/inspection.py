@@ -27,6 +27,7 @@ from hxaconv.model.config import (
 from hxaconv.model.names import HEAD, is_attention, layer_kinds, template_of
 from hxaconv.model.plan import Plan, Recipe, Scratch, check, total_bytes
 from hxaconv.model.rope import rope_of
+from hxaconv.model.shells import summary
 from hxaconv.model.variants import matching, nearest
 from hxaconv.model.variants.base import RANK_KEYS
 
@@ -64,6 +65,7 @@ def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
         "parts": parts(plan),
         "layers": strip(plan),
         "left_behind": list(checkpoint.dropped),
+        "shell": summary(checkpoint.shell) or None,
         "nested_under": checkpoint.extra.get("nested_under"),
         "not_tensors": list(checkpoint.extra.get("ignored", ())),
         "one_tensor": [list(names) for names in checkpoint.extra.get("aliases", ())],

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hxaconv.errors import HxaconvError, bullet_list
+from hxaconv.model import shells
 from hxaconv.model.families import FAMILIES
 
 
@@ -149,6 +150,8 @@ def _shell(raw: Mapping[str, Any]) -> Kind | None:
     inner = next((raw[key] for key in _SHELLS if isinstance(raw.get(key), Mapping)), None)
     if inner is None or raw.get("model_type") in FAMILIES:
         return None
+    if "text_config" in raw and shells.text_config(raw)["model_type"] in FAMILIES:
+        return None  # its text model is taken
     return Kind(
         f"a shell of several modalities ({raw.get('model_type')}) around a language model"
         f" ({inner.get('model_type') or 'of a kind it does not name'})",

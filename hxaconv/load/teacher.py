@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
@@ -12,6 +13,7 @@ from hxaconv.model.config import teacher_config
 from hxaconv.model.model import Model, TiedHead, checked_here
 from hxaconv.model.names import EMBEDDING, HEAD, canonical_names
 from hxaconv.model.plan import Plan, Recipe, check
+from hxaconv.model.shells import summary
 
 if TYPE_CHECKING:
     from hxaconv.model.model import Checkpoint
@@ -50,6 +52,9 @@ def open_teacher(
         drop_rope_scaling=drop_rope_scaling,
         tie_word_embeddings=tie_word_embeddings,
     )
+    if checkpoint.shell:
+        left = f"the text model is taken; {summary(checkpoint.shell)} are left out (--keep-shell carries them along)"
+        config = replace(config, warnings=(*config.warnings, left))
     plan = split_fused(checkpoint.plan, config)
     tied = None
     if config.tie_word_embeddings:

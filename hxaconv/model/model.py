@@ -27,6 +27,12 @@ class Checkpoint:
     """Canonical name -> recipe, in storage order."""
     stored_names: Mapping[str, str]
     """Canonical name -> name in the file."""
+    shell: Plan = field(default_factory=dict)
+    """Stored name -> recipe of what wraps a text model: vision, audio."""
+    shell_config: Mapping[str, Any] = field(default_factory=dict)
+    """What config.json says of it."""
+    shell_files: Mapping[str, SourceFile] = field(default_factory=dict)
+    """Files of its processor."""
     dropped: tuple[str, ...] = ()
     """Known buffers that are left behind."""
     unknown: Mapping[str, Recipe] = field(default_factory=dict)
@@ -34,7 +40,7 @@ class Checkpoint:
     problem: HxaconvError | None = None
     """Why it is neither teacher nor student, where it was opened all the same."""
     config: Mapping[str, Any] | None = None
-    """config.json beside the weights, as it is."""
+    """config.json beside the weights, as it is; of a shell, that of its text model."""
     sidecar: Mapping[str, Any] | None = None
     """NAME.json beside NAME.pth, where it is one of ours."""
     record: SourceFile | None = None

@@ -84,6 +84,8 @@ class Output:
     whole: bool = True
     """Whether all of the student's tensors are written, not attention alone."""
     copy_code: bool = False
+    shell: Plan = field(default_factory=dict)
+    """Tensors that wrap a text model, under their own names; folders only."""
 
     @property
     def is_folder(self) -> bool:
@@ -111,7 +113,7 @@ class Output:
 
     def refilled(self, student: Model, record: Record) -> Output:
         """The same files with the values of another student: of the same names, shapes and dtypes."""
-        tensors = stored_plan(student.plan, self.format, whole=self.whole)
+        tensors = stored_plan(student.plan, self.format, whole=self.whole) | self.shell
         assert {n: (r.dtype, r.shape) for n, r in tensors.items()} == {
             n: (r.dtype, r.shape) for n, r in self.tensors.items()
         }
@@ -133,10 +135,12 @@ def lay_out(
     max_shard_bytes: int = 5_000_000_000,
     all_tensors: bool = False,
     copy_code: bool = False,
+    keep_shell: bool = False,
     shards: Sequence[Shard] | None = None,
 ) -> Output:
     """The output of a student, complete but for the bytes.
 
+    `keep_shell` carries the tensors and processor files that wrap a source's text model into a folder.
     `dtype` is what its config names; `all_tensors` are written to a `training` output only where asked for;
     `shards` is a sharding of a folder to keep, None one by size.
 
@@ -147,7 +151,8 @@ def lay_out(
     if format == "pth" and student.config.experts is not None:
         raise HxaconvError(PTH_REASON, hint="Write a folder: `hxaconv to-hf`, or --format hf.")
     whole = all_tensors or format != "training"
-    tensors = stored_plan(student.plan, format, whole=whole)
+    shell = _shell(record, format) if keep_shell else {}
+    tensors = stored_plan(student.plan, format, whole=whole) | shell
     output = Output(
         target=target,
         format=format,
@@ -159,6 +164,7 @@ def lay_out(
         dtype=dtype,
         whole=whole,
         copy_code=copy_code,
+        shell=shell,
     )
     return replace(
         output,
@@ -233,14 +239,34 @@ def _documents(output: Output) -> dict[str, bytes]:
         how=f"`{record.command_line}` with hxaconv {version()}.",
         raw=output.student.raw,
     )
+    if output.shell:
+        settings |= {key: value for key, value in _shelled(record).shell_config.items() if key not in settings}
     return documents | {"config.json": as_bytes(settings)}
+
+
+def _shelled(record: Record) -> Checkpoint:
+    """The first source that is a shell."""
+    found = next((source for source in record.sources.values() if source.shell), None)
+    if found is None:
+        raise HxaconvError(
+            "--keep-shell: no source has tensors beside its text model",
+            hint="Leave it out; it is for sources such as Mistral 3 and Qwen3-VL.",
+        )
+    return found
+
+
+def _shell(record: Record, format: str) -> Plan:
+    if format != "hf":
+        raise HxaconvError("--keep-shell: only a folder (--format hf) can hold what wraps the text model")
+    return _shelled(record).shell
 
 
 def _companions(output: Output) -> dict[str, SourceFile]:
     """Tokenizer and generation files of the sources, the first that has one wins; code only on request."""
     found: dict[str, SourceFile] = {}
     for checkpoint in output.record.sources.values():
-        for name, file in checkpoint.companions.items():
+        wrapping = checkpoint.shell_files if output.shell else {}
+        for name, file in (*checkpoint.companions.items(), *wrapping.items()):
             found.setdefault(name, file)
         if output.copy_code:
             for name, file in checkpoint.code_files.items():
