@@ -18,11 +18,10 @@ from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats.contents import Contents, broken, show
 from hxaconv.formats.dtypes import BY_NAME, BY_TORCH_NAME, num_elements
 from hxaconv.formats.files import Extent, Section, SourceFile
-from hxaconv.formats.pickle_machine import MAX_DIMS, MAX_PICKLE_BYTES, Inert, Record, Storage, Tensor
+from hxaconv.formats.pickle_machine import MAX_DIMS, MAX_PICKLE_BYTES, TRAINER_OBJECTS, Inert, Record, Storage, Tensor
 from hxaconv.formats.state_dict import find_state_dict
 from hxaconv.formats.strided import is_contiguous
 from hxaconv.formats.torchzip_reader import TorchZip
-from hxaconv.formats.trainers import TRAINER_OBJECTS
 from hxaconv.formats.unpickler import parse
 from hxaconv.model.plan import Bytes, Ranges, Recipe, Scratch
 

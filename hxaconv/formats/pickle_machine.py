@@ -130,6 +130,13 @@ ALLOWED = OPAQUE_TENSORS | {
 }
 """What torch.load(weights_only=True) lets through beside state dicts: passed over here. Its dtypes, typed tensors
 and storages follow a pattern."""
+TRAINER_OBJECTS = (
+    *("deepspeed.*", "lightning.*", "pytorch_lightning.*", "lightning_fabric.*", "accelerate.*", "omegaconf.*"),
+    *("argparse.Namespace", "pathlib.PosixPath", "pathlib.Path", "datetime.timedelta", "collections.defaultdict"),
+    *("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"),
+    *("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar"),
+)
+"""What trainers put into their own folders besides (stages, loss scalers, random states): for `inert` of `parse`."""
 _ALLOWED_PATTERN = re.compile(
     r"torch\.(cuda\.)?(sparse\.)?(Byte|Char|Short|Int|Long|Half|Float|Double|Bool|BFloat16)Tensor"
     r"|torch\.(cuda\.)?\w+Storage"

@@ -24,11 +24,10 @@ from hxaconv.errors import HxaconvError, raise_all, shortened
 from hxaconv.formats.contents import Contents, broken, check_names, show
 from hxaconv.formats.dtypes import BY_NAME, FLOATS, num_bytes, num_elements
 from hxaconv.formats.files import Extent, SourceFile
-from hxaconv.formats.pickle_machine import MAX_DIMS, Record, Tensor
+from hxaconv.formats.pickle_machine import MAX_DIMS, TRAINER_OBJECTS, Record, Tensor
 from hxaconv.formats.state_dict import StateDict, recipes
 from hxaconv.formats.strided import is_contiguous
 from hxaconv.formats.torchzip_reader import TorchZip
-from hxaconv.formats.trainers import TRAINER_OBJECTS
 from hxaconv.model.plan import Plan, Ranges, Recipe, with_origin
 
 LATEST = "latest"
