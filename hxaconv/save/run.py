@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +56,9 @@ def save(output: Output, options: Write, *, verify: Verify | None = None, progre
         refuse(output, options)
         return Saved(written=None)
     check = _StagedCheck(output, verify, options, progress) if verify is not None and options.verify else None
+    if check is not None:
+        # It takes a second of one core, which the writing leaves idle.
+        threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
 
     def prepare(needed: Sequence[SourceFile]) -> None:
         models = [output.student] if output.student is not None and ranks.rank() == 0 else []
