@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hxaconv.errors import HxaconvError
+from hxaconv.formats.files import SourceFile
+from hxaconv.forward import probe
 from hxaconv.forward.probe import probe_tokens
 
 
@@ -55,7 +57,6 @@ def test_files_that_hold_no_ids_are_refused(name: str, content: bytes, tmp_path:
 
 def test_text_needs_a_tokenizer_and_enough_tokens(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    from hxaconv.formats.files import SourceFile
 
     text = tmp_path / "sample.txt"
     text.write_text("a b a c b")
@@ -73,6 +74,28 @@ def test_text_needs_a_tokenizer_and_enough_tokens(tmp_path: Path) -> None:
     assert "--batch" not in str(caught.value)
     with pytest.raises(HxaconvError, match="5 tokens, 2 x 3"):
         probe_tokens(97, text=text, tokenizer=file, tokens=3, batch=2)
+
+
+def test_of_a_long_text_only_the_beginning_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = "aé bc " * 40_000
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"aé": 1, "bc": 2}, unk_token="bc"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "long.txt").write_text(content)
+    file = SourceFile.local(tmp_path / "tokenizer.json")
+    read: list[int] = []
+    beginning = probe._beginning
+    monkeypatch.setattr(probe, "_beginning", lambda text, size: (read.append(size), beginning(text, size))[1])
+    found = probe_tokens(97, text=tmp_path / "long.txt", tokenizer=file, tokens=500)
+    assert max(read) < 20_000
+    (tmp_path / "short.txt").write_text(content[:9000])
+    assert found.tolist() == probe_tokens(97, text=tmp_path / "short.txt", tokenizer=file, tokens=500).tolist()
+    # A character of several bytes may be cut, a broken one in what is used is told of.
+    assert probe._beginning(tmp_path / "long.txt", 2) == ("a", False)
+    (tmp_path / "broken.txt").write_bytes(content.encode()[:50] + b"\xff" + content.encode())
+    with pytest.raises(HxaconvError, match="not UTF-8"):
+        probe_tokens(97, text=tmp_path / "broken.txt", tokenizer=file, tokens=5)
 
 
 def test_a_text_that_cannot_be_read_is_told_of_before_the_tokenizer(tmp_path: Path) -> None:

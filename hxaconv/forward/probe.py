@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def probe_tokens(
         ids, where = read_ids(input_ids), str(input_ids)
     else:
         assert text is not None
-        ids, where = _cut(_encode(text, tokenizer), tokens, batch, text), f"{text}, by this tokenizer,"
+        ids, where = _cut(_encode(text, tokenizer, tokens * batch), tokens, batch, text), f"{text}, by this tokenizer,"
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise HxaconvError(
             f"{where} holds token ids {ids.min().item()}..{ids.max().item()}, the vocabulary has {vocab_size}",
@@ -108,17 +109,16 @@ def _read_json(path: Path) -> Tensor:
     return torch.tensor(content["input_ids"] if isinstance(content, dict) else content)
 
 
-def _encode(text: Path, tokenizer: SourceFile | None) -> list[int]:
-    try:
-        content = text.read_text(encoding="utf-8")
-    except OSError as error:
-        raise HxaconvError(
-            f"--text {text} cannot be read: {error.strerror}", hint="It takes a file of UTF-8 text."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise HxaconvError(
-            f"--text {text} is not UTF-8 text: {error.reason} at byte {error.start}", hint="Convert it with iconv."
-        ) from None
+BYTES_PER_TOKEN = 8
+"""As much of a text is read at first; where that makes too few tokens, four times as much."""
+MARGIN = 64
+"""Tokens that are read beyond those that are used: where a text is cut, its last ones are others."""
+
+
+def _encode(text: Path, tokenizer: SourceFile | None, count: int) -> list[int]:
+    """The first `count` tokens or more, as they are of the whole text; only as much of it is read as they need."""
+    size = (count + MARGIN) * BYTES_PER_TOKEN
+    content, ends = _beginning(text, size)
     if tokenizer is None:
         raise HxaconvError(
             f"--text {text} needs a tokenizer.json beside the weights, and there is none",
@@ -138,7 +138,30 @@ def _encode(text: Path, tokenizer: SourceFile | None) -> list[int]:
     made.no_truncation()
     made.no_padding()
     ids: list[int] = made.encode(content).ids
+    while not ends and len(ids) < count + MARGIN:
+        size *= 4
+        content, ends = _beginning(text, size)
+        ids = made.encode(content).ids
     return ids
+
+
+def _beginning(text: Path, size: int) -> tuple[str, bool]:
+    """The first bytes of a text, without a character that is cut; whether that is all of it."""
+    try:
+        with text.open("rb") as file:
+            data = file.read(size)
+            ends = not file.read(1)
+    except OSError as error:
+        raise HxaconvError(
+            f"--text {text} cannot be read: {error.strerror}", hint="It takes a file of UTF-8 text."
+        ) from None
+    try:
+        # Of a cut text, the bytes of the last character may be missing: the decoder waits for them.
+        return codecs.getincrementaldecoder("utf-8")().decode(data, final=ends), ends
+    except UnicodeDecodeError as error:
+        raise HxaconvError(
+            f"--text {text} is not UTF-8 text: {error.reason} at byte {error.start}", hint="Convert it with iconv."
+        ) from None
 
 
 def _cut(ids: list[int], tokens: int, batch: int, text: Path) -> Tensor:
