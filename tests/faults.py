@@ -20,7 +20,7 @@ from hxaconv.surgery.arithmetic import computed, tensor
 from hxaconv.verification.compare import compare_models
 
 R, K = 'm.rope(m.heads("receptance", "r_norm"))', 'm.rope(m.heads("key", "k_norm"))'
-KEEP_FIRST = "m.carry.v_first, m.carry.k_first = v, k  # k after norm and RoPE"
+KEEP_FIRST = "m.first(v, k)  # k after norm and RoPE"
 FORMULA = "config.variant.time_mix("
 
 
@@ -68,16 +68,16 @@ ROPE_IN_GQA = (
     "    if index in carry.caches:\n",
     """\
     seats = torch.arange(q.shape[1])
-    q, k = rotate(q, seats, config.rope_theta), rotate(k, seats, config.rope_theta)
+    q, k = rotate(q, seats, config.rope), rotate(k, seats, config.rope)
     if index in carry.caches:
 """,
 )
 HXA07C = ("k = k * (1 - w + a)  # w, not the decay", "k = k * (1 - (-w.exp()).exp() + a)")
 WRONG_FIRST = (
-    "        v = v + (m.carry.v_first",
+    "        v = v + (v_first",
     (
-        "        m.carry.v_first = v if m.index == m.config.rwkv_layers[1] else m.carry.v_first\n"
-        "        v = v + (m.carry.v_first"
+        "        m.carry.v_first = v_first = v if m.index == m.config.rwkv_layers[1] else v_first\n"
+        "        v = v + (v_first"
     ),
 )
 TILED = (
@@ -95,13 +95,13 @@ FAULTS = (
         "k_first taken before norm",
         QWEN,
         0,
-        ((KEEP_FIRST, 'm.carry.v_first, m.carry.k_first = v, m.rope(m.heads("key"))'),),
+        ((KEEP_FIRST, 'm.first(v, m.rope(m.heads("key")))'),),
     ),
     Fault(
         "k_first taken before RoPE",
         REKA,
         0,
-        ((KEEP_FIRST, 'm.carry.v_first, m.carry.k_first = v, m.heads("key", "k_norm")'),),
+        ((KEEP_FIRST, 'm.first(v, m.heads("key", "k_norm"))'),),
     ),
     Fault("v_first from the second RWKV layer", REKA, 1, (WRONG_FIRST,)),
     Fault("v_first from the second RWKV layer", QWEN, 2, (WRONG_FIRST,)),

@@ -126,6 +126,13 @@ class TimeMix:
         """Whether this is the first RWKV layer."""
         return self.index == self.config.rwkv_layers[0]
 
+    def first(self, v: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """v and k (B, T, G, N) of the first RWKV layer; in that layer, its own, which are kept."""
+        if self.is_first:
+            self.carry.v_first, self.carry.k_first = v, k
+        assert self.carry.v_first is not None and self.carry.k_first is not None
+        return self.carry.v_first, self.carry.k_first
+
     def by_head(self, x: Tensor) -> Tensor:
         """(B, T, heads * N) -> (B, T, heads, N)."""
         return _heads(x, self.config.head_dim)

@@ -36,6 +36,7 @@ def time_mix(m: TimeMix) -> Tensor:
     """(B, T, C) -> (B, T, C)."""
     x = m.x
     r, k, v = m.rope(m.heads("receptance", "r_norm")), m.rope(m.heads("key", "k_norm")), m.heads("value")
+    m.first(v, k)  # kept for readers of the carry; no later layer uses them
     k, v = m.repeated(k), m.repeated(v)
     w = m.log_neg_log_decay(m["w0"] + (x @ m["w1"]).tanh() @ m["w2"])
     a = m.by_head((m["a0"] + x @ m["a1"] @ m["a2"]).sigmoid())

@@ -21,12 +21,10 @@ def time_mix(m: TimeMix) -> Tensor:
     """(B, T, C) -> (B, T, C)."""
     x = m.x
     r, k, v = m.rope(m.heads("receptance", "r_norm")), m.rope(m.heads("key", "k_norm")), m.heads("value")
-    if m.is_first:
-        m.carry.v_first, m.carry.k_first = v, k  # k after norm and RoPE
-    else:
-        assert m.carry.v_first is not None and m.carry.k_first is not None
-        v = v + (m.carry.v_first - v) * m.by_head((m["v0"] + x @ m["v1"] @ m["v2"]).sigmoid())
-        k = k + (m.carry.k_first - k) * m.by_head((m["k0"] + x @ m["k1"] @ m["k2"]).sigmoid())
+    v_first, k_first = m.first(v, k)  # k after norm and RoPE
+    if not m.is_first:
+        v = v + (v_first - v) * m.by_head((m["v0"] + x @ m["v1"] @ m["v2"]).sigmoid())
+        k = k + (k_first - k) * m.by_head((m["k0"] + x @ m["k1"] @ m["k2"]).sigmoid())
     k, v = m.repeated(k), m.repeated(v)
     w = m.log_neg_log_decay(m["w0"] + (x @ m["w1"]).tanh() @ m["w2"])
     a = m.by_head((m["a0"] + x @ m["a1"] @ m["a2"]).sigmoid())

@@ -41,11 +41,9 @@ def time_mix(m: TimeMix) -> Tensor:
     x = m.x
     r, k, v = m.rope(m.heads("receptance", "r_norm")), m.rope(m.heads("key", "k_norm")), m.heads("value")
     q = r.flatten(2)  # after norm and RoPE
-    if m.is_first:
-        m.carry.v_first = v
-    else:
-        assert m.carry.v_first is not None
-        v = v + (m.carry.v_first - v) * m.by_head((m["v0"] + x @ m["v1"] @ m["v2"]).sigmoid())
+    v_first, _ = m.first(v, k)
+    if not m.is_first:
+        v = v + (v_first - v) * m.by_head((m["v0"] + x @ m["v1"] @ m["v2"]).sigmoid())
     k, v = m.repeated(k), m.repeated(v) + m.by_head(x @ m["dv1"] @ m["dv2"]) * VALUE_SCALE
     w = m.log_neg_log_decay(m["w0"] + (q @ m["w1"]).tanh() @ m["w2"])
     a = m.by_head((m["a0"] + q @ m["a1"] @ m["a2"]).sigmoid())
