@@ -137,8 +137,11 @@ def inspection_tables(report: Mapping[str, Any]) -> list[RenderableType]:
     ]
     known = report["dimensions"]
     settings = [(key, "not known" if value is None else value) for key, value in known.items()]
-    lines: list[RenderableType] = [
-        f"{report['path']}: {report['format']}, {report['dialect']} names, {report['variant']}",
+    lines: list[RenderableType] = [f"{report['path']}: {report['kind']}", *report["advice"]]
+    if not report["files"]:
+        return lines
+    lines += [
+        f"{report['format']}, {report['dialect']} names, {report['variant']}",
         f"{report['tensors']} tensors, {human_count(report['parameters'])} parameters,"
         f" {report['bytes']:,} bytes ({human_bytes(report['bytes'])}), "
         + ", ".join(f"{count} x {dtype}" for dtype, count in report["dtypes"].items()),
@@ -154,7 +157,11 @@ def inspection_tables(report: Mapping[str, Any]) -> list[RenderableType]:
             f" recurrent state {human_bytes(memory['state_bytes_per_sequence'])} per sequence in float32"
         )
     if report["left_behind"]:
-        lines.append(f"Known and left behind: {len(report['left_behind'])} rotary buffers")
+        lines.append(f"Known and left behind: {len(report['left_behind'])} rotary buffers or layers of no use here")
+    if report["not_opened"]:
+        lines.append(f"Other weight files, not opened: {', '.join(report['not_opened'])}")
+    if report["unknown_names"]:
+        lines.append(f"Names that are not known: {len(report['unknown_names'])}, such as {report['unknown_names'][0]}")
     if report["nested_under"]:
         lines.append(f"The tensors are nested under {report['nested_under']!r}")
     if report["not_tensors"]:

@@ -26,6 +26,6 @@ def run(
         Plain data, the same as `hxaconv inspect --json` prints; sizes in bytes.
 
     Raises:
-        HxaconvError: when there is nothing there, or it is damaged or of an unknown kind.
+        HxaconvError: when there is nothing there, or it is damaged.
     """
-    return inspect(open_checkpoint(source, revision=revision, progress=progress), stats=stats)
+    return inspect(open_checkpoint(source, revision=revision, judged=False, progress=progress), stats=stats)

@@ -71,7 +71,7 @@ def _not_json(file: SourceFile) -> str:
         return "It is a web page: the download went wrong; download it again."
     if re.fullmatch(rb"(\.\./)+blobs/[0-9a-f]{40,64}\s*", start):
         return "It is a link of the Hub's cache written out as text: copy the cache with its links, or download again."
-    return "" if start else "The file is empty: download it again."
+    return "Correct it, or download it again." if start else "The file is empty: download it again."
 
 
 def read_config(file: SourceFile) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from hxaconv.model.config import (
     teacher_config,
 )
 from hxaconv.model.names import HEAD, is_attention, layer_kinds, template_of
-from hxaconv.model.plan import Plan, Recipe, Scratch, check, total_bytes
+from hxaconv.model.plan import Plan, Recipe, Scratch, check
 from hxaconv.model.rope import rope_of
 from hxaconv.model.shells import summary
 from hxaconv.model.variants import matching, nearest
@@ -52,20 +53,26 @@ def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
     """
     plan = checkpoint.plan
     config, problem = _config(checkpoint)
+    everything = [*plan.values(), *checkpoint.unknown.values()]
     report: dict[str, Any] = {
         "path": checkpoint.label,
+        "kind": "",
+        "advice": [],
         "format": describe_format(checkpoint),
         "dialect": checkpoint.dialect,
         "variant": _variant(checkpoint),
         "files": [{"name": file.name, "bytes": file.size} for file in checkpoint.files],
-        "tensors": len(plan),
-        "parameters": sum(recipe.numel for recipe in plan.values()),
-        "bytes": total_bytes(plan),
-        "dtypes": _count(recipe.dtype for recipe in plan.values()),
+        "tensors": len(everything),
+        "parameters": sum(recipe.numel for recipe in everything),
+        "bytes": sum(recipe.nbytes for recipe in everything),
+        "dtypes": _count(recipe.dtype for recipe in everything),
         "parts": parts(plan),
         "layers": strip(plan),
         "left_behind": list(checkpoint.dropped),
         "shell": summary(checkpoint.shell) or None,
+        "unknown_names": list(checkpoint.unknown),
+        "not_opened": list(checkpoint.extra.get("stray_files", ())),
+        "only_in_index": list(checkpoint.extra.get("only_in_index", ())),
         "nested_under": checkpoint.extra.get("nested_under"),
         "not_tensors": list(checkpoint.extra.get("ignored", ())),
         "one_tensor": [list(names) for names in checkpoint.extra.get("aliases", ())],
@@ -74,11 +81,38 @@ def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
     }
     if config is not None and problem is None:
         report["problem"] = _contradictions(checkpoint, config)
+    report["kind"], report["advice"] = _kind(checkpoint, config, report["problem"])
     report["unknown"] = [key for key, value in report["dimensions"].items() if value is None]
     report["memory"] = _memory(report["dimensions"], plan)
     if stats:
         report["statistics"] = {name: statistics(recipe) for name, recipe in plan.items()}
     return report
+
+
+def _kind(checkpoint: Checkpoint, config: ModelConfig | None, problem: str | None) -> tuple[str, list[str]]:
+    """What it is, in one sentence, and what can be done with it here."""
+    label, path = checkpoint.label, shlex.quote(checkpoint.label)
+    if checkpoint.problem is not None:
+        first, *rest = checkpoint.problem.message.split("\n")
+        first = first.removeprefix(f"{label} is ").removeprefix(f"{label}: ").removeprefix(f"{label} ")
+        return first.removesuffix(":"), [*rest, *([checkpoint.problem.hint] if checkpoint.problem.hint else [])]
+    kinds = layer_kinds(checkpoint.plan)
+    rwkv, gqa = (sorted(i for i, kind in kinds.items() if kind == name) for name in ("rwkv", "gqa"))
+    part = not any(name.endswith("embed_tokens.weight") for name in checkpoint.plan) and HEAD not in checkpoint.plan
+    if rwkv or (part and gqa):
+        what = f"{len(rwkv)} RWKV layer{'s' if len(rwkv) != 1 else ''} and {len(gqa)} of attention (GQA)"
+        if part:
+            what = f"the mixers of a student as trainers save them: {what}"
+            return what, [f"`hxaconv to-hf {path} OUT --teacher TEACHER` completes it"]
+        other = f"to-pth {path} OUT.pth" if checkpoint.container == "safetensors" else f"to-hf {path} OUT"
+        advice = f"`hxaconv verify {path}` checks it, `hxaconv {other}` converts it"
+        return f"a student ({_variant(checkpoint)}) of {what}", [advice]
+    if checkpoint.config is None:
+        return "a transformer without its config.json", ["Give its folder, with config.json, to make a student of it"]
+    if config is None:
+        return f"a model of type {checkpoint.config.get('model_type')!r}", []
+    made = [] if problem else [f"`hxaconv init-from-teacher {path} OUT` makes a student of it"]
+    return f"a teacher of the {checkpoint.config.get('model_type')} family, {config.num_hidden_layers} layers", made
 
 
 def describe_format(checkpoint: Checkpoint) -> str:
@@ -91,6 +125,8 @@ def describe_format(checkpoint: Checkpoint) -> str:
         "dcp": "torch.distributed.checkpoint",
     }
     count = len(checkpoint.files)
+    if not count:
+        return "not opened"
     return f"{kinds.get(checkpoint.container, checkpoint.container)}, {count} file{'s' if count != 1 else ''}"
 
 

@@ -45,7 +45,8 @@ class Folder:
     def weights(self) -> list[str]:
         """Files that may be weights, as they are published."""
         found = [name for name in self.sizes if name.endswith(WEIGHTS) and not _OTHER.match(name) and "/" not in name]
-        return [name for name in found if not _SECOND.match(name)] or found
+        first = [name for name in found if not _SECOND.match(name)]
+        return first or ([] if "params.json" in self.sizes else found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
