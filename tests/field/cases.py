@@ -253,10 +253,10 @@ for method, leaf in (("lora", "lora_A.weight"), ("ia3", "ia3_l"), ("loha", "hada
              {f"base_model.model.model.layers.0.self_attn.q_proj.{leaf}": noise(4, 4)},
              p / "adapter_model.safetensors")))
 case(name="shell", what="a shell of several modalities around a language model", outcome=REFUSED,
-     do="save the language model alone first", words=("several modalities", "qwen3_vl", "qwen3_vl_text"),
+     do="save the language model alone first", words=("several modalities", "llava", "around a language model (llama)"),
      kind="several modalities", build=lambda p: folder(
-         p, {"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text"}, "vision_config": {}},
-         {"model.visual.patch_embed.proj.weight": noise(4, 4)}))
+         p, {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}},
+         {"vision_tower.patch_embed.proj.weight": noise(4, 4)}))
 case(name="qrwkv7", what="other RWKV hybrids: QRWKV7, ARWKV, fla's rwkv7", outcome=REFUSED,
      do="they run with their own code",
      words=("QRWKV7",), kind="QRWKV7", build=lambda p: folder(
@@ -281,7 +281,7 @@ case(name="deepspeed_file", what="mp_rank_00_model_states.pt of DeepSpeed", outc
 case(name="one_pth", what="a trainer's folder with one .pth", outcome=READ, command=TO_HF, met="RWKV-LM",
      build=save(FULL, "rwkv-final.pth"), expected=lambda p: by_torch()(p / "rwkv-final.pth"))
 case(name="many_pth", what="a trainer's folder with several .pth of the same tensors", outcome=REFUSED,
-     do="name the one to convert", command=TO_HF, words=("several files hold", "Give the one file"),
+     do="name the one to convert", command=TO_HF, words=("Give the one file",),
      build=lambda p: (save(FULL, "rwkv-0.pth")(p), torch.save(FULL, p / "rwkv-1.pth")))
 case(name="stage_1_rwkv_layers_only", what="stage 1's trainable_only_weights.pth, with the RWKV layers alone",
      outcome=READ, do="--teacher; --layer-map or --gqa-layers confirms", command=TO_HF, inside="x.pth",
