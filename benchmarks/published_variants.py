@@ -1,6 +1,6 @@
-"""Run the published code of every variant on random weights, and write vectors for tests/golden/variants/.
+"""Run the published code of every variant on random weights, and write vectors for tests/variants/.
 
-    python benchmarks/published_variants.py --trainer RWKVInside --llama-cpp llama.cpp --out tests/golden/variants
+    python benchmarks/published_variants.py --trainer RWKVInside --llama-cpp llama.cpp --out tests/variants
 
 `--trainer` is a checkout of OpenMOSE/RWKVInside (d03af49), `--llama-cpp` one of OpenMOSE/llama.cpp that holds
 src/models/rwkv07d.cpp (2230605) and rwkv07e.cpp (7033bf6), or a folder with these two files. Nothing of their text is

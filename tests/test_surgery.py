@@ -48,7 +48,7 @@ def references(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("format", ["pth", "hf", "training"])
 def test_the_golden_initialisation_is_reproduced_bit_for_bit(golden: Path, format: str) -> None:
     plan = initialised(teacher_of(golden, "reka_tiny_init"), (2, 4))
-    ours = stored_plan(plan, format, everything=format != "training")
+    ours = stored_plan(plan, format, whole=format != "training")
     theirs = references(golden / "reka_tiny_init")[format]
     assert set(ours) == set(theirs)
     compared = 0

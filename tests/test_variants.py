@@ -21,7 +21,7 @@ from hxaconv.model.variants import VARIANTS
 from hxaconv.model.variants.base import Ranks
 from hxaconv.save.student_json import student_json
 
-GOLDEN = Path(__file__).parent / "golden" / "variants"
+GOLDEN = Path(__file__).parent / "variants"
 NAMES = ("hxa079", "hxa07a", "hxa07b", "hxa07c", "hxa07d", "hxa07e")
 LAYERS = 3
 

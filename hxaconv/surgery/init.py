@@ -19,6 +19,7 @@ PRESETS: dict[str, dict[str, float]] = {
 
 PROJECTIONS = {"receptance": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
 NORMS = {"r_norm": "q_norm", "k_norm": "k_norm"}
+KINDS = ("weight", "bias")
 
 
 def parse_scale(text: str | None, preset: str) -> dict[str, float]:
@@ -85,13 +86,14 @@ def mixer_from_teacher(teacher: Plan, config: StudentConfig, layer: int, setting
     from hxaconv.surgery.initial import initial_parameters
 
     prefix = mixer_prefix(layer)
-    source = {name: recipe for name, recipe in teacher.items() if name.startswith(prefix)}
+    parts = (f"{prefix}{part}.{kind}" for part in (*PROJECTIONS.values(), *NORMS.values()) for kind in KINDS)
+    source = {name: teacher[name] for name in parts if name in teacher}
     if config.layer_kind(layer) == "gqa":
         return {name: cast(recipe, settings.dtype) for name, recipe in source.items()}
     plan = initial_parameters(config, layer, settings.seed, settings.dtype)
     for target, origin in PROJECTIONS.items():
         factor = settings.factors[target]
-        for part in ("weight", "bias"):
+        for part in KINDS:
             recipe = source.get(f"{prefix}{origin}.{part}")
             if recipe is not None:
                 text = recipe.origin if factor == 1.0 else f"{recipe.origin} x {factor:g}"
