@@ -74,3 +74,22 @@ def test_an_unwritable_parent_is_refused(tmp_path):
     place.mkdir(mode=0o500)
     with pytest.raises(HxaconvError, match="not writable"):
         write(output(place / "out", plan_over(source(tmp_path))), Write())
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(tmp_path, tiny_teacher, cli, monkeypatch, capsys):
+    words = ["init-from-teacher", tiny_teacher, tmp_path / "out", "--gqa-layers", "2,5", "--quiet", "--dry-run"]
+    assert cli(*words) == 0
+    monkeypatch.setattr(diskio, "free_bytes", lambda folder: 1000)
+    assert cli(*words) == 2
+    assert "1,000 are free" in capsys.readouterr().err
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir()
+    assert cli(*words) == 2
+    assert "exists" in capsys.readouterr().err
+    assert cli(*words, "--overwrite") == 0
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert cli(*words, "--overwrite") == 2
+    words[2] = tmp_path / "nowhere" / "out"
+    assert cli(*words) == 2
+    assert "create it first" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

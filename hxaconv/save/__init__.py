@@ -1,5 +1,5 @@
-"""From a plan to a published target: laid out, filled, journalled, verified, renamed.
+"""The one way out: what an output will hold is laid out, reserved, filled, read back, verified and published.
 
-`target` says what is wanted, `writer` runs it, `fill` is where bytes are written, `staging` where they grow
-until the target gets its name.
+`run.save` is what commands call, `output.lay_out` says what there will be, `writer` brings it about, `fill` is where
+bytes are written, `staging` where they grow until the target gets its name.
 """

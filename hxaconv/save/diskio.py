@@ -11,7 +11,7 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from hxaconv.errors import HxaconvError
@@ -146,10 +146,8 @@ def write_result(path: Path, data: bytes) -> None:
     Raises:
         HxaconvError: when it cannot be written.
     """
-    try:
+    with explained(path, f"writing {len(data):,} bytes"):
         write_file(path, [data], path.parent)
-    except OSError as error:
-        raise output_error(error, path, f"writing {len(data):,} bytes") from error
 
 
 def free_bytes(folder: Path) -> int:
@@ -176,6 +174,15 @@ def output_error(error: OSError, path: Path, doing: str, total: int | None = Non
     """What went wrong while writing `path`, and what to do; `total` bytes are what the whole output takes."""
     hint = _space_hint(path.parent, total) if error.errno in _NO_SPACE else hint_for(error)
     return HxaconvError(f"{path}: {doing} failed: {error.strerror or error}", hint=hint)
+
+
+@contextlib.contextmanager
+def explained(path: Path, doing: str = "writing", total: int | None = None) -> Iterator[None]:
+    """What the system refuses inside, as an error of ours that names the file, or else `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise output_error(error, Path(os.fsdecode(error.filename or path)), doing, total) from error
 
 
 def hint_for(error: OSError) -> str:

@@ -11,7 +11,8 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,13 +208,9 @@ class OutputFile:
                 os.close(self._fd)
                 self._fd = None
 
-    @contextlib.contextmanager
-    def errors(self, doing: str) -> Iterator[None]:
-        """Turn the system's errors into ours."""
-        try:
-            yield
-        except OSError as error:
-            raise diskio.output_error(error, self.path, doing, self._total) from error
+    def errors(self, doing: str) -> AbstractContextManager[None]:
+        """What the system refuses inside, as an error of ours."""
+        return diskio.explained(self.path, doing, self._total)
 
 
 class _Worker:
@@ -262,11 +259,8 @@ class _Worker:
         for chunk in fill.recipe.pieces(self._buffers):
             if self._filling.stop.is_set():
                 return None
-            try:
+            with file.errors(f"writing {len(chunk)} bytes at {position} ({fill.name})"):
                 write_from(self._fd, chunk, position)
-            except OSError as error:
-                doing = f"writing {len(chunk)} bytes at {position} ({fill.name})"
-                raise diskio.output_error(error, file.path, doing, self._filling.total) from error
             checks.update(chunk)
             self._writeback.wrote(self._fd, position, len(chunk))
             position += len(chunk)

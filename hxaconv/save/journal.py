@@ -18,10 +18,8 @@ class Journal:
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self._path = folder / (f"{_NAME}-{rank}" if rank else _NAME)
-        try:
+        with diskio.explained(self._path, "opening"):
             self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
-            raise diskio.output_error(error, self._path, "opening") from error
 
     def done(self, finished: Sequence[Finished]) -> None:
         """These tensors are synced.
@@ -32,12 +30,10 @@ class Journal:
         # The break comes first: a line that a crash or a full disk cut short ends where the next one begins.
         lines = ({"tensor": t.name, "crc32": t.crc32, "sha256": t.sha256, "nonfinite": t.nonfinite} for t in finished)
         data = memoryview("".join("\n" + json.dumps(line) for line in lines).encode())
-        try:
+        with diskio.explained(self._path):
             while len(data):
                 data = data[os.write(self._fd, data) :]
             diskio.sync_file(self._fd)
-        except OSError as error:
-            raise diskio.output_error(error, self._path, "writing") from error
 
     def close(self) -> None:
         """No more lines."""

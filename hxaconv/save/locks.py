@@ -24,10 +24,8 @@ def held(path: Path, target: Path) -> Iterator[None]:
     Raises:
         HxaconvError: naming who holds it, or why the file cannot be made.
     """
-    try:
+    with diskio.explained(path, "locking"):
         fd = _acquire(path, target)
-    except OSError as error:
-        raise diskio.output_error(error, path, "locking") from error
     try:
         yield
     finally:

@@ -96,13 +96,11 @@ class Staging:
         """
         for layout in files:
             path = self.content / layout.name
-            try:
+            with diskio.explained(path, f"reserving {layout.size} bytes", total):
                 if layout.mirror is not None:
                     _link_or_copy(layout.mirror, path)
                 else:
                     _reserve(layout, path)
-            except OSError as error:
-                raise diskio.output_error(error, path, f"reserving {layout.size} bytes", total) from error
 
     def seal(self, layout: FileLayout, crcs: Mapping[str, int]) -> None:
         """Write what depends on the tensors' checksums, and sync the file with all that is in it.

@@ -49,22 +49,10 @@ class WriteResult:
     """Tensor name -> digest; empty for `none`."""
     nonfinite: Mapping[str, int]
     """Tensor name -> NaN and infinite values, where there are any."""
-    verification: Mapping[str, Any] | None
     leftovers: tuple[Path, ...] = ()
     """Folders of other interrupted runs on the same target."""
 
 
-@contextmanager
-def _system_errors() -> Iterator[None]:
-    """What the system refuses, as an error of ours; also a decorator."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or "the target's file system"
-        raise HxaconvError(f"{where}: {error.strerror or error}", hint=diskio.hint_for(error)) from error
-
-
-@_system_errors()
 def write(
     output: Output,
     options: Write,
@@ -84,13 +72,13 @@ def write(
     """
     run = _Run(output, options, progress)
     with ExitStack() as stack:
-        with ranks.together(), _system_errors():
+        with run.step():
             preflight.check_place(run.output, run.staging, overwrite=options.overwrite)
             if ranks.rank() == 0:
                 stack.enter_context(locks.held(_lock_path(run.output.target), run.output.target))
         signals = stack.enter_context(interruptible(run.what_is_kept))
         stack.enter_context(run.tidy_end())
-        tensors, verification = read_journals(run.staging.path), None
+        tensors = read_journals(run.staging.path)
         with run.step():
             complete = ranks.rank() == 0 and run.begin()
         if ranks.broadcast(complete):
@@ -101,11 +89,10 @@ def write(
             signals.stop_if_requested()
             with run.step():
                 if ranks.rank() == 0:
-                    tensors, verification = run.finish(signals, verify)
-        return ranks.broadcast(run.result(tensors, verification))
+                    tensors = run.finish(signals, verify)
+        return ranks.broadcast(run.result(tensors))
 
 
-@_system_errors()
 def refuse(output: Output, options: Write) -> None:
     """Refuse what `write` would refuse before its first byte, for work that has to be done before there is a plan.
 
@@ -113,7 +100,7 @@ def refuse(output: Output, options: Write) -> None:
         HxaconvError: listing every problem.
     """
     run = _Run(output, options, None)
-    with ranks.together(), _system_errors():
+    with run.step():
         preflight.check_place(run.output, run.staging, overwrite=options.overwrite)
         preflight.check(run.output, run.staging, overwrite=options.overwrite)
 
@@ -136,28 +123,20 @@ class _Run:
         self.progress = progress
         self.record = plan_record(self.output, options.digest)
         self.staging = staging_of(self.output, self.record)
+        self.total = preflight.bytes_needed(self.output)
         self.published = False
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """A step that all ranks end together, what the system refuses an error of ours."""
-        with ranks.together(), self._explained():
+        with ranks.together(), diskio.explained(self.staging.path, total=self.total):
             yield
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            path = Path(error.filename or self.staging.path)
-            total = preflight.bytes_needed(self.output)
-            raise diskio.output_error(error, path, "writing", total) from error
 
     @contextmanager
     def tidy_end(self) -> Iterator[None]:
         """Errors end with what is kept and how to go on; what is of no use to anybody is removed."""
         try:
-            with self._explained():
+            with diskio.explained(self.staging.path, total=self.total):
                 yield
         except (NonfiniteError, SourceChanged):
             if ranks.rank() == 0:
@@ -211,7 +190,7 @@ class _Run:
         if not count:
             staging.remove()
         staging.create(self.record)
-        staging.reserve(self.output.files, preflight.bytes_needed(self.output))
+        staging.reserve(self.output.files, self.total)
         return False
 
     def fill(self, signals: Signals, prepare: Prepare | None) -> None:
@@ -235,7 +214,7 @@ class _Run:
                 read_journals(self.staging.path),
                 settings,
                 journal.done,
-                total=preflight.bytes_needed(self.output),
+                total=self.total,
                 progress=self.progress,
             )
             with bar(self.progress, "Writing", total), signals.deferred():
@@ -243,8 +222,8 @@ class _Run:
         finally:
             journal.close()
 
-    def finish(self, signals: Signals, verify: Verify | None) -> tuple[dict[str, Finished], Mapping[str, Any] | None]:
-        """Everything but the tensors, the verdict on them, and the target's name; returns (tensors, verdict)."""
+    def finish(self, signals: Signals, verify: Verify | None) -> dict[str, Finished]:
+        """Everything but the tensors, the verdict on them, and the target's name; returns the tensors."""
         output, staging = self.output, self.staging
         tensors = read_journals(staging.path)
         raise_all(
@@ -266,7 +245,7 @@ class _Run:
             publish(staging, overwrite=self.options.overwrite)
             self._look_at_target()
             self.note_published(signals)
-        return tensors, verification
+        return tensors
 
     def _verified(self, verify: Verify) -> dict[str, Any]:
         try:
@@ -291,16 +270,14 @@ class _Run:
                     hint="Something else moves or deletes files there. Run the command again.",
                 )
 
-    def result(self, tensors: Mapping[str, Finished], verification: Mapping[str, Any] | None) -> WriteResult:
+    def result(self, tensors: Mapping[str, Finished]) -> WriteResult:
         """What `write` returns, once the target is published."""
-        found = {name: tensors[name] for name in self.output.tensors if name in tensors}
-        digests = {name: tensor.digest(self.options.digest) for name, tensor in found.items()}
+        digests = {name: tensor.digest(self.options.digest) for name, tensor in tensors.items()}
         return WriteResult(
             path=self.output.target,
             nbytes=self.output.nbytes,
             digests={name: digest for name, digest in digests.items() if digest is not None},
-            nonfinite={name: tensor.nonfinite for name, tensor in found.items() if tensor.nonfinite},
-            verification=verification,
+            nonfinite={name: tensor.nonfinite for name, tensor in tensors.items() if tensor.nonfinite},
             leftovers=tuple(staging.path for staging in stagings_at(self.output.target)),
         )
 
