@@ -65,11 +65,14 @@ def test_frozen_parameters_buffers_and_shared_ones(masters: dict[str, Tensor], t
 
 @pytest.mark.parametrize("kind", ["zero2", "zero3", "rows", "columns"])
 def test_a_folder_becomes_the_same_model_as_one_file(
-    masters: dict[str, Tensor], tmp_path: Path, cli: Callable[..., int], kind: str
+    masters: dict[str, Tensor], tmp_path: Path, cli: Callable[..., int], capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
+    said: list[str] = []
+
     def convert(name: str) -> bytes:
         out = tmp_path / f"hf-{Path(name).stem}"
-        assert cli("to-hf", tmp_path / name, out, "--teacher", TEACHER, "--no-verify", "--quiet") == 0
+        assert cli("to-hf", tmp_path / name, out, "--teacher", TEACHER, "--no-verify") == 0
+        said.append("".join(capsys.readouterr()))
         return (out / "model.safetensors").read_bytes()
 
     torch.save(masters, tmp_path / "one.pth")
@@ -81,6 +84,7 @@ def test_a_folder_becomes_the_same_model_as_one_file(
         dcp_folder(folder, state, cut_rows(3, axis=1 if kind == "columns" else 0), ranks=3)
     first = convert("one.pth")
     assert convert("run") == first
+    assert [text.count("Left behind") for text in said] == [0, 1] and "optimizer" in said[1]
     torch.save({name: x + 1 for name, x in masters.items()}, tmp_path / "two.pth")
     assert convert("two.pth") != first
 

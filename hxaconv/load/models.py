@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.errors import HxaconvError, raise_all, shortened
 from hxaconv.load import partial
 from hxaconv.load.checkpoint import download_weights, open_checkpoint
 from hxaconv.load.companions import refuse_broken
@@ -118,8 +118,8 @@ def load_student(
     if base and layers:
         said = partial.notes(checkpoint, base.config, confirmed=bool(named))
         student = replace(student, notes=(*said, *student.notes))
-    tied = student.config.tie_word_embeddings
-    return replace(student, plan=_with_adapters(student.plan, settings, student.label, tied=tied))
+    plan = _with_adapters(student.plan, settings, student.label, tied=student.config.tie_word_embeddings)
+    return replace(student, plan=plan, notes=(*student.notes, *_remarks(checkpoint, plan, settings)))
 
 
 def _base(name: Name | Model | None, settings: Settings, copied: bool, progress: Progress | None) -> Model | None:
@@ -225,6 +225,16 @@ def _with_adapters(plan: Plan, settings: Settings, where: str, *, tied: bool) ->
         hint="Merge them with the library that trained them, into an untied model, and convert that.",
     )
     return merge(plan, adapters, where)
+
+
+def _remarks(checkpoint: Checkpoint, plan: Plan, settings: Settings) -> Iterator[str]:
+    """What people should know of a trainer's folder and of adapters, once."""
+    left = checkpoint.extra.get("ignored", ())
+    if checkpoint.container in ("zero", "dcp") and left:
+        yield f"Left behind of {checkpoint.label}: {shortened(left)}"
+    if settings.adapter:
+        count = sum(recipe.make.kind == "merge" for recipe in plan.values())
+        yield f"{count} tensors are merged with {shortened(settings.adapter)}"
 
 
 def _opened(name: Name, settings: Settings, progress: Progress | None) -> Checkpoint:
