@@ -243,6 +243,8 @@ SIZES |= {"tie_word_embeddings": False, "hidden_act": "silu", "max_position_embe
 LLAMA = SIZES | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 QWEN2 = SIZES | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = SIZES | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False}
+EXPERTS = QWEN3 | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4}
+EXPERTS |= {"num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True, "mlp_only_layers": []}
 MODELS = {
     "plain": (LLAMA, (1, 3)),
     "biases, attention last": (QWEN2, (2, 3)),
@@ -251,8 +253,11 @@ MODELS = {
     "heads x head_dim != hidden_size": (QWEN3 | {"head_dim": 128}, (1, 3)),
     "tied head": (LLAMA | {"tie_word_embeddings": True}, (1, 3)),
     "layer 0 is attention": (LLAMA, (0, 3)),
+    "experts": (EXPERTS, (1, 3)),
+    "experts, one layer without": (EXPERTS | {"mlp_only_layers": [2]}, (1, 3)),
+    "hxa07a": (LLAMA, (1, 3)),
 }
-"""Name -> (the teacher's config, layers that stay attention)."""
+"""Name -> (the teacher's config, layers that stay attention). The name of a variant makes a student of that variant."""
 
 
 def make_models(root: Path) -> list[dict[str, Any]]:
@@ -265,19 +270,28 @@ def make_models(root: Path) -> list[dict[str, Any]]:
     for number, (name, (config, gqa)) in enumerate(MODELS.items()):
         teacher, student = root / f"teacher{number}", root / f"student{number}"
         write_teacher(teacher, config)
-        hxaconv.init_from_teacher(teacher, student, gqa_layers=",".join(map(str, gqa)), allow_gqa_layer_0=True)
+        hxaconv.init_from_teacher(
+            str(teacher),
+            str(student),
+            gqa_layers=",".join(map(str, gqa)),
+            allow_gqa_layer_0=True,
+            **({"variant": name} if name.startswith("hxa0") else {}),
+        )
         tensors = load_file(student / "model.safetensors")
         draw = torch.Generator().manual_seed(number)
         for key, x in tensors.items():
             if key.rsplit(".", 1)[-1] in ("w1", "a1", "v1", "k1", "g1", "w0", "a0", "v0", "k0", "r_k"):
                 x += (torch.randn(x.shape, generator=draw) * 0.1).to(x.dtype)
         save_file(tensors, student / "model.safetensors", metadata={"format": "pt"})
-        hxaconv.to_pth(str(student), root / f"student{number}.pth")
+        kinds = [("folder", student)]
+        with contextlib.suppress(hxaconv.HxaconvError):  # experts are in no .pth
+            hxaconv.to_pth(str(student), str(root / f"student{number}.pth"))
+            kinds.append((".pth", root / f"student{number}.pth"))
         tokens = torch.randint(0, 512, (1, 24), generator=draw)
         expected = root / f"expected{number}.safetensors"
         save_file({"tokens": tokens[0], "logits": logits(student, tokens)}, expected)
         settings = {"theta": config["rope_theta"], "eps": config["rms_norm_eps"], "expected": str(expected)}
-        for kind, path in ((".pth", root / f"student{number}.pth"), ("folder", student)):
+        for kind, path in kinds:
             jobs += [settings | {"model": name, "kind": kind, "path": str(path), "strategy": way} for way in STRATEGIES]
     return jobs
 
@@ -286,30 +300,17 @@ def write_teacher(folder: Path, config: dict[str, Any]) -> None:
     """A random teacher."""
     from safetensors.torch import save_file
 
+    from hxaconv.model.architecture import expected_tensors
+    from hxaconv.model.config import teacher_config
+
     draw = torch.Generator().manual_seed(0)
-    size, inner = config["hidden_size"], config["intermediate_size"]
-    wide, narrow = (config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], size), "model.norm.weight": (size,)}
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (config["vocab_size"], size)
-    for layer in range(config["num_hidden_layers"]):
-        start = f"model.layers.{layer}."
-        for letter, rows in (("q", wide), ("k", narrow), ("v", narrow)):
-            shapes[f"{start}self_attn.{letter}_proj.weight"] = (rows, size)
-            if config["model_type"] == "qwen2":
-                shapes[f"{start}self_attn.{letter}_proj.bias"] = (rows,)
-            if config["model_type"] == "qwen3" and letter != "v":
-                shapes[f"{start}self_attn.{letter}_norm.weight"] = (config["head_dim"],)
-        shapes[f"{start}self_attn.o_proj.weight"] = (size, wide)
-        shapes |= {f"{start}mlp.{part}_proj.weight": (inner, size) for part in ("gate", "up")}
-        shapes[f"{start}mlp.down_proj.weight"] = (size, inner)
-        shapes |= {f"{start}{norm}_layernorm.weight": (size,) for norm in ("input", "post_attention")}
 
     def value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         x = torch.randn(shape, generator=draw)
         x = 1 + 0.1 * x if "norm" in name else x * 0.5 if name.endswith("bias") else x * shape[-1] ** -0.5
         return x.bfloat16()
 
+    shapes = expected_tensors(teacher_config(config, where="random"))
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     save_file({name: value(name, shape) for name, shape in shapes.items()}, folder / "model.safetensors")

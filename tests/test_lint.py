@@ -21,8 +21,9 @@ from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Checkpoint
 from hxaconv.model.plan import Literal, Plan, Recipe
 from hxaconv.save.student_json import student_json
-from hxaconv.verification.lint import INFER_FOLDER, INFER_PTH, RWKV_INFER_KEYS, TRANSFORMERS, Verdict, lint
+from hxaconv.verification.lint import INFER_FOLDER, INFER_PTH, LLAMA_CPP, RWKV_INFER_KEYS, TRANSFORMERS, Verdict, lint
 from hxaconv.verification.render import render_loaders
+from hxaconv.verification.rwkv_infer import FOLDER, PTH, TABLE, loadmodel_body, working
 
 
 def config() -> StudentConfig:
@@ -244,10 +245,73 @@ def test_verdicts_are_plain_data_and_fit_a_hundred_columns() -> None:
 def test_a_student_without_rwkv_layers_is_a_student() -> None:
     raw = student_json(dataclasses.replace(config(), gqa_layers=(0, 1, 2, 3)), {}, "BF16")
     held = {name: recipe for name, recipe in plan().items() if ".self_attn." not in name}
-    assert [found.loader for found in lint(folder(raw, plan=held))] == [TRANSFORMERS, INFER_FOLDER, INFER_PTH]
+    loaders = [TRANSFORMERS, INFER_FOLDER, INFER_PTH, LLAMA_CPP]
+    assert [found.loader for found in lint(folder(raw, plan=held))] == loaders
     assert "model_type" not in text(verdict(folder(raw, plan=held), TRANSFORMERS))
 
 
 def test_an_index_tells_transformers_the_files() -> None:
     shards = (file("model-00001-of-00002.safetensors"), file("model-00002-of-00002.safetensors"))
     assert verdict(folder(files=shards, extra={"index": "model.safetensors.index.json"}), TRANSFORMERS).takes
+
+
+def test_nothing_is_relabelled() -> None:
+    raw = student_json(config(), {}, "BF16")
+    for name in ("hxa07b", "hxa07c", "hxa07d", "hxa07e", "hxa07i"):
+        for found in lint(folder(raw | {"rwkv_architecture": name})):
+            assert "Set it to" not in text(found)
+            assert not found.takes or found.loader == TRANSFORMERS
+            assert found.loader != INFER_FOLDER or f"{name!r}" in text(found)
+    assert "2230605" in verdict(folder(raw | {"rwkv_architecture": "hxa07d"}), LLAMA_CPP).releases[0]
+    assert verdict(folder(raw), LLAMA_CPP).findings
+
+
+def test_releases_are_named_with_the_strategies_that_work() -> None:
+    assert verdict(pth(), INFER_PTH).releases[-1] == "7684d07 to 4e29bea (2025-08-25 to 2025-09-06): int8"
+    assert verdict(folder(), INFER_FOLDER).releases[-1] == "5baa490 (2025-10-22): bf16"
+    newest = [releases for releases in TABLE if releases.days >= "2025-08-12"]
+    assert not any("bf16" in releases.takes.get(PTH, ()) for releases in newest)
+    assert not any(PTH in releases.takes for releases in newest if releases.days >= "2025-09-16")
+
+
+def test_what_a_release_fails_on_is_named() -> None:
+    wide = {name: r for name, r in plan().items() if not name.endswith("receptance.weight")}
+    wide |= {f"model.layers.{i}.self_attn.receptance.weight": RECIPE for i in (0, 1, 3)}
+    found = verdict(pth(plan=wide), INFER_PTH)
+    assert not found.takes and not found.releases
+    assert "heads x head_dim is not hidden_size" in text(found) and "Use a folder, with 5baa490." in text(found)
+    found = verdict(folder(plan=wide), INFER_FOLDER)
+    assert found.takes and found.releases[0].startswith("4947a78") and "dc98a2a" in text(found)
+
+    biased = plan() | {"model.layers.0.self_attn.receptance.bias": VECTOR}
+    found = verdict(pth(plan=biased), INFER_PTH)
+    assert found.takes and found.releases[-1].startswith("c46bbbf to b53f9a5") and "Use b53f9a5." in text(found)
+    last = {name: r for name, r in biased.items() if ".layers.3." not in name}
+    assert len(verdict(pth(plan=last), INFER_PTH).releases) == len(working(PTH, ()))
+
+    experts = plan() | {"model.layers.0.mlp.experts.0.up_proj.weight": RECIPE}
+    assert not verdict(pth(plan=experts), INFER_PTH).takes
+    assert "some layers have experts" in text(verdict(folder(plan=experts), INFER_FOLDER))
+
+
+RECIPE = Recipe("BF16", (512, 256), Literal(bytes(512 * 512)), "")
+VECTOR = Recipe("BF16", (256,), Literal(bytes(512)), "")
+
+
+def test_the_request_says_what_the_server_needs() -> None:
+    reka = dataclasses.replace(config(), vocab_size=100352, hidden_size=6144)
+    body = loadmodel_body(reka, plan(), PTH, "x/student.pth")
+    assert body == {
+        "model_filename": "x/student.pth",
+        "model_viewname": "x/student",
+        "model_strategy": "int8",
+        "rope_theta": 8e6,
+        "rms_norm_eps": 1e-5,
+        "template": "rekaflash3",
+        "endtoken": "\n <sep>",
+    }
+    body = loadmodel_body(reka, plan(), FOLDER, "student")
+    assert body["model_strategy"] == "bf16" and "rope_theta" not in body
+    # Null stops the server; a missing key would make it tokenize with RWKV's vocabulary.
+    unknown = loadmodel_body(config(), plan(), PTH, "student.pth")
+    assert unknown["template"] is None and unknown["endtoken"] is None

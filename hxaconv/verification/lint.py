@@ -1,6 +1,7 @@
 """Which loaders take a checkpoint, and with what settings: answered from headers and config alone.
 
-What is said about RWKV-Infer was read off its published loader; transformers follows its own documentation.
+What RWKV-Infer does with a model was tried, release by release: `rwkv_infer.py`. transformers was tried from 4.51 to
+5.24 (`tests/hf_matrix.sh`). The fork of llama.cpp was read, not run.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from hxaconv.model.families import FAMILIES
 from hxaconv.model.names import EMBEDDING, HEAD, layer_kinds, mixer_prefix
 from hxaconv.model.plan import Plan
 from hxaconv.model.rope import rope_of, scaling_kind
+from hxaconv.model.variants import VARIANTS
+from hxaconv.verification.rwkv_infer import FOLDER, PTH, TRAITS, traits_of, working
 
 if TYPE_CHECKING:
     from hxaconv.model.model import Checkpoint
@@ -54,6 +57,17 @@ PADDING = 256
 """RWKV-Infer pads MLP weights to a multiple of this in both directions when it loads them."""
 
 TRANSFORMERS, INFER_FOLDER, INFER_PTH = "transformers", "RWKV-Infer, HF folder", "RWKV-Infer, .pth"
+LLAMA_CPP = "llama.cpp, OpenMOSE's fork"
+
+TRANSFORMERS_RELEASES = "4.51.3, 4.57.6, 5.0.0 and 5.24.0 (tried)"
+FORK = {
+    "hxa079": "eab6e78 of 2025-08-09, whose log says `not working`",
+    "hxa07d": "2230605",
+    "hxa07e": "7033bf6",
+}
+"""Variant -> the commit of the fork that has its graph."""
+FORK_CLASSES = ("Hrwkv079HybridForCausalLM", "HrwkvMoeHybridForCausalLM")
+"""What its converter asks `architectures` in config.json to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +91,8 @@ class Verdict:
     settings: tuple[str, ...]
     """What its user has to pass by hand."""
     findings: tuple[Finding, ...]
+    releases: tuple[str, ...] = ()
+    """Which releases take this model, and with which strategy."""
 
     @property
     def takes(self) -> bool:
@@ -93,7 +109,7 @@ def lint(checkpoint: Checkpoint, config: ModelConfig | None = None) -> list[Verd
     student = is_student(checkpoint)
     verdicts = [_transformers(checkpoint, config, student)]
     if student:
-        verdicts += [_infer_folder(checkpoint), _infer_pth(checkpoint, config)]
+        verdicts += [_infer_folder(checkpoint, config), _infer_pth(checkpoint, config), _llama_cpp(checkpoint)]
     return verdicts
 
 
@@ -116,7 +132,7 @@ def _transformers(checkpoint: Checkpoint, config: ModelConfig | None, student: b
         findings.append(Finding("no torch_dtype: some versions load float32", "config.json", do, blocks=False))
     if config is not None and isinstance(config, StudentConfig) and not config.tie_word_embeddings:
         findings += _head(checkpoint, "tie_word_embeddings is false")
-    return Verdict(TRANSFORMERS, ("trust_remote_code=True",), tuple(findings))
+    return Verdict(TRANSFORMERS, ("trust_remote_code=True",), tuple(findings), (TRANSFORMERS_RELEASES,))
 
 
 def _switches(plan: Plan, raw: Mapping[str, Any]) -> Iterator[Finding]:
@@ -172,15 +188,13 @@ def _missing_keys(raw: Mapping[str, Any], keys: tuple[str, ...], reader: str) ->
             yield Finding(f"{what}: {reader} reads it at top level", "config.json", f"Add {key} to config.json.")
 
 
-def _infer_folder(checkpoint: Checkpoint) -> Verdict:
+def _infer_folder(checkpoint: Checkpoint, config: ModelConfig | None) -> Verdict:
     stop = _not_a_folder(checkpoint, needs_safetensors=True)
     if stop is not None:
         return Verdict(INFER_FOLDER, (), (stop,))
     raw = checkpoint.config or {}
     findings = list(_missing_keys(raw, RWKV_INFER_KEYS, "RWKV-Infer"))
-    if raw.get("rwkv_architecture") not in (None, "hxa079"):
-        found = f"rwkv_architecture is {raw['rwkv_architecture']!r}"
-        findings.append(Finding(found, "config.json", 'Set it to "hxa079".'))
+    findings += _other_variant(checkpoint, config, INFER_FOLDER)
     findings += _rope_scaling(raw)
     for file in checkpoint.extra.get("stray_files", ()):
         if str(file).endswith(".safetensors"):
@@ -195,7 +209,8 @@ def _infer_folder(checkpoint: Checkpoint) -> Verdict:
     findings += _infer_tensors(checkpoint)
     if not raw.get("tie_word_embeddings"):
         findings += _head(checkpoint, "tie_word_embeddings is not true")
-    return Verdict(INFER_FOLDER, (), tuple(findings))
+    releases, more = _releases(checkpoint, FOLDER)
+    return Verdict(INFER_FOLDER, (), (*findings, *more), releases)
 
 
 def _infer_pth(checkpoint: Checkpoint, config: ModelConfig | None) -> Verdict:
@@ -216,6 +231,7 @@ def _infer_pth(checkpoint: Checkpoint, config: ModelConfig | None) -> Verdict:
         findings.append(Finding(f"the tensors are nested under {inside!r}", _name(checkpoint), convert))
     elif beside:
         findings.append(Finding(f"not everything in it is a tensor: {shortened(beside)}", _name(checkpoint), convert))
+    findings += _other_variant(checkpoint, config, INFER_PTH)
     findings += _infer_tensors(checkpoint)
     findings += _head(checkpoint, "a .pth never ties")
     findings += _rope_scaling(checkpoint.sidecar or {})
@@ -229,7 +245,61 @@ def _infer_pth(checkpoint: Checkpoint, config: ModelConfig | None) -> Verdict:
     )
     theta = f"rope_theta={config.rope_theta:.10g}" if config else "rope_theta (the file does not say; default 1e6)"
     eps = f"rms_norm_eps={config.rms_norm_eps:g}" if config else "rms_norm_eps (the file does not say; default 1e-6)"
-    return Verdict(INFER_PTH, (theta, eps), tuple(findings))
+    releases, more = _releases(checkpoint, PTH)
+    return Verdict(INFER_PTH, (theta, eps), (*findings, *more), releases)
+
+
+def _variant(checkpoint: Checkpoint, config: ModelConfig | None = None) -> str:
+    """The variant that the model is by its config, or hxa079, where nothing names another."""
+    if isinstance(config, StudentConfig):
+        return config.rwkv_architecture
+    told = (checkpoint.config or {}).get("rwkv_architecture") or (checkpoint.sidecar or {}).get("rwkv_architecture")
+    return str(told or "hxa079")
+
+
+def _other_variant(checkpoint: Checkpoint, config: ModelConfig | None, loader: str) -> Iterator[Finding]:
+    """Why a variant does not run there; it stays what it is, whatever the loader knows."""
+    name = _variant(checkpoint, config)
+    known = VARIANTS.get(name)
+    reason = f"it does not know {name}" if known is None else known.loaders.get(loader)
+    if reason is not None:
+        do = "Use transformers, with the modelling code in the folder: under another name it would be another model."
+        yield Finding(f"the model is {name!r}: {reason}", _name(checkpoint), do)
+
+
+def _releases(checkpoint: Checkpoint, kind: str) -> tuple[tuple[str, ...], list[Finding]]:
+    """The releases that take such a model, and what it has that some of them, or all, fail on."""
+    traits = traits_of(checkpoint.plan, _variant(checkpoint))
+    found = working(kind, traits)
+    every = working(kind, ())
+    names = tuple(f"{releases.name}: {' or '.join(strategies)}" for releases, strategies in found)
+    lost = [releases for releases, _ in every if releases not in [one for one, _ in found]]
+    reasons = [TRAITS[trait] for trait in traits if any(trait in releases.fails for releases in lost)]
+    if not lost or not reasons:
+        return names, []
+    what = f"{' and '.join(reasons)}: fails in {', '.join(releases.name for releases in lost)}"
+    do = f"Use {found[-1][0].commits[-1]}." if found else _way_out(kind, traits)
+    return names, [Finding(what, "RWKV-Infer", do, blocks=not found)]
+
+
+def _way_out(kind: str, traits: tuple[str, ...]) -> str:
+    other = working(FOLDER, traits) if kind == PTH else []
+    return f"Use a folder, with {other[-1][0].commits[-1]}." if other else "Use transformers."
+
+
+def _llama_cpp(checkpoint: Checkpoint) -> Verdict:
+    stop = _not_a_folder(checkpoint, needs_safetensors=False)
+    if stop is not None:
+        return Verdict(LLAMA_CPP, (), (stop,))
+    name = _variant(checkpoint)
+    if name not in FORK:
+        return Verdict(LLAMA_CPP, (), (Finding(f"it has no graph for {name}", "the fork", "Use transformers."),))
+    classes = (checkpoint.config or {}).get("architectures") or []
+    findings = [Finding("nothing of it was run here", "the fork", "Compare its logits before you rely on it.")]
+    if not set(classes) & set(FORK_CLASSES):
+        what = f"its converter knows the architectures {' and '.join(FORK_CLASSES)}, here are {classes}"
+        findings.append(Finding(what, "config.json", "Give the converter a copy of the folder that says so."))
+    return Verdict(LLAMA_CPP, (), tuple(findings), (FORK[name],))
 
 
 def _rope_scaling(raw: Mapping[str, Any]) -> Iterator[Finding]:
@@ -275,6 +345,8 @@ def _infer_tensors(checkpoint: Checkpoint) -> Iterator[Finding]:
 def _rwkv_layer(checkpoint: Checkpoint, prefix: str) -> Iterator[Finding]:
     plan = checkpoint.plan
     bonus = plan.get(f"{prefix}r_k")
+    if _variant(checkpoint) != "hxa079":
+        return
     if bonus is None or len(bonus.shape) != 2:
         found = "is missing" if bonus is None else f"has shape {bonus.shape}"
         yield Finding(f"r_k {found}: (heads, head_dim) are read off it", f"{prefix}r_k", "Convert again with hxaconv.")
