@@ -22,7 +22,8 @@ from hxaconv.model.plan import Plan, source_files, with_origin
 from hxaconv.save.card import model_card
 from hxaconv.save.command_line import command_line, version
 from hxaconv.save.records import history_of
-from hxaconv.save.student_json import loadmodel_body, student_json
+from hxaconv.save.student_json import student_json
+from hxaconv.verification.rwkv_infer import FOLDER, PTH, loadmodel_body
 
 if TYPE_CHECKING:
     from hxaconv.formats.safetensors_layout import Shard
@@ -226,7 +227,7 @@ def _documents(output: Output) -> dict[str, bytes]:
     if not output.is_folder:
         settings = {key: value for key, value in settings.items() if key not in ("auto_map", "architectures")}
         if output.format == "pth":
-            settings |= {"rwkv_infer_loadmodel": loadmodel_body(config, output.target.name)}
+            settings |= _loadmodel(output)
         return {output.sidecar_name: as_bytes(settings)}
     code = resources.files("hxaconv") / "model" / "hf"
     documents = {name: (code / name).read_bytes() for name in CODE_FILES}
@@ -242,6 +243,15 @@ def _documents(output: Output) -> dict[str, bytes]:
     if output.shell:
         settings |= {key: value for key, value in _shelled(record).shell_config.items() if key not in settings}
     return documents | {"config.json": as_bytes(settings)}
+
+
+def _loadmodel(output: Output) -> dict[str, Any]:
+    """The request that RWKV-Infer loads this with, where it knows the variant."""
+    assert output.student is not None
+    config, kind = output.student.student, FOLDER if output.is_folder else PTH
+    if config.variant.loaders.get(f"RWKV-Infer, {'HF folder' if output.is_folder else '.pth'}"):
+        return {}
+    return {"rwkv_infer_loadmodel": loadmodel_body(config, output.student.plan, kind, output.target.name)}
 
 
 def _shelled(record: Record) -> Checkpoint:
@@ -285,6 +295,7 @@ def _provenance(output: Output) -> dict[str, Any]:
         "format": output.format,
         "variant": config.rwkv_architecture,
         "gqa_layers": list(config.gqa_layers),
+        **(_loadmodel(output) if output.is_folder else {}),
         **output.record.extra,
     }
 

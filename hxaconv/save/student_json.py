@@ -68,14 +68,3 @@ def student_json(config: StudentConfig, raw: Mapping[str, Any], dtype: str) -> d
         "torch_dtype": torch_name,
         "dtype": torch_name,
     }
-
-
-def loadmodel_body(config: StudentConfig, path: str) -> dict[str, Any]:
-    """RWKV-Infer's `/loadmodel` request for a `.pth`, with the two values that the file cannot carry."""
-    return {
-        "model_filename": path,
-        "model_viewname": path.removesuffix(".pth"),
-        "model_strategy": "bf16",
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.rms_norm_eps,
-    }

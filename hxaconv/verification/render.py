@@ -40,7 +40,8 @@ def render_loaders(verdicts: Sequence[Mapping[str, Any]]) -> list[RenderableType
     for verdict in verdicts:
         settings = f", with {', '.join(verdict['settings'])}" if verdict["settings"] else ""
         takes = "takes it" if verdict["takes"] else "does not take it"
-        parts.append(_wrapped(f"{verdict['loader']}: {takes}{settings}"))
+        releases = f" ({'; '.join(verdict['releases'])})" if verdict["takes"] and verdict["releases"] else ""
+        parts.append(_wrapped(f"{verdict['loader']}: {takes}{settings}{releases}"))
         rows = [("no" if f["blocks"] else "note", f["what"], f["where"], f["do"]) for f in verdict["findings"]]
         if rows:
             parts.append(table("", ("", "what", "where", "what to do"), rows, right=4))
