@@ -80,14 +80,19 @@ class _StagedCheck:
 
     def __call__(self, staged: Path) -> Mapping[str, Any]:
         from hxaconv.load import open_checkpoint
-        from hxaconv.verification.written import check_written
+        from hxaconv.verification.written import check_output
 
         student = self.output.student
         assert student is not None
         checkpoint = open_checkpoint(str(staged))
-        plan = dict(checkpoint.plan)
-        report = self.verify(Model(student.config, plan, str(self.output.target), student.raw), self.progress)
-        check_written(report, checkpoint, student, self.output.dtype)
+        report = check_output(
+            checkpoint,
+            student,
+            self.output.tensors,
+            self.output.dtype,
+            str(self.output.target),
+            lambda written: self.verify(written, self.progress),
+        )
         if self.options.allow_nonfinite:
             _let_nonfinite_pass(report)
         report.raise_if_failed()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,35 @@ from hxaconv.verification import specification
 from hxaconv.verification.digests import wrong_files
 from hxaconv.verification.report import Report
 from hxaconv.verification.specification import listed
+
+
+def check_output(
+    checkpoint: Checkpoint,
+    asked: Model,
+    names: Collection[str],
+    dtype: str,
+    label: str,
+    verify: Callable[[Model], Report],
+) -> Report:
+    """What was written, read back: its files first, then, where these are right, `verify` on its tensors.
+
+    Args:
+        asked: the student that had to be written.
+        names: under which names its tensors had to be stored.
+        dtype: its main one.
+        label: what messages call it.
+    """
+    files = Report(source=label)
+    stored = set(checkpoint.stored_names.values())
+    wrong = [f"{name} is missing" for name in names if name not in stored]
+    wrong += [f"{name} is there" for name in stored if name not in names]
+    files.check("tensors as asked", not wrong, listed(wrong) or f"{len(stored)}, no other")
+    check_written(files, checkpoint, asked, dtype)
+    if not files.passed:
+        return files
+    report = verify(Model(asked.config, dict(checkpoint.plan), label, asked.raw))
+    report.checks += files.checks
+    return report
 
 
 def check_written(report: Report, checkpoint: Checkpoint, asked: Model, dtype: str) -> None:
