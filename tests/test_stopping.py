@@ -117,8 +117,8 @@ def finished_tensors(folder):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", [partials, finished_tensors])
 def test_a_signal_leaves_a_resumable_state_and_says_so(tmp_path, number, moment):
-    # Half a second for every write and sync: many seconds for all of them, so the signal finds the writer at work.
-    command = job(tmp_path, tmp_path / "out", slow=0.5)
+    # A fifth of a second for every write and sync: seconds for all of them, so the signal finds the writer at work.
+    command = job(tmp_path, tmp_path / "out", slow=0.2)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     wait_until(lambda: moment(tmp_path))
