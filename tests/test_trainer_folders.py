@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -222,8 +225,6 @@ def test_nothing_in_a_pickle_is_executed(masters: dict[str, Tensor], tmp_path: P
     else:
         dcp_folder(folder, {"model": masters, "other": payload}, cut_rows(2))
         if kind == "metadata":
-            import pickle
-
             (folder / ".metadata").write_bytes(pickle.dumps(payload))
     if kind == "dcp":  # the archive of what is no tensor is not even read
         assert same(open_checkpoint(folder), masters)
@@ -235,9 +236,30 @@ def test_nothing_in_a_pickle_is_executed(masters: dict[str, Tensor], tmp_path: P
     assert (tmp_path / "made").exists()
 
 
-def io_of(value: object) -> Any:
-    import io
+@pytest.mark.parametrize("kind", ["zero2", "zero3", "dcp"])
+def test_a_flipped_byte_is_read_over_or_refused(masters: dict[str, Tensor], tmp_path: Path, kind: str) -> None:
+    few = dict(list(masters.items())[:8])
+    if kind == "dcp":
+        folder = dcp_folder(tmp_path / "run", {"model": few, "step": 3}, cut_rows(2))
+    else:
+        folder = zero_folder(tmp_path / "run", few, stage=int(kind[-1]), ranks=2)
+    random_, refused = random.Random(0), 0
+    files = sorted(folder.iterdir())
+    for _ in range(100):
+        file = random_.choice(files)
+        data = file.read_bytes()
+        begin = max(0, data.find(b"data.pkl"))  # what says where tensors stand, rather than their values
+        at = random_.randrange(begin, min(len(data), begin + 4000))
+        file.write_bytes(data[:at] + bytes([random_.randrange(256)]) + data[at + 1 :])
+        try:
+            open_checkpoint(folder)
+        except HxaconvError:
+            refused += 1
+        file.write_bytes(data)
+    assert refused > 20 and same(open_checkpoint(folder), few)
 
+
+def io_of(value: object) -> Any:
     stream = io.BytesIO()
     torch.save(value, stream)
     stream.seek(0)
