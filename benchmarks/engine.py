@@ -42,6 +42,7 @@ def initialise(teacher: str) -> None:
 
 def scale(source: str, target: str) -> None:
     """Write `source` with every tensor halved."""
+    from hxaconv.calls import Call
     from hxaconv.load import open_checkpoint
     from hxaconv.options import Write
     from hxaconv.save.output import Output, Record, layouts
@@ -51,7 +52,7 @@ def scale(source: str, target: str) -> None:
     checkpoint = open_checkpoint(source)
     plan = {name: scaled(recipe, 0.5, recipe.dtype, recipe.origin) for name, recipe in checkpoint.plan.items()}
     files = layouts(Path(target), "hf", plan, 5_000_000_000)
-    record = Record(command="scale")
+    record = Record(call=Call("scale"))
     write(Output(target=Path(target), format="hf", tensors=plan, files=files, documents={}, record=record), Write())
 
 

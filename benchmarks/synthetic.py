@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-
 from hxaconv.commands.common import parse_size
+
 from hxaconv.formats import safetensors_layout, torchzip_layout
 from hxaconv.formats.dtypes import BY_NAME, num_bytes, parse_dtype
 from hxaconv.formats.layout import FileLayout

@@ -11,10 +11,9 @@ def main() -> int:
     """Run the command line; returns 0 done, 1 a check failed, 2 wrong use or bad input, 130 or 143 interrupted."""
     try:
         interruption.for_life()
-        from hxaconv.cli.app import app
-        from hxaconv.cli.exits import guarded
+        from hxaconv.cli.app import run
 
-        code = guarded(app)
+        code = run()
         interruption.ignore_from_now()
         return code
     except KeyboardInterrupt as stop:

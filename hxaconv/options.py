@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import numbers
 import os
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, Self, Union, get_args, get_origin, get_type_hints
 
 from hxaconv.errors import HxaconvError, raise_all
@@ -27,10 +29,18 @@ class Option:
     """Where `--help` shows it; empty: the panel of its group."""
     names: tuple[str, ...] = ()
     """On the command line, where that is not the field's own name."""
+    recorded: bool = True
+    """Whether what is written depends on it."""
     least: int | None = None
+    most: int | None = None
     choices: tuple[str, ...] = ()
     convert: Callable[[Any], Any] | None = None
     """From what Python may give to what the field holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Argument(Option):
+    """What is given by its place on the command line, not by a name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +49,7 @@ class Shown:
 
     without: tuple[str, ...] = ()
     panel: str = ""
-    help: Mapping[str, str] | None = None
+    help: Mapping[str, str] = field(default_factory=dict)
     """Field -> another help text."""
 
 
@@ -105,9 +115,9 @@ def options_of(group: type[Group]) -> Mapping[str, tuple[Any, Option]]:
     if group not in _OPTIONS:
         hints = get_type_hints(group, include_extras=True)
         found = {}
-        for field in fields(group):  # type: ignore[arg-type]
-            kind, *extras = get_args(hints[field.name])
-            found[field.name] = (kind, next(extra for extra in extras if isinstance(extra, Option)))
+        for known in fields(group):  # type: ignore[arg-type]
+            kind, *extras = get_args(hints[known.name])
+            found[known.name] = (kind, next(extra for extra in extras if isinstance(extra, Option)))
         _OPTIONS[group] = found
     return _OPTIONS[group]
 
@@ -134,6 +144,8 @@ def checked(value: Any, kind: Any, option: Option) -> Any:
         raise ValueError(f"{value!r} is not {_KINDS[simple]}")
     if option.least is not None and not value >= option.least:
         raise ValueError(f"{value} is not possible, it takes {option.least} or more")
+    if option.most is not None and not value <= option.most:
+        raise ValueError(f"{value} is not possible, it takes {option.most} or less")
     if option.choices and value not in option.choices:
         raise ValueError(f"{value!r} is not known, it takes {', '.join(option.choices)}")
     return value
@@ -154,7 +166,7 @@ def plain(value: Any) -> Any:
 def size(ids: Sequence[Any] | ArrayLike) -> int:
     """How many token ids there are in memory."""
     if isinstance(ids, Sequence):
-        return sum(size(row) if isinstance(row, Sequence) else 1 for row in ids)
+        return sum(size(row) if isinstance(row, list | tuple) else 1 for row in ids)
     return int(ids.__array__().size)
 
 
@@ -195,8 +207,56 @@ def _floats(value: Any) -> tuple[float, ...]:
 TokenIds = str | Sequence[Any] | ArrayLike
 """A file of token ids, or the ids themselves: one sequence, or several of one length."""
 
-SAVED_FORMATS = ("hf", "pth", "training")
 LARGEST_SEED = 2**63 - 1
+STAGES = ("untrained", "calibrated", "attention-trained")
+"""What may be expected of a student beside its teacher."""
+
+Source = Annotated[str, Argument(help="Folder, .pth/.pt/.bin file or Hub id of the checkpoint.")]
+OutAny = Annotated[str, Argument(help="Folder, or NAME.pth, to create.")]
+OutFolder = Annotated[str, Argument(help="Folder to create.")]
+OutFile = Annotated[str, Argument(help="NAME.pth to create; NAME.json goes beside it.")]
+TeacherToo = Annotated[
+    str | None,
+    Option(help="Folder or Hub id: completes attention-only checkpoints.", panel="Teacher and settings"),
+]
+Dtype = Annotated[str | None, Option(help="bfloat16, float16 or float32. Default: as in the source.", panel="Output")]
+
+
+def option_words(names: Iterable[str]) -> str:
+    """Fields as the command line names them."""
+    return ", ".join(f"--{name.rstrip('_').replace('_', '-')}" for name in names)
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """`5GB` (decimal, as the Hub counts), `4GiB`, `500MB` -> bytes.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"{text!r} is not a size, such as 5GB, 500MB or 4GiB")
+    unit = match[2].lower().removesuffix("b")
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match[1]) * base ** " kmgt".index(unit.removesuffix("i") or " "))
+
+
+def _size_text(value: Any) -> str:
+    text = str(value)
+    parse_size(text)
+    return text
+
+
+class Display:
+    """What every command of the command line takes beside the options of its function."""
+
+    Json = Annotated[bool, Option(help="Print the result as JSON.", panel="Display")]
+    Quiet = Annotated[
+        bool, Option(help="Print nothing but warnings and errors.", panel="Display", names=("--quiet", "-q"))
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,6 +347,13 @@ class Choice(Group):
     ] = "restore"
     log: Annotated[str | None, Option(help="Stage-1 training log (CSV), for --strategy log.")] = None
     allow_gqa_layer_0: Annotated[bool, Option(help="Accept layer 0 as GQA (loaders disagree).")] = False
+    save: Annotated[
+        str | None,
+        Option(help="Write the choice as a layer map; interrupted scoring resumes beside it.", recorded=False),
+    ] = None
+    plot: Annotated[
+        str | None, Option(help="Draw the scores: NAME.png, .svg or .pdf.", panel="Display", recorded=False)
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,11 +362,15 @@ class Init(Group):
 
     PANEL: ClassVar[str] = "Initial values"
 
+    init: Annotated[
+        str,
+        Option(help="openmose (published values) or calibrated (fitted to text).", choices=("openmose", "calibrated")),
+    ] = "openmose"
     preset: Annotated[str, Option(help="openmose-stage1 (0.5 0.5 0.3 0.5) or openmose-stage2 (1.0).")] = (
         "openmose-stage1"
     )
     scale: Annotated[str | None, Option(help="Factors over the preset: receptance=0.5,key=1,...")] = None
-    seed: Annotated[int, Option(help="Seed of the random matrices.", least=0)] = 0
+    seed: Annotated[int, Option(help="Seed of the random matrices.", least=0, most=LARGEST_SEED)] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,7 +381,7 @@ class Tokens(Group):
 
     input_ids: Annotated[TokenIds | None, Option(help="Token ids: .npy, .safetensors or .json.", convert=_ids)] = None
     text: Annotated[str | None, Option(help="Text file, cut by the tokenizer in the folder.")] = None
-    tokens: Annotated[int, Option(help="Calibration tokens.")] = 1024
+    tokens: Annotated[int, Option(help="Calibration tokens.", least=2)] = 1024
     device: Annotated[str, Option(help="cpu or cuda.")] = "cpu"
 
     @property
@@ -325,7 +396,7 @@ class Probe(Tokens):
 
     tokens: Annotated[int, Option(help="Tokens per sequence.", least=1)] = 64
     batch: Annotated[int, Option(help="Sequences.", least=1)] = 1
-    seed: Annotated[int, Option(help="Seed of random tokens.", least=0)] = 0
+    seed: Annotated[int, Option(help="Seed of random tokens.", least=0, most=LARGEST_SEED)] = 0
     dtype: Annotated[str, Option(help="float32 or float64.", choices=("float32", "float64"))] = "float32"
     logits_out: Annotated[str | None, Option(help="Write input_ids, logits and hidden.{i} as safetensors.")] = None
 
@@ -337,7 +408,7 @@ class Fit(Tokens):
     PANEL: ClassVar[str] = "Calibration"
 
     text: Annotated[str | None, Option(help="Text file, cut by the teacher's tokenizer.")] = None
-    chunk: Annotated[int, Option(help="Tokens per sequence: no decay can see beyond it.")] = 2048
+    chunk: Annotated[int, Option(help="Tokens per sequence: no decay can see beyond it.", least=2)] = 2048
     random_tokens: Annotated[bool, Option(help="Fit to random tokens (much worse).")] = False
     refit_output: Annotated[
         str,
@@ -345,22 +416,30 @@ class Fit(Tokens):
     ] = "auto"
     refine_steps: Annotated[int, Option(help="Local refinement after the closed form; 0 for none.", least=0)] = 100
     fold_rope: Annotated[bool, Option(help="Fit GQA layers to losing RoPE (changes them).")] = False
+    plot: Annotated[
+        str | None, Option(help="Draw errors and decays by layer: NAME.png, .svg or .pdf.", recorded=False)
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check(Group):
-    """What is expected of a comparison; None: what the two architectures imply."""
+    """What is expected of a comparison; None: what the two architectures, or the student's record, imply."""
 
     expect: Annotated[
         str | None,
         Option(
             help="untrained, calibrated, attention-trained, identical, close or report. Default: identical for the same"
-            " architecture; for a student and its teacher what its record says, else attention-trained."
+            " architecture; for a student and its teacher what its record says, else attention-trained.",
+            choices=(*STAGES, "identical", "close", "report"),
         ),
     ] = None
     max_logit: Annotated[float | None, Option(help="Largest difference of a logit (identical: 0).", least=0)] = None
     max_layer: Annotated[float | None, Option(help="Largest relative error of a layer (close: 0.01).", least=0)] = None
     max_kl: Annotated[float | None, Option(help="Largest KL, in nats per token (close: 0.001).", least=0)] = None
+    plot: Annotated[
+        str | None, Option(help="Draw errors and cosine by depth: NAME.png, .svg or .pdf.", panel="Display")
+    ] = None
+    overwrite: Annotated[bool, Option(help="Replace the files of --logits-out and --plot.", panel="Display")] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,18 +450,35 @@ class Write(Group):
 
     format: Annotated[
         str | None,
-        Option(help="hf, pth or training (attention alone). Default: by OUT's suffix.", choices=SAVED_FORMATS),
+        Option(
+            help="hf, pth or training (attention alone). Default: by OUT's suffix.", choices=("hf", "pth", "training")
+        ),
     ] = None
-    max_shard_size: Annotated[str, Option(help="Largest file of an hf folder: 5GB, 500MB, 4GiB.")] = "5GB"
+    max_shard_size: Annotated[
+        str, Option(help="Largest file of an hf folder: 5GB, 500MB, 4GiB.", convert=_size_text)
+    ] = "5GB"
     copy_code: Annotated[bool, Option(help="Copy .py files of the source too.")] = False
     keep_shell: Annotated[bool, Option(help="Carry vision tensors and processor files through.")] = False
-    dry_run: Annotated[bool, Option(help="Print the plan, write nothing.")] = False
-    overwrite: Annotated[bool, Option(help="Replace OUT once the new one is complete.")] = False
-    resume: Annotated[bool, Option(help="Continue an interrupted run.")] = False
-    verify: Annotated[bool, Option(help="Skip the check of what was written.", names=("--no-verify",))] = True
-    workers: Annotated[int | None, Option(help="Threads. Default: 2, or 1 on one core.", least=1)] = None
-    digest: Annotated[str, Option(help="Per tensor: crc32, sha256 or none.", choices=("crc32", "sha256", "none"))] = (
-        "crc32"
+    dry_run: Annotated[bool, Option(help="Print the plan, write nothing.", recorded=False)] = False
+    overwrite: Annotated[bool, Option(help="Replace OUT once the new one is complete.", recorded=False)] = False
+    resume: Annotated[bool, Option(help="Continue an interrupted run.", recorded=False)] = False
+    verify: Annotated[
+        bool, Option(help="Skip the check of what was written.", names=(" /--no-verify",), recorded=False)
+    ] = True
+    workers: Annotated[int | None, Option(help="Threads. Default: 2, or 1 on one core.", least=1, recorded=False)] = (
+        None
     )
-    allow_nonfinite: Annotated[bool, Option(help="Go on although a source holds NaN or Inf.")] = False
-    push_to: Annotated[str | None, Option(help="ORG/NAME: upload the finished folder, private.")] = None
+    digest: Annotated[
+        str, Option(help="Per tensor: crc32, sha256 or none.", choices=("crc32", "sha256", "none"), recorded=False)
+    ] = "crc32"
+    allow_nonfinite: Annotated[bool, Option(help="Go on although a source holds NaN or Inf.", recorded=False)] = False
+    push_to: Annotated[str | None, Option(help="ORG/NAME: upload the finished folder, private.", recorded=False)] = None
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """The size as a number."""
+        return parse_size(self.max_shard_size)
+
+    def format_of(self, out: str) -> str:
+        """The format of an output: as given, else by the suffix of its name."""
+        return self.format or ("pth" if Path(out).suffix == ".pth" else "hf")

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from hxaconv.results import Result
 
 
 class Progress(Protocol):
-    """What long work tells about itself; `total` and `n` are bytes unless the title says otherwise."""
+    """What long work tells about itself; `total` and `n` are bytes unless the title says otherwise.
+
+    Derive from it to leave out methods that are of no interest.
+    """
 
     def start(self, title: str, total: int) -> None:
         """A new stretch of work begins."""
@@ -18,6 +24,12 @@ class Progress(Protocol):
 
     def stop(self) -> None:
         """The stretch has ended."""
+
+    def note(self, text: str) -> None:
+        """Something to know before the work goes on."""
+
+    def show(self, result: Result) -> None:
+        """A result on the way: what will be written, before its first byte is."""
 
 
 @contextmanager

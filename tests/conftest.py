@@ -26,12 +26,11 @@ def tiny_teacher() -> Path:
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Run the command line in this process; returns its exit code."""
-    from hxaconv.cli.app import app
-    from hxaconv.cli.exits import guarded
+    from hxaconv.cli.app import run
 
     def call(*arguments: object) -> int:
         monkeypatch.setattr("sys.argv", ["hxaconv", *map(str, arguments)])
-        return guarded(app)
+        return run()
 
     return call
 

@@ -1,66 +1,239 @@
-"""The commands as Python functions: their own arguments, documented, and nothing else accepted."""
+"""The commands as Python functions: keywords or groups, results that show themselves, errors that name arguments."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import hxaconv
+from hxaconv.calls import in_python, parameters_of
+from hxaconv.commands import COMMANDS
 from hxaconv.model.names import layer_kinds
+from hxaconv.results import Result
 
-QUIET = hxaconv.WriteOptions(verify=False)
-FUNCTIONS = [name for name in hxaconv.__all__ if inspect.isfunction(getattr(hxaconv, name))]
+FUNCTIONS = [name.replace("-", "_") for name in COMMANDS]
+
+
+@pytest.fixture
+def student(tiny_teacher: Path, tmp_path: Path) -> Path:
+    hxaconv.init_from_teacher(tiny_teacher, tmp_path / "student", gqa_layers=5, verify=False)
+    return tmp_path / "student"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_argument_is_documented(name: str) -> None:
+def test_help_has_the_public_name_and_every_option(name: str) -> None:
     function = getattr(hxaconv, name)
+    assert (function.__module__, function.__name__, function.__qualname__) == ("hxaconv", name, name)
+    assert pickle.loads(pickle.dumps(function)) is function
     text = inspect.getdoc(function) or ""
     assert "Raises:" in text
-    if name != "open_checkpoint" and "arguments are those of" not in text:
-        lacking = [argument for argument in inspect.signature(function).parameters if argument not in text]
-        assert not lacking
+    for parameter in parameters_of(COMMANDS[name.replace("_", "-")]):
+        assert parameter.name in inspect.signature(function).parameters
+        assert f"    {parameter.name}: " in text
+    assert not any(word in text.partition("Options, also as keywords")[2] for word in ("--", "call:"))
 
 
-def test_layers_are_numbers_or_text(tiny_teacher: Path, tmp_path: Path) -> None:
-    made = [
-        hxaconv.init_from_teacher(
-            str(tiny_teacher), str(tmp_path / f"{i}.pth"), gqa_layers=layers, format="pth", write=QUIET
-        )
-        for i, layers in enumerate(([2, 5], "2,5", (5, 2)))
-    ]
-    first, *rest = (outcome.written.digests for outcome in made if outcome.written)
-    assert len(rest) == 2 and all(other == first for other in rest)
-    hxaconv.pick_gqa_layers(
-        str(tmp_path / "0.pth"), str(tmp_path / "p"), layers=[4], teacher=str(tiny_teacher), write=QUIET
-    )
+def test_the_package_lists_what_it_offers() -> None:
+    assert set(FUNCTIONS) < set(dir(hxaconv)) == set(hxaconv.__all__)
+    assert hxaconv.__version__[0].isdigit()
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = hxaconv.nothing
+
+
+def test_importing_the_package_is_light() -> None:
+    heavy = ("torch", "numpy", "rich", "typer")
+    code = f"import hxaconv, sys; dir(hxaconv); print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("layers", [[2, 5], "2,5", (5, 2), np.array([2, 5])])
+def test_layers_are_numbers_or_text(tiny_teacher: Path, tmp_path: Path, layers: Any) -> None:
+    planned = hxaconv.init_from_teacher(tiny_teacher, tmp_path / "a.pth", gqa_layers=layers, dry_run=True)
+    assert planned.gqa_layers == (2, 5) and planned.format == "pth"
+
+
+def test_layers_of_a_student_are_numbers_or_text(student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    hxaconv.pick_gqa_layers(student, tmp_path / "p", layers=[4], teacher=tiny_teacher, verify=False)
     kinds = layer_kinds(hxaconv.open_checkpoint(tmp_path / "p").plan)
     assert [layer for layer, kind in kinds.items() if kind == "gqa"] == [4]
-    hxaconv.pick_gqa_layers(
-        str(tmp_path / "0.pth"), str(tmp_path / "n"), layers=[], teacher=str(tiny_teacher), write=QUIET
-    )
+    hxaconv.pick_gqa_layers(student, tmp_path / "n", layers=[], teacher=tiny_teacher, verify=False)
     assert set(layer_kinds(hxaconv.open_checkpoint(tmp_path / "n").plan).values()) == {"rwkv"}
 
 
-def test_settings_are_given_by_name_everywhere(golden: Path, tmp_path: Path) -> None:
-    source = str(golden / "reka_tiny" / "student.pth")
-    theta = json.loads((golden / "reka_tiny" / "teacher" / "config.json").read_text())["rope_theta"]
-    settings = {"rope_theta": theta, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
-    assert hxaconv.verify(source, **settings).passed
-    hxaconv.to_hf(source, str(tmp_path / "hf"), write=QUIET, **settings)
-    assert hxaconv.inspect(str(tmp_path / "hf"))["variant"] == "hxa079"
-    few = hxaconv.VerifyOptions(tokens=8)
-    same = hxaconv.VerifyOptions(tokens=hxaconv.TokenOptions(tokens=8))
-    found = [hxaconv.verify(str(tmp_path / "hf"), options=options).settings for options in (few, same)]
-    assert found[0] == found[1] and found[0]["tokens"] == 8
+def test_options_are_keywords_groups_or_mappings(tiny_teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.pth"
+    ways: list[dict[str, Any]] = [
+        {"overwrite": True, "verify": False, "seed": 3},
+        {"write": hxaconv.Write(overwrite=True, verify=False), "values": {"seed": 3}},
+        {"write": {"overwrite": True}, "verify": False, "values": hxaconv.Init(), "seed": np.int64(3)},
+    ]
+    made = [hxaconv.init_from_teacher(str(tiny_teacher), out, dtype=torch.bfloat16, **way) for way in ways]
+    first, *others = [outcome.written.digests for outcome in made if outcome.written]
+    assert others == [first, first]
+    other_seed = hxaconv.init_from_teacher(tiny_teacher, out, overwrite=True, verify=False)
+    assert other_seed.written is not None and other_seed.written.digests != first
 
 
 @pytest.mark.parametrize(
-    ("function", "argument"), [("to_pth", "copy_code"), ("to_training", "pad_ffn"), ("to_hf", "all_tensors")]
+    ("options", "message"),
+    [
+        ({"overwrite": "yes"}, "overwrite: 'yes' is not True or False"),
+        ({"write": {"bogus": 1}}, "write has no such options"),
+        ({"calibration": {"bogus": 1}}, "calibration has no such options"),
+        ({"write": 3}, "write: 3 is neither a Write nor its options by name"),
+        ({"seed": -1}, "seed: -1 is not possible, it takes 0 or more"),
+        ({"seed": 2**63}, "seed: 9223372036854775808 is not possible"),
+        ({"workers": 0}, "workers: 0 is not possible"),
+        ({"workers": 0, "seed": -1}, "seed: -1 .*\n.*workers: 0 |workers: 0 .*\n.*seed: -1"),
+        ({"gqa_layers": object()}, "gqa_layers: .* is neither text nor layer numbers"),
+        ({"gqa_layers": 99}, "gqa_layers '99' of a model of 6 layers"),
+        ({"dtype": torch.int8}, "unknown dtype 'int8'"),
+        ({"scale": "value=x"}, "scale is not understood"),
+        ({"tokens": 5}, "tokens: these are for a calibration\nAdd init=\"calibrated\""),
+        ({"overwrites": True}, r"no such arguments:\n.*overwrites \(did you mean overwrite\?\)"),
+        ({"max_shard_size": "huge"}, "max_shard_size: 'huge' is not a size"),
+        ({"format": "gguf"}, "format: 'gguf' is not known, it takes hf, pth, training"),
+        ({"layer_map": "reka-flash-3", "gqa_layers": 1}, "layer_map and gqa_layers both choose the layers"),
+    ],
 )
-def test_an_argument_of_another_command_is_refused(function: str, argument: str) -> None:
-    with pytest.raises(TypeError, match=argument):
-        getattr(hxaconv, function)("a", "b", **{argument: True})
+def test_wrong_arguments_are_one_error_that_names_them(
+    tiny_teacher: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(hxaconv.HxaconvError, match=message) as caught:
+        hxaconv.init_from_teacher(tiny_teacher, tmp_path / "out", **options)
+    assert "--" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_target_is_refused_in_pythons_words(student: Path, tiny_teacher: Path) -> None:
+    with pytest.raises(hxaconv.HxaconvError, match="add overwrite=True"):
+        hxaconv.init_from_teacher(tiny_teacher, student)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        ("to_pth", {"source": "a", "out": "b", "copy_code": True}, "copy_code"),
+        ("to_training", {"source": "a", "out": "b", "pad_ffn": 256}, "pad_ffn"),
+        ("to_hf", {"source": "a", "out": "b", "all_tensors": True}, "all_tensors"),
+        ("to_pth", {"source": "a", "out": "b", "write": hxaconv.Write(copy_code=True)}, "copy_code: it has no use"),
+        ("calibrate", {"source": "a", "out": "b"}, "calibrate needs teacher"),
+        ("verify", {}, "verify needs source"),
+    ],
+)
+def test_arguments_of_others_and_lacking_ones_are_refused(
+    function: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(hxaconv.HxaconvError, match=message):
+        getattr(hxaconv, function)(**arguments)
+    with pytest.raises(hxaconv.HxaconvError, match="without a name"):
+        hxaconv.to_hf("a", "b", "c")
+
+
+def test_messages_name_arguments_and_leave_commands_alone() -> None:
+    parameters = parameters_of(COMMANDS["to-training"])
+    told = in_python("Add --overwrite, --no-verify, --all or --init calibrated: `hxaconv x --overwrite`.", parameters)
+    assert told == 'Add overwrite=True, verify=False, all_tensors=True or init="calibrated": `hxaconv x --overwrite`.'
+    assert in_python("--teacher TEACHER, --unknown", parameters) == "teacher TEACHER, --unknown"
+
+
+def test_settings_are_given_by_name_everywhere(golden: Path, tmp_path: Path) -> None:
+    source = golden / "reka_tiny" / "student.pth"
+    theta = json.loads((golden / "reka_tiny" / "teacher" / "config.json").read_text())["rope_theta"]
+    settings = {"rope_theta": theta, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "variant": "hxa079"}
+    assert hxaconv.verify(source, **settings, tokens=8).passed
+    hxaconv.to_hf(source, tmp_path / "hf", verify=False, **settings)
+    assert hxaconv.inspect(tmp_path / "hf")["variant"] == "hxa079"
+    with pytest.raises(hxaconv.HxaconvError, match="rope_theta"):
+        hxaconv.to_hf(source, tmp_path / "other", variant="hxa079")
+
+
+def test_token_ids_may_be_in_memory(student: Path, tiny_teacher: Path) -> None:
+    ids = np.load(tiny_teacher / "heldout_tokens.npy")[:1, :32]
+    ways = (ids, torch.tensor(ids), ids.tolist(), ids[0].tolist())
+    reports = [hxaconv.verify(student, against=tiny_teacher, input_ids=way) for way in ways]
+    assert len({report.logits.kl_other_source for report in reports}) == 1
+    other = hxaconv.verify(student, against=tiny_teacher, input_ids=ids[:, ::-1].copy())
+    assert other.logits.kl_other_source != reports[0].logits.kl_other_source
+    for wrong in ([0.5], ["a"], [[1], [2, 3]], [], [999]):
+        with pytest.raises(hxaconv.HxaconvError, match="input_ids"):
+            hxaconv.verify(student, input_ids=wrong)
+
+
+def results(student: Path, teacher: Path, out: Path) -> list[Result]:
+    return [
+        hxaconv.to_pth(student, out / "a.pth"),
+        hxaconv.to_pth(student, out / "b.pth", dry_run=True),
+        hxaconv.verify(student, tokens=8),
+        hxaconv.verify(student, digests=True),
+        hxaconv.inspect(student, stats=True),
+        hxaconv.pick_gqa_layers(teacher, count=2, strategy="uniform"),
+        hxaconv.pick_gqa_layers(
+            student, out / "c", count=2, strategy="mse", teacher=teacher, input_ids=[[5] * 16], tokens=16
+        ),
+        hxaconv.maps(),
+        hxaconv.maps("reka-flash-3"),
+    ]
+
+
+def test_results_are_short_and_go_everywhere(
+    student: Path, tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for result in results(student, tiny_teacher, tmp_path):
+        assert len(repr(result)) < 400 and repr(result).startswith(f"<{type(result).__name__}: ")
+        assert json.loads(json.dumps(result.to_dict()))
+        again = pickle.loads(pickle.dumps(result))
+        assert again.to_dict() == result.to_dict()
+        assert result._repr_html_().startswith("<pre>")
+    told = capsys.readouterr()
+    assert told.out == told.err == ""
+
+
+class Told(hxaconv.Progress):
+    """What a run reports."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+        self.shown: list[Result] = []
+
+    def start(self, title: str, total: int) -> None:
+        self.titles.append(title)
+
+    def show(self, result: Result) -> None:
+        self.shown.append(result)
+
+
+def test_progress_is_told_of_the_plan_and_of_the_work(student: Path, tmp_path: Path) -> None:
+    told = Told()
+    outcome = hxaconv.to_pth(student, tmp_path / "a.pth", progress=told)
+    [plan] = told.shown
+    assert told.titles
+    assert (plan.written, plan.plan, plan.target) == (None, outcome.plan, outcome.target)
+
+
+def test_a_notebook_gets_a_bar(monkeypatch: pytest.MonkeyPatch, student: Path, tmp_path: Path) -> None:
+    from hxaconv.cli import console
+
+    made: list[console.Bars] = []
+
+    class Bars(Told):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(console, "Bars", Bars)
+    hxaconv.to_pth(student, tmp_path / "a.pth", dry_run=True)
+    assert not made
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    hxaconv.to_pth(student, tmp_path / "a.pth", dry_run=True)
+    assert len(made) == 1

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import hxaconv
 from hxaconv.calibration.cache import Cache, Done, State
-from hxaconv.calibration.plot import check_plot, plot
 from hxaconv.calibration.report import CalibrationReport, Distances, LayerReport
+from hxaconv.commands.plots import check_plot
+from hxaconv.commands.plots import draw_calibration as plot
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.json_files import plain_data
 from hxaconv.forward.state import StateFile
@@ -61,9 +62,11 @@ def test_every_number_without_sense_is_told_before_anything_is_done(
     words = ["--chunk", "0", "--tokens", "1", "--refine-steps", "-1", "--refit-output", "maybe"]
     assert cli("init-from-teacher", TINY_TEACHER, tmp_path / "o", "--init", "calibrated", *words, "--dry-run") == 2
     told = capsys.readouterr().err
-    for text in ("--chunk 0", "--tokens 1", "--refine-steps -1", "--refit-output maybe", "no text"):
+    for text in ("--chunk: 0 is", "--tokens: 1 is", "--refine-steps: -1 is", "--refit-output: 'maybe' is"):
         assert text in told
-    assert "--random-tokens" in told
+    assert cli("init-from-teacher", TINY_TEACHER, tmp_path / "o", "--init", "calibrated", "--dry-run") == 2
+    told = capsys.readouterr().err
+    assert "no text" in told and "--random-tokens" in told
     assert cli("init-from-teacher", TINY_TEACHER, tmp_path / "plain", "--gqa-layers", "none", "--quiet") == 0
     more = ["--teacher", TINY_TEACHER, "--input-ids", TOKENS, "--dry-run"]
     other = GOLDEN / "reka_tiny" / "student_hf"
@@ -182,7 +185,7 @@ def test_the_plot_is_drawn_though_nobody_reads_the_output(
     def closed(*_: object) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr("hxaconv.cli.console.Talk.result", closed)
+    monkeypatch.setattr("hxaconv.cli.console.Talk.write", closed)
     plots = [tmp_path / "a.svg", tmp_path / "b.svg", tmp_path / "c.svg"]
     words = ["init-from-teacher", TINY_TEACHER, tmp_path / "a", *QUICK, "--no-verify", "--plot", plots[0]]
     assert cli(*words) == 0
@@ -233,7 +236,7 @@ def test_divergences_are_measured_once(cli: Cli, tmp_path: Path, monkeypatch: py
 
     words = ["init-from-teacher", TINY_TEACHER, tmp_path / "student", *QUICK, *PARTS]
     with monkeypatch.context() as patch:
-        patch.setattr("hxaconv.commands.fitting.perform", die)
+        patch.setattr("hxaconv.commands.calibrated.save", die)
         assert cli(*words) == 130
     distances = json.loads((tmp_path / "student.calibration" / "distances.json").read_text())
     distances["distances"]["calibrated"] = 0.777
@@ -267,9 +270,9 @@ def test_a_calibrated_student_in_transformers_is_as_near_as_the_report_says(
     transformers = pytest.importorskip("transformers")
     from test_hf_modeling import DTYPE_KEY
 
-    calibration = hxaconv.CalibrateOptions(input_ids=str(TOKENS), tokens=1024, refine_steps=2)
+    calibration = hxaconv.Fit(input_ids=str(TOKENS), tokens=1024, refine_steps=2)
     settings: dict[str, Any] = {"gqa_layers": "none", "format": "pth"}
-    quiet = hxaconv.WriteOptions(verify=False)
+    quiet = hxaconv.Write(verify=False)
     outcome = hxaconv.init_from_teacher(
         str(TINY_TEACHER), str(tmp_path / "c.pth"), init="calibrated", calibration=calibration, write=quiet, **settings
     )

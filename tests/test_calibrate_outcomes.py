@@ -28,7 +28,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import hxaconv
 
     out = tmp_path_factory.mktemp("plain") / "plain"
-    options = hxaconv.WriteOptions(verify=False)
+    options = hxaconv.Write(verify=False)
     hxaconv.init_from_teacher(str(TINY_TEACHER), str(out), gqa_layers="none", write=options)
     return out
 

@@ -14,7 +14,7 @@ from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention
 from hxaconv.surgery.arithmetic import cast, scaled
 from hxaconv.surgery.init import PRESETS
-from hxaconv.surgery.padding import pad_ffn
+from hxaconv.surgery.reshape import pad_ffn
 from hxaconv.verification.compare import compare_models
 from hxaconv.verification.contracts import check_converted, check_initialised, completed, initial_claims
 from hxaconv.verification.single import verify_model

@@ -14,6 +14,7 @@ import pytest
 from models import GOLDEN, student, teacher
 from rich.console import Console
 
+from hxaconv.cli.report_tables import render_loaders
 from hxaconv.formats.dtypes import num_bytes
 from hxaconv.formats.files import SourceFile
 from hxaconv.load.checkpoint import open_checkpoint
@@ -22,7 +23,6 @@ from hxaconv.model.model import Checkpoint
 from hxaconv.model.plan import Literal, Plan, Recipe
 from hxaconv.save.student_json import student_json
 from hxaconv.verification.lint import INFER_FOLDER, INFER_PTH, LLAMA_CPP, RWKV_INFER_KEYS, TRANSFORMERS, Verdict, lint
-from hxaconv.verification.render import render_loaders
 from hxaconv.verification.rwkv_infer import FOLDER, PTH, TABLE, loadmodel_body, working
 
 

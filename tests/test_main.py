@@ -26,7 +26,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("module", ["typer", "hxaconv.cli.options", "hxaconv.commands.init", "hxaconv.load.checkpoint"])
+@pytest.mark.parametrize("module", ["typer", "hxaconv.options", "hxaconv.commands.init", "hxaconv.load.checkpoint"])
 def test_ctrl_c_during_the_imports_is_one_line(module: str) -> None:
     done = run(INTERRUPT_AT.format(module=module))
     assert done.returncode == 130

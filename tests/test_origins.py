@@ -14,7 +14,7 @@ from hxaconv.model.model import Model
 from hxaconv.model.plan import Recipe
 from hxaconv.surgery.arithmetic import computed, scaled
 from hxaconv.surgery.init import InitSettings, init_from_teacher
-from hxaconv.surgery.padding import pad_ffn
+from hxaconv.surgery.reshape import pad_ffn
 from hxaconv.verification.values import foreign_tensors, is_multiple, touched_tensors, untouched_layers
 
 PREFIX = "model.layers.0.self_attn."

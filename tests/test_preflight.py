@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from writing import leftovers, output, partials, plan_over, source, stop_after, verified
 
+from hxaconv.calls import Call
 from hxaconv.errors import HxaconvError
 from hxaconv.load import open_checkpoint
 from hxaconv.options import Write
@@ -51,7 +52,7 @@ def test_a_target_may_not_touch_its_sources(tmp_path, tiny_teacher):
         folder / "student": "lies inside the source",
         tmp_path: "lies inside it",
     }
-    record = Record(command="test", sources={"source": opened})
+    record = Record(call=Call("test"), sources={"source": opened})
     for target, message in cases.items():
         with pytest.raises(HxaconvError, match=message):
             write(output(target, plan, record=record), Write(overwrite=True))

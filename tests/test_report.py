@@ -11,25 +11,29 @@ import pytest
 from models import changed, fresh, ids, student
 from rich.console import Console
 
+from hxaconv.cli.report_tables import bar, render
 from hxaconv.errors import HxaconvError
 from hxaconv.verification.compare import compare_models
-from hxaconv.verification.render import bar, render
 from hxaconv.verification.report import Report
 from hxaconv.verification.single import verify_model
 
 
-def text_of(report: Report) -> str:
-    console = Console(width=100, record=True, file=io.StringIO())
+def text_of(report: Report, width: int = 80) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
     for part in render(report):
         console.print(part, **({"markup": False} if isinstance(part, str) else {}))
     return console.export_text()
 
 
-def test_the_report_fits_a_hundred_columns_and_names_the_layer() -> None:
+def test_the_report_fits_eighty_columns_and_names_the_layer() -> None:
     model = student("reka_tiny")
     wrong = changed(model, "model.layers.3.mlp.up_proj.weight", lambda values: values * 2)
-    text = text_of(compare_models(wrong, model, ids=ids(model)))
-    assert max(len(line) for line in text.splitlines()) <= 100
+    report = compare_models(wrong, model, ids=ids(model))
+    text = text_of(report)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    layers = [line for line in text.splitlines() if line.lstrip().startswith(("0 ", "1 ", "2 ", "3 ", "4 "))]
+    wide = text_of(report, 200).splitlines()
+    assert len(layers) >= 5 and all(line in wide for line in layers), "a line of a layer is folded"
     assert "RRGRG" in text and "...x." in text
     assert "The first layer that differs is 3." in text
     assert "FAILED" in text
@@ -40,14 +44,14 @@ def test_the_report_fits_a_hundred_columns_and_names_the_layer() -> None:
 def test_bars_grow_with_the_error() -> None:
     lengths = [len(bar(error, -8)) for error in (0.0, 1e-9, 1e-6, 1e-3, 1.0, 50.0)]
     assert lengths == sorted(lengths)
-    assert lengths[0] == 0 and lengths[-1] == 24
+    assert lengths[0] == 0 and lengths[-1] == 12
     assert bar(float("nan"), -8) == "not finite"
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_a_plot_is_drawn_and_is_the_same_each_time(suffix: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from hxaconv.verification.plot import plot
+    from hxaconv.commands.plots import draw_report as plot
 
     base, made = fresh()
     report = compare_models(made, base, ids=ids(base))
@@ -66,6 +70,6 @@ def test_json_carries_numbers_that_are_not_finite() -> None:
     model = student("reka_tiny")
     name = "model.norm.weight"
     report = compare_models(changed(model, name, lambda values: values * float("nan")), model, ids=ids(model))
-    content: dict[str, Any] = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    content: dict[str, Any] = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert content["logits"]["max_difference"] == "nan"
     assert set(report.verdict()) == {"passed", "reason", "expect", "settings", "checks", "logits"}

@@ -10,6 +10,8 @@ import pytest
 import torch
 from selection_models import TEACHER, as_if_trained, copying_teacher, literal
 
+from hxaconv.cli import advice_tables
+from hxaconv.commands.plots import draw_advice
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.divergence import Divergence
@@ -298,14 +300,14 @@ def test_scores_of_layers_that_cannot_be_picked_do_not_count():
 
 def test_report(teacher, student, ids, tmp_path):
     advice = advise(6, Request(strategy="kl", count=2), teacher=teacher, student=student, ids=ids)
-    text = "\n".join(report.summary(advice))
+    text = "\n".join(advice_tables.summary(advice))
     assert f"GQA layers (2 of 6): {', '.join(map(str, advice.pick.layers))}" in text
     assert "of 2 in common" in text
     assert "kl total" in text
-    bars, letters = report.strip(advice)
+    bars, letters = advice_tables.strip(advice)
     assert letters[6:] == "".join("G" if i in advice.pick.layers else "R" for i in range(6))
     assert len(bars) == len(letters)
-    data = json.loads(json.dumps(report.to_json(advice)))
+    data = json.loads(json.dumps(advice.to_dict()))
     assert data["gqa_layers"] == list(advice.pick.layers)
     assert set(data["scores"]) == {"kl", "mse", "influence", "entropy", "distance"}
     chosen = report.layer_map(advice, teacher.config, name="mine", model="demo")
@@ -319,7 +321,7 @@ def shown(advice, width=100):
     from rich.console import Console
 
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(*report.shown(advice, width), sep="\n")
+    console.print(*advice_tables.shown(advice, width), sep="\n")
     return console.export_text().splitlines()
 
 
@@ -381,7 +383,7 @@ def test_plot(teacher, ids, tmp_path):
     pytest.importorskip("matplotlib")
     advice = advise(6, Request(strategy="influence", count=2), teacher=teacher, ids=ids)
     for name in ("a.png", "b.png"):
-        report.plot(advice, tmp_path / name)
+        draw_advice(advice, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with pytest.raises(HxaconvError, match="is not a folder"):
-        report.plot(advice, tmp_path / "no" / "folder.png")
+        draw_advice(advice, tmp_path / "no" / "folder.png")

@@ -47,12 +47,12 @@ sys.argv = ["hxaconv", *{words!r}]
 sys.exit(main())
 """
 INT, TERM = int(signal.SIGINT), int(signal.SIGTERM)
-PLANNING = "hxaconv.commands.init:open_checkpoint"
+PLANNING = "hxaconv.commands.init:load_teacher"
 WRITTEN = "hxaconv.save.writer:write_provenance"
 KEPT = "hxaconv.save.writer:_Run.what_is_kept"
 SAYING = "hxaconv.cli.console:Talk.say"
 PUBLISHING = "hxaconv.save.staging:_rename_into_place"
-TELLING = "hxaconv.cli.tables:outcome_tables"
+TELLING = "hxaconv.cli.tables:shown"
 
 
 @pytest.fixture

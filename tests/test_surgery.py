@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hxaconv.surgery.padding import pad_ffn
 from safetensors.torch import load_file
 
 from hxaconv.errors import HxaconvError
@@ -22,7 +23,6 @@ from hxaconv.model.plan import Plan, same_bytes, stored
 from hxaconv.save.output import stored_plan
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher, parse_scale
-from hxaconv.surgery.padding import pad_ffn
 from hxaconv.surgery.repick import repick
 
 RANDOM = {"w2", "a2", "v2", "k2", "g2"}

@@ -304,7 +304,7 @@ def test_inspect_reads_no_head(golden: Path, tmp_path: Path, monkeypatch: pytest
         str(golden / "qwen3_tiny" / "student.pth"),
         str(tmp_path / "s.pth"),
         teacher=str(teacher),
-        write=hxaconv.WriteOptions(verify=False),
+        write=hxaconv.Write(verify=False),
     )
 
     def refuse(*_: object) -> None:

@@ -217,7 +217,7 @@ def test_one_layer_is_held_at_a_time_and_once() -> None:
 def test_a_good_model_passes_alone(model: Model) -> None:
     report = verify_model(model, ids=ids(model))
     assert report.passed, report.reason
-    assert json.loads(json.dumps(report.to_json()))["passed"]
+    assert json.loads(json.dumps(report.to_dict()))["passed"]
 
 
 def test_missing_unknown_and_misshapen_tensors_are_all_listed() -> None:

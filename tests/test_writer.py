@@ -301,6 +301,7 @@ CONVERT = """
 import sys
 from pathlib import Path
 import rich.progress, typer
+from hxaconv.calls import Call
 from hxaconv.formats.files import SourceFile
 from hxaconv.model.plan import Scratch, stored
 from hxaconv.options import Write
@@ -312,7 +313,7 @@ plan = {f"t{i}": stored("BF16", (step // 2,), file, i * step, "x") for i in rang
 target = Path(sys.argv[2])
 format = "pth" if target.suffix else "hf"
 files = layouts(target, format, plan, 50_000_000)
-out = Output(target=target, format=format, tensors=plan, files=files, documents={}, record=Record(command="test"))
+out = Output(target=target, format=format, tensors=plan, files=files, documents={}, record=Record(call=Call("test")))
 write(out, Write())
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(int(peak.split()[1]), "torch" in sys.modules)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hxaconv.calls import Call
 from hxaconv.formats.files import SourceFile
 from hxaconv.model.plan import Plan, stored
 from hxaconv.options import Write
@@ -52,7 +53,7 @@ def output(target: Path, plan: Plan, *, max_shard_bytes: int = 40_000, **changes
         "documents": {f"{target.stem}.json": b'{"rope_theta": 1}'} if format == "pth" else {"config.json": b"{}"},
         "provenance": {"hxaconv": "test"},
         "files": layouts(target, format, plan, max_shard_bytes),
-        "record": Record(command="test"),
+        "record": Record(call=Call("test")),
     }
     return Output(target=target, format=format, tensors=plan, **(settings | changes))
 

@@ -5,55 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
-from hxaconv.errors import raise_all
 from hxaconv.formats.json_files import plain_data
 from hxaconv.forward.fingerprint import computed_with
+from hxaconv.options import Fit, Option, Tokens, options_of
 
 REFIT_OUTPUT = ("auto", "never", "always")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How layers are fitted.
+class Settings(Fit):
+    """How layers are fitted."""
 
-    Raises:
-        HxaconvError: listing every value that makes no sense.
-    """
-
-    chunk: int = 2048
-    """Tokens of one sequence. No fitted decay can know of lags beyond it."""
-    refine_steps: int = 100
-    """Gradient steps on the few parameters of each head, after the closed-form fit; 0 leaves them out."""
-    refit_output: str = "auto"
-    """Whether `output.weight` is fitted as well: `auto` does so with at least 24 tokens per column, in layers where
-    the tokens not fitted agree."""
-    fold_rope: bool = False
-    """Fit the layers that stay attention to losing RoPE: their q_proj and o_proj change."""
-    device: str = "cpu"
-    workers: int = 2
-    """Threads on a CPU; the result does not depend on them."""
-
-    def __post_init__(self) -> None:
-        raise_all("these calibration settings are not usable:", problems_of(asdict(self)))
+    workers: Annotated[int, Option(help="Threads on a CPU; the result does not depend on them.", least=1)] = 2
 
     def of_result(self) -> dict[str, Any]:
-        """The settings that the result depends on."""
-        return {name: value for name, value in asdict(self).items() if name != "workers"}
+        """The settings that the result depends on, beside the tokens."""
+        return {name: getattr(self, name) for name in (*OF_FIT, "device")}
 
 
-def problems_of(settings: Mapping[str, Any]) -> list[str]:
-    """What makes no sense in settings by name: those of Settings, and `tokens`, the number of all of them."""
-    at_least = {"tokens": 2, "chunk": 2, "refine_steps": 0, "workers": 1}
-    problems = [
-        f"--{name.replace('_', '-')} {settings[name]}: at least {least} is needed"
-        for name, least in at_least.items()
-        if settings.get(name, least) < least
-    ]
-    if settings["refit_output"] not in REFIT_OUTPUT:
-        problems.append(f"--refit-output {settings['refit_output']}: it takes {', '.join(REFIT_OUTPUT)}")
-    return problems
+OF_FIT = tuple(name for name in options_of(Fit) if name not in (*options_of(Tokens), "random_tokens", "plot"))
+"""The options that say how layers are fitted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from hxaconv import ranks
 from hxaconv.errors import HxaconvError
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import TaskID
 
-SECONDS_BETWEEN_LINES = 30.0
+    from hxaconv.results import Result
+
+SECONDS_BETWEEN_LINES = 10.0
 SECONDS_OF_ESTIMATE = 3600.0
-WIDTH = 100
-"""Columns that every table fits into."""
+WIDTH = 80
+"""Columns that every table fits into: those of the narrowest usual terminal."""
+WIDTH_OF_FILES = 100
+"""Columns of results in files and pipes."""
 STRIP_WIDTH = 60
 """Layers in a line of the layer strip."""
 _UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -28,7 +33,7 @@ _UNSEEN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def result_width() -> int:
-    """Columns there are for results: those of the terminal, WIDTH in files and pipes."""
+    """Columns there are for results."""
     return _console(stderr=False).width
 
 
@@ -36,7 +41,7 @@ def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else WIDTH
+    width = None if stream.isatty() else WIDTH_OF_FILES
     return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
 
 
@@ -60,6 +65,7 @@ class Talk:
     def __init__(self, *, quiet: bool = False, json_output: bool = False) -> None:
         self.quiet = quiet
         self.json_output = json_output
+        self.plan_shown = False
 
     def say(self, text: str) -> None:
         """One line of talk, on stderr."""
@@ -71,32 +77,59 @@ class Talk:
         if ranks.rank() == 0:
             _tell(f"Warning: {text}", "yellow")
 
-    def result(self, data: Mapping[str, Any], *renderables: RenderableType) -> None:
-        """The command's result: JSON on stdout where asked for, else what people read."""
-        if ranks.rank():
-            return
-        if self.json_output:
-            from hxaconv.formats.json_files import plain_data
-
-            json.dump(plain_data(dict(data)), sys.stdout, indent=2, ensure_ascii=False, allow_nan=False, default=str)
-            sys.stdout.write("\n")
-        elif not self.quiet:
+    def write(self, renderables: Iterable[RenderableType]) -> None:
+        """Results for people, on stdout."""
+        if not self.quiet and ranks.rank() == 0:
             console = _console(stderr=False)
             for renderable in renderables:
                 if isinstance(renderable, str):
-                    console.print(visible(renderable), markup=False)
+                    # In files and pipes lines are left whole, so that paths can be found and copied.
+                    console.print(visible(renderable), markup=False, soft_wrap=not console.is_terminal)
                 else:
                     console.print(renderable)
+            sys.stdout.flush()
+
+    def on_the_way(self, result: Result) -> None:
+        """A result before the work goes on, for people: JSON has everything in one piece at the end."""
+        from hxaconv.cli.tables import shown
+
+        if not self.json_output:
+            with contextlib.suppress(BrokenPipeError):  # the work goes on, whoever stops reading of it
+                self.write(shown(result, result_width(), plan=not self.plan_shown))
+            self.plan_shown = type(result).__name__ == "Outcome" and not self.plan_shown
+
+    def show(self, result: Result) -> None:
+        """What a command came to: JSON on stdout where wanted, else what people read; notes and warnings on stderr.
+
+        Raises:
+            CheckFailed: when the result is a check that failed.
+        """
+        from hxaconv.cli.tables import shown
+
+        for warning in result.warnings:
+            self.warn(warning)
+        for note in result.notes:
+            self.say(note)
+        if self.json_output and ranks.rank() == 0:
+            from hxaconv.formats.json_files import plain_data
+
+            data = plain_data(result.to_dict())
+            json.dump(data, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False, default=str)
+            sys.stdout.write("\n")
+        else:
+            self.write(shown(result, result_width(), plan=not self.plan_shown))
+        result.raise_if_failed()
 
     def progress(self) -> Progress | None:
         """A byte bar on stderr, now and then a line where stderr is no terminal; None when quiet."""
-        return None if self.quiet or ranks.rank() else Bars() if sys.stderr.isatty() else Lines(self.say)
+        return None if self.quiet or ranks.rank() else Bars(self) if sys.stderr.isatty() else Lines(self)
 
 
 class Bars:
     """Rich's progress bars behind the Progress protocol; bars appear after a second of work."""
 
-    def __init__(self) -> None:
+    def __init__(self, talk: Talk | None = None) -> None:
+        """Without `talk`, in a notebook, notes and plans are left to the result."""
         from rich.progress import (
             BarColumn,
             DownloadColumn,
@@ -105,16 +138,19 @@ class Bars:
             TransferSpeedColumn,
         )
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
+        self._talk = talk
         self._bars = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=24),
             DownloadColumn(binary_units=True),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[what]}"),
+            TextColumn("{task.fields[what]}", table_column=Column(no_wrap=True, ratio=1)),
             console=_console(stderr=True),
             transient=True,
+            expand=True,
             # A step may take minutes: from the last half minute alone no time left could be told.
             speed_estimate_period=SECONDS_OF_ESTIMATE,
         )
@@ -139,12 +175,23 @@ class Bars:
             self._task = None
         self._bars.stop()
 
+    def note(self, text: str) -> None:
+        """Say it."""
+        if self._talk is not None:
+            self._talk.say(text)
+
+    def show(self, result: Result) -> None:
+        """Show it."""
+        if self._talk is not None:
+            self._talk.on_the_way(result)
+
 
 class Lines:
     """Progress for logs: nothing about short work, about long work a line now and then."""
 
-    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._say, self._clock = say, clock
+    def __init__(self, talk: Talk, clock: Callable[[], float] = time.monotonic) -> None:
+        self._talk, self._clock = talk, clock
+        self.note, self.show = talk.say, talk.on_the_way
 
     def start(self, title: str, total: int) -> None:
         """Remember what begins."""
@@ -170,7 +217,7 @@ class Lines:
         if done and self._done < self._total:
             left = (now - self._began) * (self._total - self._done) / done
             parts.append(f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left")
-        self._say(", ".join(parts))
+        self._talk.say(", ".join(parts))
 
     def stop(self) -> None:
         """Nothing: what comes next speaks for itself."""

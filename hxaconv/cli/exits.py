@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
-
-from typer.core import TyperGroup
 
 from hxaconv import ranks
 from hxaconv.errors import HxaconvError, out_of_memory
@@ -25,27 +24,31 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
-class Commands(TyperGroup):
-    """The commands, so run that an interruption says what is kept."""
-
-    def make_context(self, *arguments: Any, **options: Any) -> Any:
-        """Parse the words of the command line."""
-        with _stopping():
-            return super().make_context(*arguments, **options)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command that was named."""
-        with _stopping():
-            return super().invoke(ctx)
-
-
 @contextlib.contextmanager
-def _stopping() -> Iterator[None]:
+def stopping() -> Iterator[None]:
+    """An interruption inside says what is kept."""
     try:
         yield
     except KeyboardInterrupt as stop:
         message = getattr(stop, "message", NOTHING_PUBLISHED)
         raise Stopped(message, getattr(stop, "exit_code", 130)) from None
+
+
+def refuse_unknown(words: Sequence[str], commands: Iterable[str]) -> None:
+    """Refuse a command that there is not, with the ones that were meant.
+
+    Raises:
+        HxaconvError: naming them.
+    """
+    word = next((word for word in words if not word.startswith("-")), None)
+    known = list(commands)
+    if word is None or word in known:
+        return
+    near = [name for name in known if name.startswith(word)] or difflib.get_close_matches(word, known, n=2, cutoff=0.5)
+    hint = (
+        f"Did you mean {' or '.join(f'hxaconv {name}' for name in near)}?" if near else f"Commands: {', '.join(known)}."
+    )
+    raise HxaconvError(f"there is no command {word!r}", hint=hint)
 
 
 def guarded(run: Callable[[], Any]) -> int:

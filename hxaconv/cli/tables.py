@@ -1,83 +1,95 @@
-"""Plans, outcomes and inspections as tables, and as the plain data that --json prints."""
+"""Results for people, as tables and lines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+import io
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.cli.console import human_bytes, human_count, result_width, strip_lines, table
-from hxaconv.commands.common import Outcome
+from hxaconv.cli.console import WIDTH, human_bytes, human_count, strip_lines, table, visible
 from hxaconv.errors import shortened
-from hxaconv.load.inspection import part_of, parts
-from hxaconv.model.names import SPLIT, TABLE, is_attention, layer_kinds
-from hxaconv.model.plan import Plan, total_bytes
-from hxaconv.model.variants.base import RANK_KEYS
+from hxaconv.model.names import SPLIT, TABLE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hxaconv.cli.console import Talk
+    from hxaconv.calibration.report import CalibrationReport
+    from hxaconv.commands.demo import Demo
+    from hxaconv.commands.inspect import Inspection
+    from hxaconv.commands.maps import Maps
     from hxaconv.model.layer_maps import LayerMap
-    from hxaconv.selection.advice import Advice
-    from hxaconv.verification.report import Report
+    from hxaconv.results import Result
+    from hxaconv.save.outcome import Outcome
 
 
-def outcome_json(outcome: Outcome, *, tensors: bool) -> dict[str, Any]:
-    """An outcome as plain data; with `tensors`, every tensor's shape, dtype and origin."""
-    output, student = outcome.output, outcome.output.student
-    assert student is not None
-    data: dict[str, Any] = {
-        "command": output.record.command,
-        "target": str(output.target),
-        "format": output.format,
-        "dtype": output.dtype,
-        "layers": student.student.strip,
-        "gqa_layers": list(student.student.gqa_layers),
-        "ranks": {RANK_KEYS[name]: getattr(student.student.ranks, name) for name in student.student.variant.rank_names},
-        "tensors": len(outcome.output.tensors),
-        "bytes": total_bytes(outcome.output.tensors),
-        "files": [{"name": layout.name, "bytes": layout.size} for layout in output.files],
-        "written": outcome.written is not None,
-        "published": outcome.written is not None,
-        "notes": outcome.notes,
-        "warnings": outcome.warnings,
-        "calibration": outcome.calibration.json() if outcome.calibration else None,
-        "verification": outcome.report.verdict() if outcome.report else None,
-        "pushed_to": outcome.pushed_to,
+def shown(result: Result, width: int, *, plan: bool = True) -> list[RenderableType]:
+    """What the command line shows of a result, for `width` columns; `plan`: of an outcome, its plan as well."""
+    from hxaconv.cli import advice_tables, report_tables
+
+    tables: dict[str, Callable[[Any], list[RenderableType]]] = {
+        "Outcome": lambda outcome: [*(plan_tables(outcome) if plan else []), *done_tables(outcome, width)],
+        "Report": report_tables.render,
+        "Advice": lambda advice: advice_tables.shown(advice, width),
+        "Inspection": inspection_tables,
+        "Maps": maps_tables,
+        "Step": lambda step: [f"\n# {step.title}", f"$ {step.line}"],
+        "Demo": demo_lines,
     }
-    if tensors:
-        data["plan"] = {
-            name: {"shape": list(r.shape), "dtype": r.dtype, "how": r.make.kind, "origin": r.origin}
-            for name, r in outcome.output.tensors.items()
-        }
-    return data
+    show = tables.get(type(result).__name__)
+    return show(result) if show else [result.headline]
 
 
-def outcome_tables(outcome: Outcome) -> list[RenderableType]:
-    """The plan of an outcome for people: layers, parts, files."""
-    output, student = outcome.output, outcome.output.student
-    assert student is not None
-    config = student.student
-    ranks, weights = config.ranks, total_bytes(outcome.output.tensors)
-    sizes = ", ".join(f"{name.replace('_', ' ')} {getattr(ranks, name)}" for name in config.variant.rank_names)
-    plan = {name: recipe for name, recipe in student.plan.items() if output.whole or is_attention(name)}
+def html(result: Result) -> str:
+    """A result for a notebook: what the command line shows, in the same columns."""
+    from rich.console import Console
+
+    console = Console(record=True, file=io.StringIO(), width=WIDTH)
+    for renderable in shown(result, WIDTH):
+        console.print(visible(renderable) if isinstance(renderable, str) else renderable, markup=False)
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def plan_tables(outcome: Outcome) -> list[RenderableType]:
+    """The plan of an output for people: layers, parts, files."""
+    ranks = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in outcome.ranks.items())
+    parts = [
+        (
+            part.name,
+            part.tensors,
+            human_count(part.parameters),
+            human_bytes(part.nbytes),
+            ", ".join(f"{count} {kind}" for kind, count in sorted(part.how.items())),
+        )
+        for part in outcome.parts
+    ]
+    files = [(file.name, file.tensors, f"{file.nbytes:,}") for file in outcome.files]
     return [
-        f"{output.record.command}: {output.target} ({output.format}, {output.dtype})",
-        *_strip_block(config.strip),
-        f"Low-rank sizes: {sizes}",
-        _parts_table(plan),
-        table("", ("file", "tensors", "bytes"), [(f.name, len(f.fills), f"{f.size:,}") for f in output.files]),
-        f"{len(outcome.output.tensors)} tensors, {weights:,} bytes of weights ({human_bytes(weights)})",
-        *_calibrated(outcome),
-        *_verified(outcome),
+        f"{outcome.command}: {outcome.target} ({outcome.format}, {outcome.dtype})",
+        *_strip_block(outcome.layers),
+        f"Low-rank sizes: {ranks}",
+        table("", ("part", "tensors", "parameters", "size", "made by"), parts),
+        table("", ("file", "tensors", "bytes"), files),
+        f"{len(outcome.plan)} tensors, {outcome.nbytes:,} bytes of weights ({human_bytes(outcome.nbytes)})",
     ]
 
 
-def _calibrated(outcome: Outcome) -> list[RenderableType]:
+def done_tables(outcome: Outcome, width: int) -> list[RenderableType]:
+    """What came of a plan: the choice of layers, the calibration, the verification, and where it stands."""
+    from hxaconv.cli import advice_tables
+
+    shown: list[RenderableType] = []
+    if outcome.advice is not None:
+        shown += advice_tables.shown(outcome.advice, width)
+    if outcome.calibration is not None:
+        shown += _calibrated(outcome.calibration)
+    if outcome.report is not None:
+        rows = [("ok" if check.passed else "FAILED", check.name, check.detail) for check in outcome.report.checks]
+        shown += [table("", ("", "verified", "found"), rows, right=3), *outcome.report.notes]
+    return shown
+
+
+def _calibrated(report: CalibrationReport) -> list[RenderableType]:
     """How the fit of every layer went, on tokens that were not fitted."""
-    if outcome.calibration is None:
-        return []
 
     def spread(values: tuple[float, ...]) -> str:
         return f"{min(values):.3g} .. {max(values):.3g}" if values else ""
@@ -92,45 +104,19 @@ def _calibrated(outcome: Outcome) -> list[RenderableType]:
             spread(layer.iclr),
             f"{layer.clamped:.1%}",
         )
-        for layer in outcome.calibration.layers
+        for layer in report.layers
     ]
     columns = ("layer", "", "error before", "after", "decay by head", "a by head", "clamped")
     return ["Mixer error on held-out tokens, as a share of the teacher's energy:", table("", columns, rows, right=2)]
-
-
-def _verified(outcome: Outcome) -> list[RenderableType]:
-    if outcome.written is None or outcome.report is None:
-        return []
-    rows = [("ok" if check.passed else "FAILED", check.name, check.detail) for check in outcome.report.checks]
-    return [table("", ("", "verified", "found"), rows, right=3), *outcome.report.notes]
 
 
 def _strip_block(letters: str) -> list[str]:
     return ["", "Layers (R = RWKV, G = GQA):", *strip_lines(letters), ""]
 
 
-def _parts_table(plan: Plan) -> RenderableType:
-    """Parts of the model by how their tensors come about."""
-    kinds = layer_kinds(plan)
-    how: dict[str, dict[str, int]] = {}
-    for name, recipe in plan.items():
-        counts = how.setdefault(part_of(name, kinds), {})
-        counts[recipe.make.kind] = counts.get(recipe.make.kind, 0) + 1
-    rows = [
-        (
-            part,
-            entry["tensors"],
-            human_count(entry["parameters"]),
-            human_bytes(entry["bytes"]),
-            ", ".join(f"{count} {kind}" for kind, count in sorted(how[part].items())),
-        )
-        for part, entry in parts(plan).items()
-    ]
-    return table("", ("part", "tensors", "parameters", "size", "made by"), rows)
-
-
-def inspection_tables(report: Mapping[str, Any]) -> list[RenderableType]:
+def inspection_tables(inspection: Inspection) -> list[RenderableType]:
     """What `inspect` shows."""
+    report = inspection.facts
     rows = [
         (part, entry["tensors"], human_count(entry["parameters"]), human_bytes(entry["bytes"]))
         for part, entry in report["parts"].items()
@@ -185,16 +171,29 @@ def _statistics_table(statistics: Mapping[str, Mapping[str, Any]]) -> Renderable
     return table("", ("tensor", "dtype", "min", "mean", "max", "NaN", "Inf"), rows, right=2)
 
 
-def maps_table(maps: Mapping[str, LayerMap]) -> RenderableType:
-    """The shipped layer maps."""
-    rows = [
+def maps_tables(result: Maps) -> list[RenderableType]:
+    """The shipped layer maps, one of them whole, or the table of names."""
+    if result.names:
+        # The longest of the three columns follows a rule, and is said as one.
+        return [
+            table(
+                "",
+                ("HF safetensors", "RWKV .pth"),
+                [(row.hf, row.rwkv or ("split on opening" if row.hf in SPLIT else "in no .pth")) for row in TABLE],
+                right=2,
+            ),
+            "Training checkpoints: model. before the HF name, and student_attn. (older: time_mixer.) after self_attn.",
+        ]
+    if result.name is not None:
+        return _map_lines(result.maps[result.name])
+    found_maps = [
         (name, found.model.get("num_hidden_layers", "?"), len(found.gqa_layers), ",".join(map(str, found.gqa_layers)))
-        for name, found in maps.items()
+        for name, found in result.maps.items()
     ]
-    return table("", ("layer map", "of", "GQA", "GQA layers"), rows, right=3)
+    return [table("", ("layer map", "of", "GQA", "GQA layers"), found_maps, right=3)]
 
 
-def map_lines(found: LayerMap) -> list[RenderableType]:
+def _map_lines(found: LayerMap) -> list[RenderableType]:
     """One layer map, whole."""
     count = found.num_hidden_layers
     letters = "".join("G" if i in found.gqa_layers else "R" for i in range(count or 0))
@@ -207,60 +206,11 @@ def map_lines(found: LayerMap) -> list[RenderableType]:
     ]
 
 
-def names_table() -> list[RenderableType]:
-    """The name table, as `names.py` has it; the longest of the three columns as the rule that it follows."""
-    never = {row.hf: "split on opening" if row.hf in SPLIT else "in no .pth" for row in TABLE}
-    rows = [(row.hf, row.rwkv or never[row.hf]) for row in TABLE]
+def demo_lines(demo: Demo) -> list[RenderableType]:
+    """Where the files of a demo are, what was left out, what to try next."""
     return [
-        table("", ("HF safetensors", "RWKV .pth"), rows, right=2),
-        "Training checkpoints: model. before the HF name, and student_attn. (older: time_mixer.) after self_attn.",
+        f"\nEverything is in {demo.folder}.",
+        *(f"Left out: {line}" for line in demo.left_out),
+        "What to try next:",
+        *(f"  {line}" for line in demo.next),
     ]
-
-
-def advice_json(advice: Advice | None) -> dict[str, Any]:
-    """Advice beside an outcome as plain data, where there was any."""
-    if advice is None:
-        return {}
-    from hxaconv.selection.report import to_json
-
-    return {"advice": to_json(advice)}
-
-
-def show_advice(advice: Advice, talk: Talk, *, json: bool) -> None:
-    """Advice on stdout: strip, table and reasons; as JSON only where it is the whole result."""
-    from hxaconv.selection import report
-
-    for warning in advice.warnings:
-        talk.warn(warning)
-    if json or not talk.json_output:
-        talk.result(report.to_json(advice), *report.shown(advice, result_width()))
-
-
-def show_report(report: Report, talk: Talk, plot: str | None) -> None:
-    """A verification on stdout, and as a picture where asked for.
-
-    Raises:
-        CheckFailed: when it did not pass.
-    """
-    from hxaconv.verification.render import render
-
-    try:
-        if plot is not None and report.layers:
-            from hxaconv.verification.plot import plot as draw
-
-            draw(report, Path(plot))
-    finally:
-        talk.result(report.to_json(), *render(report))
-    report.raise_if_failed()
-
-
-def map_json(found: LayerMap) -> dict[str, Any]:
-    """A layer map as plain data."""
-    return {
-        "name": found.name,
-        "title": found.title,
-        "model_ids": list(found.model_ids),
-        "gqa_layers": list(found.gqa_layers),
-        "source": found.source,
-        "model": dict(found.model),
-    }

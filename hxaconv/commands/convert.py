@@ -1,197 +1,142 @@
-"""`to-hf`, `to-pth` and `to-training`: the same student in another container and dialect."""
+"""`to-hf`, `to-pth` and `to-training`: the same student in another container and key format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
-from hxaconv.commands.common import (
-    Outcome,
-    WriteOptions,
-    base_model_name,
-    defaults_of,
-    layer_0_warning,
-    parse_size,
-    perform,
-    scaling_warnings,
-)
-from hxaconv.errors import HxaconvError
-from hxaconv.formats.dtypes import FLOATS, parse_dtype
+from hxaconv.calls import Call
 from hxaconv.load import load_student
-from hxaconv.load.student import FLAGS, with_intermediate_size
+from hxaconv.model.layer_choice import layer_0_warning
 from hxaconv.model.model import Model
-from hxaconv.model.names import is_attention
-from hxaconv.model.plan import Plan, main_dtype
-from hxaconv.options import Settings
+from hxaconv.model.plan import attention_of
+from hxaconv.options import Dtype, Option, OutFile, OutFolder, Settings, Shown, Source, TeacherToo, Write
 from hxaconv.save.card import CONVERTED
-from hxaconv.save.output import Record, lay_out
-from hxaconv.surgery.padding import pad_ffn
+from hxaconv.save.outcome import Outcome
+from hxaconv.save.output import Record, dtype_warnings, lay_out
+from hxaconv.save.run import save
+from hxaconv.surgery.reshape import reshape
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress
     from hxaconv.verification.report import Report
 
-COMMANDS = {"to-hf": "hf", "to-pth": "pth", "to-training": "training"}
-"""Command -> format of its output."""
+OfStudent = Annotated[Settings, Shown(without=("allow_output_bias", "drop_rope_scaling"))]
+PadFfn = Annotated[int | None, Option(help="256 or 512: widen MLPs with zeros to a multiple.", panel="Output")]
+All = Annotated[bool, Option(help="Write every tensor, not only the attention.", panel="Output", names=("--all",))]
+WriteFolder = Annotated[Write, Shown(without=("format",))]
+WriteFile = Annotated[Write, Shown(without=("format", "max_shard_size", "copy_code", "keep_shell", "push_to"))]
 
 
 def to_hf(
-    source: str,
-    out: str,
+    source: Source,
+    out: OutFolder,
     *,
-    revision: str | None = None,
-    teacher: str | None = None,
-    layer_map: str | None = None,
-    rope_theta: float | None = None,
-    rms_norm_eps: float | None = None,
-    tie_word_embeddings: bool | None = None,
-    dtype: str | None = None,
-    pad_ffn: int | None = None,
-    max_shard_size: str = "5GB",
-    copy_code: bool = False,
-    write: WriteOptions | None = None,
+    teacher: TeacherToo = None,
+    settings: OfStudent = Settings(),
+    dtype: Dtype = None,
+    pad_ffn: PadFfn = None,
+    write: WriteFolder = Write(),
+    call: Call,
 ) -> Outcome:
-    """Write the student in `source` as a Hugging Face folder; bits are copied unless `dtype` or `pad_ffn` changes them.
+    """Write a student as a Hugging Face folder that transformers and RWKV-Infer load.
 
-    Args:
-        source: Folder, file or Hub id (`org/name@revision`), in any container and dialect.
-        out: The folder to create.
-        revision: Branch, tag or commit of a Hub `source`.
-        teacher: Completes a checkpoint that holds attention only, and tells settings that `source` does not.
-        layer_map: Name or TOML file of a layer map that tells settings.
-        rope_theta, rms_norm_eps, tie_word_embeddings: Settings that no source tells, or that overrule it.
-        dtype: `bfloat16`, `float16` or `float32`: every float tensor is cast, rounded once. None: as stored.
-        pad_ffn: 256 or 512: the MLP is padded with zeros to a multiple, which changes no result.
-        max_shard_size: Of a weight file, such as `5GB` or `500MB`.
-        copy_code: Copy the `.py` files of the source along.
-        write: Overwriting, resuming, verification, progress.
+    Bits are copied unless `dtype` (every float tensor is cast, rounded once) or `pad_ffn` (which changes no result)
+    says otherwise. A `teacher` completes a checkpoint that holds attention alone.
+
+    Command line:
+        hxaconv to-hf student.pth student-hf/ --layer-map reka-flash-3
+        hxaconv to-hf trainable_only_weights.pth student-hf/ --teacher RekaAI/reka-flash-3
 
     Raises:
         HxaconvError: when a setting is known from no source, a tensor is missing or would be unused.
         CheckFailed: when the output does not pass its verification; it is left beside `out`.
     """
-    return _convert("to-hf", to_hf, locals())
+    student = load_student(source, settings, teacher=teacher, progress=call.progress)
+    return _write(call, "hf", student, reshape(student, dtype, pad_ffn), write)
 
 
 def to_pth(
-    source: str,
-    out: str,
+    source: Source,
+    out: OutFile,
     *,
-    revision: str | None = None,
-    teacher: str | None = None,
-    layer_map: str | None = None,
-    rope_theta: float | None = None,
-    rms_norm_eps: float | None = None,
-    tie_word_embeddings: bool | None = None,
-    dtype: str | None = None,
-    pad_ffn: int | None = None,
-    write: WriteOptions | None = None,
+    teacher: TeacherToo = None,
+    settings: OfStudent = Settings(),
+    dtype: Dtype = None,
+    pad_ffn: PadFfn = None,
+    write: WriteFile = Write(),
+    call: Call,
 ) -> Outcome:
-    """Write the student in `source` as a `.pth` for RWKV-Infer, with a sidecar of what that cannot carry.
+    """Write a student as a .pth for RWKV-Infer, with a sidecar of the settings it cannot carry.
 
     The arguments are those of `to_hf`; `out` is a file, NAME.pth, and the sidecar becomes NAME.json.
 
+    Command line:
+        hxaconv to-pth student-hf/ student.pth
+        hxaconv to-pth pytorch_model.bin student.pth --teacher RekaAI/reka-flash-3 --dtype bfloat16
+
     Raises:
         HxaconvError: when a setting is known from no source, a tensor is missing or would be unused.
         CheckFailed: when the output does not pass its verification; it is left beside `out`.
     """
-    return _convert("to-pth", to_pth, locals())
+    student = load_student(source, settings, teacher=teacher, progress=call.progress)
+    return _write(call, "pth", student, reshape(student, dtype, pad_ffn), write)
 
 
 def to_training(
-    source: str,
-    out: str,
+    source: Source,
+    out: OutFile,
     *,
-    all_tensors: bool = False,
-    revision: str | None = None,
-    teacher: str | None = None,
-    layer_map: str | None = None,
-    rope_theta: float | None = None,
-    rms_norm_eps: float | None = None,
-    tie_word_embeddings: bool | None = None,
-    dtype: str | None = None,
-    write: WriteOptions | None = None,
+    all_tensors: All = False,
+    teacher: TeacherToo = None,
+    settings: OfStudent = Settings(),
+    dtype: Dtype = None,
+    write: WriteFile = Write(),
+    call: Call,
 ) -> Outcome:
-    """Write the student in `source` under the names that published trainers load.
+    """Write a student under the names that published trainers load, to train it further.
 
     The arguments are those of `to_hf`; `out` is a file. Only attention is written, unless `all_tensors`.
+
+    Command line:
+        hxaconv to-training student-hf/ student-attention.pth
 
     Raises:
         HxaconvError: when a setting is known from no source, a tensor is missing or would be unused.
         CheckFailed: when the output does not pass its verification; it is left beside `out`.
     """
-    return _convert("to-training", to_training, locals())
+    student = load_student(source, settings, teacher=teacher, whole=all_tensors, progress=call.progress)
+    return _write(call, "training", student, reshape(student, dtype), write, everything=all_tensors)
 
 
-def _convert(command: str, function: Callable[..., Outcome], given: Mapping[str, Any]) -> Outcome:
-    """What the three commands share; `given` are the arguments of `function`."""
-    write: WriteOptions = given["write"] or WriteOptions()
-    need_all = command != "to-training" or given["all_tensors"]
-    settings = Settings(layer_map=given["layer_map"], revision=given["revision"], **{key: given[key] for key in FLAGS})
-    student = load_student(given["source"], settings, teacher=given["teacher"], whole=need_all, progress=write.progress)
-    changed, name = reshape(student, given["dtype"], given.get("pad_ffn"))
-    sources = student.sources
-    shard_bytes = parse_size(given.get("max_shard_size", "5GB"))
+def _write(
+    call: Call,
+    format: str,
+    student: Model,
+    changed: Model,
+    write: Write,
+    *,
+    everything: bool = True,
+) -> Outcome:
+    """Write `changed`, which is the student padded and cast, and compare it with the student that was read."""
     output = lay_out(
         changed,
-        Path(given["out"]),
-        format=COMMANDS[command],
-        dtype=name,
-        record=Record(
-            command=command,
-            options={key: value for key, value in given.items() if key != "write"},
-            defaults=defaults_of(function),
-            sources=sources,
-            base_model=base_model_name(sources.get("teacher", sources["source"])),
-            purpose=CONVERTED,
-        ),
-        max_shard_bytes=shard_bytes,
-        all_tensors=need_all,
-        copy_code=given.get("copy_code", False),
+        Path(call.options["out"]),
+        format=format,
+        record=Record(call=call, sources=student.sources, purpose=CONVERTED),
+        max_shard_bytes=write.max_shard_bytes,
+        all_tensors=everything,
+        copy_code=write.copy_code,
+        keep_shell=write.keep_shell,
     )
+    before = student if everything else replace(student, plan=attention_of(student.plan))
 
-    def verify(output: Model, progress: Progress | None) -> Report:
+    def verify(written: Model, progress: Progress | None) -> Report:
         from hxaconv.verification.contracts import check_converted
 
-        before = student if need_all else Model(student.config, _attention(student.plan), student.label)
-        return check_converted(before, output, progress=progress)
+        return check_converted(before, written, progress=progress)
 
-    warnings = scaling_warnings(sources.values())
-    warnings += [*dtype_warnings(changed.plan, command), *layer_0_warning(changed.student)]
-    return perform(output, write, verify, warnings, list(student.notes), shard_bytes)
-
-
-def reshape(student: Model, dtype: str | None, multiple: int | None) -> tuple[Model, str]:
-    """(the student padded and cast as asked for, the dtype its config names)."""
-    plan, config = student.plan, student.student
-    if multiple is not None:
-        if multiple not in (256, 512):
-            raise HxaconvError(f"--pad-ffn {multiple} is not possible", hint="Use 256 or 512.")
-        plan, size = pad_ffn(plan, config, multiple)
-        config = with_intermediate_size(config, size)
-    if dtype is not None:
-        name = parse_dtype(dtype)
-        if any(recipe.dtype in FLOATS and recipe.dtype != name for recipe in plan.values()):
-            from hxaconv.surgery.arithmetic import cast
-
-            plan = {key: cast(recipe, name) for key, recipe in plan.items()}
-    else:
-        name = main_dtype(plan)
-    return replace(student, config=config, plan=plan), name
-
-
-def dtype_warnings(plan: Plan, command: str) -> list[str]:
-    """Mixed dtypes, and a `.pth` that RWKV-Infer would not expect."""
-    dtypes = sorted({recipe.dtype for recipe in plan.values() if recipe.dtype in FLOATS})
-    if len(dtypes) > 1:
-        how = "--dtype bfloat16" if command in COMMANDS else "`hxaconv to-hf --dtype bfloat16`"
-        return [f"the output mixes {' and '.join(dtypes)}; {how} makes it uniform"]
-    if command == "to-pth" and dtypes != ["BF16"]:
-        return [f"RWKV-Infer expects bf16 in a .pth, this one holds {dtypes[0]}; --dtype bfloat16 casts"]
-    return []
-
-
-def _attention(plan: Plan) -> Plan:
-    return {name: recipe for name, recipe in plan.items() if is_attention(name)}
+    warnings = [*student.scaling_warnings, *dtype_warnings(changed.plan, call.command)]
+    warnings += layer_0_warning(changed.student)
+    return save(output, write, verify=verify, warnings=warnings, notes=student.notes)

@@ -4,62 +4,196 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from hxaconv.calls import Call, invoke, typed
 from hxaconv.errors import HxaconvError
+from hxaconv.options import Argument
+from hxaconv.results import Result
 
-Run = Callable[[Sequence[str]], int]
+
+@dataclass(frozen=True, repr=False)
+class Step(Result):
+    """One command of the demo, and what it shows."""
+
+    title: str
+    command: str
+    options: Mapping[str, Any]
+
+    @property
+    def headline(self) -> str:
+        """What it shows."""
+        return self.title
+
+    @property
+    def line(self) -> str:
+        """The command as one types it."""
+        from hxaconv.commands import COMMANDS
+
+        return typed(COMMANDS[self.command], self.command, self.options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The title and the command."""
+        return {"title": self.title, "command": self.line}
 
 
-def steps(out: Path) -> list[tuple[str, list[str]]]:
-    """(what it shows, the command's words) of every step; outputs go into `out`."""
-    teacher, student, picked = (str(out / name) for name in ("teacher", "student", "student-2-5"))
-    pth, back, tokens = str(out / "student.pth"), str(out / "student-hf"), f"{teacher}/heldout_tokens.npy"
+@dataclass(frozen=True, repr=False)
+class Demo(Result):
+    """What a demo did, where its files are, and what to try next."""
+
+    folder: Path
+    steps: tuple[Step, ...]
+    results: tuple[Result, ...]
+    """What each step came to; last, where transformers is there, what the student wrote."""
+    left_out: tuple[str, ...]
+    """Steps that could not be done here, and why."""
+    next: tuple[str, ...]
+    """Commands to try."""
+
+    @property
+    def headline(self) -> str:
+        """How many steps, and where."""
+        return f"{len(self.steps)} steps in {self.folder}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The steps with their results, and the rest."""
+        return {
+            "folder": str(self.folder),
+            "steps": [step.to_dict() for step in self.steps],
+            "results": [result.to_dict() for result in self.results],
+            "left_out": list(self.left_out),
+            "next": list(self.next),
+        }
+
+
+def demo(
+    out: Annotated[str, Argument(help="Folder for what the demo writes.")] = "hxaconv-demo",
+    *,
+    call: Call,
+) -> Demo:
+    """Run the whole main job on a small embedded teacher, every step an ordinary command; no network needed.
+
+    Raises:
+        HxaconvError: when the folder cannot be written.
+        CheckFailed: when a step finds what it made wrong.
+    """
+    from hxaconv.commands import COMMANDS
+
+    folder = Path(out)
+    embedded = Path(str(resources.files("hxaconv") / "commands" / "embedded" / "teacher"))
+    try:
+        shutil.copytree(embedded, folder / "teacher", dirs_exist_ok=True)
+    except OSError as error:
+        raise HxaconvError(f"{out}: the demo's teacher cannot be put there: {error}") from None
+    steps, results = _steps(folder), list[Result]()
+    for step in steps:
+        _show(call, step)
+        results.append(invoke(COMMANDS[step.command], step.command, step.options, call.progress))
+        _show(call, results[-1])
+        results[-1].raise_if_failed()
+    left_out = []
+    if importlib.util.find_spec("matplotlib") is None:
+        left_out.append("plots of the ranking, the calibration and the comparison: pip install 'hxaconv[plot]'")
+    if importlib.util.find_spec("transformers") is None:
+        left_out.append("text written by the student in transformers: pip install 'hxaconv[hf]'")
+    else:
+        written = generate(folder / "student-hf")
+        _show(call, written)
+        results.append(written)
+    return Demo(folder, tuple(steps), tuple(results), tuple(left_out), _next(folder))
+
+
+def _show(call: Call, result: Result) -> None:
+    if call.progress is not None:
+        call.progress.show(result)
+
+
+def _steps(folder: Path) -> list[Step]:
+    """Every step in order; plots where matplotlib is there."""
+    teacher, student, calibrated = (str(folder / name) for name in ("teacher", "student", "student-calibrated"))
+    pth, back, chosen = str(folder / "student.pth"), str(folder / "student-hf"), str(folder / "layers.toml")
+    text, heldout = f"{teacher}/calibration_tokens.npy", f"{teacher}/heldout_tokens.npy"
+    plots = importlib.util.find_spec("matplotlib") is not None
+
+    def plot(name: str) -> dict[str, Any]:
+        return {"plot": str(folder / name)} if plots else {}
+
+    ranking = {"source": teacher, "count": 2, "strategy": "influence", "input_ids": text, "save": chosen}
+    fit = {"init": "calibrated", "input_ids": text, "refine_steps": 0, "layer_map": chosen}
+    compare = {"against": teacher, "input_ids": heldout}
     return [
-        ("What is this checkpoint?", ["inspect", teacher]),
-        ("A student of it, its last layer kept as attention", ["init-from-teacher", teacher, student, "--overwrite"]),
-        ("How near is it to the teacher?", ["verify", student, "--against", teacher, "--input-ids", tokens]),
-        (
-            "Another choice of attention layers",
-            ["pick-gqa-layers", student, picked, "--layers", "2,5", "--teacher", teacher, "--overwrite"],
+        Step("What is this checkpoint?", "inspect", {"source": teacher}),
+        Step(
+            "Which two layers should stay attention?",
+            "pick-gqa-layers",
+            {**ranking, **plot("ranking.png"), "overwrite": True},
         ),
-        ("As a .pth for RWKV-Infer", ["to-pth", picked, pth, "--overwrite"]),
-        ("And back to a Hugging Face folder", ["to-hf", pth, back, "--overwrite"]),
-        ("The same model?", ["verify", back, "--against", picked]),
+        Step(
+            "A student with these layers, the others RWKV with the published initial values",
+            "init-from-teacher",
+            {"teacher": teacher, "out": student, "layer_map": chosen, "overwrite": True},
+        ),
+        Step("How near is it to the teacher?", "verify", {"source": student, **compare}),
+        Step(
+            "The same with its RWKV layers fitted to text",
+            "init-from-teacher",
+            {"teacher": teacher, "out": calibrated, **fit, **plot("calibration.png"), "overwrite": True},
+        ),
+        Step(
+            "And how near is this one?",
+            "verify",
+            {"source": calibrated, **compare, **plot("depth.png"), **({"overwrite": True} if plots else {})},
+        ),
+        Step("As one file, under RWKV names", "to-pth", {"source": calibrated, "out": pth, "overwrite": True}),
+        Step("And back to a Hugging Face folder", "to-hf", {"source": pth, "out": back, "overwrite": True}),
+        Step("The same model?", "verify", {"source": back, "against": calibrated}),
     ]
 
 
-def run(out: Path, call: Run, say: Callable[[str], None]) -> int:
-    """Run all steps, stopping at the first that fails; returns its exit code, or 0."""
-    embedded = Path(str(resources.files("hxaconv") / "commands" / "embedded" / "teacher"))
-    try:
-        shutil.copytree(embedded, out / "teacher", dirs_exist_ok=True)
-    except OSError as error:
-        raise HxaconvError(f"{out}: the demo's teacher cannot be put there: {error}") from None
-    for title, words in steps(out):
-        say(f"\n# {title}\n$ hxaconv {' '.join(words)}")
-        code = call(words)
-        if code != 0:
-            return code
-    if importlib.util.find_spec("transformers") is not None:
-        say("\n# And transformers runs it")
-        generate(out / "student-hf", say)
-    return 0
+@dataclass(frozen=True, repr=False)
+class Generated(Result):
+    """Text that the student wrote."""
+
+    folder: Path
+    prompt: str
+    text: str
+
+    @property
+    def headline(self) -> str:
+        """The prompt and how it goes on."""
+        return f"it continues {self.prompt!r} with {self.text!r} (not trained yet: this is no prose)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Prompt and text."""
+        return {"prompt": self.prompt, "text": self.text}
 
 
-def generate(folder: Path, say: Callable[[str], None]) -> None:
+def generate(folder: Path) -> Generated:
     """Load the folder as any user would, and let it write a few bytes."""
     import torch
     import transformers
 
-    say(f'>>> model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)')
     auto: Any = transformers.AutoModelForCausalLM
     model = auto.from_pretrained(folder, trust_remote_code=True)
     prompt = b"def main("
     ids = torch.tensor([list(prompt)])
     output = model.generate(ids, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(ids))
     text = bytes(output[0].tolist()).decode(errors="replace")
-    say(f">>> it continues {prompt.decode()!r} with {text[len(prompt) :]!r} (untrained: this is no prose yet)")
+    return Generated(folder, prompt.decode(), text[len(prompt) :])
+
+
+def _next(folder: Path) -> tuple[str, ...]:
+    beside = Path(sys.executable).parent / "hxaconv"
+    program = "hxaconv" if shutil.which("hxaconv") else str(beside) if beside.exists() else "python -m hxaconv"
+    teacher, student = folder / "teacher", folder / "student-calibrated"
+    return (
+        f"{program} verify {student} --against {teacher} --text FILE.txt",
+        f"{program} pick-gqa-layers {teacher} --strategy retrieval --text FILE.txt",
+        f"{program} init-from-teacher RekaAI/reka-flash-3 student/ --dry-run",
+        f"{program} --help",
+    )

@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.inspection import inspect
+from hxaconv.calls import Call
+from hxaconv.load import inspection, open_checkpoint
+from hxaconv.options import Option, Source
+from hxaconv.results import Result
 
-if TYPE_CHECKING:
-    from hxaconv.progress import Progress
+
+@dataclass(frozen=True, repr=False)
+class Inspection(Result):
+    """What a checkpoint is: facts by name, as `hxaconv inspect --json` prints them; sizes in bytes."""
+
+    facts: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        """One fact."""
+        return self.facts[name]
+
+    @property
+    def headline(self) -> str:
+        """Path, format, variant and size."""
+        facts = self.facts
+        return f"{facts['path']}, {facts['format']}, {facts['variant']}, {facts['parameters']:,} parameters"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All facts."""
+        return dict(self.facts)
 
 
-def run(
-    source: str, *, revision: str | None = None, stats: bool = False, progress: Progress | None = None
-) -> dict[str, Any]:
-    """Say what `source` is, from its headers alone unless `stats`: then every weight is read.
+def inspect(
+    source: Source,
+    *,
+    stats: Annotated[bool, Option(help="Read every weight: ranges, NaN and Inf.")] = False,
+    revision: Annotated[
+        str | None, Option(help="Branch, tag or commit of a Hub source.", panel="Teacher and settings")
+    ] = None,
+    call: Call,
+) -> Inspection:
+    """Say what a checkpoint is, from its headers alone.
 
-    Args:
-        source: Folder, file or Hub id (`org/name@revision`).
-        revision: Branch, tag or commit of a Hub id.
-        stats: Report ranges, NaN and infinite values of every tensor.
-        progress: Told of downloads: a pickle on the Hub has to be here before it can be read.
+    With `stats`, every weight is read. A pickle on the Hub has to be downloaded before it can be read.
 
-    Returns:
-        Plain data, the same as `hxaconv inspect --json` prints; sizes in bytes.
+    Command line:
+        hxaconv inspect RekaAI/reka-flash-3
+        hxaconv inspect student.pth --stats --json
 
     Raises:
         HxaconvError: when there is nothing there, or it is damaged.
     """
-    return inspect(open_checkpoint(source, revision=revision, judged=False, progress=progress), stats=stats)
+    checkpoint = open_checkpoint(source, revision=revision, judged=False, progress=call.progress)
+    return Inspection(inspection.inspect(checkpoint, stats=stats))

@@ -1,214 +1,326 @@
-"""`pick-gqa-layers`, the operation: another choice of GQA layers on an existing student."""
+"""`pick-gqa-layers`: another choice of attention layers for a student, or advice on one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from hxaconv.commands.common import (
-    Outcome,
-    WriteOptions,
-    base_model_name,
-    defaults_of,
-    format_by_suffix,
-    layer_0_warning,
-    layers_text,
-    parse_size,
-    perform,
-    scaling_warnings,
-)
-from hxaconv.commands.convert import dtype_warnings
-from hxaconv.errors import HxaconvError, all_of
-from hxaconv.formats.safetensors_layout import Shard, shard_layouts
+from hxaconv.calls import Call
+from hxaconv.commands.plots import draw_advice, plot_problems
+from hxaconv.errors import HxaconvError, all_of, raise_all
 from hxaconv.load import load_other, load_student
+from hxaconv.load.models import download
 from hxaconv.model import layer_choice
 from hxaconv.model.config import StudentConfig, student_of
 from hxaconv.model.model import Model
-from hxaconv.model.plan import Plan, Recipe, main_dtype, total_bytes
-from hxaconv.options import Settings
+from hxaconv.model.plan import main_dtype
+from hxaconv.options import Argument, Choice, Init, Option, Settings, Shown, Source, TeacherToo, Tokens, Write
 from hxaconv.save.card import UNTRAINED, partly_untrained
-from hxaconv.save.output import Record, lay_out
+from hxaconv.save.diskio import write_result
+from hxaconv.save.interruption import interruptible
+from hxaconv.save.kept_shards import kept_shards
+from hxaconv.save.outcome import Outcome
+from hxaconv.save.output import Output, Record, dtype_warnings, lay_out
 from hxaconv.save.records import history_of, init_record
-from hxaconv.surgery.init import InitSettings, as_options, parse_scale
+from hxaconv.save.run import Verify, save
+from hxaconv.save.writer import refuse
+from hxaconv.surgery.init import InitSettings, as_options, init_settings
 from hxaconv.surgery.repick import in_dtype, repick
 
 if TYPE_CHECKING:
-    from hxaconv.formats.files import SourceFile
-    from hxaconv.model.model import Checkpoint
     from hxaconv.progress import Progress
+    from hxaconv.selection.advice import Advice
+    from hxaconv.selection.subject import Subject
     from hxaconv.verification.report import Report
 
-COMMAND = "pick-gqa-layers"
+Out = Annotated[str | None, Argument(help="Folder or NAME.pth to create. Without it: advice only.")]
+From = Annotated[
+    str | None,
+    Option(help="Trained checkpoint to take changed layers from.", panel="Teacher and settings", names=("--from",)),
+]
+OfStudent = Annotated[Settings, Shown(without=("allow_output_bias", "drop_rope_scaling"))]
 
 
-def run(
-    source: str,
-    out: str,
+def pick_gqa_layers(
+    source: Source,
+    out: Out = None,
     *,
-    layers: str | Iterable[int],
-    teacher: str | None = None,
-    other: str | None = None,
-    revision: str | None = None,
-    layer_map: str | None = None,
-    rope_theta: float | None = None,
-    rms_norm_eps: float | None = None,
-    tie_word_embeddings: bool | None = None,
-    preset: str = "openmose-stage1",
-    scale: str | None = None,
-    seed: int = 0,
-    allow_gqa_layer_0: bool = False,
-    max_shard_size: str = "5GB",
-    format: str | None = None,
-    write: WriteOptions | None = None,
-) -> Outcome:
-    """Write `source` with `layers` as its GQA layers to `out`; layers that keep their kind keep their bits.
+    choice: Choice = Choice(),
+    teacher: TeacherToo = None,
+    from_: From = None,
+    settings: OfStudent = Settings(),
+    probe: Tokens = Tokens(),
+    values: Annotated[Init, Shown(without=("init",))] = Init(),
+    write: Annotated[Write, Shown(without=("copy_code", "keep_shell"))] = Write(),
+    call: Call,
+) -> Outcome | Advice:
+    """Choose the layers that stay attention: change the choice, or get advice on it.
 
-    A layer that changes kind comes from `other` (`--from`) where that has it in the new kind, else from
-    the teacher: its attention as it is, or a time-mix initialised as `init-from-teacher` does.
+    With `layers`, `out` is written with these as its GQA layers. Otherwise the layers of `source`, a teacher or a
+    student, are ranked by a strategy: without `out` that is the result, with `out` it is written with the best ones.
+    Layers that keep their kind keep their bits; others come from `from_` where that has them in the new kind, else
+    from the teacher: its attention as it is, or a time-mix initialised as `init_from_teacher` does.
 
-    Args:
-        source: Folder, file or Hub id (`org/name@revision`) of a student.
-        out: The folder or NAME.pth to create.
-        layers: The layers that become GQA: numbers, or text as `8,15-17,-1`, or the name or file of a layer map.
-        teacher: Gives changed layers their attention, or what their time-mix is initialised from.
-        other: A trained student of the same teacher to take changed layers from.
-        revision: Branch, tag or commit of a Hub `source`.
-        layer_map: Name or TOML file of a layer map that tells settings.
-        rope_theta, rms_norm_eps, tie_word_embeddings: Settings that no source tells, or that overrule it.
-        preset, scale, seed: As `init_from_teacher` takes them.
-        allow_gqa_layer_0: Layer 0 as GQA is refused otherwise, with the reason.
-        max_shard_size: Of a weight file that is written again.
-        format: `hf`, `pth` or `training` (attention alone); None: by the suffix of `out`.
-        write: Overwriting, resuming, verification, progress.
+    Command line:
+        hxaconv pick-gqa-layers student/ student-2/ --layers 8,15,22,29,36,43 --teacher RekaAI/reka-flash-3
+        hxaconv pick-gqa-layers RekaAI/reka-flash-3 --count 6 --strategy influence --text sample.txt --save map.toml
 
     Raises:
         HxaconvError: for layers that do not exist, or when no source has what a changed layer needs.
         CheckFailed: when the output does not pass its verification; it is left beside `out`.
     """
-    layers = layers_text(layers)
-    options = {key: value for key, value in locals().items() if key != "write"}
-    write = write or WriteOptions()
-    settled = Settings(
-        rope_theta=rope_theta,
-        rms_norm_eps=rms_norm_eps,
-        tie_word_embeddings=tie_word_embeddings,
-        layer_map=layer_map,
-        revision=revision,
-    )
-    student = load_student(source, settled, teacher=teacher, progress=write.progress)
-    base, notes, sources = student.base, list(student.notes), student.sources
-    count = student.config.num_hidden_layers
-    chosen, factors, shard_bytes = all_of(
-        lambda: layer_choice.parse_layers(layers, count, allow_layer_0=allow_gqa_layer_0),
-        lambda: parse_scale(scale, preset),
-        lambda: parse_size(max_shard_size),
-    )
-    old = student.student
-    new = student_of(old, chosen, old.ranks)
-    changed = [i for i in range(old.num_hidden_layers) if old.layer_kind(i) != new.layer_kind(i)]
-    donor = load_other(other, student, settled, progress=write.progress) if other else None
-    taken = [i for i in changed if donor and donor.student.layer_kind(i) == new.layer_kind(i)]
-    _check_origins(changed, taken, base)
-    settings = InitSettings(factors, seed, main_dtype(student.plan))
-    plan = repick(
-        student.plan,
-        base.plan if base else {},
-        old,
-        new,
-        settings,
-        in_dtype(donor, settings.dtype) if donor else None,
-    )
-    result = Model(new, plan, out, student.raw, student.tied_head)
-    fresh = [i for i in changed if i not in taken and i in new.rwkv_layers]
-    history = history_of(sources["source"])
-    made: dict[str, Any] = {"changed_layers": changed}
-    if fresh:
-        made["init"] = init_record(fresh, "openmose", preset, settings)
-    initialised = f"RWKV, initialised ({as_options(preset, settings.factors, seed)})"
-    notes += _told_origins(changed, taken, new, initialised, _trained(donor, other, settings.dtype))
-    warnings = [*scaling_warnings(sources.values()), *dtype_warnings(plan, ""), *layer_0_warning(new)]
-    warnings += _uneven(history, fresh, new, preset, settings)
-    if donor and not taken:
-        warnings.append(f"--from {other} has none of the changed layers in its new kind: it is not used")
-    shards = kept_shards(sources["source"], student.plan, plan, shard_bytes)
-    linked = sum(shard.mirror is not None for shard in shards or ())
-    container = format or format_by_suffix(out)
-    if linked and container == "hf":
-        notes.append(
-            f"{linked} of {len(shards or ())} files do not change: they become hard links to the source's, where the"
-            " file system has links, so that editing one of them in place edits both"
+    from hxaconv.selection.options import refuse_useless, unread_tokens
+
+    refuse_useless(choice, call, writes=out is not None)
+    run = _Run(source, out, choice, teacher, from_, settings, probe, values, write, call)
+    if choice.layers is not None:
+        return run.write_with(choice.layers)
+    raise_all("what is asked for cannot be written:", _unwritable(choice, out, write))
+    advised, notes = run.advise(), unread_tokens(choice, call)
+    if out is None:
+        advised.save(choice)
+        return replace(advised.advice, notes=tuple(notes))
+    outcome = run.write_with(advised.layers)
+    if outcome.written is not None:
+        advised.save(choice)
+    elif advised.cache is not None:
+        notes.append(f"The scores are kept in {advised.cache} for the run itself.")
+    return replace(outcome, advice=advised.advice, notes=[*outcome.notes, *notes])
+
+
+@dataclass(frozen=True, slots=True)
+class _Advised:
+    """The advice, what it is about, and the file that keeps its scores until they are used."""
+
+    advice: Advice
+    subject: Subject
+    settings: tuple[str, ...]
+    cache: Path | None
+
+    @property
+    def layers(self) -> str:
+        """The choice, as the command line names it."""
+        return ",".join(map(str, self.advice.pick.layers)) or "none"
+
+    def save(self, choice: Choice) -> None:
+        """Write the layer map and the picture that are wanted, and drop the scores that they were made of.
+
+        Raises:
+            HxaconvError: when a file cannot be written.
+        """
+        from hxaconv.selection import report
+
+        if choice.save is not None:
+            origin = self.subject.origin
+            chosen = report.layer_map(
+                self.advice,
+                self.subject.model.config,
+                name=Path(choice.save).stem,
+                model=origin.name,
+                model_ids=[origin.repo] if origin.repo else [],
+            )
+            text = report.layer_map_text(self.advice, chosen, date=date.today().isoformat(), settings=self.settings)
+            write_result(Path(choice.save), text.encode())
+        if choice.plot is not None:
+            draw_advice(self.advice, Path(choice.plot))
+        if self.cache is not None:
+            self.cache.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The command as it was called."""
+
+    source: str
+    out: str | None
+    choice: Choice
+    teacher: str | None
+    from_: str | None
+    settings: Settings
+    probe: Tokens
+    values: Init
+    write: Write
+    call: Call
+
+    @property
+    def cache(self) -> Path | None:
+        """Where interrupted scoring keeps its state: beside what will be written, if anything is."""
+        beside = self.choice.save or self.out or self.choice.plot
+        return Path(f"{beside.rstrip('/')}.scores.safetensors") if beside else None
+
+    def advise(self) -> _Advised:
+        """Score the layers of SOURCE: a teacher (its plain initialisation is scored), or a student with its teacher.
+
+        Raises:
+            HxaconvError: when the strategy needs something that is not given.
+            Interrupted: on Ctrl-C or SIGTERM; says what is kept.
+        """
+        from hxaconv.forward.tokens import calibration_tokens, checked_device
+        from hxaconv.selection.advice import Request, advise, needs
+        from hxaconv.selection.options import rules_of
+        from hxaconv.selection.scores import check_request
+        from hxaconv.selection.subject import open_subject, tokens_described
+
+        choice, probe, progress = self.choice, self.probe, self.call.progress
+        wanted = needs(choice.strategy)
+        scored = "tokens" in wanted
+        subject = open_subject(
+            self.source, self.teacher, self.from_, self.settings, self.values, strategy=choice.strategy, call=self.call
         )
-    if donor is not None and donor.checkpoint is not None:
-        sources["from"] = donor.checkpoint
-    output = lay_out(
-        result,
-        Path(out),
-        format=container,
-        dtype=settings.dtype,
-        record=Record(
-            command=COMMAND,
-            options=options,
-            defaults=defaults_of(run),
-            sources=sources,
-            base_model=base_model_name(sources.get("teacher", sources["source"])),
-            purpose=UNTRAINED if fresh == list(new.rwkv_layers) else partly_untrained(fresh),
-            extra=made,
-        ),
-        max_shard_bytes=shard_bytes,
-        shards=shards,
-    )
-
-    def verify(output: Model, progress: Progress | None) -> Report:
-        from hxaconv.verification.contracts import check_repicked, completed
-
-        return check_repicked(
-            student,
-            base,
-            completed(output, student),
-            other=donor,
-            factors=settings.factors,
-            progress=progress,
+        num_layers = subject.model.config.num_hidden_layers
+        count = layer_choice.default_count(num_layers) if choice.count is None else choice.count
+        request = Request(
+            strategy=choice.strategy,
+            count=count,
+            rules=rules_of(choice, num_layers),
+            kl_mode=choice.kl_mode,
+            allow_layer_0=choice.allow_gqa_layer_0,
+            tokens_are_text=probe.given,
+            device=checked_device(probe.device),
+            seed=self.values.seed,
+            cache=self.cache if scored else None,
         )
+        check_request(request.strategy, num_layers, count, request.rules, allow_layer_0=request.allow_layer_0)
+        if self.out is not None and scored and not self.write.resume:
+            self._rehearse(layer_choice.uniform(num_layers, count))
+        ids, lines = None, subject.described(choice, self.values, wanted)
+        if scored:
+            ids = calibration_tokens(
+                probe, self.values.seed, subject.model.config.vocab_size, subject.tokenizer
+            ).numpy()
+            lines.append(tokens_described(probe, self.values.seed, ids))
+            if ids.size != probe.tokens:
+                self._note(f"{probe.tokens} tokens are asked for, {ids.size} are used.")
+            if request.cache is None:
+                self._note(
+                    "Scores are kept nowhere: with --save MAP.toml, interrupted scoring would go on where it stopped."
+                )
+        with interruptible(lambda: _kept(request.cache)) as signals:
+            if scored:
+                # Before scoring, which does not stop between two layers for as long as a download takes.
+                download(subject.sources, subject.files, subject.models, progress)
+            with signals.deferred():
+                advice = advise(
+                    num_layers,
+                    replace(request, check=signals.stop_if_requested),
+                    teacher=subject.teacher,
+                    student=subject.student,
+                    ids=ids,
+                    log=Path(choice.log) if choice.log else None,
+                    progress=progress,
+                )
+            signals.stop_if_requested()
+        if scored:
+            advice = replace(advice, warnings=(*subject.scaling_warnings, *advice.warnings))
+        return _Advised(advice, subject, tuple(lines), request.cache)
 
-    return perform(output, write, verify, warnings, notes, shard_bytes)
+    def write_with(self, layers: str) -> Outcome:
+        """Write SOURCE with these GQA layers."""
+        output, verify, warnings, notes = self._repicked(layers)
+        return save(output, self.write, verify=verify, warnings=warnings, notes=notes)
+
+    def _rehearse(self, layers: Sequence[int]) -> None:
+        """Refuse before hours of scoring what would be refused after them, with some choice of as many layers."""
+        output, *_ = self._repicked(",".join(map(str, layers)))
+        refuse(output, self.write)
+
+    def _note(self, text: str) -> None:
+        if self.call.progress is not None:
+            self.call.progress.note(text)
+
+    def _repicked(self, layers: str) -> tuple[Output, Verify, list[str], list[str]]:
+        """(the output of SOURCE with these layers, the check of what was written, warnings, notes)."""
+        assert self.out is not None
+        student = load_student(self.source, self.settings, teacher=self.teacher, progress=self.call.progress)
+        base, sources, old = student.base, student.sources, student.student
+        chosen, initial = all_of(
+            lambda: layer_choice.parse_layers(
+                layers, old.num_hidden_layers, allow_layer_0=self.choice.allow_gqa_layer_0
+            ),
+            lambda: init_settings(self.values, main_dtype(student.plan)),
+        )
+        new = student_of(old, chosen, old.ranks)
+        changed = [i for i in range(old.num_hidden_layers) if old.layer_kind(i) != new.layer_kind(i)]
+        other = None
+        if self.from_ is not None:
+            other = load_other(self.from_, student, self.settings, progress=self.call.progress)
+            sources["from"] = other.opened
+        taken = [i for i in changed if other and other.student.layer_kind(i) == new.layer_kind(i)]
+        _check_origins(changed, taken, base)
+        trained = in_dtype(other, initial.dtype) if other else None
+        plan = repick(student.plan, base.plan if base else {}, old, new, initial, trained)
+        fresh = [i for i in changed if i not in taken and i in new.rwkv_layers]
+        history = history_of(sources["source"])
+        made: dict[str, Any] = {"changed_layers": changed}
+        if fresh:
+            made["init"] = init_record(fresh, self.values, initial)
+        shards = kept_shards(sources["source"], student.plan, plan, self.write.max_shard_bytes)
+        output = lay_out(
+            Model(new, plan, self.out, student.raw, student.tied_head),
+            Path(self.out),
+            format=self.write.format_of(self.out),
+            record=Record(
+                call=self.call,
+                sources=sources,
+                purpose=UNTRAINED if fresh == list(new.rwkv_layers) else partly_untrained(fresh),
+                extra=made,
+            ),
+            max_shard_bytes=self.write.max_shard_bytes,
+            shards=shards,
+        )
+        initialised = f"RWKV, initialised ({as_options(self.values.preset, initial.factors, initial.seed)})"
+        notes = [
+            *student.notes,
+            *_origins(changed, taken, new, initialised, _trained(other, self.from_, initial.dtype)),
+        ]
+        linked = sum(shard.mirror is not None for shard in shards or ())
+        if linked and output.is_folder:
+            notes.append(
+                f"{linked} of {len(shards or ())} files do not change: they become hard links to the source's, where"
+                " the file system has links, so that editing one of them in place edits both"
+            )
+        warnings = [*student.scaling_warnings, *dtype_warnings(plan), *layer_choice.layer_0_warning(new)]
+        warnings += _uneven(history, fresh, new, self.values.preset, initial)
+        if other and not taken:
+            warnings.append(f"--from {self.from_} has none of the changed layers in its new kind: it is not used")
+
+        def verify(written: Model, progress: Progress | None) -> Report:
+            from hxaconv.verification.contracts import check_repicked, completed
+
+            whole = completed(written, student)
+            return check_repicked(student, base, whole, other=other, factors=initial.factors, progress=progress)
+
+        return output, verify, warnings, notes
 
 
-def kept_shards(source: Checkpoint, before: Plan, after: Plan, max_shard_bytes: int) -> list[Shard] | None:
-    """The source's own sharding for the new plan, so that shards without a change need not be written again.
-
-    A shard that became larger than allowed is split. None where the source is no local safetensors folder.
-    """
-    ours = all(file in source.files for recipe in before.values() for file in recipe.make.sources())
-    if source.container != "safetensors" or source.repo is not None or not ours:
-        return None
-    groups: dict[str, Plan] = {file.name: {} for file in source.files}
-    for name, recipe in after.items():
-        groups[_home(name, recipe, before)][name] = recipe
-    shards = []
-    for file in source.files:
-        group = groups[file.name]
-        held = {name for name, recipe in source.plan.items() if _file_of(recipe) is file}
-        same = set(group) == held and all(after[name] is before[name] for name in group)
-        if group and same and total_bytes(group) <= max_shard_bytes:
-            linkable = file.path is not None and not file.path.is_symlink()
-            shards.append(Shard(tuple(group), file if linkable else None))
-        elif group:
-            layouts = shard_layouts(group, max_shard_bytes)
-            shards += [Shard(tuple(fill.name for fill in layout.fills)) for layout in layouts]
-    return shards
+def _kept(cache: Path | None) -> str:
+    if cache is not None and cache.is_file():
+        return f"Scores so far are kept in {cache}; run the same command again to continue."
+    return "Nothing is kept." if cache is None else "Nothing had been scored yet."
 
 
-def _home(name: str, recipe: Recipe, before: Plan) -> str:
-    """The source file whose successor a tensor goes into: its own, or, where it is new, its layer's."""
-    if before.get(name) is not recipe:
-        prefix = name[: name.index("self_attn.")]
-        recipe = next(found for known, found in before.items() if known.startswith(prefix))
-    return _file_of(recipe).name
-
-
-def _file_of(recipe: Recipe) -> SourceFile:
-    return next(iter(recipe.make.sources()))
+def _unwritable(choice: Choice, out: str | None, write: Write) -> list[str]:
+    """What could not be written after hours of scoring, a line each."""
+    problems = []
+    for name, path in (("--save", choice.save), ("OUT", out)):
+        if path is None:
+            continue
+        folder = Path(path).absolute().parent
+        if Path(path).exists() and not write.overwrite:
+            problems.append(f"{path} exists; --overwrite replaces it")
+        if name != "OUT" and Path(path).is_dir():
+            problems.append(f"{name} {path}: that is a folder")
+        if not folder.is_dir():
+            problems.append(f"{folder} is not a folder")
+        elif not os.access(folder, os.W_OK):
+            problems.append(f"{folder}: nothing can be written there")
+    if choice.plot:
+        problems += [f"--plot: {why}" for why in plot_problems(Path(choice.plot), overwrite=write.overwrite)]
+    return problems
 
 
 def _check_origins(changed: list[int], taken: list[int], teacher: Model | None) -> None:
@@ -269,9 +381,7 @@ def _layers(numbers: Sequence[int]) -> str:
     return f"layer{'s' if len(numbers) != 1 else ''} {', '.join(map(str, numbers))}"
 
 
-def _told_origins(
-    changed: list[int], taken: list[int], new: StudentConfig, initialised: str, trained: str
-) -> list[str]:
+def _origins(changed: list[int], taken: list[int], new: StudentConfig, initialised: str, trained: str) -> list[str]:
     """Where the layers that change kind come from, a line for each origin."""
     if not changed:
         return ["these are the student's GQA layers already: no layer changes"]

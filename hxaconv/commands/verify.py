@@ -2,180 +2,170 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from hxaconv.commands.common import checked_device, one_of, scaling_warnings, useless
+from hxaconv.calls import Call
+from hxaconv.commands.plots import check_plot, draw_report
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
-from hxaconv.forward.tokens import TokenOptions, tokens_of
 from hxaconv.load import load_model, open_checkpoint
 from hxaconv.load.models import may_be_student, tells_nothing
 from hxaconv.load.student import MissingSettings
-from hxaconv.model.config import StudentConfig, TeacherConfig
+from hxaconv.model.config import StudentConfig, TeacherConfig, dropped_scaling
 from hxaconv.model.model import Checkpoint, Model
-from hxaconv.options import Settings
+from hxaconv.options import STAGES, Check, Option, Probe, Settings, Shown, Source, TeacherToo, option_words
 from hxaconv.save.records import history_of, record_of
-from hxaconv.verification.digests import DigestReport, check_digests
-from hxaconv.verification.lint import lint
 
 if TYPE_CHECKING:
-    from hxaconv.progress import Progress
+    from hxaconv.verification.digests import DigestReport
     from hxaconv.verification.report import Report
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyOptions:
-    """How to run the forward, and what to expect of it."""
-
-    tokens: TokenOptions | int = 64
-    """Where they come from, or how many random ones."""
-    dtype: str = "float32"
-    device: str = "cpu"
-    expect: str | None = None
-    thresholds: Mapping[str, float] = field(default_factory=dict)
-    logits_out: str | None = None
-    overwrite: bool = False
-    """Whether `logits_out` may replace a file."""
-    progress: Progress | None = None
+Against = Annotated[str | None, Option(help="Checkpoint to compare with: any container, student or teacher.")]
+Digests = Annotated[bool, Option(help="Only re-check the digests in hxaconv.json, without a forward.")]
+OfStudent = Annotated[Settings, Shown(without=("allow_output_bias", "drop_rope_scaling"))]
 
 
-def run(
-    source: str,
+def verify(
+    source: Source,
     *,
-    against: str | None = None,
-    teacher: str | None = None,
-    layer_map: str | None = None,
-    revision: str | None = None,
-    rope_theta: float | None = None,
-    rms_norm_eps: float | None = None,
-    tie_word_embeddings: bool | None = None,
-    options: VerifyOptions | None = None,
-) -> Report:
-    """Verify `source` alone, or compare it with `against`, whatever their containers and names.
+    against: Against = None,
+    digests: Digests = False,
+    check: Check = Check(),
+    teacher: TeacherToo = None,
+    settings: OfStudent = Settings(),
+    probe: Probe = Probe(),
+    call: Call,
+) -> Report | DigestReport:
+    """Check a checkpoint with an independent reference forward, alone or against another.
 
     What is wrong with the checkpoint is in the report: see its `passed`, or call its `raise_if_failed`.
 
-    Args:
-        source: Folder, file or Hub id (`org/name@revision`) of a teacher or a student.
-        against: The checkpoint to compare with.
-        teacher: Completes a checkpoint that holds attention only, and tells settings.
-        layer_map: Name or TOML file of a layer map that tells settings.
-        revision: Branch, tag or commit of a Hub `source`.
-        rope_theta, rms_norm_eps, tie_word_embeddings: Settings that no source tells, or that overrule it.
-        options: Tokens, dtype, device, and what is expected of a comparison.
+    Command line:
+        hxaconv verify student/
+        hxaconv verify student.pth --against student-hf/ --expect identical
+        hxaconv verify student/ --against RekaAI/reka-flash-3 --text sample.txt --plot depth.png
 
     Raises:
         HxaconvError: when a setting is known from no source, or the two cannot be fed the same input.
     """
-    from hxaconv.verification.compare import compare_models
-    from hxaconv.verification.contracts import check_against, made_by
-    from hxaconv.verification.expectations import Thresholds
-    from hxaconv.verification.report import EXPECTATIONS
-    from hxaconv.verification.single import verify_model
-    from hxaconv.verification.written import check_own
+    _refuse_useless(call)
+    check_plot(check.plot, overwrite=check.overwrite)
+    checkpoint = open_checkpoint(source, revision=settings.revision, progress=call.progress)
+    if digests:
+        from hxaconv.verification.digests import check_digests
 
-    options = options or VerifyOptions()
-    one_of("--dtype", options.dtype, ("float32", "float64"))
-    checked_device(options.device)
-    if options.expect is not None:
-        one_of("--expect", options.expect, EXPECTATIONS)
-    limits = {f"--max-{key.removesuffix('s')}": value for key, value in options.thresholds.items()}
-    raise_all("limits are 0 or more:", [f"{name} {value}" for name, value in limits.items() if not value >= 0])
-    if against is None:
-        about = [*(["--expect"] if options.expect is not None else []), *limits]
-        if about:
-            raise HxaconvError(f"{', '.join(about)}: for comparisons only", hint="Add --against OTHER.")
-    logits_out = Path(options.logits_out) if options.logits_out else None
-    if logits_out is not None:
-        refuse_logits_path(logits_out, [source, against, teacher], overwrite=options.overwrite)
-    settings = Settings(
-        rope_theta=rope_theta,
-        rms_norm_eps=rms_norm_eps,
-        tie_word_embeddings=tie_word_embeddings,
-        layer_map=layer_map,
-    )
-    checkpoint = open_checkpoint(source, revision=revision, progress=options.progress)
-    beside = open_checkpoint(against, progress=options.progress) if against else None
-    opened = [found for found in (checkpoint, beside) if found is not None]
+        return check_digests(checkpoint, record_of(checkpoint), call.progress)
+    if probe.logits_out is not None:
+        _refuse_logits_path(Path(probe.logits_out), [source, against, teacher], overwrite=check.overwrite)
+    other = open_checkpoint(against, progress=call.progress) if against else None
+    opened = [found for found in (checkpoint, other) if found is not None]
     if not any(may_be_student(found) for found in opened):
-        tied = tie_word_embeddings or None
-        _refuse_for_teachers(source, {"--teacher": teacher, "--layer-map": layer_map, "--tie-word-embeddings": tied})
+        _refuse_for_teachers(source, teacher, settings)
     try:
-        model, other = _both(checkpoint, beside, teacher, settings)
-        for found in (model, other):
-            if found is not None and found.tied_head is not None:
-                found.tied_head.check()
+        models = _models(checkpoint, other, teacher, settings)
+        for model in models:
+            if model.tied_head is not None:
+                model.tied_head.check()
     except Inconsistent as error:
-        return inconsistent(checkpoint, beside, error)
+        return inconsistent(checkpoint, other, error)
     except MissingSettings as error:
         if checkpoint.config is None:
             raise
-        return inconsistent(checkpoint, beside, error)
-    vocabulary = min(m.config.vocab_size for m in (model, other) if m is not None)
-    tokens = TokenOptions(tokens=options.tokens) if isinstance(options.tokens, int) else options.tokens
-    ids = tokens_of(tokens, vocabulary, next((c for c in opened if "tokenizer.json" in c.companions), checkpoint))
-    if other is None:
-        report = verify_model(
-            model,
-            ids=ids,
-            dtype=options.dtype,
-            device=options.device,
-            logits_out=logits_out,
-            progress=options.progress,
-        )
-        report.findings = [finding.to_json() for finding in lint(checkpoint, model.config)]
-    else:
-        how: dict[str, Any] = {
-            "ids": ids,
-            "thresholds": Thresholds(**options.thresholds),
-            "dtype": options.dtype,
-            "device": options.device,
-            "logits_out": logits_out,
-            "progress": options.progress,
-        }
-        student = isinstance(model.config, StudentConfig) and isinstance(other.config, TeacherConfig)
-        if options.expect in ("untrained", "calibrated", "attention-trained") and not student:
-            raise HxaconvError(
-                f"--expect {options.expect} is about a student and its teacher",
-                hint="Name the student as SOURCE and the teacher with --against.",
-            )
-        if student and options.expect in (None, "untrained", "calibrated", "attention-trained", "report"):
-            made, folded = made_by(history_of(checkpoint))
-            report = check_against(model, other, expect=options.expect, made=made, folded=folded, **how)
-        else:
-            report = compare_models(model, other, expect=options.expect, **how)
-    if isinstance(model.config, StudentConfig):
+        return inconsistent(checkpoint, other, error)
+    report = _forward(models, checkpoint, opened, check, probe, call)
+    if isinstance(models[0].config, StudentConfig):
+        from hxaconv.verification.written import check_own
+
         check_own(report, checkpoint, record_of(checkpoint))
-    for one, two in ((checkpoint, beside), (beside, checkpoint)):
+    for one, two in ((checkpoint, other), (other, checkpoint)):
         if one is not None and two is not None and teacher is None and tells_nothing(one):
             report.notes.append(f"{one.label} says nothing of rope_theta, rms_norm_eps and tying: as in {two.label}")
-    report.notes += scaling_warnings(opened)
+    report.notes += [line for found in opened for line in dropped_scaling(found.config or {})]
+    if check.plot is not None and report.layers:
+        draw_report(report, Path(check.plot))
     return report
 
 
-def check_options(given: set[str]) -> None:
-    """Refuse options of the command line that would be ignored; `given` are their names.
+def _forward(
+    models: Sequence[Model],
+    checkpoint: Checkpoint,
+    opened: Sequence[Checkpoint],
+    check: Check,
+    probe: Probe,
+    call: Call,
+) -> Report:
+    """Run one model, or both on the same tokens."""
+    from hxaconv.forward.tokens import checked_device, tokens_of
+    from hxaconv.verification.compare import compare_models
+    from hxaconv.verification.contracts import check_against, made_by
+    from hxaconv.verification.expectations import Thresholds
+    from hxaconv.verification.lint import lint
+    from hxaconv.verification.single import verify_model
+
+    checked_device(probe.device)
+    tokenizer = next((found for found in opened if "tokenizer.json" in found.companions), checkpoint)
+    vocabulary = min(model.config.vocab_size for model in models)
+    ids = tokens_of(probe, vocabulary, tokenizer, batch=probe.batch, seed=probe.seed)
+    logits_out = Path(probe.logits_out) if probe.logits_out else None
+    if len(models) == 1:
+        report = verify_model(
+            models[0],
+            ids=ids,
+            dtype=probe.dtype,
+            device=probe.device,
+            logits_out=logits_out,
+            progress=call.progress,
+        )
+        report.findings = [finding.to_json() for finding in lint(checkpoint, models[0].config)]
+        return report
+    model, other = models
+    how: dict[str, Any] = {
+        "ids": ids,
+        "thresholds": Thresholds(logits=check.max_logit, layer=check.max_layer, kl=check.max_kl),
+        "dtype": probe.dtype,
+        "device": probe.device,
+        "logits_out": logits_out,
+        "progress": call.progress,
+    }
+    of_teacher = isinstance(model.config, StudentConfig) and isinstance(other.config, TeacherConfig)
+    if check.expect in STAGES and not of_teacher:
+        raise HxaconvError(
+            f"--expect {check.expect} is about a student and its teacher",
+            hint="Name the student as SOURCE and the teacher with --against.",
+        )
+    if of_teacher and check.expect in (None, *STAGES, "report"):
+        made, folded = made_by(history_of(checkpoint))
+        return check_against(model, other, expect=check.expect, made=made, folded=folded, **how)
+    return compare_models(model, other, expect=check.expect, **how)
+
+
+def _refuse_useless(call: Call) -> None:
+    """Refuse options that would be ignored.
 
     Raises:
         HxaconvError: listing everything at once.
     """
-    if "digests" in given:
-        others = sorted(given - {"digests", "revision", "json", "quiet"})
-        problems = useless(given, others, "--digests only re-reads the tensors of SOURCE")
+    if "digests" in call.given:
+        others = sorted(call.given - {"source", "digests", "revision"})
+        problems = call.useless(others, "--digests only re-reads the tensors of SOURCE")
     else:
-        problems = [] if "against" in given else useless(given, ("plot",), "it draws a comparison; add --against OTHER")
-        if "input_ids" in given:
-            problems += useless(given, ("tokens", "batch", "seed"), "all ids of --input-ids are used, as they are")
-        elif "text" in given:
-            problems += useless(given, ("seed",), "nothing is random with --text")
-        if not given & {"plot", "logits_out"}:
-            problems += useless(given, ("overwrite",), "there is no --plot or --logits-out to write")
-    raise_all("this cannot be done as asked for:", problems)
+        problems = []
+        if "against" not in call.given:
+            problems += call.useless(("plot",), "it draws a comparison; add --against OTHER")
+            problems += call.useless(
+                ("expect", "max_logit", "max_layer", "max_kl"), "for comparisons only; add --against OTHER"
+            )
+        if "input_ids" in call.given:
+            problems += call.useless(("tokens", "batch", "seed"), "all ids of --input-ids are used, as they are")
+        elif "text" in call.given:
+            problems += call.useless(("seed",), "nothing is random with --text")
+        if not call.given & {"plot", "logits_out"}:
+            problems += call.useless(("overwrite",), "there is no --plot or --logits-out to write")
+    raise_all("these options do not go together:", problems)
 
 
-def refuse_logits_path(path: Path, sources: Sequence[str | None], *, overwrite: bool) -> None:
+def _refuse_logits_path(path: Path, sources: Sequence[str | None], *, overwrite: bool) -> None:
     """Stop before anything is put into a checkpoint, or anything that exists is replaced unasked.
 
     Raises:
@@ -195,21 +185,9 @@ def refuse_logits_path(path: Path, sources: Sequence[str | None], *, overwrite: 
     raise_all(f"--logits-out {path}:", problems)
 
 
-def digests(source: str, *, revision: str | None = None, progress: Progress | None = None) -> DigestReport:
-    """Re-check the digests recorded for `source`, without a forward and without torch.
-
-    Raises:
-        HxaconvError: when none were recorded.
-        CheckFailed: when a tensor is not what was written.
-    """
-    checkpoint = open_checkpoint(source, revision=revision, progress=progress)
-    report = check_digests(checkpoint, record_of(checkpoint), progress)
-    report.raise_if_failed(checkpoint.label)
-    return report
-
-
 def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: HxaconvError) -> Report:
     """The report on a checkpoint that is no model at all: what does not fit, and what loaders would say."""
+    from hxaconv.verification.lint import lint
     from hxaconv.verification.report import Report
 
     report = Report(source=checkpoint.label, other=other.label if other else None)
@@ -222,22 +200,24 @@ def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: Hxacon
     return report
 
 
-def _both(
-    checkpoint: Checkpoint, beside: Checkpoint | None, teacher: str | None, settings: Settings
-) -> tuple[Model, Model | None]:
-    """Both models; one of them may say what the other cannot."""
-    if beside is None:
-        return load_model(checkpoint, settings, teacher=teacher), None
-    if tells_nothing(checkpoint) and not tells_nothing(beside):
-        other = load_model(beside, settings, teacher=teacher)
-        return load_model(checkpoint, settings, teacher=teacher, like=other.config), other
-    model = load_model(checkpoint, settings, teacher=teacher)
-    return model, load_model(beside, settings, teacher=teacher, like=model.config)
+def _models(
+    checkpoint: Checkpoint, other: Checkpoint | None, teacher: str | None, settings: Settings
+) -> tuple[Model, ...]:
+    """The model, or both; one of them may say what the other cannot."""
+    if other is None:
+        return (load_model(checkpoint, settings, teacher=teacher),)
+    if tells_nothing(checkpoint) and not tells_nothing(other):
+        second = load_model(other, settings, teacher=teacher)
+        return load_model(checkpoint, settings, teacher=teacher, like=second.config), second
+    first = load_model(checkpoint, settings, teacher=teacher)
+    return first, load_model(other, settings, teacher=teacher, like=first.config)
 
 
-def _refuse_for_teachers(source: str, given: Mapping[str, Any]) -> None:
+def _refuse_for_teachers(source: str, teacher: str | None, settings: Settings) -> None:
+    given = {"teacher": teacher, "layer_map": settings.layer_map}
+    given["tie_word_embeddings"] = "tied" if settings.tie_word_embeddings else None
     raise_all(
         f"{source} is a teacher itself:",
-        [f"{option} has no use" for option, value in given.items() if value is not None],
+        [f"{option_words([name])} has no use" for name, value in given.items() if value is not None],
         hint="To verify a student, name it as SOURCE or --against.",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hxaconv.errors import HxaconvError
+from hxaconv.options import ArrayLike, TokenIds
 
 if TYPE_CHECKING:
     from hxaconv.formats.files import SourceFile
@@ -22,7 +24,7 @@ def probe_tokens(
     tokens: int = 64,
     batch: int = 1,
     seed: int = 0,
-    input_ids: Path | None = None,
+    input_ids: TokenIds | Path | None = None,
     text: Path | None = None,
     tokenizer: SourceFile | None = None,
 ) -> Tensor:
@@ -39,7 +41,10 @@ def probe_tokens(
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(vocab_size, (batch, tokens), generator=generator)
     if input_ids is not None:
-        ids, where = read_ids(input_ids), str(input_ids)
+        if isinstance(input_ids, str | Path):
+            ids, where = read_ids(Path(input_ids)), str(input_ids)
+        else:
+            ids, where = _in_memory(input_ids), "input_ids"
     else:
         assert text is not None
         ids, where = _cut(_encode(text, tokenizer, tokens * batch), tokens, batch, text), f"{text}, by this tokenizer,"
@@ -70,13 +75,29 @@ def read_ids(path: Path) -> Tensor:
         raise
     except Exception as error:
         raise HxaconvError(f"{path} could not be read as token ids: {error}") from None
+    return _ids(ids, str(path))
+
+
+def _in_memory(values: Sequence[Any] | ArrayLike) -> Tensor:
+    import numpy as np
+
+    try:
+        array = np.asarray(values)
+        ids = torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iu" else array.astype(np.float64))
+    except (TypeError, ValueError) as error:
+        raise HxaconvError(f"input_ids are no token ids: {error}", hint="Expected whole numbers.") from None
+    return _ids(ids, "input_ids")
+
+
+def _ids(ids: Tensor, where: str) -> Tensor:
+    """Whole numbers of one or two axes as (B, T), int64."""
     if not ids.numel():
-        raise HxaconvError(f"{path} is empty: it holds no token ids", hint="Expected whole numbers.")
+        raise HxaconvError(f"{where} is empty: it holds no token ids", hint="Expected whole numbers.")
     if ids.dim() == 1:
         ids = ids[None]
     if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise HxaconvError(
-            f"{path} holds {str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}, not token ids",
+            f"{where} holds {str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}, not token ids",
             hint="Expected whole numbers of shape (tokens,) or (batch, tokens).",
         )
     return ids.to(torch.int64)

@@ -1,12 +1,13 @@
-"""Calibration tokens for commands that look at activations: from a file, a text, or, on request, random."""
+"""Token ids for whoever looks at activations: in memory, from a file, a text, or, where wanted, random."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hxaconv.errors import HxaconvError
+from hxaconv.options import Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,31 +15,10 @@ if TYPE_CHECKING:
     from hxaconv.model.model import Checkpoint
 
 
-LARGEST_SEED = 2**63
+def tokens_of(options: Tokens, vocab_size: int, checkpoint: Checkpoint, *, batch: int = 1, seed: int = 0) -> Tensor:
+    """Token ids (sequences, length): given ones as they are, else `options.tokens` times `batch` of them.
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenOptions:
-    """Where tokens come from; `tokens` is how many are used at most, `batch` only shapes random ones."""
-
-    input_ids: str | None = None
-    text: str | None = None
-    tokens: int = 1024
-    batch: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < LARGEST_SEED:
-            raise HxaconvError(f"--seed {self.seed} is not possible", hint=f"It takes 0 to {LARGEST_SEED - 1}.")
-
-    @property
-    def given(self) -> bool:
-        """Whether the tokens are somebody's text, not random."""
-        return self.input_ids is not None or self.text is not None
-
-
-def tokens_of(options: TokenOptions, vocab_size: int, checkpoint: Checkpoint) -> Tensor:
-    """Token ids (sequences, length): a file's as they are, or as many as asked for; the tokenizer is the checkpoint's.
+    The tokenizer is the checkpoint's; `seed` is that of random ones.
 
     Raises:
         HxaconvError: for files that hold no token ids, and ids outside the vocabulary.
@@ -48,26 +28,41 @@ def tokens_of(options: TokenOptions, vocab_size: int, checkpoint: Checkpoint) ->
     return probe_tokens(
         vocab_size,
         tokens=options.tokens,
-        batch=options.batch,
-        seed=options.seed,
-        input_ids=Path(options.input_ids) if options.input_ids else None,
+        batch=batch,
+        seed=seed,
+        input_ids=options.input_ids,
         text=Path(options.text) if options.text else None,
         tokenizer=checkpoint.companions.get("tokenizer.json"),
     )
 
 
-def calibration_tokens(options: TokenOptions, vocab_size: int, checkpoint: Checkpoint) -> Tensor:
+def calibration_tokens(options: Tokens, seed: int, vocab_size: int, checkpoint: Checkpoint) -> Tensor:
     """As `tokens_of`, but at most `options.tokens` of them: of as few sequences as hold that many, equal parts.
 
     Raises:
         HxaconvError: for too few, for files that hold no token ids, and ids outside the vocabulary.
     """
-    if options.tokens < 2:
-        raise HxaconvError(f"--tokens {options.tokens} is too few", hint="A few hundred are a beginning.")
-    ids = tokens_of(options, vocab_size, checkpoint)
+    ids = tokens_of(options, vocab_size, checkpoint, seed=seed)
     rows = min(-(-options.tokens // ids.shape[1]), ids.shape[0])
     used = ids[:rows, : options.tokens // rows]
     if used.numel() < 2:
-        where = options.input_ids or options.text
+        where = options.text or (options.input_ids if isinstance(options.input_ids, str) else "input_ids")
         raise HxaconvError(f"{where} holds a single token, which is too few", hint="A few hundred are a beginning.")
     return used
+
+
+def checked_device(text: str) -> str:
+    """`cpu`, `cuda` or `cuda:1`, if this machine has it.
+
+    Raises:
+        HxaconvError: for other names, and for a GPU that is not there.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise HxaconvError(f"--device {text!r} is not known", hint="It takes cpu, cuda or cuda:1.")
+    if text != "cpu":
+        import torch
+
+        count = torch.cuda.device_count()
+        if int(text.partition(":")[2] or 0) >= count:
+            raise HxaconvError(f"--device {text}: torch sees {count} GPUs here", hint="Use --device cpu.")
+    return text

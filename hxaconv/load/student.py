@@ -398,8 +398,3 @@ def student_model(
     plan = split_fused(plan, config)
     model = Model(config, plan, checkpoint.label, checkpoint.config or checkpoint.sidecar or {}, tied, checkpoint)
     return model if headers_only else checked_here(model)
-
-
-def with_intermediate_size(config: StudentConfig, size: int) -> StudentConfig:
-    """The same student with a wider MLP."""
-    return replace(config, intermediate_size=size)

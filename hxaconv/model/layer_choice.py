@@ -7,7 +7,9 @@ import re
 from collections.abc import Sequence
 
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.model.layer_maps import LayerMap, load, range_problems
+from hxaconv.model.config import StudentConfig, TeacherConfig
+from hxaconv.model.layer_maps import LayerMap, load, match, range_problems
+from hxaconv.options import Layers
 
 LAYER_0_REASON = (
     "layer 0 as GQA: the published trainer mixes a zero v_first into the first RWKV layer, the inference"
@@ -131,3 +133,29 @@ def check(layers: Sequence[int], num_layers: int, *, allow_layer_0: bool = False
     elif 0 in layers and not allow_layer_0:
         found.append(f"{LAYER_0_REASON}; --allow-gqa-layer-0 goes on")
     return found
+
+
+def layer_0_warning(config: StudentConfig) -> list[str]:
+    """The sentence about layer 0 as GQA, where it is and RWKV layers follow."""
+    return [LAYER_0_REASON] if 0 in config.gqa_layers and config.rwkv_layers else []
+
+
+def choose(config: TeacherConfig, teacher: str, choice: Layers) -> tuple[tuple[int, ...], str]:
+    """The GQA layers of a new student and why: those named, else the teacher's shipped map, else evenly spaced.
+
+    Raises:
+        HxaconvError: for two choices at once, and for layers that the model does not have.
+    """
+    count, allowed = config.num_hidden_layers, choice.allow_gqa_layer_0
+    if choice.layer_map is not None and choice.gqa_layers is not None:
+        raise HxaconvError("--layer-map and --gqa-layers both choose the layers", hint="Give one of them.")
+    if choice.gqa_layers is not None:
+        named = parse_layers(choice.gqa_layers, count, allow_layer_0=allowed, option="--gqa-layers")
+        return named, "as asked for"
+    if choice.layer_map is not None:
+        found = load_for(choice.layer_map, count, allow_layer_0=allowed)
+        return found.gqa_layers, f"layer map {found.name}"
+    shipped = match(config, [teacher])
+    if shipped is not None:
+        return from_map(shipped, count, allow_layer_0=allowed), f"layer map {shipped.name}"
+    return uniform(count), f"evenly spaced, {default_count(count)} of {count}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from hxaconv.errors import HxaconvError, Inconsistent
 from hxaconv.formats.files import SourceFile
-from hxaconv.model.config import ModelConfig, StudentConfig, TeacherConfig
+from hxaconv.model.config import ModelConfig, StudentConfig, TeacherConfig, dropped_scaling
 from hxaconv.model.names import EMBEDDING, HEAD
 from hxaconv.model.plan import Plan, Recipe, same_bytes
 
@@ -56,6 +56,11 @@ class Checkpoint:
     """Facts about the container: what the reader found, and what `facts_of` says of the choice of files."""
     handle: object = None
     """What downloads the files, for a Hub id."""
+
+    @property
+    def name(self) -> str:
+        """A Hub id, or the bare name of a folder or file."""
+        return self.repo or Path(self.label).resolve().name
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,17 @@ class Model:
         role = "base" if self.base and isinstance(self.base.config, StudentConfig) else "teacher"
         found = {"source": self.checkpoint, role: self.base.checkpoint if self.base else None}
         return {role: checkpoint for role, checkpoint in found.items() if checkpoint is not None}
+
+    @property
+    def opened(self) -> Checkpoint:
+        """Where it was read from, for a model that was. An AssertionError is ours."""
+        assert self.checkpoint is not None
+        return self.checkpoint
+
+    @property
+    def scaling_warnings(self) -> list[str]:
+        """What the configs of its sources say of RoPE that is not followed."""
+        return [line for checkpoint in self.sources.values() for line in dropped_scaling(checkpoint.config or {})]
 
     @property
     def student(self) -> StudentConfig:

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.formats.dtypes import BY_NAME, FLOATS, num_bytes, num_elements
 from hxaconv.formats.files import PIECE_BYTES, Extent, SourceFile
-from hxaconv.model.names import layer_prefix
+from hxaconv.model.names import is_attention, layer_prefix
 
 
 class Scratch:
@@ -274,3 +274,8 @@ def same_bytes(a: Recipe, b: Recipe) -> bool:
     left, right = a.pieces(Scratch()), b.pieces(Scratch())
     # Comparing bytes is one memcmp; comparing memoryviews unpacks every element.
     return all(bytes(x) == bytes(y) for x, y in zip(left, right, strict=True))
+
+
+def attention_of(plan: Plan) -> Plan:
+    """The tensors of the mixers, of both kinds."""
+    return {name: recipe for name, recipe in plan.items() if is_attention(name)}

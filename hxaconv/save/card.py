@@ -6,11 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.cli.console import STRIP_WIDTH
 from hxaconv.model.config import StudentConfig
 
 if TYPE_CHECKING:
     from hxaconv.calibration import CalibrationReport
+
+STRIP_WIDTH = 60
+"""Layers in a line of the layer strip."""
 
 _TEMPLATE = """---
 {front_matter}

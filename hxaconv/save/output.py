@@ -10,17 +10,19 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hxaconv import __version__
+from hxaconv.calls import Call
 from hxaconv.errors import HxaconvError
 from hxaconv.formats import safetensors_layout, torchzip_layout
+from hxaconv.formats.dtypes import FLOATS
 from hxaconv.formats.files import SourceFile
 from hxaconv.formats.json_files import as_bytes
 from hxaconv.formats.layout import FileLayout
 from hxaconv.model.experts import PTH_REASON
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, is_attention, stored_name
-from hxaconv.model.plan import Plan, source_files, with_origin
+from hxaconv.model.plan import Plan, main_dtype, source_files, with_origin
 from hxaconv.save.card import model_card
-from hxaconv.save.command_line import command_line, version
 from hxaconv.save.records import history_of
 from hxaconv.save.student_json import student_json
 from hxaconv.verification.rwkv_infer import FOLDER, PTH, loadmodel_body
@@ -39,14 +41,10 @@ CODE_FILES = ("configuration_hxa079.py", "modeling_hxa079.py")
 class Record:
     """What is told of how an output was made: in hxaconv.json, in the model card, and to whoever resumes."""
 
-    command: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """The command's own arguments, as JSON: recorded for --resume, published with bare names for paths."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What the command takes for an argument that is not given."""
+    call: Call
+    """The command as it was called: recorded for --resume, published with bare names for paths."""
     sources: Mapping[str, Checkpoint] = field(default_factory=dict)
     """Role (teacher, source, ...) -> the checkpoint opened for it."""
-    base_model: str | None = None
     purpose: str = ""
     section: str = ""
     """One more section of the model card, Markdown."""
@@ -54,9 +52,10 @@ class Record:
     """More of hxaconv.json."""
 
     @property
-    def command_line(self) -> str:
-        """The command as one could type it again, without local folders."""
-        return command_line(self.command, self.options, self.defaults)
+    def base_model(self) -> str | None:
+        """What the card calls the model it is made from: the teacher, where there is one."""
+        source = self.sources.get("teacher") or self.sources.get("source")
+        return source.name if source else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +130,6 @@ def lay_out(
     target: Path,
     *,
     format: str,
-    dtype: str,
     record: Record,
     max_shard_bytes: int = 5_000_000_000,
     all_tensors: bool = False,
@@ -142,7 +140,7 @@ def lay_out(
     """The output of a student, complete but for the bytes.
 
     `keep_shell` carries the tensors and processor files that wrap a source's text model into a folder.
-    `dtype` is what its config names; `all_tensors` are written to a `training` output only where asked for;
+    `all_tensors` are written to a `training` output only where asked for;
     `shards` is a sharding of a folder to keep, None one by size.
 
     Raises:
@@ -162,7 +160,7 @@ def lay_out(
         documents={},
         record=record,
         student=student,
-        dtype=dtype,
+        dtype=main_dtype(student.plan),
         whole=whole,
         copy_code=copy_code,
         shell=shell,
@@ -173,6 +171,17 @@ def lay_out(
         copied_files=_companions(output) if output.is_folder else {},
         provenance=_provenance(output),
     )
+
+
+def dtype_warnings(plan: Plan, command: str = "") -> list[str]:
+    """Mixed dtypes, and a `.pth` that RWKV-Infer would not expect."""
+    dtypes = sorted({recipe.dtype for recipe in plan.values() if recipe.dtype in FLOATS})
+    if len(dtypes) > 1:
+        how = "--dtype bfloat16" if command.startswith("to-") else "`hxaconv to-hf --dtype bfloat16`"
+        return [f"the output mixes {' and '.join(dtypes)}; {how} makes it uniform"]
+    if command == "to-pth" and dtypes != ["BF16"]:
+        return [f"RWKV-Infer expects bf16 in a .pth, this one holds {dtypes[0]}; --dtype bfloat16 casts"]
+    return []
 
 
 def layouts(
@@ -201,15 +210,13 @@ def stored_plan(plan: Plan, format: str, *, whole: bool = True) -> Plan:
 
 
 def _check_target(target: Path, format: str, record: Record) -> None:
-    if format not in FORMATS:
-        raise HxaconvError(f"--format {format!r} is not known", hint=f"It takes {', '.join(FORMATS)}.")
     # RWKV-Infer takes a path for a file only where its name says .pth; trainers are not so particular.
     if format != "hf" and target.suffix not in ((".pth",) if format == "pth" else (".pth", ".pt", ".bin")):
         raise HxaconvError(f"{target}: a {format} output is one file", hint="Name it OUT.pth.")
     if format == "hf" and target.suffix in (".pth", ".pt", ".bin", ".safetensors"):
-        other = "`hxaconv to-pth`" if record.command == "to-hf" else "--format pth"
+        other = "`hxaconv to-pth`" if record.call.command == "to-hf" else "--format pth"
         raise HxaconvError(f"{target}: an hf output is a folder", hint=f"Leave the suffix off, or use {other}.")
-    for word in (*shlex.split(record.command_line), target.name):
+    for word in (*shlex.split(record.call.line), target.name):
         try:
             word.encode()
         except UnicodeEncodeError:
@@ -237,7 +244,7 @@ def _documents(output: Output) -> dict[str, bytes]:
         taught="teacher" in record.sources,
         purpose=record.purpose,
         section=record.section,
-        how=f"`{record.command_line}` with hxaconv {version()}.",
+        how=f"`{record.call.line}` with hxaconv {__version__}.",
         raw=output.student.raw,
     )
     if output.shell:
@@ -289,8 +296,8 @@ def _provenance(output: Output) -> dict[str, Any]:
     assert output.student is not None
     config = output.student.student
     return {
-        "hxaconv": version(),
-        "command_line": output.record.command_line,
+        "hxaconv": __version__,
+        "command_line": output.record.call.line,
         "sources": {role: _source(checkpoint) for role, checkpoint in output.record.sources.items()},
         "format": output.format,
         "variant": config.rwkv_architecture,

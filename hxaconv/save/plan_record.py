@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
-from hxaconv.save.command_line import option_name
+from hxaconv.options import option_words
 from hxaconv.save.output import Output
 
 Plan = Mapping[str, Any]
@@ -61,14 +61,11 @@ def differences(recorded: Plan, current: Plan) -> list[str]:
 
 
 def _options(record: Plan) -> dict[str, Any]:
-    """Options as one types them, those of a group (how to calibrate) by their own names."""
-    flat: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(record["options"], default=str)).items():
-        flat |= value if isinstance(value, dict) else {name: value}
-    flat["digest"] = record["plan"]["digest"]
+    """Options as one types them."""
+    options = {**record["options"], "digest": record["plan"]["digest"]}
     return {
-        name if name in ("source", "teacher") else f"--{option_name(name)}": value
-        for name, value in flat.items()
+        name if name in ("source", "teacher") else option_words([name]): value
+        for name, value in json.loads(json.dumps(options, default=str)).items()
         if name != "out"
     }
 

@@ -10,6 +10,7 @@ from hxaconv.formats.json_files import read_json
 
 if TYPE_CHECKING:
     from hxaconv.model.model import Checkpoint
+    from hxaconv.options import Init
     from hxaconv.surgery.init import InitSettings
 
 MAX_STEPS = 32
@@ -44,7 +45,7 @@ def history_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return [*steps, own][-MAX_STEPS:] if own else steps
 
 
-def init_record(layers: Iterable[int], method: str, preset: str, settings: InitSettings) -> dict[str, Any]:
+def init_record(layers: Iterable[int], values: Init, settings: InitSettings) -> dict[str, Any]:
     """The section `init` of a record: which layers were initialised, and how."""
-    factors = dict(settings.factors)
-    return {"method": method, "preset": preset, "factors": factors, "seed": settings.seed, "layers": list(layers)}
+    how = {"method": values.init, "preset": values.preset, "factors": dict(settings.factors), "seed": settings.seed}
+    return how | {"layers": list(layers)}

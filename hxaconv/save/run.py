@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ from hxaconv.model.model import Model
 from hxaconv.options import Write
 from hxaconv.progress import Progress
 from hxaconv.save.interruption import interruptible
+from hxaconv.save.outcome import Outcome, planned
 from hxaconv.save.output import Output
-from hxaconv.save.writer import WriteResult, refuse, write
+from hxaconv.save.writer import refuse, write
 
 if TYPE_CHECKING:
     from hxaconv.verification.report import Report
@@ -30,31 +31,30 @@ VERDICT_DIGITS = 3
 """Significant digits of what a verification measured in hxaconv.json: beyond them, sums depend on the machine."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
-    """What came of an output."""
-
-    written: WriteResult | None
-    """None where nothing was to be written (a dry run)."""
-    report: Report | None = None
-    """What the verification of the output found."""
-    pushed_to: str | None = None
-
-
-def save(output: Output, options: Write, *, verify: Verify | None = None, progress: Progress | None = None) -> Saved:
+def save(
+    output: Output,
+    options: Write,
+    *,
+    verify: Verify | None = None,
+    warnings: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Outcome:
     """Write an output, verify it before it gets its name, and upload it where asked; a dry run refuses the same.
+
+    The progress that the command was called with is shown the plan, once nothing stands in the way of it.
 
     Raises:
         HxaconvError: when the target is refused, or something fails; the target is as before then.
         CheckFailed: when the output did not pass; it is left beside the target for inspection.
     """
+    progress, outcome = output.record.call.progress, planned(output, options.max_shard_bytes, warnings, notes)
     if options.push_to:
         from hxaconv.save.hub_push import check_push
 
         check_push(options.push_to)
     if options.dry_run:
         refuse(output, options)
-        return Saved(written=None)
+        return replace(outcome, notes=[*outcome.notes, "Dry run: nothing was written."])
     check = _StagedCheck(output, verify, options, progress) if verify is not None and options.verify else None
     if check is not None:
         # It takes a second of one core, which the writing leaves idle.
@@ -64,11 +64,23 @@ def save(output: Output, options: Write, *, verify: Verify | None = None, progre
         models = [output.student] if output.student is not None and ranks.rank() == 0 else []
         from hxaconv.load.models import download
 
+        if progress is not None and ranks.rank() == 0:
+            progress.show(outcome)
         download(output.record.sources.values(), needed, models, progress)
 
     written = write(output, options, verify=check, prepare=prepare, progress=progress)
     pushed = _push(written.path, options.push_to) if options.push_to else None
-    return Saved(written=written, report=check.report if check else None, pushed_to=pushed)
+    left = [
+        f"{path} is left from an interrupted run with other options or sources; delete it if nobody will resume it."
+        for path in written.leftovers
+    ]
+    return replace(
+        outcome,
+        written=written,
+        report=check.report if check else None,
+        notes=[*outcome.notes, *left],
+        pushed_to=pushed,
+    )
 
 
 class _StagedCheck:

@@ -161,7 +161,7 @@ def _link_or_copy(source: SourceFile, path: Path) -> None:
 
 def plan_record(output: Output, digest: str) -> dict[str, Any]:
     """What `plan.json` says."""
-    command, options = output.record.command, dict(output.record.options)
+    command, options = output.record.call.command, dict(output.record.call.options)
     return {"command": command, "options": options, "beside": _beside(output), "plan": plan_of(output, digest)}
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError
 from hxaconv.model.layer_choice import default_count
+from hxaconv.results import Result
 from hxaconv.selection.schedule import Rules
-from hxaconv.selection.scores import SPACED, Column, Pick, check_finite, check_request, pick
+from hxaconv.selection.scores import SPACED, Column, Pick, check_finite, check_request, pick, reasons
 from hxaconv.selection.strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ class Request:
     """Called between steps; raises KeyboardInterrupt when somebody asks to stop."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Advice:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Advice(Result):
     """The choice, every column of numbers (the deciding one first), and what to be wary of."""
 
     num_layers: int
@@ -80,8 +81,39 @@ class Advice:
     facts: Mapping[str, float] | None = None
     """Single numbers: `kl total`, the KL of the student without attention."""
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     heads: tuple[tuple[float, ...], ...] = ()
     """Retrieval: share of copied positions per layer and head."""
+
+    @property
+    def headline(self) -> str:
+        """The choice."""
+        layers = ", ".join(map(str, self.pick.layers))
+        return f"{len(self.pick.layers)} of {self.num_layers} layers stay attention by {self.pick.strategy}: {layers}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, plain."""
+        pick = self.pick
+        result: dict[str, Any] = {
+            "num_layers": self.num_layers,
+            "strategy": pick.strategy,
+            "gqa_layers": list(pick.layers),
+            "uniform": list(pick.uniform),
+            "overlap_with_uniform": pick.overlap,
+            "scores": {column.strategy: list(column.values) for column in self.columns},
+            "parts": {column.strategy: {k: list(v) for k, v in column.parts.items()} for column in self.columns},
+            "meanings": {column.strategy: STRATEGIES[column.strategy].meaning for column in self.columns},
+            "facts": dict(self.facts or {}),
+            "why": reasons(pick),
+            "warnings": list(self.warnings),
+        }
+        if pick.choice:
+            result["decided_by"] = list(pick.scores)
+            result["value"] = pick.choice.value
+            result["margins"] = [None if margin == float("inf") else margin for margin in pick.choice.margins]
+        if self.heads:
+            result["heads"] = [list(row) for row in self.heads]
+        return result
 
     @property
     def decider(self) -> Column | None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import StudentConfig
+from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention, layer_index, mixer_prefix
 from hxaconv.model.plan import Plan, check
+from hxaconv.options import Init
 
 PRESETS: dict[str, dict[str, float]] = {
     "openmose-stage1": {"receptance": 0.5, "key": 0.5, "value": 0.3, "output": 0.5},
@@ -62,6 +64,21 @@ class InitSettings:
     factors: Mapping[str, float]
     seed: int
     dtype: str
+
+
+def init_settings(values: Init, dtype: str) -> InitSettings:
+    """The options of a command as settings.
+
+    Raises:
+        HxaconvError: for a preset or factors that there are not.
+    """
+    return InitSettings(parse_scale(values.scale, values.preset), values.seed, dtype)
+
+
+def new_student(teacher: Model, config: StudentConfig, settings: InitSettings, *, label: str) -> Model:
+    """A student of `teacher` that is to become `label`."""
+    plan = init_from_teacher(teacher.plan, config, settings)
+    return Model(config, plan, label, teacher.raw, teacher.tied_head)
 
 
 def init_from_teacher(teacher: Plan, config: StudentConfig, settings: InitSettings) -> Plan:

@@ -10,6 +10,7 @@ from hxaconv.errors import CheckFailed, HxaconvError, bullet_list
 from hxaconv.formats.contents import show
 from hxaconv.model.plan import Recipe, Scratch, total_bytes
 from hxaconv.progress import Progress, bar
+from hxaconv.results import Result
 from hxaconv.save.checksums import DIGESTS, Checks, digest_of_file
 from hxaconv.save.documents import settings_digest
 
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
     from hxaconv.model.model import Checkpoint
 
 
-@dataclass(frozen=True, slots=True)
-class DigestReport:
+@dataclass(frozen=True, repr=False)
+class DigestReport(Result):
     """How many tensors were read, and every one that is not what was recorded."""
 
+    source: str
     checked: int
     nbytes: int
     problems: tuple[str, ...]
@@ -30,7 +32,13 @@ class DigestReport:
         """Whether every recorded digest is that of the bytes on disk."""
         return not self.problems
 
-    def to_json(self) -> dict[str, Any]:
+    @property
+    def headline(self) -> str:
+        """How many were read, and whether they agree."""
+        agree = "digests agree" if self.passed else f"{len(self.problems)} are not what was written"
+        return f"{self.checked} tensors, {self.nbytes:,} bytes: {agree}"
+
+    def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         return {
             "passed": self.passed,
@@ -39,7 +47,7 @@ class DigestReport:
             "problems": list(self.problems),
         }
 
-    def raise_if_failed(self, label: str) -> None:
+    def raise_if_failed(self) -> None:
         """Turn differences into the error that ends a command with exit code 1.
 
         Raises:
@@ -47,7 +55,7 @@ class DigestReport:
         """
         if self.problems:
             raise CheckFailed(
-                f"{label}: {len(self.problems)} tensors or files are not as they were written:\n"
+                f"{self.source}: {len(self.problems)} tensors or files are not as they were written:\n"
                 f"{bullet_list(self.problems)}",
                 hint="The files were changed or damaged after the conversion; convert or copy them again.",
             )
@@ -81,7 +89,7 @@ def check_digests(
             found = digest(plan[name], expected.partition(":")[0], progress, name)
             if found != expected:
                 problems.append(f"{name} has {found}, recorded is {expected}")
-    return DigestReport(len(names), total, tuple(problems))
+    return DigestReport(checkpoint.label, len(names), total, tuple(problems))
 
 
 def wrong_files(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from hxaconv.errors import CheckFailed, bullet_list
 from hxaconv.formats.json_files import plain_data
+from hxaconv.results import Result
 
 EXPECTATIONS = ("untrained", "calibrated", "attention-trained", "identical", "close", "report")
 
@@ -64,8 +65,8 @@ class LogitResult:
     """KL(other || other with every attention output 0): the yardstick for an untrained student."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Report:
+@dataclass(kw_only=True, repr=False)
+class Report(Result):
     """The outcome of a verification; it has passed when every check has."""
 
     source: str
@@ -83,6 +84,12 @@ class Report:
     findings: list[dict[str, Any]] = field(default_factory=list)
     """Verdicts of the loader lint, as plain data."""
     seconds: float = 0.0
+
+    @property
+    def headline(self) -> str:
+        """The verdict, on what."""
+        against = f" against {self.other}" if self.other else ""
+        return f"{self.source}{against}: {'passed' if self.passed else 'FAILED'}, {len(self.checks)} checks"
 
     @property
     def passed(self) -> bool:
@@ -110,7 +117,7 @@ class Report:
             counts[result.status] = counts.get(result.status, 0) + 1
         return counts
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Everything; numbers that are not finite become strings, which JSON can carry."""
         content = {"passed": self.passed, "reason": self.reason, "first_difference": self.first_difference}
         content |= asdict(self)

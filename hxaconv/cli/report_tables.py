@@ -14,7 +14,7 @@ from hxaconv.verification.report import LayerResult, LogitResult, Report
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-BAR = 24
+BAR = 12
 LOWEST, HIGHEST = -8, -2
 """Bars start at a power of ten between these, as the smallest error asks for, and end at a relative error of 1."""
 
@@ -108,7 +108,7 @@ def _strip(report: Report) -> str:
 def _layers(report: Report) -> RenderableType:
     lowest = bar_start([result.output_error for result in report.layers])
     title = f"Each layer on the other's input: relative error, bar from 1e{lowest} to 1 (logarithmic)"
-    columns = ("layer", "", f"{'output error':<{BAR}}", "output", "mixer", "1 - cosine", "first v, k", "no RoPE")
+    columns = ("layer", "", f"{'output error':<{BAR}}", "output", "mixer", "1 - cos", "v, k", "no RoPE")
     return table(title, columns, [_layer(result, lowest) for result in report.layers], right=3)
 
 

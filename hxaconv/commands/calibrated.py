@@ -1,0 +1,180 @@
+"""A student that is calibrated before it is written: `calibrate`, and `init-from-teacher --init calibrated`."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hxaconv.commands.plots import draw_calibration
+from hxaconv.load.models import download
+from hxaconv.model.model import Model
+from hxaconv.options import Write
+from hxaconv.save.card import CALIBRATED, UNTRAINED, calibration_section
+from hxaconv.save.interruption import interruptible
+from hxaconv.save.outcome import Outcome
+from hxaconv.save.output import Output, Record
+from hxaconv.save.run import save
+from hxaconv.save.writer import refuse
+
+if TYPE_CHECKING:
+    from hxaconv.calibration.report import CalibrationReport
+    from hxaconv.calibration.task import Task
+    from hxaconv.progress import Progress
+    from hxaconv.verification.report import Report
+
+
+def save_calibrated(
+    task: Task,
+    output: Output,
+    write: Write,
+    *,
+    plot: str | None,
+    factors: Mapping[str, float] | None = None,
+    warnings: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Outcome:
+    """Calibrate, then write and verify as `save` does; `factors`, where known, are those of the initialisation.
+
+    Raises:
+        HxaconvError: when the calibration or the target is refused.
+        CheckFailed: when the output does not pass its verification.
+    """
+    notes, warnings = [*notes, *task.notes], [*warnings, *task.warnings]
+    if write.dry_run:
+        planned = task.planned
+        student = replace(task.plain, plan=task.plain.plan | planned)
+        notes.append(
+            f"Up to {len(planned)} tensors are fitted, those shown as calibrated; where a fit is no better, the plain"
+            " values stay"
+        )
+        return save(output.refilled(student, output.record), write, warnings=warnings, notes=notes)
+    progress = output.record.call.progress
+    if progress is not None:
+        for note in notes:
+            progress.note(note)
+        notes = []
+    calibrated = calibrate_student(task, output, write)
+    outcome = save(
+        output.refilled(calibrated.student, calibrated.described_in(output.record)),
+        write,
+        verify=functools.partial(calibrated.verify, factors),
+        warnings=[*warnings, *calibrated.warnings],
+        notes=[*notes, *calibrated.notes],
+    )
+    shutil.rmtree(calibrated.folder, ignore_errors=True)
+    if plot is not None:
+        draw_calibration(calibrated.report, Path(plot))
+    return replace(outcome, calibration=calibrated.report)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A calibrated student, not written yet, and the figures of how it went."""
+
+    task: Task
+    student: Model
+    replaced: tuple[str, ...]
+    report: CalibrationReport
+    folder: Path
+
+    def described_in(self, record: Record) -> Record:
+        """The record of the plain student, now with the figures of the calibrated one."""
+        return replace(
+            record,
+            purpose=CALIBRATED if self.replaced else UNTRAINED,
+            section=calibration_section(self.report),
+            extra={**record.extra, "calibration": self.report.json()},
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """For people: how near the student is."""
+        return [self.report.distances.sentence] if self.report.distances else []
+
+    @property
+    def warnings(self) -> list[str]:
+        """Those of the whole run, those of layers with how many say so, and how many layers kept the plain values."""
+        layers = self.report.layers
+        counts = Counter(text for layer in layers for text in layer.warnings)
+        kept = sum(layer.kept_plain for layer in layers)
+        found = [*self.report.warnings, *(f"{count} of {len(layers)} layers: {text}" for text, count in counts.items())]
+        told = self.report.distances
+        if told is not None and not self.report.taken:
+            found.append(
+                "the calibration is NOT USED, every layer keeps its plain values: on the"
+                f" {told.tokens} held-out tokens, KL(teacher || student) is {told.calibrated:.3g} calibrated and"
+                f" {told.plain:.3g} plain. Give it more tokens of real text (--tokens), or try --refit-output never"
+            )
+        elif kept:
+            found.append(f"{kept} of {len(layers)} layers keep the plain values: no fit was better on held-out tokens")
+        return found
+
+    def verify(self, factors: Mapping[str, float] | None, output: Model, progress: Progress | None) -> Report:
+        """The check of the written student, on the held-out tokens."""
+        from hxaconv.calibration.check import check_calibrated
+
+        task = self.task
+        return check_calibrated(
+            task.teacher,
+            task.plain,
+            output,
+            replaced=self.replaced,
+            ids=task.heldout,
+            factors=factors,
+            device=task.settings.device,
+            progress=progress,
+        )
+
+
+def calibrate_student(task: Task, output: Output, write: Write) -> Calibrated:
+    """Fit the plain student; finished layers are kept beside the target until it is published.
+
+    Layers are judged one by one, and then all together: where they leave the student no nearer to its teacher than
+    the plain one, that is what comes back.
+
+    Raises:
+        HxaconvError: when the target cannot be written, or the teacher is not finite.
+    """
+    from hxaconv.calibration.cache import Cache, fingerprint, locked
+    from hxaconv.calibration.check import measure
+    from hxaconv.calibration.streaming import calibrate
+
+    progress = output.record.call.progress
+    folder = Path(f"{output.target.absolute()}.calibration")
+
+    def kept() -> str:
+        done = len(list(folder.glob("layer-*.safetensors")))
+        return (
+            f"Layers are kept in {folder} ({done}); the same command continues." if done else "No layer was finished."
+        )
+
+    refuse(output, write)
+    with interruptible(kept), locked(folder):
+        cache = Cache(folder, fingerprint(task.teacher, task.plain, task.pieces, task.settings))
+        distances = cache.load_distances()
+        if distances is None:
+            download(output.record.sources.values(), task.files, [task.teacher, task.plain], progress)
+        done = calibrate(
+            task.teacher,
+            task.plain,
+            task.ids,
+            task.settings,
+            cache=cache,
+            allow_nonfinite=write.allow_nonfinite,
+            progress=progress,
+        )
+        replaced, report = done.replaced, done.report
+        if distances is None:
+            fitted = replace(task.plain, plan=task.plain.plan | replaced)
+            distances = measure(task.teacher, task.plain, fitted, task.heldout, task.settings.device, progress)
+            # A second measurement may round otherwise: whoever goes on, and other parts, tell what this one found.
+            cache.save_distances(distances)
+    if replaced and not distances.nearer:
+        replaced, report = {}, report.not_taken()
+    student = replace(task.plain, plan=task.plain.plan | replaced)
+    return Calibrated(task, student, tuple(replaced), replace(report, distances=distances), folder)
