@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats.contents import Contents, broken, show
@@ -24,6 +24,9 @@ from hxaconv.formats.strided import is_contiguous
 from hxaconv.formats.torchzip_reader import TorchZip
 from hxaconv.formats.unpickler import parse
 from hxaconv.model.plan import Bytes, Ranges, Recipe, Scratch
+
+if TYPE_CHECKING:
+    from hxaconv.formats.strided import Elements
 
 METADATA = ".metadata"
 SUFFIX = ".distcp"
@@ -72,20 +75,30 @@ class Tiles:
     kind: str = "copy"
 
     def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
-        """The tensor's bytes, one run of a chunk after the other, gathered into longer pieces."""
-        room, filled = scratch.read, 0
-        for run in self._runs(0, self.chunks, {}):
-            assert run.file is not None
-            if filled and filled + run.nbytes > len(room):
-                yield room[:filled]
-                filled = 0
-            if run.nbytes > len(room):
-                yield from run.file.pieces(run.offset, run.nbytes, room)
-            else:
-                for piece in run.file.pieces(run.offset, run.nbytes, room[filled : filled + run.nbytes]):
-                    filled += len(piece)
-        if filled:
-            yield room[:filled]
+        """The tensor's bytes, as many whole rows at a time as the scratch buffer holds, at least one."""
+        import numpy as np
+
+        limit = len(scratch.read) // 16 * 16
+        height = max(1, limit // (num_elements(self.shape[1:]) * self.itemsize))
+        for low, high, covering in _bands(0, self.chunks):
+            last = min(high, self.rows[1])
+            for first in range(max(low, self.rows[0]), last, height):
+                block = np.empty((min(height, last - first), *self.shape[1:]), dtype=f"V{self.itemsize}")
+                for chunk in covering:
+                    inside = tuple(slice(chunk.offsets[i], chunk.end(i)) for i in range(1, len(self.shape)))
+                    block[(slice(None), *inside)] = self._rows(chunk, first, len(block))
+                data = block.reshape(-1).view("u1").data.cast("B")
+                for start in range(0, len(data), limit):
+                    yield data[start : start + limit]
+
+    def _rows(self, chunk: _Chunk, first: int, count: int) -> Elements:
+        """Rows of a chunk, by their number in the tensor."""
+        import numpy as np
+
+        row = num_elements(chunk.sizes[1:]) * self.itemsize
+        assert chunk.place.file is not None
+        data = chunk.place.file.read(chunk.place.offset + (first - chunk.offsets[0]) * row, count * row)
+        return np.frombuffer(data, dtype=f"V{self.itemsize}").reshape(count, *chunk.sizes[1:])
 
     def sources(self) -> Iterable[SourceFile]:
         """The files of the chunks."""
@@ -96,27 +109,6 @@ class Tiles:
         row = num_elements(self.shape[1:]) * self.itemsize
         first = self.rows[0] + start // row
         return replace(self, rows=(first, first + nbytes // row))
-
-    def _runs(self, axis: int, chunks: Iterable[_Chunk], inside: Mapping[_Chunk, int]) -> Iterator[Extent]:
-        """Stretches that stand in one chunk, in row-major order; `inside`: the element that each chunk is at."""
-        for low, high, covering in _bands(axis, chunks):
-            if axis == 0:
-                low, high = max(low, self.rows[0]), min(high, self.rows[1])
-            if len(covering) == 1 and covering[0].spans(self.shape, axis + 1):
-                if low < high:
-                    yield self._run(covering[0], axis, low, high, inside.get(covering[0], 0))
-                continue
-            for index in range(low, high):
-                at = {
-                    chunk: inside.get(chunk, 0) + (index - chunk.offsets[axis]) * num_elements(chunk.sizes[axis + 1 :])
-                    for chunk in covering
-                }
-                yield from self._runs(axis + 1, covering, at)
-
-    def _run(self, chunk: _Chunk, axis: int, low: int, high: int, base: int) -> Extent:
-        stride = num_elements(chunk.sizes[axis + 1 :])
-        begin = (base + (low - chunk.offsets[axis]) * stride) * self.itemsize
-        return Extent(chunk.place.file, chunk.place.offset + begin, (high - low) * stride * self.itemsize)
 
 
 def _bands(axis: int, chunks: Iterable[_Chunk]) -> Iterator[tuple[int, int, list[_Chunk]]]:
