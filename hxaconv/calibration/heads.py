@@ -3,7 +3,7 @@
 B batch      R = H/G heads of the group      N head_dim      T tokens
 
 q      (B, T, R, N)   receptance(x) before norm and RoPE
-k, v   (B, T, N)      key(x), value(x); v with the first layer's already mixed in
+k, v   (B, T, N)      key(x), value(x); v with the first layer's already mixed in, (B, T, R, N) where heads have own
 A      (B, T, R, N)   the teacher's attention of these heads, before its output matrix
 Y      (B, T, R, N)   the student's answer before the gate
 gain   (R, N)         what multiplies Y so that it becomes A: the gate
@@ -67,6 +67,18 @@ class Group:
     """k of the first RWKV layer, (B, T, N); None in that layer."""
     k_mix: Tensor | None = None
     """Its share, (N)."""
+    decay_shift: Tensor | None = None
+    """What the input adds to w0, (B, T, R, N); None where the low-rank pair is zero."""
+    iclr_shift: Tensor | None = None
+    """The same of a0."""
+    by_decay: bool = False
+    """Whether k is scaled by 1 - decay + iclr, instead of 1 - w + iclr."""
+    has_bonus: bool = True
+    """Whether there is an r_k to fit."""
+
+    def values(self) -> Tensor:
+        """v, (B, T, 1 or R, N)."""
+        return self.v if self.v.dim() == 4 else self.v[:, :, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,20 +171,25 @@ def answer(group: Group, p: Parameters) -> tuple[Tensor, Tensor, Tensor]:
     k = own = _placed(group.k[:, :, None], p.matrix_k(), norm_k, group)
     if group.k_first is not None and group.k_mix is not None:
         k = k + (group.k_first[:, :, None] - k) * group.k_mix
-    w = -softplus(-p.decay_bias) - 0.5
-    iclr = p.iclr_bias.sigmoid()
+    w = -softplus(-_shifted(p.decay_bias, group.decay_shift)) - 0.5
+    iclr = _shifted(p.iclr_bias, group.iclr_shift).sigmoid()
     kk = normalize(k, dim=-1, eps=1e-12).expand_as(r)
-    k = k * (1 - w + iclr)
-    v = group.v[:, :, None].expand_as(r)
+    k = k * (1 - (torch.exp(-torch.exp(w)) if group.by_decay else w) + iclr)
+    v = group.values().expand_as(r)
     state = r.new_zeros(r.shape[0], r.shape[2], r.shape[3], r.shape[3])
-    y, _ = chunked(r, w[None, None], k, v, kk, iclr[None, None], state)
+    y, _ = chunked(r, w, k, v, kk, iclr, state)
     return y * r.shape[3] ** -0.5, r * k, own[:, :, 0]
+
+
+def _shifted(bias: Tensor, shift: Tensor | None) -> Tensor:
+    """(1, 1, R, N), or what it is for every token, (B, T, R, N)."""
+    return bias[None, None] if shift is None else bias + shift
 
 
 def with_bonus(group: Group, p: Parameters) -> Tensor:
     """Y, (B, T, R, N)."""
     y, rk, _ = answer(group, p)
-    return y + (rk * p.bonus).sum(dim=-1, keepdim=True) * group.v[:, :, None]
+    return y + (rk * p.bonus).sum(dim=-1, keepdim=True) * group.values()
 
 
 def error(group: Group, gained: Tensor, tokens: Tensor) -> Tensor:
@@ -220,8 +237,10 @@ def fit_grid(group: Group) -> Parameters:
 def fit_bonus(group: Group, p: Parameters) -> Parameters:
     """A ~ gamma*Y + (rk.rho) v for each head, then the gain that goes with the bonus r_k = rho/gamma."""
     y, rk, _ = answer(group, p)
+    if not group.has_bonus:
+        return replace(p, gain=fit_gain(group, y))
     tokens = group.fitted[:, :, None]
-    v = group.v[:, :, None].expand_as(y)
+    v = group.values().expand_as(y)
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (torch.einsum("btrn,rnm->btrm", a, group.metric) * b).sum(dim=3) * tokens
@@ -255,7 +274,7 @@ def refine(group: Group, begin: Parameters, steps: int, check: Callable[[], None
     # Steps are relative for the gain, whose size depends on the factors of the projections.
     size = float(begin.gain.abs().mean().clamp_min(MIN_GAIN))
     penalty = MIX_PENALTY / float(group.fitted.sum()) / group.q.shape[2]
-    units = (1.0, 1.0, 1.0, size, 1.0, 1.0, MIX_STEP, MIX_STEP)
+    units = (1.0, 1.0, 1.0 if group.has_bonus else 0.0, size, 1.0, 1.0, MIX_STEP, MIX_STEP)
     moved = [torch.zeros_like(x).requires_grad_() for x in begin.tensors()]
 
     def current() -> Parameters:

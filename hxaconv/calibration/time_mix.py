@@ -107,11 +107,13 @@ def _described(weights: dict[str, Tensor], config: StudentConfig) -> dict[str, A
     def by_head(x: Tensor) -> tuple[float, ...]:
         return tuple(x.view(config.num_attention_heads, -1).mean(dim=1).tolist())
 
-    limited = weights["r_k"].float().abs() >= heads.BONUS_LIMIT
+    clamped = 0.0
+    if "r_k" in weights:
+        clamped = float((weights["r_k"].float().abs() >= heads.BONUS_LIMIT).float().mean())
     return {
         "decay": by_head(heads.decay_of(weights["w0"].float())),
         "iclr": by_head(weights["a0"].float().sigmoid()),
-        "clamped": float(limited.float().mean()),
+        "clamped": clamped,
     }
 
 
@@ -147,11 +149,14 @@ class _Fitting:
             weights[name] = tensors[name].float()
 
         for name in ("v0", "k0"):
+            if name not in weights:
+                continue
             store(name, torch.full_like(weights[name], FIRST_LAYER_SHARE))
         found = self.pool.map(self._fit_group, self._groups(weights))
         store("w0", torch.stack([p.decay_bias for p in found]).view(1, 1, -1))
         store("a0", torch.stack([p.iclr_bias for p in found]).view(1, 1, -1))
-        store("r_k", torch.cat([p.bonus for p in found]))
+        if "r_k" in weights:
+            store("r_k", torch.cat([p.bonus for p in found]))
         matrices = {
             "receptance": torch.cat([p.matrix_q() for p in found]),
             "key": torch.cat([p.matrix_k() for p in found]),
@@ -198,10 +203,13 @@ class _Fitting:
             return found.view(*found.shape[:2], -1, config.head_dim)
 
         q, k, v = projected("receptance"), projected("key"), projected("value")
-        k_mix = None
-        if self.first is not None:
+        k_mix, own_value = None, self._own_value(weights)
+        if self.first is not None and "v0" in weights:
             v = v + (self.first[0] - v) * weights["v0"].sigmoid().view(-1, config.head_dim)
+        if self.first is not None and "k0" in weights:
             k_mix = weights["k0"].sigmoid().view(-1, config.head_dim)
+        decay_shift = self._from_input("w", weights, torch.tanh)
+        iclr_shift = self._from_input("a", weights, lambda narrow: narrow)
         # In units of the student's output matrix, which is the teacher's times some factor.
         unit = (self.seen.output_weight * matrix).sum() / matrix.square().sum().clamp_min(1e-30)
         target = self.seen.heads.view_as(q) * unit
@@ -213,7 +221,7 @@ class _Fitting:
                 heads.Group(
                     q=q[:, :, mine],
                     k=k[:, :, g],
-                    v=v[:, :, g],
+                    v=v[:, :, g] if own_value is None else v[:, :, g, None] + own_value[:, :, mine],
                     target=target[:, :, mine],
                     metric=torch.einsum("crn,crm->rnm", columns[:, mine], columns[:, mine]),
                     fitted=self.seen.fitted,
@@ -222,9 +230,27 @@ class _Fitting:
                     norms=(weights["r_norm.weight"], weights["k_norm.weight"]) if config.qk_norm else None,
                     k_first=None if self.first is None else self.first[1][:, :, g],
                     k_mix=None if k_mix is None else k_mix[g],
+                    decay_shift=None if decay_shift is None else decay_shift[:, :, mine],
+                    iclr_shift=None if iclr_shift is None else iclr_shift[:, :, mine],
+                    by_decay=config.variant.key_by_decay,
+                    has_bonus="r_k" in weights,
                 )
             )
         return groups
+
+    def _from_input(self, letter: str, weights: dict[str, Tensor], inner: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """What a low-rank pair makes of the input, (B, T, H, N); None where it starts at zero."""
+        first = weights[f"{letter}1"]
+        if not bool(first.any()):
+            return None
+        found = inner(self.seen.x @ first) @ weights[f"{letter}2"]
+        return found.view(*found.shape[:2], -1, self.config.head_dim)
+
+    def _own_value(self, weights: dict[str, Tensor]) -> Tensor | None:
+        """The term of the input in v, (B, T, H, N), where the variant has one."""
+        scale = self.config.variant.own_value_scale
+        found = self._from_input("v", weights, lambda narrow: narrow) if scale else None
+        return None if found is None else found * scale
 
     def _as_stored(self, weights: dict[str, Tensor]) -> list[tuple[heads.Group, heads.Parameters]]:
         size, pairs = self.config.head_dim, []
@@ -232,7 +258,8 @@ class _Fitting:
             p, shared = heads.start(group), group.q.shape[2]
             mine = slice(g * shared, (g + 1) * shared)
             w0, a0 = (weights[name].view(-1, size)[mine] for name in ("w0", "a0"))
-            pairs.append((group, replace(p, decay_bias=w0, iclr_bias=a0, bonus=weights["r_k"][mine])))
+            bonus = weights["r_k"][mine] if "r_k" in weights else p.bonus
+            pairs.append((group, replace(p, decay_bias=w0, iclr_bias=a0, bonus=bonus)))
         return pairs
 
 

@@ -79,6 +79,10 @@ class Variant:
     """A -> the published ranks; None where none are published, so that no teacher can be turned into this variant."""
     time_mix: Callable[[TimeMix], Tensor]
     """The reference forward of the mixer: a normed input (B, T, C) -> (B, T, C)."""
+    key_by_decay: bool = False
+    """Whether k is scaled by 1 - decay + a, instead of 1 - w + a: for the calibration, with its own formula."""
+    own_value_scale: float = 0.0
+    """Of (x v1) v2 in v, for the calibration likewise."""
     loaders: dict[str, str]
     """Programs that do not run this variant -> why; those that are not named do."""
 

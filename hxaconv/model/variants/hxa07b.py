@@ -63,5 +63,6 @@ VARIANT = Variant(
     parameters=PARAMETERS,
     ranks=ranks,
     time_mix=time_mix,
+    own_value_scale=VALUE_SCALE,
     loaders=dict.fromkeys(("RWKV-Infer, HF folder", "RWKV-Infer, .pth"), "it runs hxa079 and hxa07a, not hxa07b"),
 )

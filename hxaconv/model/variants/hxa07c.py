@@ -37,5 +37,7 @@ VARIANT = Variant(
     parameters=hxa07b.PARAMETERS,
     ranks=hxa07b.ranks,
     time_mix=time_mix,
+    own_value_scale=hxa07b.VALUE_SCALE,
+    key_by_decay=True,
     loaders=dict.fromkeys(("RWKV-Infer, HF folder", "RWKV-Infer, .pth"), "it runs hxa079 and hxa07a, not hxa07c"),
 )

@@ -42,6 +42,7 @@ VARIANT = Variant(
     parameters=tuple(replace(parameter, initial=None) for parameter in hxa079.PARAMETERS),
     ranks=None,
     time_mix=time_mix,
+    key_by_decay=True,
     loaders={
         "RWKV-Infer, HF folder": "it runs hxa079 and hxa07a, not hxa07d",
         "RWKV-Infer, .pth": "it takes every file with k0 for hxa079, and would compute hxa079's formula",

@@ -60,5 +60,6 @@ VARIANT = Variant(
     parameters=PARAMETERS,
     ranks=None,
     time_mix=time_mix,
+    key_by_decay=True,
     loaders=dict.fromkeys(("RWKV-Infer, HF folder", "RWKV-Infer, .pth"), "it runs hxa079 and hxa07a, not hxa07e"),
 )
