@@ -138,8 +138,11 @@ def test_command_line_says_one_thing_and_leaves_nothing(
         path, out = case.build(folder), tmp_path / f"out-{number}"
         before = sorted(folder.rglob("*"))
         for arguments in (["inspect", path], ["to-hf", path, out], ["init-from-teacher", path, out]):
-            assert cli(*arguments) == 2, case.name
-            printed = capsys.readouterr()
+            code, printed = cli(*arguments), capsys.readouterr()
+            if arguments[0] == "inspect" and code == 0:  # it says what a whole file with odd names or shapes is
+                assert open_checkpoint(path, judged=False).problem is not None, case.name
+                continue
+            assert code == 2, case.name
             assert printed.out == "", case.name
             said = " ".join(printed.err.split())
             assert said.startswith("Error: "), case.name

@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.errors import MAX_LISTED, HxaconvError, raise_all
+from hxaconv.errors import MAX_LISTED, HxaconvError, bullet_list, raise_all
 from hxaconv.formats import Contents, read_contents
 from hxaconv.formats.contents import show
 from hxaconv.formats.files import SourceFile, kind_of
 from hxaconv.formats.json_files import PROVENANCE_NAME, read_config, read_sidecar
 from hxaconv.load.companions import TEMPLATES, is_companion
-from hxaconv.load.kinds import kind_of_config, kind_of_tensors
+from hxaconv.load.kinds import Kind, kind_of_config, kind_of_shell, kind_of_tensors
 from hxaconv.load.trained import Trained, find_trained
-from hxaconv.load.weight_files import SHARD, WEIGHTS, Folder, Selection, facts_of, select_weights
+from hxaconv.load.weight_files import SHARD, WEIGHTS, Folder, NoWeights, Selection, facts_of, select_weights
 from hxaconv.model import shells
 from hxaconv.model.config import teacher_config
 from hxaconv.model.model import Checkpoint
@@ -168,7 +168,7 @@ def open_folder(
             hint="Leave --weights out.",
         )
     found = assemble(folder)
-    if trained is not None and any(0 in recipe.shape for recipe in found.plan.values()):
+    if trained is not None and any(0 in recipe.shape for recipe in found.unknown.values()):
         # A state dict that was saved under ZeRO-3 without gathering: the step beside it has the values.
         return _from_trainer(trained, folder, root, weights)
     return found
@@ -290,7 +290,7 @@ def assemble(folder: Folder) -> Checkpoint:
         return _nothing_of(folder, config, kind.error(folder.label))
     try:
         selection = select_weights(folder)
-    except HxaconvError as error:
+    except NoWeights as error:
         return _nothing_of(folder, config, kind.error(folder.label) if kind else error)
     opened = [(file, folder.read(file)) for file in map(folder.open, selection.names)]
     sidecar = None
@@ -317,10 +317,11 @@ def _checkpoint(
     sidecar: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     selection = selection or Selection(names=())
-    merged, problem = _merged(folder, opened, selection)
+    merged, problem = _merged(folder, opened, selection), None
     shell = {name: recipe for name, recipe in merged.items() if shells.is_part(name)}
     names = {shells.text_name(name): name for name in merged if name not in shell}
     shell_config: Mapping[str, Any] = {}
+    wrapped = kind_of_shell(config or {})
     if config is not None and "text_config" in config:
         config, shell_config = shells.text_config(config), shells.shell_settings(config)
     dialect = detect_dialect(names)
@@ -330,6 +331,7 @@ def _checkpoint(
     except HxaconvError as error:
         canonical, unknown, problem = {}, [], problem or error
     plan = {new: merged[old] for old, new in canonical.items() if new is not None}
+    misfits = {name: recipe for name, recipe in plan.items() if not _fits(name, recipe.shape)}
     first = opened[0][1]
     extra = {**first.extra, **facts_of(selection, opened)}
     for key in ("ignored", "aliases"):
@@ -338,9 +340,9 @@ def _checkpoint(
         label=folder.label,
         container=first.container,
         dialect=dialect,
-        plan=plan,
+        plan={name: recipe for name, recipe in plan.items() if name not in misfits},
         shell=shell,
-        stored_names={new: old for old, new in canonical.items() if new is not None},
+        stored_names={new: old for old, new in canonical.items() if new is not None and new not in misfits},
         dropped=tuple(old for old, new in canonical.items() if new is None),
         unknown={name: merged[name] for name in unknown},
         config=config,
@@ -357,13 +359,16 @@ def _checkpoint(
         extra=extra,
         handle=folder.handle,
     )
-    return replace(found, problem=problem or _problem(found))
+    problem = problem or _problem(found, wrapped) or _misfit(misfits, folder.label)
+    return replace(found, problem=problem, unknown={**found.unknown, **misfits})
 
 
-def _merged(
-    folder: Folder, opened: list[tuple[SourceFile, Contents]], selection: Selection
-) -> tuple[Plan, HxaconvError | None]:
-    """All tensors by their stored names; one that several files hold has to be the same in all of them."""
+def _merged(folder: Folder, opened: list[tuple[SourceFile, Contents]], selection: Selection) -> Plan:
+    """All tensors by their stored names.
+
+    Raises:
+        HxaconvError: for one that several files hold, unless these are shards and it is the same in all of them.
+    """
     merged: Plan = {}
     differing = []
     # Files that stand for themselves are models of their own, however much alike: which one is for the user to say.
@@ -380,29 +385,29 @@ def _merged(
                 differing.append(f"{show(name)} ({other.origin}; {file.name})")
         merged |= {name: recipe for name, recipe in contents.tensors.items() if name not in merged}
     if not differing:
-        return merged, None
+        return merged
     if not parts:
         each = "\n".join(f"  - {file.name}: {len(contents.tensors)} tensors" for file, contents in opened[:MAX_LISTED])
-        return merged, HxaconvError(
+        raise HxaconvError(
             f"{folder.label} holds {len(opened)} files with the same tensors, each a checkpoint of its own:\n{each}",
             hint="Give the one file to convert by its path.",
         )
     hint = "One of the shards is stale: download the folder again."
     if selection.weight_map:
         hint = "Readers take either; take the stale copy out, or download the folder again."
-    return merged, HxaconvError(
+    raise HxaconvError(
         f"{folder.label}: tensors that several files hold:\n" + "\n".join(f"  - {line}" for line in differing[:12]),
         hint=hint,
     )
 
 
-def _problem(found: Checkpoint) -> HxaconvError | None:
+def _problem(found: Checkpoint, wrapped: Kind | None = None) -> HxaconvError | None:
     """Why a checkpoint is neither teacher nor student: by its config first, then by names, dtypes and shapes."""
     kind = kind_of_config(found.config or {})
     if kind is not None:
         return kind.error(found.label)
     hybrid = (found.config or {}).get("rwkv_architecture") or "rwkv" in layer_kinds(found.plan).values()
-    if found.unknown and found.config is not None and not hybrid:
+    if (found.unknown or wrapped) and found.config is not None and not hybrid:
         try:
             teacher_config(
                 found.config,
@@ -414,16 +419,15 @@ def _problem(found: Checkpoint) -> HxaconvError | None:
                 drop_rope_scaling=True,
             )
         except HxaconvError as error:
-            return error
+            if wrapped is None:
+                return error
+            what = f"{found.label} is {wrapped.what}, which is not converted:"
+            return HxaconvError(f"{what}\n{error.message}", hint=error.hint or wrapped.way_out)
     kind = kind_of_tensors({name: recipe.dtype for name, recipe in _all(found)}, found.unknown)
     if kind is not None:
         return kind.error(found.label)
     if found.unknown:
         return unknown_names(list(found.unknown), found.dialect, found.label)
-    try:
-        _check_dimensions(found.plan, found.label)
-    except HxaconvError as error:
-        return error
     return None
 
 
@@ -432,10 +436,12 @@ def _all(found: Checkpoint) -> Iterator[tuple[str, Recipe]]:
     yield from found.unknown.items()
 
 
-def _check_dimensions(plan: Plan, label: str) -> None:
-    """Refuse shapes that a tensor of that name never has, so that nobody else has to expect them."""
-    odd = [f"{name} has shape {list(recipe.shape)}" for name, recipe in plan.items() if not _fits(name, recipe.shape)]
-    empty = sum(0 in recipe.shape for recipe in plan.values())
+def _misfit(misfits: Plan, label: str) -> HxaconvError | None:
+    """The error for shapes that a tensor of that name never has: nobody else has to expect them."""
+    if not misfits:
+        return None
+    odd = [f"{name} has shape {list(recipe.shape)}" for name, recipe in misfits.items()]
+    empty = sum(0 in recipe.shape for recipe in misfits.values())
     hint = ""
     if empty:
         hint = (
@@ -443,7 +449,8 @@ def _check_dimensions(plan: Plan, label: str) -> None:
             " Give the folder that its step is in (global_step*, with the files of all ranks), or set"
             " stage3_gather_16bit_weights_on_model_save and save again."
         )
-    raise_all(f"{label}: tensors with the wrong number of dimensions, or without elements:", odd, hint=hint)
+    what = f"{label}: tensors with the wrong number of dimensions, or without elements:"
+    return HxaconvError(f"{what}\n{bullet_list(odd)}", hint=hint)
 
 
 def _fits(name: str, shape: tuple[int, ...]) -> bool:

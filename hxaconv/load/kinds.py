@@ -107,7 +107,7 @@ _OTHER_RWKV_CLASSES = {
 
 def kind_of_config(raw: Mapping[str, Any]) -> Kind | None:
     """What config.json alone says that is neither teacher nor student; None where it is either, or says nothing."""
-    return _quantized(raw) or _other_rwkv(raw) or _shell(raw)
+    return _quantized(raw) or _other_rwkv(raw)
 
 
 def _quantized(raw: Mapping[str, Any]) -> Kind | None:
@@ -146,7 +146,8 @@ def _other_rwkv(raw: Mapping[str, Any]) -> Kind | None:
     return Kind(f"{what}, no hybrid of the family of hxa079", "It runs with its own code; there is nothing to convert.")
 
 
-def _shell(raw: Mapping[str, Any]) -> Kind | None:
+def kind_of_shell(raw: Mapping[str, Any]) -> Kind | None:
+    """What wraps a language model beside others, where that cannot be taken out of it; None where nothing does."""
     inner = next((raw[key] for key in _SHELLS if isinstance(raw.get(key), Mapping)), None)
     if inner is None or raw.get("model_type") in FAMILIES:
         return None
@@ -155,8 +156,7 @@ def _shell(raw: Mapping[str, Any]) -> Kind | None:
     return Kind(
         f"a shell of several modalities ({raw.get('model_type')}) around a language model"
         f" ({inner.get('model_type') or 'of a kind it does not name'})",
-        "Save the language model alone first: with transformers, load it by AutoModelForCausalLM or take"
-        " model.language_model with its lm_head, and save_pretrained().",
+        "Text models of these families are taken out of a shell: " + ", ".join(FAMILIES) + ".",
     )
 
 

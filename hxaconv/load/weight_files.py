@@ -60,6 +60,10 @@ class Selection:
     stray: tuple[str, ...] = ()
 
 
+class NoWeights(HxaconvError):
+    """A folder without weights whose other files say what it is."""
+
+
 def select_weights(folder: Folder) -> Selection:
     """Choose the files that hold the weights; safetensors win over pickles, an index over its absence.
 
@@ -87,7 +91,7 @@ def _nothing(folder: Folder) -> HxaconvError:
     """The error for a folder without weights: what it is, or where there are some."""
     kind = kind_of_files(folder.sizes)
     if kind is not None:
-        return kind.error(folder.label)
+        return NoWeights(f"{folder.label} is {kind.what}", hint=kind.way_out)
     inside = []
     if folder.root is not None and folder.root.is_dir():
         for path in sorted(folder.root.iterdir())[:1000]:
@@ -134,7 +138,11 @@ def _from_index(folder: Folder, index: str, weights: list[str]) -> Selection:
     hint = "Download the missing files; an interrupted download leaves such folders."
     if others:
         hint = f"{hint} If {', '.join(others[:3])} are the model, the index is stale: delete {index}."
-    raise_all(f"{folder.label}: {index} names {len(names)} files, not all of them are there:", missing, hint=hint)
+    raise_all(
+        f"{folder.label}: {index} names {len(names)} files, not all of them are there:",
+        missing,
+        hint=hint,
+    )
     return Selection(
         names=tuple(names),
         weight_map=weight_map,

@@ -36,7 +36,7 @@ class Checkpoint:
     dropped: tuple[str, ...] = ()
     """Known buffers that are left behind."""
     unknown: Mapping[str, Recipe] = field(default_factory=dict)
-    """Tensors whose names are not known, by these names."""
+    """Tensors whose names are not known, or that have a shape that no tensor of their name has."""
     problem: HxaconvError | None = None
     """Why it is neither teacher nor student, where it was opened all the same."""
     config: Mapping[str, Any] | None = None

@@ -253,9 +253,10 @@ for method, leaf in (("lora", "lora_A.weight"), ("ia3", "ia3_l"), ("loha", "hada
              {f"base_model.model.model.layers.0.self_attn.q_proj.{leaf}": noise(4, 4)},
              p / "adapter_model.safetensors")))
 case(name="shell", what="a shell of several modalities around a language model", outcome=REFUSED,
-     do="save the language model alone first", words=("several modalities", "llava", "around a language model (llama)"),
+     do="take a language model of a known family",
+     words=("several modalities", "llava", "around a language model (vicuna)"),
      kind="several modalities", build=lambda p: folder(
-         p, {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}},
+         p, {"model_type": "llava", "text_config": {"model_type": "vicuna"}, "vision_config": {}},
          {"vision_tower.patch_embed.proj.weight": noise(4, 4)}))
 case(name="qrwkv7", what="other RWKV hybrids: QRWKV7, ARWKV, fla's rwkv7", outcome=REFUSED,
      do="they run with their own code",

@@ -444,7 +444,7 @@ def index_deep(folder: Path) -> Path:
     return folder
 
 
-@case("tensors that several files hold")
+@case("holds 2 files with the same tensors")
 def folder_duplicates(folder: Path) -> Path:
     for name in ("rwkv-1.pth", "rwkv-2.pth"):
         good_zip(folder).rename(folder / name)
