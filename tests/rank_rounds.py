@@ -25,7 +25,7 @@ from writing import leftovers, tree
 
 from hxaconv.cli.app import app
 from hxaconv.cli.exits import guarded
-from hxaconv.save import fill
+from hxaconv.save import fill, interruption
 
 OPTIONS = ("--gqa-layers", "2,5", "--max-shard-size", "1MB", "--no-verify", "--quiet")
 
@@ -45,6 +45,7 @@ def start(words: list[str], rank: int, world: int, port: int, log: Path, prepare
         fill.BATCH_BYTES = 200_000
         if prepare is not None:
             prepare()
+        interruption.for_life()
         sys.argv = ["hxaconv", *words]
         code = guarded(app)
         sys.stdout.flush()
@@ -71,39 +72,40 @@ def full() -> None:
 
 
 def run(
-    folder: Path, name: str, world: int, *more: str, prepare: Callable[[], None] | None = None, kill: bool = False
+    folder: Path, name: str, world: int, *more: str, prepare: Callable[[], None] | None = None, number: int = 0
 ) -> dict[str, Any]:
-    """The command by so many ranks; the last is prepared, and perhaps killed once it has written something."""
+    """The command by so many ranks; the last is prepared, and sent a signal once it has written something."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["init-from-teacher", str(TEACHER), str(folder / name), *OPTIONS, *more]
+    words = ["init-from-teacher", str(TEACHER), str(folder / name / "out"), *OPTIONS, *more]
+    (folder / name).mkdir(exist_ok=True)
     logs = [folder / f"log-{rank}" for rank in range(world)]
     last = world - 1
     pids = [start(words, r, world, port, logs[r], prepare if r == last else None) for r in range(world)]
-    while kill:
-        found = [path.read_text() for path in folder.glob(f"{name}.partial-*/journal-{last}")]
+    while number:
+        found = [path.read_text() for path in (folder / name).glob(f"out.partial-*/journal-{last}")]
         if found and found[0].count("tensor") >= 3:
-            os.kill(pids[last], signal.SIGKILL)
+            os.kill(pids[last], number)
             break
         time.sleep(0.005)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    return {"codes": codes, "said": [log.read_text() for log in logs], "published": (folder / name).exists()}
+    return {"codes": codes, "said": [log.read_text() for log in logs], "published": (folder / name / "out").exists()}
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    (folder / "alone").parent.mkdir(exist_ok=True)
     found = {"alone": run(folder, "alone", 1), "two": run(folder, "two", 2)}
     for name in ("killed", "taken-over"):
-        found[name] = run(folder, name, 2, prepare=slow, kill=True)
+        found[name] = run(folder, name, 2, prepare=slow, number=signal.SIGKILL)
+    found["stopped"] = run(folder, "stopped", 2, prepare=slow, number=signal.SIGTERM)
     found["resumed"] = run(folder, "killed", 2, "--resume")
     found["resumed alone"] = run(folder, "taken-over", 1, "--resume")
     found["full"] = run(folder, "full", 2, prepare=full)
-    alone = tree(folder / "alone")
+    alone = tree(folder / "alone" / "out")
     for name in ("two", "killed", "taken-over"):
-        found[name]["same"] = tree(folder / name) == alone
-        found[name]["left"] = [left for left in leftovers(folder / name) if name in left]
+        found[name]["same"] = tree(folder / name / "out") == alone
+        found[name]["left"] = leftovers(folder / name / "out")
     print(json.dumps(found))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from test_names import CONFIG
 
 from hxaconv.model.variants.base import decay_ramp
 from hxaconv.surgery import initial
-from hxaconv.surgery.arithmetic import one_thread
+from hxaconv.surgery.arithmetic import one_thread, tensor
 from hxaconv.surgery.initial import orthogonal
 
 
@@ -70,3 +72,30 @@ def test_the_number_of_threads_is_restored() -> None:
 def test_a_single_layer_has_no_division_by_zero() -> None:
     config = replace(CONFIG, num_hidden_layers=1)
     assert torch.isfinite(decay_ramp(config, 0)).all()
+
+
+def test_a_random_matrix_is_made_once_and_read_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(seed: int) -> dict[str, Any]:
+        return initial.initial_parameters(CONFIG, CONFIG.rwkv_layers[0], seed, "BF16")
+
+    made: list[str] = []
+    real = initial.orthogonal
+
+    def counted(shape: tuple[int, int], seed: int, name: str, gain: float) -> torch.Tensor:
+        made.append(name)
+        return real(shape, seed, name, gain)
+
+    monkeypatch.setattr(initial, "orthogonal", counted)
+    expected = {name: tensor(recipe) for name, recipe in plan(0).items()}
+    random = list(made)
+    assert random
+    for _ in range(3):
+        for name, recipe in initial.made_once(plan(0), tmp_path / "kept").items():
+            assert torch.equal(tensor(recipe), expected[name])
+            assert recipe.make.kind == plan(0)[name].make.kind
+    assert made == random * 2
+    other = initial.made_once(plan(1), tmp_path / "kept")
+    assert not torch.equal(tensor(other[random[0]]), expected[random[0]])
+    for path in (tmp_path / "kept").iterdir():
+        path.write_bytes(b"torn")
+    assert torch.equal(tensor(initial.made_once(plan(0), tmp_path / "kept")[random[0]]), expected[random[0]])

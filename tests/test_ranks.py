@@ -46,6 +46,13 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_same_command_resumes(foun
     assert found["killed"]["left"] == found["taken-over"]["left"] == []
 
 
+def test_a_rank_that_is_interrupted_ends_all_of_them(found: dict[str, Any]) -> None:
+    assert found["stopped"]["codes"] == [2, 128 + signal.SIGTERM]
+    assert "rank 1 was interrupted" in found["stopped"]["said"][0]
+    assert "with --resume continues" in found["stopped"]["said"][0]
+    assert not found["stopped"]["published"]
+
+
 def test_what_one_rank_cannot_write_all_refuse_and_one_says(found: dict[str, Any]) -> None:
     assert found["full"]["codes"] == [2, 2]
     assert not found["full"]["published"]

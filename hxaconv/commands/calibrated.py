@@ -6,10 +6,12 @@ import functools
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hxaconv import ranks
 from hxaconv.commands.plots import draw_calibration
 from hxaconv.load.models import download
 from hxaconv.model.model import Model
@@ -135,26 +137,40 @@ def calibrate_student(task: Task, output: Output, write: Write) -> Calibrated:
     """Fit the plain student; finished layers are kept beside the target until it is published.
 
     Layers are judged one by one, and then all together: where they leave the student no nearer to its teacher than
-    the plain one, that is what comes back.
+    the plain one, that is what comes back. Of several ranks the first one fits, the others take over its layers.
 
     Raises:
         HxaconvError: when the target cannot be written, or the teacher is not finite.
     """
+    from hxaconv.surgery.initial import made_once
+
+    refuse(output, write)
+    folder = Path(f"{output.target.absolute()}.calibration")
+    plain = replace(task.plain, plan=made_once(task.plain.plan, folder))
+    found: Calibrated | None = None
+    for others in (False, True):
+        with ranks.together():
+            if (ranks.rank() > 0) == others:
+                found = _calibrate(replace(task, plain=plain), output, write, folder)
+    assert found is not None
+    return found
+
+
+def _calibrate(task: Task, output: Output, write: Write, folder: Path) -> Calibrated:
     from hxaconv.calibration.cache import Cache, fingerprint, locked
     from hxaconv.calibration.check import measure
     from hxaconv.calibration.streaming import calibrate
 
     progress = output.record.call.progress
-    folder = Path(f"{output.target.absolute()}.calibration")
 
     def kept() -> str:
         done = len(list(folder.glob("layer-*.safetensors")))
-        return (
-            f"Layers are kept in {folder} ({done}); the same command continues." if done else "No layer was finished."
-        )
+        if done:
+            return f"Layers are kept in {folder} ({done}); the same command continues."
+        shutil.rmtree(folder, ignore_errors=True)
+        return "No layer was finished."
 
-    refuse(output, write)
-    with interruptible(kept), locked(folder):
+    with interruptible(kept), locked(folder) if ranks.rank() == 0 else nullcontext():
         cache = Cache(folder, fingerprint(task.teacher, task.plain, task.pieces, task.settings))
         distances = cache.load_distances()
         if distances is None:

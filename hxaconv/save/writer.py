@@ -86,7 +86,10 @@ def write(
         else:
             with run.step():
                 run.fill(signals, prepare)
+            stopped = ranks.gather(signals.requested())
             signals.stop_if_requested()
+            if any(stopped):
+                raise HxaconvError(f"rank {stopped.index(True)} was interrupted")
             with run.step():
                 if ranks.rank() == 0:
                     tensors = run.finish(signals, verify)

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from hxaconv.formats.dtypes import num_bytes
-from hxaconv.formats.files import Extent
+from hxaconv.formats.files import Extent, SourceFile
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.names import mixer_prefix
-from hxaconv.model.plan import Plan, Ranges, Recipe
+from hxaconv.model.plan import Plan, Ranges, Recipe, Scratch
 from hxaconv.model.variants.base import Orthogonal, Parameter
-from hxaconv.surgery.arithmetic import computed, one_thread
+from hxaconv.surgery.arithmetic import Computed, computed, one_thread
 
 CHOLESKY_RATIO = 4
 """Height over width from which the condition number of a normal matrix is about 3 at most."""
@@ -84,3 +88,48 @@ def _recipe(
         assert initial is not None, f"{config.rwkv_architecture} has no published value of {parameter.name}"
         make = partial(initial, config, layer)
     return computed(make, dtype, shape, origin)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A random matrix that is made where it is first asked for, and read from a file from then on."""
+
+    make: Computed
+    path: Path
+    nbytes: int
+    kind: str = "init"
+
+    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+        """The matrix's bytes."""
+        if not self.path.is_file() or self.path.stat().st_size != self.nbytes:
+            self._fill(scratch)
+        with open(self.path, "rb", buffering=0) as file:
+            while count := file.readinto(scratch.read):
+                yield scratch.read[:count]
+
+    def _fill(self, scratch: Scratch) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}-{threading.get_ident()}")
+        with open(beside, "wb") as file:
+            for piece in self.make.pieces(scratch):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.path)
+
+    def sources(self) -> Iterable[SourceFile]:
+        """No files of a checkpoint."""
+        return []
+
+
+def made_once(plan: Plan, folder: Path) -> Plan:
+    """The plan, each of whose random matrices is made once, whoever asks for it how often; they stand in `folder`."""
+
+    def kept(recipe: Recipe) -> Recipe:
+        made = recipe.make.function if isinstance(recipe.make, Computed) else None
+        if not isinstance(recipe.make, Computed) or not isinstance(made, partial) or made.func is not orthogonal:
+            return recipe
+        known = hashlib.sha256(f"{made.args} {recipe.dtype}".encode()).hexdigest()
+        return replace(recipe, make=Kept(recipe.make, folder / f"initial-{known[:24]}", recipe.nbytes))
+
+    return {name: kept(recipe) for name, recipe in plan.items()}
