@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import expected
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -316,3 +316,32 @@ def test_an_adapter_without_its_config_or_nowhere(tmp_path: Path) -> None:
         teacher(folder)
     with pytest.raises(HxaconvError, match="does not exist"):
         teacher(tmp_path / "nowhere")
+
+
+def test_the_commands_merge(tmp_path: Path, cli: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    merged = rwkv_file(tmp_path / "a.pth", lora)
+    told = ("--rope-theta", "8e6", "--rms-norm-eps", "1e-5", "--no-tie-word-embeddings", "--variant", "hxa079")
+    adapter = ("--adapter", tmp_path / "a.pth", "--adapter-scale", "0.5")
+    assert cli("to-hf", STUDENT, tmp_path / "hf", *told, *adapter) == 0
+    assert "2 tensors are merged with" in "".join(capsys.readouterr())
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    assert all(torch.equal(written[name], x.bfloat16()) for name, x in merged.items())
+    record = (tmp_path / "hf" / "hxaconv.json").read_text()
+    assert "--adapter a.pth --adapter-scale 0.5" in record and str(tmp_path) not in record
+    assert json.loads(record)["tensors"][UP]["origin"].endswith("+ a.pth x 0.5")
+
+    identical = ("--expect", "identical", "--tokens", "8", "--quiet")
+    assert cli("verify", STUDENT, *told, *adapter, "--against", tmp_path / "hf", *identical) == 0
+    assert cli("verify", STUDENT, *told, "--against", tmp_path / "hf", *identical) == 1
+
+
+def test_a_merged_teacher_is_initialised_from(tmp_path: Path, cli: Callable[..., int]) -> None:
+    folder = peft_folder(tmp_path / "adapter", pair(Q, (48, 48)))
+    initialise = ("init-from-teacher", TEACHER, "--gqa-layers", "2", "--quiet")
+    assert cli(*initialise[:2], tmp_path / "with", *initialise[2:], "--adapter", folder) == 0
+    assert cli(*initialise[:2], tmp_path / "without", *initialise[2:]) == 0
+    adapted, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("with", "without"))
+    different = [name for name in plain if not torch.equal(plain[name], adapted[name])]
+    assert different == ["model.layers.1.self_attn.receptance.weight"]
+    exact = tensor(cast(teacher(folder).plan[f"{Q}.weight"], "F32"))
+    assert torch.equal(adapted[different[0]], (exact * 0.5).bfloat16())

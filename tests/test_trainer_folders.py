@@ -340,8 +340,21 @@ def test_accelerates_folder_of_a_sharded_model(masters: dict[str, Tensor], tmp_p
 def test_a_run_is_watched_as_it_is(
     masters: dict[str, Tensor], tmp_path: Path, cli: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    zero_folder(tmp_path / "run", masters, stage=3, ranks=2)
-    arguments = ("verify", tmp_path / "run", "--against", TEACHER, "--teacher", TEACHER, "--tokens", 8, "--json")
-    assert cli(*arguments) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["passed"] and report["logits"]["kl_other_source"] > 0
+    def watched(step: int) -> tuple[int, Any]:
+        folder = tmp_path / f"step{step}" / f"global_step{step}"
+        code = cli("verify", folder, "--against", TEACHER, "--tokens", 8, "--json")
+        text = capsys.readouterr().out
+        return code, json.loads(text) if text else None
+
+    for step, change in ((1, 1.0), (2, 1.01), (3, float("nan"))):
+        changed = masters | {name: x * change for name, x in masters.items() if x.dim() == 2}
+        zero_folder(tmp_path / f"step{step}", changed, stage=3, ranks=2, step=step)
+    (code, one), (other_code, two) = watched(1), watched(2)
+    assert code == other_code == 0 and one["passed"]
+    assert 0 < one["logits"]["kl_other_source"] != two["logits"]["kl_other_source"]
+    outside = {t["name"]: t["status"] for t in one["tensors"] if ".self_attn." not in t["name"]}
+    assert outside and set(outside.values()) == {"equal"}
+    code, report = watched(3)
+    assert code == 1 and not report["passed"]
+    optimizer_file(tmp_path / "step1" / "global_step1", 1).unlink()
+    assert watched(1) == (2, None)

@@ -10,10 +10,11 @@ from hxaconv.calls import Call
 from hxaconv.commands.plots import check_plot, draw_report
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.load import load_model, open_checkpoint
-from hxaconv.load.models import may_be_student, tells_nothing
+from hxaconv.load.models import may_be_student, of_another, tells_nothing
 from hxaconv.load.student import MissingSettings
 from hxaconv.model.config import StudentConfig, TeacherConfig, dropped_scaling
 from hxaconv.model.model import Checkpoint, Model
+from hxaconv.model.names import EMBEDDING
 from hxaconv.options import STAGES, Check, Option, Probe, Settings, Shown, Source, TeacherToo, option_words
 from hxaconv.save.records import history_of, record_of
 
@@ -45,13 +46,14 @@ def verify(
         hxaconv verify student/
         hxaconv verify student.pth --against student-hf/ --expect identical
         hxaconv verify student/ --against RekaAI/reka-flash-3 --text sample.txt --plot depth.png
+        hxaconv verify out/epoch_0_step_300 --against RekaAI/reka-flash-3 --json
 
     Raises:
         HxaconvError: when a setting is known from no source, or the two cannot be fed the same input.
     """
     _refuse_useless(call)
     check_plot(check.plot, overwrite=check.overwrite)
-    checkpoint = open_checkpoint(source, revision=settings.revision, progress=call.progress)
+    checkpoint = open_checkpoint(source, revision=settings.revision, weights=settings.weights, progress=call.progress)
     if digests:
         from hxaconv.verification.digests import check_digests
 
@@ -203,14 +205,18 @@ def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: Hxacon
 def _models(
     checkpoint: Checkpoint, other: Checkpoint | None, teacher: str | None, settings: Settings
 ) -> tuple[Model, ...]:
-    """The model, or both; one of them may say what the other cannot."""
+    """The model, or both; one of them may say what the other cannot, and a teacher completes what holds a part."""
     if other is None:
         return (load_model(checkpoint, settings, teacher=teacher),)
+    others = of_another(settings)
+    partial = may_be_student(checkpoint) and EMBEDDING not in checkpoint.plan
+    if partial and teacher is None and not may_be_student(other):
+        return load_model(checkpoint, settings, teacher=other), load_model(other, others)
     if tells_nothing(checkpoint) and not tells_nothing(other):
-        second = load_model(other, settings, teacher=teacher)
+        second = load_model(other, others, teacher=teacher)
         return load_model(checkpoint, settings, teacher=teacher, like=second.config), second
     first = load_model(checkpoint, settings, teacher=teacher)
-    return first, load_model(other, settings, teacher=teacher, like=first.config)
+    return first, load_model(other, others, teacher=teacher, like=first.config)
 
 
 def _refuse_for_teachers(source: str, teacher: str | None, settings: Settings) -> None:

@@ -108,7 +108,7 @@ def open_subject(
         HxaconvError: when a teacher is missing, or options are given that have no use.
     """
     wanted, progress = needs(strategy), call.progress
-    checkpoint = open_checkpoint(source, revision=settings.revision, progress=progress)
+    checkpoint = open_checkpoint(source, revision=settings.revision, weights=settings.weights, progress=progress)
     if is_student(checkpoint):
         return _student(checkpoint, teacher, other, settings, values, strategy, progress)
     given = {"--teacher": teacher, "--from": other, "--layer-map": settings.layer_map}

@@ -118,6 +118,7 @@ def _canonical(
     found: _Opened,
     deltas: Mapping[str, tuple[Delta, ...]],
     whole: Mapping[str, Recipe],
+    scale: float | None,
     kinds: Mapping[int, str] | None,
 ) -> Adapter:
     names = [*deltas, *(name for name in whole if name not in deltas)]
@@ -126,9 +127,9 @@ def _canonical(
     if unknown:
         raise unknown_names(unknown, dialect, f"adapter {found.label}")
     changed = {new: deltas[old] for old, new in table.items() if new is not None and old in deltas}
-    return Adapter(
-        f"adapter {found.label}", changed, {new: whole[old] for old, new in table.items() if new and old in whole}
-    )
+    replaced = {new: whole[old] for old, new in table.items() if new is not None and old in whole}
+    name = Path(found.label).name + ("" if scale is None else f" x {scale:g}")
+    return Adapter(f"adapter {found.label}", name, changed, replaced)
 
 
 _MERGED_KEYS = frozenset(
@@ -170,7 +171,7 @@ def _peft(found: _Opened, scale: float | None, kinds: Mapping[int, str] | None) 
         factor = _peft_scale(module, parts, config, problems) * (1.0 if scale is None else scale)
         _peft_module(module, parts, factor, deltas, problems)
     raise_all(f"{where} is not complete, or not merged here:", problems, hint=hint)
-    return _canonical(found, deltas, whole, kinds)
+    return _canonical(found, deltas, whole, scale, kinds)
 
 
 def _pattern(patterns: Any, module: str, otherwise: Any) -> Any:
@@ -243,7 +244,7 @@ def _rwkv(found: _Opened, scale: float | None, kinds: Mapping[int, str] | None) 
             whole,
             hint="A whole checkpoint is given as the source; a tuned initial state has no place in these models.",
         )
-    return _canonical(found, deltas, whole, kinds)
+    return _canonical(found, deltas, whole, scale, kinds)
 
 
 def _rwkv_module(parts: Mapping[str, Recipe], scale: float | None) -> tuple[Delta, ...] | None:

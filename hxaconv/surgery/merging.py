@@ -327,6 +327,9 @@ class Adapter:
     """An adapter's changes by canonical name of the tensor: deltas, and tensors that take the place of the base's."""
 
     label: str
+    """As the user named it."""
+    name: str
+    """What the origin of a merged tensor calls it, without the path."""
     deltas: Mapping[str, tuple[Delta, ...]]
     replaced: Mapping[str, Recipe] = field(default_factory=dict)
 
@@ -363,13 +366,13 @@ def merge(plan: Plan, adapters: Iterable[Adapter], where: str) -> Plan:
             misfits = [misfit for delta in deltas if (misfit := delta.misfit(base.shape))]
             problems += [f"{name}: the model has {list(base.shape)}, the adapter {misfit}" for misfit in misfits]
             if not problems:
-                merged[name] = _with(base, given, deltas, adapter.label)
+                merged[name] = _with(base, given, deltas, adapter.name)
         raise_all(f"{adapter.label} does not fit {where}:", problems, hint="Is it an adapter of this model?")
     return merged
 
 
-def _with(base: Recipe, given: Recipe | None, deltas: tuple[Delta, ...], label: str) -> Recipe:
-    origin = f"{base.origin} + {label}"
+def _with(base: Recipe, given: Recipe | None, deltas: tuple[Delta, ...], adapter: str) -> Recipe:
+    origin = f"{base.origin} + {adapter}" if given is None else f"{base.origin} replaced by that of {adapter}"
     before: tuple[Delta, ...] = ()
     make = base.make
     if given is not None:
