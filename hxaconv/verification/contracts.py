@@ -63,6 +63,7 @@ def check_initialised(
     claims = [copied(student.student), *initial_claims(student.student, factors, seed=seed)]
     report = against_teacher(student, teacher, claims, ids=ids, progress=progress)
     check_ranks(report, student.student)
+    check_one_dtype(report, student.plan)
     return report
 
 
@@ -290,6 +291,12 @@ def check_ranks(report: Report, config: StudentConfig) -> None:
         report.check("ranks", not wrong, "; ".join(wrong) or ", ".join(f"{n} {rank}" for n, rank in found.items()))
 
 
+def check_one_dtype(report: Report, plan: Plan) -> None:
+    """What was initialised or cast has one dtype, every tensor of it."""
+    found = sorted({recipe.dtype for recipe in plan.values()})
+    report.check("one dtype", len(found) == 1, " and ".join(found))
+
+
 def check_gqa_layers(report: Report, *, without: Collection[int | None] = ()) -> None:
     """Each GQA layer, but for some, fed the teacher's hidden states is its attention with every position 0."""
     layers = [result for result in report.layers if result.nope_error is not None and result.layer not in without]
@@ -336,6 +343,8 @@ def check_converted(source: Model, output: Model, *, progress: Progress | None =
         claims=[rounded] if cast or padded else [],
         progress=progress,
     )
+    if cast:
+        check_one_dtype(report, output.plan)
     if cast or padded:
         # What fits any two models that are close is said more exactly by the claim.
         report.checks = [check for check in report.checks if check.name != "config"]
