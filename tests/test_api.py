@@ -99,7 +99,7 @@ def test_options_are_keywords_groups_or_mappings(tiny_teacher: Path, tmp_path: P
         ({"gqa_layers": 99}, "gqa_layers '99' of a model of 6 layers"),
         ({"dtype": torch.int8}, "unknown dtype 'int8'"),
         ({"scale": "value=x"}, "scale is not understood"),
-        ({"tokens": 5}, "tokens: these are for a calibration\nAdd init=\"calibrated\""),
+        ({"tokens": 5}, 'tokens: these are for a calibration\nAdd init="calibrated"'),
         ({"overwrites": True}, r"no such arguments:\n.*overwrites \(did you mean overwrite\?\)"),
         ({"max_shard_size": "huge"}, "max_shard_size: 'huge' is not a size"),
         ({"format": "gguf"}, "format: 'gguf' is not known, it takes hf, pth, training"),

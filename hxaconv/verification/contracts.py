@@ -187,10 +187,13 @@ def against_teacher(
     progress: Progress | None = None,
 ) -> Report:
     """Compare a student, whole or attention only, with its teacher: claims, settings, GQA layers."""
+    random = ids is None
     if ids is None:
         ids = probe_tokens(min(teacher.config.vocab_size, student.config.vocab_size), tokens=PROBE_TOKENS)
     whole = completed(student, teacher)
     report = compare_models(whole, teacher, ids=ids, device=device, beside=beside, claims=claims, progress=progress)
+    if random:
+        report.notes.clear()  # KL on random tokens says little of text
     check_settings(report, whole.student, teacher.config)
     check_gqa_layers(report, without=without_gqa)
     return report
@@ -310,7 +313,8 @@ def check_gqa_layers(report: Report, *, without: Collection[int | None] = ()) ->
     limit = CAST_ATTENTION if cast else SAME_ATTENTION
     wrong = [f"layer {r.layer} ({r.nope_error:.3g})" for r in layers if not (r.nope_error or 0.0) <= limit]
     worst = max(result.nope_error or 0.0 for result in layers)
-    text = f"{len(layers)} layers equal the teacher's attention with every position 0, relative error {worst:.2g}"
+    count = "1 layer equals" if len(layers) == 1 else f"{len(layers)} layers equal"
+    text = f"{count} the teacher's attention with every position 0, relative error {worst:.2g}"
     report.check("GQA layers", not wrong, listing(wrong, "are not the teacher's attention without RoPE") or text)
 
 

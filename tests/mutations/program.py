@@ -343,6 +343,13 @@ def run(program: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(program), capture_output=True, text=True, check=False)
 
 
+def right_folder(folder: Path) -> Path:
+    """The golden student as a folder, written by the program as it is."""
+    done = run(PACKAGE.parent, "to-hf", str(STUDENT), str(folder / "right"), *SETTINGS)
+    assert done.returncode == 0, done.stderr
+    return folder / "right"
+
+
 def notices(fault: Fault, folder: Path, right: Path) -> tuple[bool, str]:
     """(whether it is found, what was said): by the check of a command, or by tests."""
     program = fault.planted(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -91,7 +91,7 @@ class Student:
         case.write(folder)
         return applies
 
-    def judged(self, folder: Path) -> dict[str, list[str]]:
+    def judged(self, folder: Path, checks: Sequence[str] = CHECKS) -> dict[str, list[str]]:
         """Check -> what of it fails; empty where it passes."""
         ids = probe_tokens(self.right.config.vocab_size, tokens=16)
 
@@ -117,7 +117,7 @@ class Student:
             "--against": lambda: against([]),
             "alone": alone,
         }
-        return {name: _failing(run) for name, run in runs.items()}
+        return {name: _failing(runs[name]) for name in checks}
 
 
 def _failing(run: Callable[[], Report]) -> list[str]:

@@ -1,0 +1,132 @@
+"""`verify STUDENT --against TEACHER`: every claim that can be made, by the student's record or without one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import hxaconv
+from hxaconv.errors import HxaconvError
+from hxaconv.verification.report import Report
+
+TEACHER = Path(__file__).parent / "golden" / "reka_tiny" / "teacher"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("made") / "student"
+    hxaconv.init_from_teacher(str(TEACHER), str(path), gqa_layers="2,4", verify=False)
+    return path
+
+
+def copy(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+def change(folder: Path, name: str, function: Callable[[Tensor], Tensor]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = function(tensors[name]).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def verify(folder: Path, **options: str) -> Report:
+    report = hxaconv.verify(str(folder), against=str(TEACHER), **options)
+    assert isinstance(report, Report)
+    return report
+
+
+def failing(report: Report) -> set[str]:
+    return {check.name for check in report.checks if not check.passed}
+
+
+def test_the_record_says_what_to_expect(made: Path, tmp_path: Path) -> None:
+    report = verify(made)
+    assert report.passed and report.expect == "untrained", report.reason
+    assert report.attention == {0: "untrained", 1: "untrained", 2: "kept", 3: "untrained", 4: "kept"}
+    folder = copy(made, tmp_path)
+    (folder / "hxaconv.json").unlink()
+    without = verify(folder)
+    assert without.passed and without.expect == "attention-trained"
+    # A random matrix of another seed is known from the record alone.
+    change(folder, "model.layers.1.self_attn.g2", lambda values: values.flip(0))
+    assert verify(folder).passed
+    shutil.copy(made / "hxaconv.json", folder)
+    assert "initial values" in failing(verify(folder))
+
+
+def test_after_training_only_attention_may_have_changed(made: Path, tmp_path: Path) -> None:
+    folder = copy(made, tmp_path)
+    change(folder, "model.layers.1.self_attn.w1", lambda values: values + 0.01)
+    change(folder, "model.layers.3.self_attn.w0", lambda values: values + 0.1)
+    change(folder, "model.layers.4.self_attn.q_proj.weight", lambda values: values * 1.01)
+    report = verify(folder, expect="attention-trained")
+    assert report.passed, report.reason
+    assert report.attention == {0: "untrained", 1: "trained", 2: "kept", 3: "calibrated", 4: "trained"}
+    assert "trained: layers 1, 4" in next(check.detail for check in report.checks if check.name == "attention")
+    assert {"as untrained", "initial values", "copied tensors"} <= failing(verify(folder))
+    for name in (
+        "model.norm.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    ):
+        wrong = Path(shutil.copytree(folder, tmp_path / name))
+        change(wrong, name, lambda values: values * 1.01)
+        found = verify(wrong, expect="attention-trained")
+        assert failing(found) >= {"copied tensors"} and name in found.reason
+
+
+@pytest.mark.parametrize("setting", ["rope_theta", "rms_norm_eps"])
+def test_settings_are_the_teachers(made: Path, tmp_path: Path, setting: str) -> None:
+    folder = copy(made, tmp_path)
+    (folder / "hxaconv.json").unlink()
+    raw = json.loads((folder / "config.json").read_text())
+    raw[setting] *= 2
+    if setting == "rope_theta":
+        raw["rope_parameters"][setting] *= 2
+    (folder / "config.json").write_text(json.dumps(raw))
+    report = verify(folder)
+    assert "settings" in failing(report) and setting in report.reason
+
+
+def test_a_calibrated_student_is_expected_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "student"
+    ids = tmp_path / "ids.json"
+    generator = torch.Generator().manual_seed(0)
+    ids.write_text(json.dumps(torch.randint(97, (2, 64), generator=generator).tolist()))
+    hxaconv.init_from_teacher(
+        str(TEACHER), str(path), gqa_layers="2,4", init="calibrated", input_ids=str(ids), refine_steps=0, verify=False
+    )
+    report = verify(path)
+    assert report.passed, report.reason
+    assert report.expect in ("calibrated", "untrained")
+    if report.expect == "calibrated":
+        assert "as untrained" in failing(verify(path, expect="untrained"))
+
+
+def test_expectations_of_students_need_one(made: Path) -> None:
+    with pytest.raises(HxaconvError, match="a student and its teacher"):
+        hxaconv.verify(str(TEACHER), against=str(made), expect="untrained")
+    with pytest.raises(HxaconvError, match="expect"):
+        hxaconv.verify(str(made), against=str(TEACHER), expect="perfect")
+
+
+def test_files_of_a_folder_are_held_against_its_record_and_its_tensors(made: Path, tmp_path: Path) -> None:
+    folder = copy(made, tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"rms_norm_eps": 2e-5}, indent=2) + "\n")
+    report = hxaconv.verify(str(folder))
+    assert failing(report) == {"recorded files"}
+    with pytest.raises(HxaconvError, match=r"config\.json has"):
+        hxaconv.verify(str(folder), digests=True).raise_if_failed()
+    (folder / "hxaconv.json").unlink()
+    assert hxaconv.verify(str(folder)).passed
+    (folder / "config.json").write_text(json.dumps(raw | {"torch_dtype": "float16"}))
+    assert failing(hxaconv.verify(str(folder))) == {"config and tensors"}
