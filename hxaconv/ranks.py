@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 -m hxaconv init-from-teacher TEACHER OUT
 
 They talk by torch.distributed (gloo), which is imported only where there are several. All of them must call
-`gather`, `broadcast` and `together` alike and in the same order.
+`gather`, `broadcast`, `together` and `in_turn` alike and in the same order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import datetime
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -89,11 +89,6 @@ def broadcast(value: T) -> T:
     return gather(value if rank() == 0 else None)[0]  # type: ignore[return-value]
 
 
-def barrier() -> None:
-    """Wait until all of them are here."""
-    gather(None)
-
-
 @contextmanager
 def together() -> Iterator[None]:
     """Work that all of them end together: what one of them refuses, all do.
@@ -115,6 +110,20 @@ def together() -> Iterator[None]:
                 told.message = f"rank {number}: {told.message}"
             told.shared = True
             raise told
+
+
+def in_turn(work: Callable[[], T]) -> T:
+    """What `work` gives in each of them: first in rank 0, then in the others, which find what that has kept.
+
+    Raises:
+        HxaconvError: the first rank's own, in every process.
+    """
+    found = []
+    for others in (False, True):
+        with together():
+            if (rank() > 0) == others:
+                found.append(work())
+    return found[0]
 
 
 @functools.cache

@@ -1,9 +1,10 @@
 """Runs a command as several ranks, as torchrun starts them, and prints as JSON what came of it.
 
-    python rank_rounds.py FOLDER
+    python rank_rounds.py FOLDER [--commands]
 
 Ranks are forked after the imports. Runs: alone; two ranks; two of which one is killed while it writes, resumed by
-two, and another such run resumed by one process; two of which one finds the disk full.
+two, and another such run resumed by one process; two of which one finds the disk full. With --commands instead: the
+commands that compute before they write, alone and by two ranks.
 """
 
 from __future__ import annotations
@@ -72,13 +73,22 @@ def full() -> None:
 
 
 def run(
-    folder: Path, name: str, world: int, *more: str, prepare: Callable[[], None] | None = None, number: int = 0
+    folder: Path,
+    name: str,
+    world: int,
+    *more: str,
+    prepare: Callable[[], None] | None = None,
+    number: int = 0,
+    source: Path | None = None,
 ) -> dict[str, Any]:
     """The command by so many ranks; the last is prepared, and sent a signal once it has written something."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["init-from-teacher", str(TEACHER), str(folder / name / "out"), *OPTIONS, *more]
+    out = str(folder / name / "out")
+    words = ["init-from-teacher", str(TEACHER), out, *OPTIONS, *more]
+    if more[:1] == ("pick",):
+        words = ["pick-gqa-layers", str(source), out, *more[1:]]
     (folder / name).mkdir(exist_ok=True)
     logs = [folder / f"log-{rank}" for rank in range(world)]
     last = world - 1
@@ -93,8 +103,34 @@ def run(
     return {"codes": codes, "said": [log.read_text() for log in logs], "published": (folder / name / "out").exists()}
 
 
+TOKENS = ("--input-ids", str(TEACHER / "calibration_tokens.npy"), "--tokens", "64")
+
+
+def commands(folder: Path) -> dict[str, Any]:
+    """Whether two ranks give the bytes of one process, by command."""
+    fit = ("--init", "calibrated", *TOKENS, "--refine-steps", "0")
+    found = {}
+    student = folder / "student" / "out"
+    run(folder, "student", 1)
+    pick = ("pick", "--strategy", "influence", "--count", "3", *TOKENS, "--quiet")
+    for name, words, source in (("fit", fit, None), ("pick", pick, student)):
+        trees = []
+        for world in (1, 2):
+            place = f"{name}-{world}"
+            given = words if source is None else (words[0], "--teacher", str(TEACHER), *words[1:])
+            done = run(folder, place, world, *given, source=source)
+            assert set(done["codes"]) == {0}, done
+            trees.append(tree(folder / place / "out"))
+            assert [path.name for path in (folder / place).iterdir()] == ["out"]
+        found[name] = trees[0] == trees[1]
+    return found
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
+    if "--commands" in sys.argv:
+        print(json.dumps(commands(folder)))
+        return
     found = {"alone": run(folder, "alone", 1), "two": run(folder, "two", 2)}
     for name in ("killed", "taken-over"):
         found[name] = run(folder, name, 2, prepare=slow, number=signal.SIGKILL)

@@ -62,6 +62,16 @@ def test_what_one_rank_cannot_write_all_refuse_and_one_says(found: dict[str, Any
     assert said[1] == ""
 
 
+@pytest.mark.slow
+def test_what_is_computed_before_the_writing_is_computed_once(tmp_path: Path) -> None:
+    script = str(Path(__file__).parent / "rank_rounds.py")
+    done = subprocess.run(
+        [sys.executable, script, str(tmp_path), "--commands"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"fit": True, "pick": True}
+
+
 def test_ranks_divide_all_tensors_by_bytes(tmp_path: Path) -> None:
     files = output(tmp_path / "out", plan_over(source(tmp_path))).files
     whole = [fill.name for layout in files for fill in layout.fills]

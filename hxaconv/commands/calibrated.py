@@ -144,16 +144,11 @@ def calibrate_student(task: Task, output: Output, write: Write) -> Calibrated:
     """
     from hxaconv.surgery.initial import made_once
 
-    refuse(output, write)
+    with ranks.together():
+        refuse(output, write)
     folder = Path(f"{output.target.absolute()}.calibration")
     plain = replace(task.plain, plan=made_once(task.plain.plan, folder))
-    found: Calibrated | None = None
-    for others in (False, True):
-        with ranks.together():
-            if (ranks.rank() > 0) == others:
-                found = _calibrate(replace(task, plain=plain), output, write, folder)
-    assert found is not None
-    return found
+    return ranks.in_turn(lambda: _calibrate(replace(task, plain=plain), output, write, folder))
 
 
 def _calibrate(task: Task, output: Output, write: Write, folder: Path) -> Calibrated:

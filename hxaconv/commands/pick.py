@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from hxaconv import ranks
 from hxaconv.calls import Call
 from hxaconv.commands.plots import draw_advice, plot_problems
 from hxaconv.errors import HxaconvError, all_of, raise_all
@@ -80,7 +81,7 @@ def pick_gqa_layers(
     if choice.layers is not None:
         return run.write_with(choice.layers)
     raise_all("what is asked for cannot be written:", _unwritable(choice, out, write))
-    advised, notes = run.advise(), unread_tokens(choice, call)
+    advised, notes = ranks.in_turn(run.advise), unread_tokens(choice, call)
     if out is None:
         advised.save(choice)
         return replace(advised.advice, notes=tuple(notes))
@@ -114,6 +115,8 @@ class _Advised:
         """
         from hxaconv.selection import report
 
+        if ranks.rank():
+            return
         if choice.save is not None:
             origin = self.subject.origin
             chosen = report.layer_map(

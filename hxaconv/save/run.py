@@ -53,7 +53,8 @@ def save(
 
         check_push(options.push_to)
     if options.dry_run:
-        refuse(output, options)
+        with ranks.together():
+            refuse(output, options)
         return replace(outcome, notes=[*outcome.notes, "Dry run: nothing was written."])
     check = _StagedCheck(output, verify, options, progress) if verify is not None and options.verify else None
     if check is not None:

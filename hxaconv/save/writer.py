@@ -103,7 +103,7 @@ def refuse(output: Output, options: Write) -> None:
         HxaconvError: listing every problem.
     """
     run = _Run(output, options, None)
-    with run.step():
+    with diskio.explained(run.staging.path, "looking"):
         preflight.check_place(run.output, run.staging, overwrite=options.overwrite)
         preflight.check(run.output, run.staging, overwrite=options.overwrite)
 
