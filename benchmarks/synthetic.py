@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from hxaconv.commands.common import parse_size
 
 from hxaconv.formats import safetensors_layout, torchzip_layout
 from hxaconv.formats.dtypes import BY_NAME, num_bytes, parse_dtype
@@ -34,6 +33,7 @@ from hxaconv.model.config import ModelConfig, TeacherConfig, student_of, teacher
 from hxaconv.model.layer_choice import uniform
 from hxaconv.model.names import stored_name
 from hxaconv.model.plan import Literal, Plan, Recipe
+from hxaconv.options import parse_size
 from hxaconv.save.student_json import student_json
 
 REKA: dict[str, Any] = {

@@ -205,7 +205,7 @@ class Bench:
 
 
 def _bytes(text: str) -> int:
-    from hxaconv.commands.common import parse_size
+    from hxaconv.options import parse_size
 
     return parse_size(text)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hxaconv.surgery.padding import pad_ffn
 from safetensors.torch import load_file
 
 from hxaconv.errors import HxaconvError
@@ -24,6 +23,7 @@ from hxaconv.save.output import stored_plan
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher, parse_scale
 from hxaconv.surgery.repick import repick
+from hxaconv.surgery.reshape import pad_ffn
 
 RANDOM = {"w2", "a2", "v2", "k2", "g2"}
 SETTINGS = InitSettings(PRESETS["openmose-stage1"], 0, "BF16")
