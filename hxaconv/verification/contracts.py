@@ -280,6 +280,10 @@ def check_settings(report: Report, student: StudentConfig, teacher: ModelConfig)
     wrong = [f"{name} is {found!r}, the teacher's is {wanted!r}" for name, found, wanted in pairs if found != wanted]
     if student.tie_word_embeddings and not teacher.tie_word_embeddings:
         wrong.append("the head is tied to the embedding, the teacher's is not")
+    if student.rope_scaling is None and teacher.rope_scaling is not None:
+        report.notes.append("The teacher scales RoPE, the student does not: beyond the trained length they differ.")
+    elif student.rope_scaling != teacher.rope_scaling:
+        wrong.append(f"rope_scaling is {student.rope_scaling}, the teacher's is {teacher.rope_scaling}")
     theta, eps = f"{student.rope_theta:.10g}", f"{student.rms_norm_eps:g}"
     report.check("settings", not wrong, "; ".join(wrong) or f"the teacher's: rope_theta {theta}, rms_norm_eps {eps}")
 

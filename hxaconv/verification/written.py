@@ -148,4 +148,5 @@ def intended(config: StudentConfig, dtype: str) -> dict[str, Any]:
         "dtype": spelled,
         "dtype, newer spelling": spelled,
         "activation": "silu",
+        "RoPE scaling": config.rope_scaling.to_dict() if config.rope_scaling else None,
     }
