@@ -5,7 +5,8 @@
         ... run with the environment of hub.environment(cache)
 
 Faults are switches of a repository: `gated`, `private`; and of the server: `cuts` (for the next GETs of
-weights: bytes after which the connection breaks, or None), `ignore_ranges`, `fail_with` (a status),
+weights: bytes after which the connection breaks, or None), `ignore_ranges`, `fail_with` (a status), `busy` (so many
+GETs are answered with 429), `stall` (weights never arrive; `stalled` is set once they are asked for),
 `corrupt` (names whose bytes arrive changed).
 """
 
@@ -16,6 +17,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,6 +54,9 @@ class HubServer:
         self.tokens_seen: set[str] = set()
         self.cuts: list[int | None] = []
         self.ignore_ranges = False
+        self.busy = 0
+        self.stall = False
+        self.stalled = threading.Event()
         self.fail_with = 0
         self.corrupt: set[str] = set()
         self.role = "write"
@@ -65,6 +70,7 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stall = False
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -127,6 +133,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.hub.fail_with:
             self._error(self.hub.fail_with, "InternalError")
+            return
+        if self.hub.busy and self.command == "GET":
+            self.hub.busy -= 1
+            self._json({"error": "too many requests"}, 429, Retry_After="1")
             return
         for pattern, method, action in _ROUTES:
             match = re.fullmatch(pattern, path)
@@ -217,6 +227,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        while self.hub.stall and _is_lfs(path) and not self.headers.get("Range"):
+            self.hub.stalled.set()
+            time.sleep(0.05)
         cut = self.hub.cuts.pop(0) if self.hub.cuts and _is_lfs(path) else None
         if cut is not None:
             self.wfile.write(data[start : start + cut])

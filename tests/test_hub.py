@@ -4,9 +4,11 @@ Hub's library reads its environment when it is imported."""
 from __future__ import annotations
 
 import hashlib
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,50 +216,82 @@ def test_server_in_trouble(hub: Hub) -> None:
 @pytest.mark.slow
 def test_server_that_ignores_ranges(hub: Hub) -> None:
     hub.server.ignore_ranges = True
-    assert "did not send the" in hub.run("open_checkpoint('org/teacher')")
+    assert hub.run("print(digest(open_checkpoint('org/teacher')))") == local_digest()
 
 
-def test_interrupted_download_goes_on(hub: Hub) -> None:
-    """One download breaks off, the process ends; the next asks for the rest only."""
-    name = SHARDS[0]
-    data = (TEACHER / name).read_bytes()
-    hub.run("open_checkpoint('org/teacher')")
-    blob = hub.blobs("org/teacher") / hashlib.sha256(data).hexdigest()
-    blob.parent.mkdir(parents=True, exist_ok=True)
-    blob.with_name(f"{blob.name}.incomplete").write_bytes(data[:70_000])
+def test_whole_files_of_an_interrupted_download_are_kept(hub: Hub) -> None:
+    hub.run("open_checkpoint('org/teacher').files[0].open()")
     before = len(hub.server.requests)
     assert hub.run("print(digest(open_checkpoint('org/teacher')))") == local_digest()
-    ranges = [ranged for _, path, ranged in hub.server.requests[before:] if path.endswith(name) and ranged]
-    assert "bytes=70000-" in ranges
-    assert blob.read_bytes() == data
-    assert not blob.with_name(f"{blob.name}.incomplete").exists()
+    asked = [path for method, path, _ in hub.server.requests[before:] if method == "GET"]
+    assert not [path for path in asked if path.endswith(SHARDS[0])]
+    assert [path for path in asked if path.endswith(SHARDS[1])]
 
 
 def test_connection_that_breaks_is_taken_up_again(hub: Hub) -> None:
-    in_a_header, in_weights = 5_000, 60_000
-    hub.server.cuts = [in_a_header, None, None, in_weights]
+    in_weights = 60_000
+    hub.run("open_checkpoint('org/teacher')")
+    hub.server.cuts = [None, None, in_weights]
     assert hub.run("print(digest(open_checkpoint('org/teacher')))") == local_digest()
     assert hub.server.cuts == []
-    whole = [ranged for name in SHARDS for ranged in hub.server.downloaded(name) if ranged is None]
-    assert len(whole) == 3  # one of the two shards twice: what had arrived is less than a chunk of the Hub's library
 
 
-@pytest.mark.parametrize("what", ["partial", "download"])
-def test_wrong_digest_is_an_error(hub: Hub, what: str) -> None:
-    """Weights that arrive changed, or continue the wrong beginning; the header is right in both cases."""
+def test_a_download_that_is_cut_for_good_says_so(hub: Hub) -> None:
+    hub.server.cuts = [None, None, *[1000] * 60]
+    found = hub.run("open_checkpoint('org/teacher').files[0].open()")
+    assert "the connection broke while model-00001" in found
+    assert "no such path" not in found
+
+
+def test_the_hub_is_waited_for_where_it_asks_to(hub: Hub) -> None:
+    hub.server.busy = 2
+    assert hub.run("print(digest(open_checkpoint('org/teacher')))") == local_digest()
+    assert hub.server.busy == 0
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stalled_download_ends_with_the_signal(hub: Hub, name: str, code: int, tmp_path: Path) -> None:
+    hub.run("open_checkpoint('org/teacher')")
+    hub.server.stall = True
+    words = ["init-from-teacher", "org/teacher", str(tmp_path / "out"), "--gqa-layers", "1"]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **hub.server.environment(hub.home)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "hxaconv", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as running:
+        deadline = time.monotonic() + 60
+        while not hub.server.stalled.is_set() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        began = time.monotonic()
+        running.send_signal(getattr(signal, name))
+        _, said = running.communicate(timeout=60)
+    assert time.monotonic() - began < 2
+    assert running.returncode == code
+    assert b"kept in the Hub's cache" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_disk_is_asked_for_the_whole_download(hub: Hub) -> None:
+    found = hub.run("""
+        import shutil
+        from hxaconv.load.models import load_teacher, download
+        real = shutil.disk_usage
+        model = load_teacher("org/teacher", headers_only=True)
+        shutil.disk_usage = lambda path: type("Usage", (), {"free": 150_000})()
+        from hxaconv.model.plan import source_files
+        download([model.checkpoint], source_files(model.plan), [model], None)
+    """)
+    assert "bytes to download (2 files), 150,000 bytes free" in found
+    assert "HF_HOME" in found
+
+
+def test_wrong_digest_is_an_error(hub: Hub) -> None:
     name = SHARDS[0]
-    data = (TEACHER / name).read_bytes()
-    blob = hub.blobs("org/teacher") / hashlib.sha256(data).hexdigest()
-    partial = blob.with_name(f"{blob.name}.incomplete")
-    if what == "download":
-        hub.server.corrupt.add(name)
-    else:
-        blob.parent.mkdir(parents=True)
-        partial.write_bytes(b"\1" * 50_000)
+    blob = hub.blobs("org/teacher") / hashlib.sha256((TEACHER / name).read_bytes()).hexdigest()
+    hub.server.corrupt.add(name)
     found = hub.run("digest(open_checkpoint('org/teacher'))")
     assert "sha256 is" in found
     assert f"the Hub announces {blob.name}" in found
-    assert not partial.exists()
     assert not blob.exists()
     hub.server.corrupt.clear()
     assert hub.run("print(digest(open_checkpoint('org/teacher')))") == local_digest()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from hxaconv.errors import HxaconvError
 
+TEMPLATES = "additional_chat_templates"
+"""The one folder inside a checkpoint whose files belong to it: chat templates of transformers, one per file."""
 PIECE_BYTES = 1024 * 1024
 """Bytes moved per read and write. With smaller ones, workers that cast wait for the interpreter's lock; writes of
 2 MiB and more take Linux twice the time."""

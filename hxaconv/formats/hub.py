@@ -1,36 +1,40 @@
 """Models on the Hugging Face Hub: planned from headers read by range requests, downloaded when first needed.
 
-Weights go to the Hub's own cache. The download itself is done here, into the `<sha256>.incomplete` file
-that the cache uses for it, because current versions of huggingface_hub start an interrupted file anew;
-what arrives is checked against the digest that the Hub announces before the cache takes it over.
+Everything that goes over the network is done by public functions of huggingface_hub, which keep the Hub's own cache,
+try again where a connection breaks, and wait where the Hub asks for it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import os
+import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hxaconv.errors import HxaconvError
 from hxaconv.formats import Contents, read_contents
-from hxaconv.formats.files import SourceFile
-from hxaconv.formats.hub_client import bars_off, explain, hub_utils, network_errors, retried, status_of
+from hxaconv.formats.files import TEMPLATES, SourceFile
 from hxaconv.formats.safetensors_reader import header_length, parse_header
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress
 
+T = TypeVar("T")
+
 FIRST_REQUEST_BYTES = 128 * 1024
 """Enough for most headers: a second request is rarely needed."""
 TIMEOUT_SECONDS = 30
 DOWNLOAD_WORKERS = 4
+LONGEST_WAIT = 600
+"""Seconds that the Hub may ask to wait for."""
+_LOGIN = "Log in with `hf auth login` (or set HF_TOKEN)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +50,6 @@ class Repository:
 
     def __init__(self, name: str, commit: str, files: dict[str, RemoteFile]) -> None:
         self.name, self.commit, self.files = name, commit, files
-        self.advance: Callable[[int, str], None] | None = None
-        """Told of every downloaded piece, while somebody shows it."""
-        self.stopped = threading.Event()
 
     @property
     def label(self) -> str:
@@ -64,7 +65,7 @@ class Repository:
                 hint="Delete that file and start again.",
             )
         file = SourceFile(name, f"{self.label}/{name}", size, cached)
-        file.fetch = lambda: self._fetch_planned(file)
+        file.fetch = lambda: self._fetch_planned(file, lambda n: None)
         return file
 
     def read(self, file: SourceFile) -> Contents:
@@ -75,11 +76,23 @@ class Repository:
         """
         if file.path is not None or not file.name.endswith(".safetensors"):
             return read_contents(file)
-        data = self._range(file, 0, min(FIRST_REQUEST_BYTES, file.size))
-        needed = 8 + header_length(data[:8], file.size, file.label)
-        if len(data) < needed:
-            data += self._range(file, len(data), needed - len(data))
-        return parse_header(file, data[:needed])
+        from huggingface_hub import HfFileSystem
+
+        with self._explained(file.name):
+            path = f"{self.name}/{file.name}"
+            with HfFileSystem().open(path, "rb", revision=self.commit, block_size=FIRST_REQUEST_BYTES - 8) as remote:
+                data = self._exactly(remote, min(8, file.size), file)
+                data += self._exactly(remote, header_length(data, file.size, file.label), file)
+        return parse_header(file, data)
+
+    def _exactly(self, remote: Any, count: int, file: SourceFile) -> bytes:
+        data: bytes = remote.read(count)
+        if len(data) == count and remote.size == file.size:
+            return data
+        raise HxaconvError(
+            f"{file.label}: the server did not send the {count} bytes that were asked for",
+            hint="A proxy may be in between. Download the model first: hf download " + self.name,
+        )
 
     def cached(self, name: str) -> Path | None:
         """Where the file is in the Hub's cache, None where it is not."""
@@ -88,34 +101,8 @@ class Repository:
         found = try_to_load_from_cache(self.name, name, revision=self.commit)
         return Path(found) if isinstance(found, str) else None
 
-    def _range(self, file: SourceFile, start: int, count: int) -> bytes:
-        with self._explained():
-            return retried(lambda: self._range_once(file, start, count))
-
-    def _range_once(self, file: SourceFile, start: int, count: int) -> bytes:
-        from huggingface_hub import hf_hub_url
-
-        utils = hub_utils()
-        url = hf_hub_url(self.name, file.name, revision=self.commit)
-        wanted = {"Range": f"bytes={start}-{start + count - 1}", "Accept-Encoding": "identity"}
-        headers, session = utils.build_hf_headers() | wanted, utils.get_session()
-        if callable(getattr(session, "stream", None)):  # httpx, since huggingface_hub 1.0
-            request = session.stream("GET", url, headers=headers, timeout=TIMEOUT_SECONDS)
-        else:
-            request = session.get(url, headers=headers, timeout=TIMEOUT_SECONDS, stream=True)
-        with request as response:
-            utils.hf_raise_for_status(response)
-            if response.status_code == 206:
-                data: bytes = response.read() if hasattr(response, "read") else response.content
-                if len(data) == count:
-                    return data
-        raise HxaconvError(
-            f"{file.label}: the server did not send the {count} bytes at {start} that were asked for",
-            hint="A proxy may be in between. Download the model first: hf download " + self.name,
-        )
-
-    def _fetch_planned(self, file: SourceFile) -> Path:
-        path = self.download(file.name)
+    def _fetch_planned(self, file: SourceFile, report: Callable[[int], None]) -> Path:
+        path = _aside(lambda: self.download(file.name, report))
         size = path.stat().st_size
         if size != file.size:
             raise HxaconvError(
@@ -133,8 +120,8 @@ class Repository:
                 )
         return path
 
-    def download(self, name: str) -> Path:
-        """The path of a file in the Hub's cache, downloaded or its download completed where needed.
+    def download(self, name: str, report: Callable[[int], None] = lambda n: None) -> Path:
+        """The path of a file in the Hub's cache, downloaded where needed; `report` is told of bytes that arrive.
 
         Raises:
             HxaconvError: without network, space or access, or when the digest is wrong.
@@ -150,93 +137,53 @@ class Repository:
                 f"{self.label}/{name} is not in the Hub's cache, and HF_HUB_OFFLINE is set",
                 hint=f"Without HF_HUB_OFFLINE, run: hf download {self.name} --revision {self.commit}",
             )
-        with self._explained(), bars_off():
-            self._complete_blob(name)
-            return Path(hf_hub_download(self.name, name, revision=self.commit))
+        with self._explained(name):
+            path = Path(hf_hub_download(self.name, name, revision=self.commit, tqdm_class=_bar_class(report)))
+        self._check_digest(path, name)
+        return path
 
-    def _complete_blob(self, name: str) -> None:
-        """Bring the content of a large file into the cache, going on where an earlier attempt ended."""
-        from huggingface_hub.constants import HF_HUB_CACHE
-        from huggingface_hub.file_download import repo_folder_name
-
-        expected = self.files[name]
-        # The Hub serves files of more than 50 GB only in its own chunked way, which hf_hub_download knows.
-        if expected.sha256 is None or expected.size > 50_000_000_000:
+    def _check_digest(self, path: Path, name: str) -> None:
+        expected = self.files[name].sha256
+        if expected is None:
             return
-        folder = repo_folder_name(repo_id=self.name, repo_type="model")
-        blobs, locks = Path(HF_HUB_CACHE) / folder / "blobs", Path(HF_HUB_CACHE) / ".locks" / folder
-        blobs.mkdir(parents=True, exist_ok=True)
-        locks.mkdir(parents=True, exist_ok=True)
-        blob, partial = blobs / expected.sha256, blobs / f"{expected.sha256}.incomplete"
-        with hub_utils().WeakFileLock(locks / f"{expected.sha256}.lock"):  # the one that hf_hub_download takes
-            if not blob.exists():
-                partial.touch()
-                self._report(min(partial.stat().st_size, expected.size), name)
-                retried(lambda: self._complete(partial, name, expected.size))
-                self._check_digest(partial, name, expected.sha256)
-                os.replace(partial, blob)
-
-    def _complete(self, partial: Path, name: str, size: int) -> None:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.file_download import http_get
-
-        with partial.open("ab") as raw:
-            if raw.tell() > size:
-                raw.truncate(0)
-            done = os.fstat(raw.fileno()).st_size
-            free = shutil.disk_usage(partial.parent).free
-            if size - done > free:
-                raise HxaconvError(
-                    f"{self.label}/{name}: {size - done} bytes to download, {free} bytes free in {partial.parent}",
-                    hint="Free some space, or set HF_HOME to a folder on a larger disk.",
-                )
-            counted: Any = _Counted(raw, lambda n: self._report(n, name))
-            headers = hub_utils().build_hf_headers() | {"Accept-Encoding": "identity"}
-            url = hf_hub_url(self.name, name, revision=self.commit)
-            http_get(url, counted, resume_size=done, headers=headers, expected_size=size)
-
-    def _check_digest(self, partial: Path, name: str, expected: str) -> None:
         digest = hashlib.sha256()
-        with partial.open("rb") as raw:
+        with path.open("rb") as raw:
             while piece := raw.read(1024 * 1024):
                 digest.update(piece)
         if digest.hexdigest() != expected:
-            partial.unlink()
+            blob = path.resolve()
+            path.unlink()
+            blob.unlink(missing_ok=True)
             raise HxaconvError(
                 f"{self.label}/{name}: the download's sha256 is {digest.hexdigest()}, the Hub announces {expected}",
                 hint="The wrong download was deleted; start again.",
             )
 
-    def _report(self, count: int, name: str) -> None:
-        if self.stopped.is_set():
-            raise KeyboardInterrupt
-        if self.advance is not None:
-            self.advance(count, name)
-
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, name: str) -> Iterator[None]:
         try:
             yield
         except network_errors() as error:
-            raise explain(error, self.name, self.commit) from None
+            raise explain(error, self.name, self.commit, begun=name) from None
 
 
-class _Counted:
-    """The file that http_get writes to, telling how much has arrived."""
+def _bar_class(report: Callable[[int], None]) -> Any:
+    """What huggingface_hub takes for a progress bar: it shows nothing, and tells how much has arrived."""
+    base: Any = hub_utils().tqdm
 
-    def __init__(self, raw: BinaryIO, report: Callable[[int], None]) -> None:
-        self.raw, self.report = raw, report
+    class Counting(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+            report(options.get("initial") or 0)
 
-    def write(self, data: bytes) -> int:
-        written = self.raw.write(data)
-        self.report(len(data))
-        return written
+        def update(self, n: float | None = 1) -> bool | None:
+            report(int(n or 0))
+            return None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.raw, name)
+    return Counting
 
 
-def open_repository(repo: str, revision: str | None) -> Repository | Path:
+def open_repository(repo: str, revision: str | None, progress: Progress | None = None) -> Repository | Path:
     """A model of the Hub at `revision` (default: main), or without network the folder that the cache has of it.
 
     Raises:
@@ -244,8 +191,11 @@ def open_repository(repo: str, revision: str | None) -> Repository | Path:
     """
     from huggingface_hub import HfApi
 
+    def ask() -> Any:
+        return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
+
     try:
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
+        info = _patient(ask, progress)
     except network_errors() as error:
         folder = _cached_folder(repo, revision) if status_of(error) not in range(400, 500) else None
         if folder is None:
@@ -256,21 +206,47 @@ def open_repository(repo: str, revision: str | None) -> Repository | Path:
     files = {
         sibling.rfilename: RemoteFile(sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None)
         for sibling in info.siblings or []
-        if not {"/", "\\"} & set(sibling.rfilename)  # those of subfolders are other forms of the model
+        # Those of other subfolders are other forms of the model.
+        if "\\" not in sibling.rfilename and sibling.rfilename.rpartition("/")[0] in ("", TEMPLATES)
     }
     assert info.sha is not None
     return Repository(repo, info.sha, files)
 
 
+def _patient(ask: Callable[[], T], progress: Progress | None) -> T:
+    """The answer; where the Hub asks to wait (429 with Retry-After), that is done."""
+    deadline = time.monotonic() + LONGEST_WAIT
+    while True:
+        try:
+            return ask()
+        except network_errors() as error:
+            seconds = _retry_after(error)
+            if seconds is None or time.monotonic() + seconds > deadline:
+                raise
+            if progress is not None:
+                progress.note(f"The Hub asks to wait for {seconds} seconds (too many requests).")
+            time.sleep(seconds)
+
+
+def _retry_after(error: Exception) -> int | None:
+    """Seconds to wait before the request is made again, where that is what the Hub answered."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    text = str(headers.get("Retry-After", "")) if status_of(error) == 429 else ""
+    return int(text) if text.isdigit() and len(text) < 6 else None
+
+
 def remember(repo: str, revision: str, commit: str) -> None:
     """Note in the cache what the revision stood for, as hf_hub_download does, for times without network."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.file_download import repo_folder_name
-
-    note = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "refs" / revision
     if revision != commit and ".." not in revision:
+        note = _cache_of(repo) / "refs" / revision
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(commit, encoding="utf-8")
+
+
+def _cache_of(repo: str) -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
 
 def _cached_folder(repo: str, revision: str | None) -> Path | None:
@@ -283,33 +259,183 @@ def _cached_folder(repo: str, revision: str | None) -> Path | None:
     return None
 
 
-def download(files: list[SourceFile], repository: Repository, progress: Progress | None) -> None:
-    """Have these files here, several at a time; what has arrived is kept and completed by the next attempt.
+def refuse_if_too_large(files: list[SourceFile]) -> str | None:
+    """A sentence on what of these is still to be downloaded, and where to; None where all are here.
 
     Raises:
-        HxaconvError: as for reading them.
+        HxaconvError: when there is no room for all of them.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    missing = {file.label: file.size for file in files if file.path is None}
+    if not missing:
+        return None
+    folder, total = Path(HF_HUB_CACHE), sum(missing.values())
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if total > free:
+        raise HxaconvError(
+            f"{total:,} bytes to download ({len(missing)} files), {free:,} bytes free in {folder}",
+            hint="Free some space, or set HF_HOME to a folder on a larger disk.",
+        )
+    return f"{len(missing)} files of {total:,} bytes will be downloaded into {folder} ({free:,} bytes free)"
+
+
+def download(files: list[SourceFile], repository: Repository, progress: Progress | None) -> None:
+    """Have these files here, several at a time.
+
+    An interruption does not wait for connections: the threads that hold them end with the program.
+
+    Raises:
+        HxaconvError: as for reading them; whole files are kept in the Hub's cache.
     """
     if not files:
         return
-    lock = threading.Lock()
+    refuse_if_too_large(files)
     if progress is not None:
         progress.start(f"Downloading {repository.label}", sum(file.size for file in files))
+    arrived: queue.SimpleQueue[tuple[str, int] | BaseException | None] = queue.SimpleQueue()
+    waiting = queue.SimpleQueue[SourceFile]()
+    for file in files:
+        waiting.put(file)
 
-        def advance(count: int, name: str) -> None:
-            with lock:
-                progress.advance(count, name)
+    def tell(name: str, count: int) -> None:
+        arrived.put((name, count))
 
-        repository.advance = advance
+    def work() -> None:
+        try:
+            while True:
+                file = waiting.get_nowait()
+                file.path = repository._fetch_planned(file, functools.partial(tell, file.name))
+        except queue.Empty:
+            arrived.put(None)
+        except BaseException as error:
+            arrived.put(error)
+
     try:
-        with ThreadPoolExecutor(DOWNLOAD_WORKERS) as pool:
-            try:
-                for _ in pool.map(lambda file: file.open(), files):
-                    pass
-            except BaseException:
-                repository.stopped.set()
-                raise
+        with _quiet():
+            workers = min(DOWNLOAD_WORKERS, len(files))
+            for _ in range(workers):
+                threading.Thread(target=work, daemon=True).start()
+            while workers:
+                with contextlib.suppress(queue.Empty):
+                    # With a limit, so that a signal is seen at once.
+                    found = _next(arrived)
+                    if isinstance(found, BaseException):
+                        raise found
+                    workers -= found is None
+                    if found is not None and progress is not None:
+                        progress.advance(found[1], found[0])
+    except KeyboardInterrupt as stop:
+        stop.add_note("Whole files of the download are kept in the Hub's cache.")
+        raise
     finally:
-        repository.stopped.clear()
-        repository.advance = None
         if progress is not None:
             progress.stop()
+
+
+def _next(arrived: queue.SimpleQueue[T]) -> T:
+    return arrived.get(timeout=0.2)
+
+
+def _aside(action: Callable[[], T]) -> T:
+    """The action's result, computed in a thread of its own where this is the main one, which a signal can interrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        return action()
+    done: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            done.put(action())
+        except BaseException as error:
+            done.put(error)
+
+    with _quiet():
+        threading.Thread(target=work, daemon=True).start()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                found = _next(done)
+                if isinstance(found, BaseException):
+                    raise found
+                return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no log lines of huggingface_hub's own: they would be written over ours."""
+    logging = hub_utils().logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def hub_utils() -> Any:
+    """huggingface_hub.utils, which exports its functions without saying so to type checkers."""
+    from huggingface_hub import utils
+
+    return utils
+
+
+def network_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises: OSError covers requests, the other base httpx (huggingface_hub >= 1.0)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, HfHubHTTPError.__bases__[0])
+
+
+def status_of(error: Exception) -> int | None:
+    """The status that the Hub answered with, None where it did not answer."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def explain(error: Exception, repo: str, revision: str | None, *, begun: str = "") -> HxaconvError:
+    """One sentence and the next step; the texts of HTTP errors are left out, as they may quote headers.
+
+    `begun` names a file whose transfer had begun: then the model is known to be there.
+    """
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{repo}"
+    status = status_of(error)
+    if isinstance(error, errors.GatedRepoError):
+        return HxaconvError(
+            f"{repo} is gated: its authors let in who accepts their conditions",
+            hint=f"Accept them at {page}, then log in: `hf auth login` (or set HF_TOKEN).",
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return HxaconvError(
+            f"{repo}: no such path here, and no such model on the Hub, or a private one without access",
+            hint=f"Check the spelling. {_LOGIN} if it is private.",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return HxaconvError(
+            f"{repo} has no revision {revision!r}", hint=f"Branches, tags and commits are listed at {page}/tree/main."
+        )
+    if isinstance(error, errors.EntryNotFoundError) and status == 404:
+        return HxaconvError(f"{repo}: a file that the model lists is not there", hint=f"See {page}/tree/main.")
+    if status in (401, 403):
+        return HxaconvError(
+            f"The Hub refuses access to {repo} (status {status})",
+            hint=f"{_LOGIN}; the token needs the permission for this repository.",
+        )
+    if status is not None:
+        return HxaconvError(f"The Hub answers {status} for {repo}", hint="Try again in a few minutes.")
+    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
+        return HxaconvError(
+            f"{repo} is not in the Hub's cache, and the Hub is not used (HF_HUB_OFFLINE)",
+            hint=f"Unset HF_HUB_OFFLINE, or download it where there is network: hf download {repo}",
+        )
+    if begun and not isinstance(error, OSError):
+        return HxaconvError(
+            f"{repo}: the connection broke while {begun} was read ({type(error).__name__})",
+            hint="The same command goes on with the files that are missing; whole files are kept in the Hub's cache.",
+        )
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        return HxaconvError(f"{error.filename or repo}: {error.strerror}")
+    return HxaconvError(
+        f"{repo}: no such path here, and the Hub cannot be reached ({type(error).__name__})",
+        hint="Check the network (HTTPS_PROXY, HF_ENDPOINT); whole files of a download are kept.",
+    )

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from hxaconv.errors import MAX_LISTED, HxaconvError, bullet_list, raise_all
 from hxaconv.formats import Contents, read_contents
 from hxaconv.formats.contents import show
-from hxaconv.formats.files import SourceFile, kind_of
+from hxaconv.formats.files import TEMPLATES, SourceFile, kind_of
 from hxaconv.formats.json_files import PROVENANCE_NAME, read_config, read_sidecar
-from hxaconv.load.companions import TEMPLATES, is_companion
+from hxaconv.load.companions import is_companion
 from hxaconv.load.kinds import Kind, kind_of_config, kind_of_shell, kind_of_tensors
 from hxaconv.load.trained import Trained, find_trained
 from hxaconv.load.weight_files import SHARD, WEIGHTS, Folder, NoWeights, Selection, facts_of, select_weights
@@ -94,7 +94,7 @@ def _open_hub(repo: str, revision: str | None, *, label: str, progress: Progress
     """Open a model of the Hub, or what the cache has of it without network."""
     from hxaconv.formats import hub
 
-    repository = hub.open_repository(repo, revision)
+    repository = hub.open_repository(repo, revision, progress)
     if isinstance(repository, Path):
         return open_folder(repository, label=label, repo=repo, revision=repository.name)
 

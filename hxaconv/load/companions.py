@@ -10,12 +10,10 @@ from collections.abc import Iterable, Mapping
 
 from hxaconv.errors import raise_all
 from hxaconv.formats.contents import show
-from hxaconv.formats.files import SourceFile
+from hxaconv.formats.files import TEMPLATES, SourceFile
 from hxaconv.formats.json_files import MAX_JSON_BYTES, parse_json
 from hxaconv.model.model import Checkpoint
 
-TEMPLATES = "additional_chat_templates"
-"""A folder of transformers: one template per file."""
 TOKENIZERS = re.compile(
     r"tokenizer\.json|tokenizer(\.mm)?\.model(\.v\d+(m\d+)?)?|tekken\.json|spiece\.model|sentencepiece(\.bpe)?\.model"
     r"|(source|target)\.spm|spm\.model|vocab\.(json|txt|bpe)|[\w.-]+\.tiktoken|rwkv_vocab\w*\.txt|bpe\.codes|\w+\.bpe"

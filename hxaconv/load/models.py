@@ -288,8 +288,25 @@ def download(
     """
     heads = [model.tied_head for model in models if model.tied_head is not None]
     files = [*needed, *(file for head in heads for file in head.files)]
-    for checkpoint in checkpoints:
-        if checkpoint.repo is not None:
-            download_weights(checkpoint, progress, needed=files)
+    remote = [checkpoint for checkpoint in checkpoints if checkpoint.handle is not None]
+    if remote:
+        will_download(remote, files)
+    for checkpoint in remote:
+        download_weights(checkpoint, progress, needed=files)
     for head in heads:
         head.check()
+
+
+def will_download(checkpoints: Iterable[Checkpoint], needed: Iterable[SourceFile]) -> str | None:
+    """For people, what of these files of the checkpoints comes from the Hub and is not here yet; None: nothing.
+
+    Raises:
+        HxaconvError: when there is no room for all of it.
+    """
+    wanted = set(needed)
+    files = [file for checkpoint in checkpoints if checkpoint.handle for file in checkpoint.files if file in wanted]
+    if not files:
+        return None
+    from hxaconv.formats.hub import refuse_if_too_large
+
+    return refuse_if_too_large(files)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hxaconv.errors import HxaconvError
-from hxaconv.formats.hub_client import explain, hub_utils, network_errors
+from hxaconv.formats.hub import explain, hub_utils, network_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

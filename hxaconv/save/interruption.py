@@ -139,7 +139,8 @@ def interruptible(kept: Callable[[], str]) -> Iterator[Signals]:
             yield signals
         except KeyboardInterrupt as stop:
             number = getattr(stop, "number", signal.SIGINT)
-            raise Interrupted(number, f"Interrupted. {kept()}") from None
+            said = [*getattr(stop, "__notes__", ()), kept()]
+            raise Interrupted(number, f"Interrupted. {' '.join(said)}") from None
         except (MemoryError, RuntimeError) as error:
             told = out_of_memory(error)
             if told is None:
