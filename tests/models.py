@@ -55,7 +55,8 @@ def teacher(name: str) -> Model:
 def student(name: str, container: str = "student.pth") -> Model:
     """The student of a golden case; a training checkpoint is completed by the teacher."""
     base = teacher(name)
-    model = student_model(open_checkpoint(GOLDEN / name / container), teacher=base.teacher)
+    told = {"rwkv_architecture": "hxa079"}
+    model = student_model(open_checkpoint(GOLDEN / name / container), flags=told, teacher=base.teacher)
     if container != "trained_attention.pth":
         return model
     return Model(model.config, graft(model.plan, base.plan, model.student).plan, model.label)

@@ -111,6 +111,7 @@ def test_conversions_go_round_without_losing_a_bit(cli: Cli, golden: Path, tmp_p
     facts = json.loads((golden / case / "case.json").read_text())
     settings = ["--rope-theta", facts["rope_theta"], "--rms-norm-eps", facts["rms_norm_eps"], "--quiet"]
     settings.append("--tie-word-embeddings" if case == "qwen3_tiny" else "--no-tie-word-embeddings")
+    settings += ["--variant", "hxa079"]
     assert cli("to-hf", golden / case / "student.pth", tmp_path / "hf", *settings) == 0
     assert cli("to-pth", tmp_path / "hf", tmp_path / "back.pth", "--quiet") == 0
     assert cli("to-hf", tmp_path / "back.pth", tmp_path / "hf2", "--quiet") == 0
@@ -129,7 +130,19 @@ def test_conversions_go_round_without_losing_a_bit(cli: Cli, golden: Path, tmp_p
 
 def test_config_json_has_the_keys_of_every_reader(cli: Cli, golden: Path, tmp_path: Path) -> None:
     case = golden / "qwen3_tiny"
-    assert cli("to-hf", case / "student.pth", tmp_path / "hf", "--teacher", case / "teacher", "--quiet") == 0
+    assert (
+        cli(
+            "to-hf",
+            case / "student.pth",
+            tmp_path / "hf",
+            "--teacher",
+            case / "teacher",
+            "--variant",
+            "hxa079",
+            "--quiet",
+        )
+        == 0
+    )
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     rwkv_infer = "rwkv_architecture num_hidden_layers num_key_value_heads head_dim num_attention_heads rms_norm_eps"
     llama_cpp = "transformer_layers rwkv_layers attention_bias attention_out_bias lora_rank_decay lora_rank_iclr"
@@ -164,7 +177,19 @@ def test_a_tied_head_is_written_out_in_a_pth_and_tied_again(cli: Cli, golden: Pa
 
 def test_back_to_training(cli: Cli, golden: Path, tmp_path: Path) -> None:
     case = golden / "reka_tiny"
-    assert cli("to-hf", case / "student.pth", tmp_path / "hf", "--teacher", case / "teacher", "--quiet") == 0
+    assert (
+        cli(
+            "to-hf",
+            case / "student.pth",
+            tmp_path / "hf",
+            "--teacher",
+            case / "teacher",
+            "--variant",
+            "hxa079",
+            "--quiet",
+        )
+        == 0
+    )
     assert cli("to-training", tmp_path / "hf", tmp_path / "t.pth", "--quiet") == 0
     made = torch.load(tmp_path / "t.pth", weights_only=True)
     expected = torch.load(case / "trained_attention.pth", weights_only=True)
@@ -176,7 +201,15 @@ def test_back_to_training(cli: Cli, golden: Path, tmp_path: Path) -> None:
 
 def test_padding_and_casting_are_verified(cli: Cli, golden: Path, tmp_path: Path) -> None:
     case = golden / "reka_tiny"
-    source = [case / "student.pth", tmp_path / "padded", "--teacher", case / "teacher", "--quiet"]
+    source = [
+        case / "student.pth",
+        tmp_path / "padded",
+        "--teacher",
+        case / "teacher",
+        "--variant",
+        "hxa079",
+        "--quiet",
+    ]
     assert cli("to-hf", *source, "--pad-ffn", "256") == 0
     assert json.loads((tmp_path / "padded" / "config.json").read_text())["intermediate_size"] == 256
     assert cli("to-hf", tmp_path / "padded", tmp_path / "wide", "--dtype", "float32", "--quiet") == 0
@@ -327,7 +360,15 @@ def test_help_imports_nothing_heavy() -> None:
 def test_inspect_and_pure_conversions_never_import_torch(cli: Cli, golden: Path, tmp_path: Path) -> None:
     case = golden / "reka_tiny"
     assert imported(["inspect", str(case / "student.pth")], ["torch"]) == []
-    to_hf = ["to-hf", str(case / "student.pth"), str(tmp_path / "hf"), "--teacher", str(case / "teacher")]
+    to_hf = [
+        "to-hf",
+        str(case / "student.pth"),
+        str(tmp_path / "hf"),
+        "--teacher",
+        str(case / "teacher"),
+        "--variant",
+        "hxa079",
+    ]
     assert imported([*to_hf, "--no-verify", "--quiet"], ["torch"]) == []
     to_pth = ["to-pth", str(tmp_path / "hf"), str(tmp_path / "s.pth")]
     assert imported([*to_pth, "--no-verify", "--quiet"], ["torch"]) == []
@@ -443,7 +484,7 @@ def test_a_shard_counts_its_header(cli: Cli, tiny_teacher: Path, tmp_path: Path)
 @pytest.mark.parametrize("out", ["o.pth", "o"])
 def test_other_layers_of_a_tied_student(cli: Cli, golden: Path, tmp_path: Path, source: str, out: str) -> None:
     case = golden / "qwen3_tiny"
-    words = ["--layers", "1-2", "--teacher", case / "teacher", "--quiet"]
+    words = ["--layers", "1-2", "--teacher", case / "teacher", "--variant", "hxa079", "--quiet"]
     assert cli("pick-gqa-layers", case / source, tmp_path / out, *words) == 0
 
 
@@ -463,7 +504,7 @@ def test_advice_never_replaces_a_file_unasked(
 def test_the_recorded_command_can_be_typed_again(cli: Cli, golden: Path, tmp_path: Path) -> None:
     case = golden / "reka_tiny"
     words = ["to-hf", case / "student.pth", tmp_path / "a", "--pad-ffn", "256", "--no-tie-word-embeddings"]
-    words += ["--rope-theta", "8e6", "--rms-norm-eps", "1e-5"]
+    words += ["--rope-theta", "8e6", "--rms-norm-eps", "1e-5", "--variant", "hxa079"]
     assert cli(*words, "--quiet") == 0
     line = json.loads((tmp_path / "a" / "hxaconv.json").read_text())["command_line"]
     again = tmp_path / "again" / "a"

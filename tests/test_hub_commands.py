@@ -45,6 +45,7 @@ def test_only_the_shards_that_are_needed_are_fetched(hub: HubServer, golden: Pat
     case = golden / "reka_tiny"
     hub.add_folder("org/teacher", case / "teacher")
     words = ["to-training", case / "trained_attention.pth", tmp_path / "t.pth", "--teacher", "org/teacher", "--quiet"]
+    words += ["--variant", "hxa079"]
     done = run(hub, tmp_path / "home", *words, "--no-verify")
     assert done.returncode == 0, done.stderr
     # Attention alone needs the teacher's config, and none of its weights.
@@ -56,6 +57,7 @@ def test_only_the_shards_that_are_needed_are_fetched(hub: HubServer, golden: Pat
     partial = {n: t for n, t in student.items() if ".self_attn." in n or index.get(n) != last}
     save_file(partial, tmp_path / "partial.safetensors")
     words = ["to-hf", tmp_path / "partial.safetensors", tmp_path / "hf", "--teacher", "org/teacher", "--quiet"]
+    words += ["--variant", "hxa079"]
     done = run(hub, tmp_path / "home", *words, "--no-verify")
     assert done.returncode == 0, done.stderr
     fetched = {path.rsplit("/", 1)[-1] for _, path, ranged in hub.requests if ranged is None and "/resolve/" in path}

@@ -21,7 +21,19 @@ TWO_THETAS = {"rope_theta": 10000.0, "rope_parameters": {"rope_type": "default",
 def folder(cli: Cli, golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """A golden student as `to-hf` writes it."""
     case = golden / "reka_tiny"
-    assert cli("to-hf", case / "student.pth", tmp_path / "hf", "--teacher", case / "teacher", "--quiet") == 0
+    assert (
+        cli(
+            "to-hf",
+            case / "student.pth",
+            tmp_path / "hf",
+            "--teacher",
+            case / "teacher",
+            "--variant",
+            "hxa079",
+            "--quiet",
+        )
+        == 0
+    )
     capsys.readouterr()
     return tmp_path / "hf"
 
@@ -127,19 +139,32 @@ def test_a_layer_trained_in_part_is_not_completed_from_the_teacher(
     cli: Cli, golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case, training = golden / "reka_tiny", tmp_path / "training.safetensors"
-    assert cli("to-pth", case / "student.pth", tmp_path / "t.pth", "--teacher", case / "teacher", "--quiet") == 0
+    assert (
+        cli(
+            "to-pth",
+            case / "student.pth",
+            tmp_path / "t.pth",
+            "--teacher",
+            case / "teacher",
+            "--variant",
+            "hxa079",
+            "--quiet",
+        )
+        == 0
+    )
     tensors = load_file(case / "student_hf" / "model.safetensors")
     kept = {
         n: t for n, t in tensors.items() if ".self_attn." in n and not n.endswith("layers.4.self_attn.k_proj.weight")
     }
     save_file(kept, training)
     capsys.readouterr()
-    assert cli("to-hf", training, tmp_path / "o", "--teacher", case / "teacher") == 2
+    assert cli("to-hf", training, tmp_path / "o", "--teacher", case / "teacher", "--variant", "hxa079") == 2
     said = capsys.readouterr().err
     assert "only in part" in said and "model.layers.4.self_attn.k_proj.weight is missing" in said
     whole = kept | {n: t for n, t in tensors.items() if n.endswith("layers.4.self_attn.k_proj.weight")}
     save_file(whole, training)
-    assert cli("to-hf", training, tmp_path / "o", "--teacher", case / "teacher", "--quiet") == 0
+    told = ("--teacher", case / "teacher", "--variant", "hxa079")
+    assert cli("to-hf", training, tmp_path / "o", *told, "--quiet") == 0
 
 
 def test_a_student_of_gqa_layers_alone_is_known_by_its_config(

@@ -19,14 +19,15 @@ from hxaconv.load.teacher import open_teacher
 from hxaconv.model.plan import Recipe
 from hxaconv.save.student_json import student_json
 
-FLAGS = {"rope_theta": 8e6, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+VARIANT = {"rwkv_architecture": "hxa079"}
+FLAGS = VARIANT | {"rope_theta": 8e6, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 
 
 def test_a_pth_says_its_dimensions_and_asks_for_the_rest(golden: Path) -> None:
     checkpoint = open_checkpoint(golden / "reka_tiny" / "student.pth")
     with pytest.raises(HxaconvError) as caught:
         student_model(checkpoint)
-    for flag in ("--rope-theta", "--rms-norm-eps", "--tie-word-embeddings"):
+    for flag in ("--rope-theta", "--rms-norm-eps", "--tie-word-embeddings", "--variant"):
         assert flag in str(caught.value)
     config = student_model(checkpoint, flags=FLAGS).student
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 12)
@@ -37,11 +38,11 @@ def test_a_pth_says_its_dimensions_and_asks_for_the_rest(golden: Path) -> None:
 def test_a_teacher_or_a_layer_map_says_it(golden: Path) -> None:
     checkpoint = open_checkpoint(golden / "qwen3_tiny" / "student.pth")
     teacher = open_teacher(open_checkpoint(golden / "qwen3_tiny" / "teacher")).teacher
-    model = student_model(checkpoint, teacher=teacher)
+    model = student_model(checkpoint, flags=VARIANT, teacher=teacher)
     assert model.config.rope_theta == 1e6
     assert model.config.tie_word_embeddings
     assert "lm_head.weight" not in model.plan
-    named = Facts("layer map x", {"rope_theta": 5e5, "rms_norm_eps": 1e-6, "tie_word_embeddings": True})
+    named = Facts("layer map x", {"rope_theta": 5e5, "rms_norm_eps": 1e-6, "tie_word_embeddings": True} | VARIANT)
     assert student_model(checkpoint, layer_map=named).config.rope_theta == 5e5
 
 
@@ -50,8 +51,8 @@ def test_sources_that_contradict_are_an_error_unless_an_option_decides(golden: P
     teacher = open_teacher(open_checkpoint(golden / "reka_tiny" / "teacher")).teacher
     wrong = Facts("layer map x", {"rope_theta": 1e6})
     with pytest.raises(HxaconvError, match=r"8000000\.0 by the teacher, 1000000\.0 by layer map x"):
-        student_model(checkpoint, teacher=teacher, layer_map=wrong)
-    decided = student_model(checkpoint, flags={"rope_theta": 1e6}, teacher=teacher, layer_map=wrong)
+        student_model(checkpoint, flags=VARIANT, teacher=teacher, layer_map=wrong)
+    decided = student_model(checkpoint, flags=VARIANT | {"rope_theta": 1e6}, teacher=teacher, layer_map=wrong)
     assert decided.config.rope_theta == 1e6
 
 
@@ -95,6 +96,27 @@ def test_layers_of_no_known_variant_are_named_with_the_nearest(golden: Path) -> 
         student_model(without)
     name = "model.layers.0.self_attn.v2"
     wide = replace(checkpoint, plan=checkpoint.plan | {name: reshaped(checkpoint.plan[name], (32, 48))})
-    student = student_model(wide, flags={"rope_theta": 1e4, "rms_norm_eps": 1e-5, "tie_word_embeddings": False})
+    student = student_model(wide, flags=FLAGS)
     with pytest.raises(Inconsistent, match=r"v2 has shape \(32, 48\), the config implies"):
         complete(student)
+
+
+def test_an_option_does_not_make_one_variant_of_another(golden: Path, tmp_path: Path) -> None:
+    config = student_model(open_checkpoint(golden / "reka_tiny" / "student.pth"), flags=FLAGS).student
+    shutil.copy(golden / "reka_tiny" / "student_hf" / "model.safetensors", tmp_path)
+    raw = student_json(config, {}, "BF16")
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rwkv_architecture": "hxa07d"}))
+    assert student_model(open_checkpoint(tmp_path)).student.rwkv_architecture == "hxa07d"
+    with pytest.raises(Inconsistent, match=r"'hxa079' by --variant, 'hxa07d' by config\.json"):
+        student_model(open_checkpoint(tmp_path), flags=VARIANT)
+
+
+def test_names_of_the_published_trainer_tell_hxa079_until_somebody_says_otherwise(golden: Path) -> None:
+    checkpoint = open_checkpoint(golden / "reka_tiny" / "trained_attention.pth")
+    teacher = open_teacher(open_checkpoint(golden / "reka_tiny" / "teacher")).teacher
+    taken = student_model(checkpoint, teacher=teacher)
+    assert taken.student.rwkv_architecture == "hxa079"
+    assert "which trains no hxa07d" in taken.notes[0]
+    told = student_model(checkpoint, flags={"rwkv_architecture": "hxa07d"}, teacher=teacher)
+    assert told.student.rwkv_architecture == "hxa07d"
+    assert told.notes == ()

@@ -126,13 +126,33 @@ def test_a_limit_that_is_given_is_judged_whatever_is_expected(
 ) -> None:
     case = golden / "qwen3_tiny"
     teacher = case / "teacher"
-    compare = ("verify", case / "student_hf", "--against", teacher, "--teacher", teacher, "--quiet")
+    compare = (
+        "verify",
+        case / "student_hf",
+        "--against",
+        teacher,
+        "--teacher",
+        teacher,
+        "--variant",
+        "hxa079",
+        "--quiet",
+    )
     assert cli(*compare, *options) == code
 
 
 def test_limits_of_another_expectation_are_judged_too(cli: Cli, golden: Path) -> None:
     case = golden / "qwen3_tiny"
-    same = ("verify", case / "student_hf", "--against", case / "student_hf", "--teacher", case / "teacher", "--quiet")
+    same = (
+        "verify",
+        case / "student_hf",
+        "--against",
+        case / "student_hf",
+        "--teacher",
+        case / "teacher",
+        "--variant",
+        "hxa079",
+        "--quiet",
+    )
     assert cli(*same, "--max-kl", "1e-9") == 0
     assert cli(*same, "--expect", "close", "--max-logit", "0") == 0
     for limit in ("-1", "nan"):
@@ -279,7 +299,7 @@ def test_an_untied_student_of_a_tied_teacher_that_stores_no_head(cli: Cli, golde
     (tmp_path / "u").mkdir()
     save_file(held, tmp_path / "u" / "model.safetensors")
     words = ("to-hf", tmp_path / "u", tmp_path / "h", "--teacher", case / "teacher", "--no-tie-word-embeddings")
-    assert cli(*words, "--quiet") == 0
+    assert cli(*words, "--variant", "hxa079", "--quiet") == 0
     assert torch.equal(load_file(tmp_path / "h" / "model.safetensors")["lm_head.weight"], held["lm_head.weight"])
     compare = ("verify", tmp_path / "h", "--against", case / "teacher", "--quiet")
     assert cli(*compare) == cli(*compare, "--no-tie-word-embeddings") == 0
@@ -304,6 +324,7 @@ def test_inspect_reads_no_head(golden: Path, tmp_path: Path, monkeypatch: pytest
         str(golden / "qwen3_tiny" / "student.pth"),
         str(tmp_path / "s.pth"),
         teacher=str(teacher),
+        variant="hxa079",
         write=hxaconv.Write(verify=False),
     )
 
@@ -318,7 +339,17 @@ def test_inspect_reads_no_head(golden: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_a_padded_student_goes_to_training_and_back(cli: Cli, golden: Path, tmp_path: Path) -> None:
     case = golden / "qwen3_tiny"
-    pad = ("to-hf", case / "student.pth", tmp_path / "p", "--teacher", case / "teacher", "--pad-ffn", "256")
+    pad = (
+        "to-hf",
+        case / "student.pth",
+        tmp_path / "p",
+        "--teacher",
+        case / "teacher",
+        "--variant",
+        "hxa079",
+        "--pad-ffn",
+        "256",
+    )
     assert cli(*pad, "--quiet") == 0
     assert cli("to-training", tmp_path / "p", tmp_path / "a.pth", "--quiet") == 0
     assert cli("to-hf", tmp_path / "a.pth", tmp_path / "h", "--teacher", case / "teacher", "--quiet") == 0
@@ -330,7 +361,17 @@ def test_a_padded_student_goes_to_training_and_back(cli: Cli, golden: Path, tmp_
 def test_weights_that_were_trained_in_small_steps_can_be_cast(cli: Cli, golden: Path, tmp_path: Path) -> None:
     """Steps below half a bf16 step are all rounded away in one direction, which adds up in a layer."""
     case = golden / "qwen3_tiny"
-    made = ("to-hf", case / "student.pth", tmp_path / "f", "--teacher", case / "teacher", "--dtype", "float32")
+    made = (
+        "to-hf",
+        case / "student.pth",
+        tmp_path / "f",
+        "--teacher",
+        case / "teacher",
+        "--variant",
+        "hxa079",
+        "--dtype",
+        "float32",
+    )
     assert cli(*made, "--quiet") == 0
     rewritten(tmp_path / "f", lambda held: {name: tensor + 1e-4 for name, tensor in held.items()})
     assert cli("to-pth", tmp_path / "f", tmp_path / "c.pth", "--dtype", "bfloat16", "--quiet") == 0
@@ -345,7 +386,16 @@ def test_settings_that_one_of_two_cannot_say_are_the_others(
     cli: Cli, golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = golden / "reka_tiny"
-    made = ("to-hf", case / "student.pth", tmp_path / "h", "--teacher", case / "teacher", "--quiet")
+    made = (
+        "to-hf",
+        case / "student.pth",
+        tmp_path / "h",
+        "--teacher",
+        case / "teacher",
+        "--variant",
+        "hxa079",
+        "--quiet",
+    )
     assert cli(*made) == 0
     for one, other in ((case / "student.pth", tmp_path / "h"), (tmp_path / "h", case / "student.pth")):
         capsys.readouterr()
@@ -353,7 +403,9 @@ def test_settings_that_one_of_two_cannot_say_are_the_others(
         report = json.loads(capsys.readouterr().out)
         assert report["expect"] == "identical"
         assert any("student.pth says nothing of rope_theta" in note for note in report["notes"])
-    assert cli("verify", case / "student.pth", "--against", case / "teacher", "--quiet") == 0
+    against = ("verify", case / "student.pth", "--against", case / "teacher", "--quiet")
+    assert cli(*against) == 2, "a teacher tells rope_theta, not the variant"
+    assert cli(*against, "--variant", "hxa079") == 0
     assert cli("verify", case / "student.pth", "--against", case / "student.pth", "--quiet") == 2
 
 

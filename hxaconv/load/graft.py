@@ -47,7 +47,7 @@ def complete(student: Model) -> Model:
     if grafted.both:
         notes.append(f"{len(grafted.both)} tensors are in both, the trained ones are taken:")
         notes += [f"  - {name}" for name in grafted.both]
-    return checked_here(replace(student, plan=grafted.plan, tied_head=tied, notes=tuple(notes)))
+    return checked_here(replace(student, plan=grafted.plan, tied_head=tied, notes=(*student.notes, *notes)))
 
 
 @dataclass(frozen=True, slots=True)

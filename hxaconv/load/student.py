@@ -66,6 +66,9 @@ class MissingSettings(HxaconvError):
         self.missing = missing
 
 
+TRAINER = "the published trainer's names"
+"""A source of last resort: names that only the published trainer gives."""
+
 FIXED = {"nope_in_transformer": (True,), "nope_in_rwkv": (False,), "hidden_act": ("silu", "swish")}
 """What hxa079 leaves no choice in; a config.json that says otherwise describes another model."""
 
@@ -90,15 +93,26 @@ def parameters_found(plan: Plan) -> set[str]:
 
 
 def variant_facts(checkpoint: Checkpoint) -> dict[str, str]:
-    """The variant, where names tell it.
-
-    hxa079 and hxa07d have the same tensors. A checkpoint with the names of the published trainer is what that can
-    train; for others nothing is said.
-    """
+    """The variant, where the names of its parameters tell it: hxa079 and hxa07d have the same."""
     candidates = matching(parameters_found(checkpoint.plan))
-    if len(candidates) > 1 and True:
-        candidates = tuple(variant for variant in candidates if variant.ranks is not None)
     return {"rwkv_architecture": candidates[0].name} if len(candidates) == 1 else {}
+
+
+def trained_variant(checkpoint: Checkpoint) -> dict[str, str]:
+    """Of variants with the same parameters, the one that the published trainer trains, where the names are its."""
+    candidates = [variant for variant in matching(parameters_found(checkpoint.plan)) if variant.ranks is not None]
+    told = checkpoint.dialect == "training" and len(candidates) == 1
+    return {"rwkv_architecture": candidates[0].name} if told else {}
+
+
+def variant_note(sources: list[Facts]) -> list[str]:
+    """What is said where nothing but the names of the published trainer tells the variant."""
+    told = [source for source in sources if "rwkv_architecture" in source.values]
+    if [source.source for source in told] != [TRAINER]:
+        return []
+    name = told[0].values["rwkv_architecture"]
+    others = [v.name for v in matching(VARIANTS[name].required) if v.name != name]
+    return [f"taken for {name}: its names are the published trainer's, which trains no {' or '.join(others)}"]
 
 
 def tensor_facts(plan: Plan) -> dict[str, Any]:
@@ -256,6 +270,7 @@ def gather_facts(
     elif teacher is not None:
         # Its scaling may have been dropped when the student was made.
         facts.append(_without_told(Facts("the teacher", model_facts(teacher)), "rope_scaling", facts))
+    facts.append(_without_told(Facts(TRAINER, trained_variant(checkpoint)), "rwkv_architecture", facts))
     if layer_map is not None:
         # A student of another variant may have the same layers.
         facts.append(_without_told(layer_map, "rwkv_architecture", facts))
@@ -356,6 +371,18 @@ def _remedy(key: str) -> str:
     return "pass --teacher (the checkpoint holds attention only)"
 
 
+def _refuse_another_variant(name: str, facts: list[Facts], checkpoint: Checkpoint) -> None:
+    """Stop where a file names a variant, and the parameters are those of others."""
+    candidates = [variant.name for variant in matching(parameters_found(checkpoint.plan))]
+    if candidates and name not in candidates:
+        source = next(one.source for one in facts if "rwkv_architecture" in one.values)
+        raise Inconsistent(
+            f"{checkpoint.label}: rwkv_architecture is {name!r} by {source}, its tensors are those of"
+            f" {' or '.join(candidates)}",
+            hint="The file belongs to another model, or names the wrong variant.",
+        )
+
+
 def _refuse_unknown_variant(plan: Plan, where: str) -> None:
     """Stop at RWKV layers whose parameters are those of no known variant."""
     found = parameters_found(plan)
@@ -392,9 +419,11 @@ def student_model(
     if not any("rwkv_architecture" in source.values for source in facts):
         _refuse_unknown_variant(checkpoint.plan, checkpoint.label)
     config = resolve(facts, checkpoint.label)
+    _refuse_another_variant(config.rwkv_architecture, facts, checkpoint)
     plan, tied = checkpoint.plan, None
     if config.tie_word_embeddings and (EMBEDDING in plan or teacher is None):
         plan, tied = split_tied_head(plan, checkpoint.label)
     plan = split_fused(plan, config)
-    model = Model(config, plan, checkpoint.label, checkpoint.config or checkpoint.sidecar or {}, tied, checkpoint)
+    raw, notes = checkpoint.config or checkpoint.sidecar or {}, tuple(variant_note(facts))
+    model = Model(config, plan, checkpoint.label, raw, tied, checkpoint, notes=notes)
     return model if headers_only else checked_here(model)
