@@ -14,7 +14,7 @@ from writing import TARGETS, leftovers, output, partials, plan_over, reference, 
 
 from hxaconv.errors import HxaconvError
 from hxaconv.save import diskio
-from hxaconv.save.journal import read_journals
+from hxaconv.save.staging import read_journals
 
 
 def error_of(out, **options):

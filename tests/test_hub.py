@@ -18,7 +18,7 @@ import torch
 from hub_server import TOKEN, HubServer
 
 from hxaconv.errors import HxaconvError
-from hxaconv.save.hub_push import push_folder
+from hxaconv.save.run import push_folder
 
 ROOT = Path(__file__).parents[1]
 TEACHER = Path(__file__).parent / "golden" / "reka_tiny" / "teacher"
@@ -30,7 +30,7 @@ from pathlib import Path
 from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.errors import HxaconvError
 from hxaconv.load.checkpoint import download_weights
-from hxaconv.save.hub_push import push_folder
+from hxaconv.save.run import push_folder
 from hxaconv.model.plan import Scratch
 def digest(checkpoint):
     import hashlib

@@ -18,9 +18,9 @@ from writing import leftovers, output, partials, plan_over, reference, source, t
 
 from hxaconv.errors import HxaconvError
 from hxaconv.options import Write
-from hxaconv.save import locks
+from hxaconv.save import diskio
 from hxaconv.save.interruption import Interrupted
-from hxaconv.save.journal import read_journals
+from hxaconv.save.staging import read_journals
 from hxaconv.save.writer import write
 
 HERE = Path(__file__).parent
@@ -102,7 +102,7 @@ def test_a_file_system_without_locks_holds_nobody_up(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", flock)
     path = tmp_path / "lock"
     path.write_text("not JSON")
-    with locks.held(path, path), locks.held(path, path):
+    with diskio.held(path, path), diskio.held(path, path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert not path.exists()
 

@@ -28,7 +28,7 @@ from hxaconv.forward.batches import First
 from hxaconv.forward.fingerprint import computed_with, refuse_to_mix
 from hxaconv.forward.fingerprint import fingerprint as fingerprint_of
 from hxaconv.model.model import Model
-from hxaconv.save import locks
+from hxaconv.save import diskio
 
 FORMAT = 2
 
@@ -199,5 +199,5 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         HxaconvError: when another process is at it, or nothing can be written there.
     """
-    with locks.held(folder.with_name(f".{folder.name}.hxaconv-lock"), folder):
+    with diskio.held(folder.with_name(f".{folder.name}.hxaconv-lock"), folder):
         yield

@@ -23,9 +23,8 @@ from hxaconv.options import Argument, Choice, Init, Option, Settings, Shown, Sou
 from hxaconv.save.card import UNTRAINED, partly_untrained
 from hxaconv.save.diskio import write_result
 from hxaconv.save.interruption import interruptible
-from hxaconv.save.kept_shards import kept_shards
 from hxaconv.save.outcome import Outcome
-from hxaconv.save.output import Output, Record, dtype_warnings, lay_out
+from hxaconv.save.output import Output, Record, dtype_warnings, kept_shards, lay_out
 from hxaconv.save.records import history_of, init_record
 from hxaconv.save.run import Verify, save
 from hxaconv.save.writer import refuse

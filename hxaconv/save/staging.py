@@ -25,8 +25,9 @@ from hxaconv.errors import HxaconvError, bullet_list, raise_all
 from hxaconv.formats.files import SourceFile, write_from
 from hxaconv.formats.layout import FileLayout
 from hxaconv.save import diskio
+from hxaconv.save.checksums import Finished
 from hxaconv.save.output import Output
-from hxaconv.save.plan_record import differences, fingerprint, plan_of
+from hxaconv.save.records import differences, fingerprint, plan_of
 
 RECORD_NAME = "plan.json"
 _MARKER = "publishing"
@@ -300,3 +301,47 @@ def _undo(staging: Staging) -> None:
         replaced.rmdir()
     diskio.sync_folder(staging.target.parent)
     (staging.path / _MARKER).unlink(missing_ok=True)
+
+
+_JOURNAL = "journal"
+
+
+class Journal:
+    """Appends to one file; every rank writes its own."""
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self._path = folder / (f"{_JOURNAL}-{rank}" if rank else _JOURNAL)
+        with diskio.explained(self._path, "opening"):
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def done(self, finished: Sequence[Finished]) -> None:
+        """These tensors are synced.
+
+        Raises:
+            HxaconvError: when the lines cannot be written and synced in their turn.
+        """
+        # The break comes first: a line that a crash or a full disk cut short ends where the next one begins.
+        lines = ({"tensor": t.name, "crc32": t.crc32, "sha256": t.sha256, "nonfinite": t.nonfinite} for t in finished)
+        data = memoryview("".join("\n" + json.dumps(line) for line in lines).encode())
+        with diskio.explained(self._path):
+            while len(data):
+                data = data[os.write(self._fd, data) :]
+            diskio.sync_file(self._fd)
+
+    def close(self) -> None:
+        """No more lines."""
+        os.close(self._fd)
+
+
+def read_journals(folder: Path) -> dict[str, Finished]:
+    """The tensors that the journals in a staging folder name; lines cut short by a crash say nothing."""
+    tensors: dict[str, Finished] = {}
+    for path in sorted(folder.glob(f"{_JOURNAL}*")):
+        for line in path.read_bytes().splitlines():
+            try:
+                entry = json.loads(line)
+                name = entry["tensor"]
+                tensors[name] = Finished(name, entry["crc32"], entry["sha256"], entry["nonfinite"])
+            except (ValueError, KeyError, TypeError):
+                continue
+    return tensors

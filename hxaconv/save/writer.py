@@ -19,14 +19,22 @@ from hxaconv.formats.files import SourceChanged, SourceFile
 from hxaconv.formats.layout import FileLayout, Fill
 from hxaconv.options import Write
 from hxaconv.progress import Progress, bar
-from hxaconv.save import diskio, locks, preflight
+from hxaconv.save import diskio, preflight
 from hxaconv.save.checksums import Finished
 from hxaconv.save.documents import read_back, write_documents, write_provenance
 from hxaconv.save.fill import Filling, FillSettings
 from hxaconv.save.interruption import Signals, interruptible
-from hxaconv.save.journal import Journal, read_journals
 from hxaconv.save.output import Output
-from hxaconv.save.staging import plan_record, publish, recover, refuse_other_plans, staging_of, stagings_at
+from hxaconv.save.staging import (
+    Journal,
+    plan_record,
+    publish,
+    read_journals,
+    recover,
+    refuse_other_plans,
+    staging_of,
+    stagings_at,
+)
 
 Prepare = Callable[[Sequence[SourceFile]], None]
 """Gets source files ready to be read: downloads them."""
@@ -75,7 +83,7 @@ def write(
         with run.step():
             preflight.check_place(run.output, run.staging, overwrite=options.overwrite)
             if ranks.rank() == 0:
-                stack.enter_context(locks.held(_lock_path(run.output.target), run.output.target))
+                stack.enter_context(diskio.held(_lock_path(run.output.target), run.output.target))
         signals = stack.enter_context(interruptible(run.what_is_kept))
         stack.enter_context(run.tidy_end())
         tensors = read_journals(run.staging.path)
