@@ -1,13 +1,10 @@
-"""How long work reports itself: a protocol that anybody can implement, and nothing that prints."""
+"""How work reports: progress while it goes on, a protocol that anybody can implement, and results in the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from hxaconv.results import Result
+from typing import Any, Protocol
 
 
 class Progress(Protocol):
@@ -43,3 +40,34 @@ def bar(progress: Progress | None, title: str, total: int) -> Iterator[Callable[
         yield progress.advance
     finally:
         progress.stop()
+
+
+class Result:
+    """A dataclass of plain data. It pickles, and shows as the command line shows it, in a notebook as well."""
+
+    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def headline(self) -> str:
+        """The result in one line."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON can hold it: what the command prints with --json."""
+        raise NotImplementedError
+
+    def raise_if_failed(self) -> None:
+        """Turn a failed check into an error; without checks there is nothing to fail.
+
+        Raises:
+            CheckFailed: naming what failed.
+        """
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.headline}>"
+
+    def _repr_html_(self) -> str:
+        from hxaconv.cli.tables import html
+
+        return html(self)

@@ -18,7 +18,7 @@ import hxaconv
 from hxaconv.calls import in_python, parameters_of
 from hxaconv.commands import COMMANDS
 from hxaconv.model.names import layer_kinds
-from hxaconv.results import Result
+from hxaconv.progress import Result
 
 FUNCTIONS = [name.replace("-", "_") for name in COMMANDS]
 

@@ -14,7 +14,7 @@ import pytest
 from models import GOLDEN, student, teacher
 from rich.console import Console
 
-from hxaconv.cli.report_tables import render_loaders
+from hxaconv.cli.tables import render_loaders
 from hxaconv.formats.dtypes import num_bytes
 from hxaconv.formats.files import SourceFile
 from hxaconv.load.checkpoint import open_checkpoint

@@ -11,7 +11,8 @@ import pytest
 from models import changed, fresh, ids, student
 from rich.console import Console
 
-from hxaconv.cli.report_tables import bar, render
+from hxaconv.cli.tables import error_bar as bar
+from hxaconv.cli.tables import report_tables as render
 from hxaconv.errors import HxaconvError
 from hxaconv.verification.compare import compare_models
 from hxaconv.verification.report import Report

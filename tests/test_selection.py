@@ -10,7 +10,7 @@ import pytest
 import torch
 from selection_models import TEACHER, as_if_trained, copying_teacher, literal
 
-from hxaconv.cli import advice_tables
+from hxaconv.cli import tables
 from hxaconv.commands.plots import draw_advice
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079, llama
@@ -300,11 +300,11 @@ def test_scores_of_layers_that_cannot_be_picked_do_not_count():
 
 def test_report(teacher, student, ids, tmp_path):
     advice = advise(6, Request(strategy="kl", count=2), teacher=teacher, student=student, ids=ids)
-    text = "\n".join(advice_tables.summary(advice))
+    text = "\n".join(tables.summary(advice))
     assert f"GQA layers (2 of 6): {', '.join(map(str, advice.pick.layers))}" in text
     assert "of 2 in common" in text
     assert "kl total" in text
-    bars, letters = advice_tables.strip(advice)
+    bars, letters = tables.strip(advice)
     assert letters[6:] == "".join("G" if i in advice.pick.layers else "R" for i in range(6))
     assert len(bars) == len(letters)
     data = json.loads(json.dumps(advice.to_dict()))
@@ -321,7 +321,7 @@ def shown(advice, width=100):
     from rich.console import Console
 
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(*advice_tables.shown(advice, width), sep="\n")
+    console.print(*tables.advice_tables(advice, width), sep="\n")
     return console.export_text().splitlines()
 
 

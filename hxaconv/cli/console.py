@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import TaskID
 
-    from hxaconv.results import Result
+    from hxaconv.progress import Result
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_OF_ESTIMATE = 3600.0

@@ -3,36 +3,58 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.cli.console import WIDTH, human_bytes, human_count, strip_lines, table, visible
-from hxaconv.errors import shortened
+from hxaconv.cli.console import STRIP_WIDTH, WIDTH, human_bytes, human_count, strip_lines, table, visible
+from hxaconv.errors import MAX_LISTED, shortened
 from hxaconv.model.names import SPLIT, TABLE
+from hxaconv.selection.report import fact_lines, figure_text
+from hxaconv.selection.scores import reasons
+from hxaconv.verification.report import LayerResult, LogitResult, Report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from hxaconv.calibration.report import CalibrationReport
-    from hxaconv.commands.demo import Demo
+    from hxaconv.commands.demo import Demo, Generated
     from hxaconv.commands.inspect import Inspection
     from hxaconv.commands.maps import Maps
     from hxaconv.model.layer_maps import LayerMap
-    from hxaconv.results import Result
+    from hxaconv.progress import Result
     from hxaconv.save.outcome import Outcome
+    from hxaconv.selection.advice import Advice
+
+
+BAR = 12
+LOWEST, HIGHEST = -8, -2
+"""Bars start at a power of ten between these, as the smallest error asks for, and end at a relative error of 1."""
+
+LETTERS = {"rwkv": "R", "gqa": "G", "attention": "A"}
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+SHORT = {
+    "slow convergence": "conv",
+    "slow alignment": "align",
+    "scale mismatch": "scale",
+    "instability": "unstable",
+}
+"""What a table calls the parts of a score, where their names are too long."""
 
 
 def shown(result: Result, width: int, *, plan: bool = True) -> list[RenderableType]:
     """What the command line shows of a result, for `width` columns; `plan`: of an outcome, its plan as well."""
-    from hxaconv.cli import advice_tables, report_tables
-
     tables: dict[str, Callable[[Any], list[RenderableType]]] = {
         "Outcome": lambda outcome: [*(plan_tables(outcome) if plan else []), *done_tables(outcome, width)],
-        "Report": report_tables.render,
-        "Advice": lambda advice: advice_tables.shown(advice, width),
+        "Report": report_tables,
+        "Advice": lambda advice: advice_tables(advice, width),
         "Inspection": inspection_tables,
         "Maps": maps_tables,
         "Step": lambda step: [f"\n# {step.title}", f"$ {step.line}"],
+        "Generated": generated_lines,
         "Demo": demo_lines,
     }
     show = tables.get(type(result).__name__)
@@ -75,11 +97,9 @@ def plan_tables(outcome: Outcome) -> list[RenderableType]:
 
 def done_tables(outcome: Outcome, width: int) -> list[RenderableType]:
     """What came of a plan: the choice of layers, the calibration, the verification, and where it stands."""
-    from hxaconv.cli import advice_tables
-
     shown: list[RenderableType] = []
     if outcome.advice is not None:
-        shown += advice_tables.shown(outcome.advice, width)
+        shown += advice_tables(outcome.advice, width)
     if outcome.calibration is not None:
         shown += _calibrated(outcome.calibration)
     if outcome.report is not None:
@@ -206,6 +226,12 @@ def _map_lines(found: LayerMap) -> list[RenderableType]:
     ]
 
 
+def generated_lines(generated: Generated) -> list[RenderableType]:
+    """How transformers loads a student, and what it writes."""
+    load = f'model = AutoModelForCausalLM.from_pretrained("{generated.folder}", trust_remote_code=True)'
+    return ["\n# And transformers runs it", f">>> {load}", generated.headline]
+
+
 def demo_lines(demo: Demo) -> list[RenderableType]:
     """Where the files of a demo are, what was left out, what to try next."""
     return [
@@ -214,3 +240,200 @@ def demo_lines(demo: Demo) -> list[RenderableType]:
         "What to try next:",
         *(f"  {line}" for line in demo.next),
     ]
+
+
+def report_tables(report: Report) -> list[RenderableType]:
+    """The report in parts that fit WIDTH columns, in reading order."""
+    parts: list[RenderableType] = [_headline(report), _checks(report)]
+    parts += _tensors(report)
+    if report.layers:
+        parts += [_strip(report), _layers(report)]
+    if report.logits is not None:
+        parts.append(_logits(report.logits))
+    parts += render_loaders(report.findings)
+    parts += [_wrapped(f"Note: {note}") for note in report.notes]
+    return parts
+
+
+def render_loaders(verdicts: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """For each verdict of the lint: whether the loader takes the checkpoint, with what settings, and why not."""
+    parts: list[RenderableType] = []
+    for verdict in verdicts:
+        settings = f", with {', '.join(verdict['settings'])}" if verdict["settings"] else ""
+        takes = "takes it" if verdict["takes"] else "does not take it"
+        releases = f" ({'; '.join(verdict['releases'])})" if verdict["takes"] and verdict["releases"] else ""
+        parts.append(_wrapped(f"{verdict['loader']}: {takes}{settings}{releases}"))
+        rows = [("no" if f["blocks"] else "note", f["what"], f["where"], f["do"]) for f in verdict["findings"]]
+        if rows:
+            parts.append(table("", ("", "what", "where", "what to do"), rows, right=4))
+    return parts
+
+
+def error_bar(error: float, lowest: int) -> str:
+    """A relative error on a logarithmic scale: one cell at 10**lowest, BAR cells at 1; empty for 0."""
+    if not math.isfinite(error):
+        return "not finite"
+    if error == 0:
+        return ""
+    cells = round(BAR * (1 - math.log10(error) / lowest))
+    return "█" * min(BAR, max(1, cells))
+
+
+def error_bar_start(errors: list[float]) -> int:
+    """The power of ten below all errors, within LOWEST and HIGHEST."""
+    seen = [error for error in errors if math.isfinite(error) and error > 0]
+    return max(LOWEST, min(HIGHEST, math.floor(math.log10(min(seen))) - 1)) if seen else LOWEST
+
+
+def _headline(report: Report) -> str:
+    against = f" against {report.other}" if report.other else ""
+    verdict = "PASSED" if report.passed else "FAILED"
+    expected = f", expected: {report.expect}" if report.other else ""
+    return _wrapped(f"{verdict}  {report.source}{against}{expected}")
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ")
+
+
+def _checks(report: Report) -> RenderableType:
+    rows = [("ok" if check.passed else "FAILED", check.name, check.detail) for check in report.checks]
+    return table("", ("", "check", "found"), rows, right=3)
+
+
+def _tensors(report: Report) -> list[RenderableType]:
+    if not report.tensors:
+        return []
+    counts = ", ".join(f"{count} {status}" for status, count in report.tensor_counts().items())
+    lines: list[RenderableType] = [_wrapped(f"Tensors: {counts}")]
+    lines += [_wrapped(f"Config: {text}") for text in report.config_differences]
+    changed = [r for r in report.tensors if r.status in ("different", "misshapen")]
+    if changed:
+        rows = [(r.name, r.status, "" if r.max_difference is None else f"{r.max_difference:.3g}") for r in changed]
+        title = "Tensors that differ" + (f", first {MAX_LISTED} of {len(rows)}" if len(rows) > MAX_LISTED else "")
+        lines.append(table(title, ("name", "", "max |d|"), rows[:MAX_LISTED], right=2))
+    return lines
+
+
+def _strip(report: Report) -> str:
+    letters = "".join(LETTERS[result.kind] for result in report.layers)
+    marks = "".join("x" if result.differs else "." for result in report.layers)
+    lines = ["Layers (R RWKV, G GQA, A attention); below, x where a layer differs on equal input"]
+    for kinds, differs in zip(strip_lines(letters), strip_lines(marks), strict=True):
+        lines += [kinds, " " * 6 + differs[6:]]
+    first = report.first_difference
+    lines.append("No layer differs." if first is None else f"The first layer that differs is {first}.")
+    return "\n".join(lines)
+
+
+def _layers(report: Report) -> RenderableType:
+    lowest = error_bar_start([result.output_error for result in report.layers])
+    title = f"Relative error on the other's input, bar from 1e{lowest} to 1"
+    columns = ("layer", "", f"{'output error':<{BAR}}", "output", "mixer", "1 - cos", "v, k", "no RoPE")
+    return table(title, columns, [_layer_row(result, lowest) for result in report.layers], right=3)
+
+
+def _layer_row(result: LayerResult, lowest: int) -> tuple[object, ...]:
+    kinds = LETTERS[result.kind] + ("" if result.kind == result.other_kind else f"/{LETTERS[result.other_kind]}")
+    apart = 1 - result.cosine
+    numbers = (result.output_error, result.mixer_error, apart, result.handed_on_error, result.nope_error)
+    return (result.layer, kinds, error_bar(result.output_error, lowest), *(_number(number) for number in numbers))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "0" if abs(value) < 1e-15 else f"{value:.1e}"
+
+
+def _logits(logits: LogitResult) -> RenderableType:
+    rows = [
+        ("tokens", f"{logits.tokens:,}"),
+        ("largest |d| of a logit", f"{logits.max_difference:.3g}"),
+        ("mean |d|", f"{logits.mean_difference:.3g}"),
+        ("KL(other || source), nats per token", f"{logits.kl_other_source:.4g}"),
+        ("KL(source || other)", f"{logits.kl_source_other:.4g}"),
+        ("same most likely token", f"{logits.top1_agreement:.1%}"),
+    ]
+    if logits.kl_attention_zeroed is not None:
+        rows.append(("yardstick: KL(teacher || teacher with attention zeroed)", f"{logits.kl_attention_zeroed:.4g}"))
+    return table("", ("end to end", ""), rows)
+
+
+def advice_tables(advice: Advice, width: int = WIDTH) -> list[RenderableType]:
+    """Bars, table and reasons for a terminal of `width` columns."""
+    columns, left_out = _advice_columns(advice, width)
+    note = f"Too wide for {width} columns, left out: {', '.join(left_out)}; --json has all."
+    return [
+        *strip(advice, min(STRIP_WIDTH, max(1, width - 6))),
+        table("", list(columns), list(zip(*columns.values(), strict=True)), right=3),
+        *(textwrap.wrap(note, width) if left_out else []),
+        *summary(advice, width),
+    ]
+
+
+def _advice_columns(advice: Advice, width: int) -> tuple[dict[str, Sequence[str]], list[str]]:
+    """(every layer with every score: taken or not, what uniform takes, the price of overruling; scores left out).
+
+    Scores are left out where they would make it wider than `width`, the later ones first.
+    """
+    pick, layers = advice.pick, range(advice.num_layers)
+    columns: dict[str, Sequence[str]] = {
+        "layer": [str(layer) for layer in layers],
+        "": ["G" if layer in pick.layers else "R" for layer in layers],
+        "even": ["•" if layer in pick.uniform else "" for layer in layers],
+    }
+    last = {"margin": [figure_text(margin) for margin in pick.choice.margins]} if pick.choice else {}
+    left_out = []
+    decider = advice.decider
+    scores = {decider.strategy: decider.values} if decider else {}
+    if pick.choice and pick.strategy != "log":  # whose score is within 0..1 as it is
+        scores["0..1"] = pick.scores
+    scores |= {column.strategy: column.values for column in advice.columns}
+    parts = decider.parts if decider else {}
+    scores |= {SHORT.get(part, part): values for part, values in parts.items()}
+    for name, values in scores.items():
+        wider = columns | {name: [figure_text(value) for value in values]}
+        if _width(wider | last) <= width:
+            columns = wider
+        else:
+            left_out.append(name)
+    return columns | last, left_out
+
+
+def _width(columns: Mapping[str, Sequence[str]]) -> int:
+    return sum(max(map(len, (name, *cells))) + 3 for name, cells in columns.items())
+
+
+def strip(advice: Advice, width: int = STRIP_WIDTH) -> list[str]:
+    """Bars of the deciding scores over the layers' letters, `width` layers to a block.
+
+    24  ▂▁▃▅▁▂▁▁▄
+        RRRRRGRRR
+    """
+    scores = advice.pick.scores or tuple(1.0 if i in advice.pick.layers else 0.0 for i in range(advice.num_layers))
+    known = [score for score in scores if score is not None]
+    low, high = min(known), max(known)
+    bars = "".join(" " if score is None else _bar((score - low) / (high - low or 1.0)) for score in scores)
+    letters = "".join("G" if i in advice.pick.layers else "R" for i in range(advice.num_layers))
+    numbered = zip(strip_lines(bars, width), strip_lines(letters, width), strict=True)
+    return [line for over, under in numbered for line in (over, f"      {under[6:]}")]
+
+
+def _bar(share: float) -> str:
+    return BARS[1 + round(share * (len(BARS) - 2))]
+
+
+def summary(advice: Advice, width: int = WIDTH) -> list[str]:
+    """What the columns say, the pick, its overlap with uniform, and why."""
+    pick, parts = advice.pick, bool(advice.decider and advice.decider.parts)
+    lines = [
+        "G: stays attention; even: what uniform takes"
+        + ("; 0..1: what decides" if pick.choice and not parts else "")
+        + ("; margin: the price of overruling it" if pick.choice else ""),
+        *([f"Parts of log: {', '.join(f'{short} = {part}' for part, short in SHORT.items())}"] if parts else []),
+        f"GQA layers ({len(pick.layers)} of {advice.num_layers}): {', '.join(map(str, pick.layers))}",
+        *fact_lines(advice),
+    ]
+    lines += [("why: " if i == 0 else "     ") + line for i, line in enumerate(reasons(pick))]
+    return [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="       ")]

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from hxaconv.calls import Call, invoke, typed
 from hxaconv.errors import HxaconvError
 from hxaconv.options import Argument
-from hxaconv.results import Result
+from hxaconv.progress import Result
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,7 +166,7 @@ class Generated(Result):
     @property
     def headline(self) -> str:
         """The prompt and how it goes on."""
-        return f"it continues {self.prompt!r} with {self.text!r} (not trained yet: this is no prose)"
+        return f">>> it continues {self.prompt!r} with {self.text!r} (not trained yet: this is no prose)"
 
     def to_dict(self) -> dict[str, Any]:
         """Prompt and text."""
@@ -178,6 +178,7 @@ def generate(folder: Path) -> Generated:
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     auto: Any = transformers.AutoModelForCausalLM
     model = auto.from_pretrained(folder, trust_remote_code=True)
     prompt = b"def main("

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from hxaconv.calls import Call
 from hxaconv.load import inspection, open_checkpoint
 from hxaconv.options import Option, Source
-from hxaconv.results import Result
+from hxaconv.progress import Result
 
 
 @dataclass(frozen=True, repr=False)

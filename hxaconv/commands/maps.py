@@ -10,7 +10,7 @@ from hxaconv.model import layer_maps
 from hxaconv.model.layer_maps import LayerMap
 from hxaconv.model.names import TABLE
 from hxaconv.options import Argument, Option
-from hxaconv.results import Result
+from hxaconv.progress import Result
 
 
 @dataclass(frozen=True, repr=False)

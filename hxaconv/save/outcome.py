@@ -12,7 +12,7 @@ from hxaconv.load.inspection import part_of, parts
 from hxaconv.model.names import layer_kinds
 from hxaconv.model.plan import attention_of, total_bytes
 from hxaconv.model.variants.base import RANK_KEYS
-from hxaconv.results import Result
+from hxaconv.progress import Result
 
 if TYPE_CHECKING:
     from hxaconv.calibration.report import CalibrationReport

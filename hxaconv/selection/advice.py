@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError
 from hxaconv.model.layer_choice import default_count
-from hxaconv.results import Result
+from hxaconv.progress import Result
 from hxaconv.selection.schedule import Rules
 from hxaconv.selection.scores import SPACED, Column, Pick, check_finite, check_request, pick, reasons
 from hxaconv.selection.strategies import STRATEGIES

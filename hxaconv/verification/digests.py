@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hxaconv.errors import CheckFailed, HxaconvError, bullet_list
 from hxaconv.formats.contents import show
 from hxaconv.model.plan import Recipe, Scratch, total_bytes
-from hxaconv.progress import Progress, bar
-from hxaconv.results import Result
+from hxaconv.progress import Progress, Result, bar
 from hxaconv.save.checksums import DIGESTS, Checks, digest_of_file
 from hxaconv.save.documents import settings_digest
 

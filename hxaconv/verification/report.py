@@ -7,7 +7,7 @@ from typing import Any
 
 from hxaconv.errors import CheckFailed, bullet_list
 from hxaconv.formats.json_files import plain_data
-from hxaconv.results import Result
+from hxaconv.progress import Result
 
 EXPECTATIONS = ("untrained", "calibrated", "attention-trained", "identical", "close", "report")
 
