@@ -178,9 +178,9 @@ def generate(folder: Path) -> Generated:
     import torch
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    auto: Any = transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(folder, trust_remote_code=True)
+    library: Any = transformers
+    library.utils.logging.disable_progress_bar()
+    model = library.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     prompt = b"def main("
     ids = torch.tensor([list(prompt)])
     output = model.generate(ids, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(ids))
