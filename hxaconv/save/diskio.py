@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import json
 import os
@@ -254,10 +253,12 @@ def _acquire(path: Path, target: Path) -> int:
 def _lock(fd: int) -> bool:
     """False where another process holds it."""
     try:
+        import fcntl
+
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except (OSError, ImportError):  # a file system, or a system, without such locks
         return True
     return True
 
