@@ -176,33 +176,33 @@ def inspection_tables(inspection: Inspection) -> list[RenderableType]:
     if report["problem"]:
         lines += ["", f"Remark: {report['problem']}"]
     if "statistics" in report:
-        lines.append(_statistics_table(report["statistics"]))
+        lines += _statistics_lines(report["statistics"])
     return lines
 
 
-def _statistics_table(statistics: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+def _statistics_lines(statistics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Two lines for each tensor: a name and all its figures do not fit into one."""
+
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4g}"
 
-    rows = [
-        (name, s["dtype"], number(s["min"]), number(s["mean"]), number(s["max"]), s["nan"], s["inf"])
-        for name, s in statistics.items()
-    ]
-    return table("", ("tensor", "dtype", "min", "mean", "max", "NaN", "Inf"), rows, right=2)
+    lines = ["", "Tensors: dtype, range, mean, and how many values are NaN or Inf"]
+    for name, s in statistics.items():
+        figures = f"{number(s['min'])} .. {number(s['max'])}, mean {number(s['mean'])}, {s['nan']} NaN, {s['inf']} Inf"
+        lines += [name, f"    {s['dtype']} {figures}"]
+    return lines
 
 
 def maps_tables(result: Maps) -> list[RenderableType]:
     """The shipped layer maps, one of them whole, or the table of names."""
     if result.names:
-        # The longest of the three columns follows a rule, and is said as one.
+        never = {row.hf: "split on opening" if row.hf in SPLIT else "in no .pth" for row in TABLE}
         return [
-            table(
-                "",
-                ("HF safetensors", "RWKV .pth"),
-                [(row.hf, row.rwkv or ("split on opening" if row.hf in SPLIT else "in no .pth")) for row in TABLE],
-                right=2,
-            ),
-            "Training checkpoints: model. before the HF name, and student_attn. (older: time_mixer.) after self_attn.",
+            "HF safetensors, and below each the name in an RWKV .pth",
+            *(line for row in TABLE for line in (row.hf, f"    {row.rwkv or never[row.hf]}")),
+            # The third column, of training checkpoints, follows a rule.
+            "Training checkpoints: model. before the HF name,",
+            "and student_attn. (older: time_mixer.) after self_attn.",
         ]
     if result.name is not None:
         return _map_lines(result.maps[result.name])
