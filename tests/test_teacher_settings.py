@@ -301,8 +301,9 @@ def test_an_untied_student_of_a_tied_teacher_that_stores_no_head(cli: Cli, golde
     words = ("to-hf", tmp_path / "u", tmp_path / "h", "--teacher", case / "teacher", "--no-tie-word-embeddings")
     assert cli(*words, "--variant", "hxa079", "--quiet") == 0
     assert torch.equal(load_file(tmp_path / "h" / "model.safetensors")["lm_head.weight"], held["lm_head.weight"])
-    compare = ("verify", tmp_path / "h", "--against", case / "teacher", "--quiet")
+    compare = ("verify", tmp_path / "h", "--against", case / "teacher", "--quiet", "--expect", "report")
     assert cli(*compare) == cli(*compare, "--no-tie-word-embeddings") == 0
+    assert cli(*compare[:-2]) == 1  # its head is not the teacher's
 
 
 @pytest.mark.parametrize("same", [True, False])
