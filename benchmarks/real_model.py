@@ -58,6 +58,7 @@ TEACHER_NAMES = {
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
+CONTENT4 = "18,20,23,24"  # pick-gqa-layers --strategy distance --count 4
 EVEN4, EVEN8, HALF = "8,15,22,29", "1,5,9,13,17,21,25,29", "1,3,5,7,9,11,13,15,17,19,21,23,25,27,29"
 
 
@@ -68,6 +69,8 @@ class Case:
     layers: str = "none"
     tokens: int = 0
     """To calibrate with; 0 for the plain initialisation."""
+    of: str = ""
+    """The case whose student is polished, instead of a new one."""
     polish: int = 0
     """Tokens to polish on, those to calibrate with among them."""
     options: tuple[str, ...] = ()
@@ -76,13 +79,15 @@ class Case:
 CASES = {
     "plain": Case(),
     "fit": Case(tokens=1024),
-    "fit+polish-4k": Case(tokens=1024, polish=4096),
-    "fit+polish-16k": Case(tokens=1024, polish=16384),
+    "fit+polish-4k": Case(of="fit", polish=4096),
+    "fit+polish-16k": Case(of="fit", polish=16384),
     "even4": Case(EVEN4, 1024),
-    "even4+polish-16k": Case(EVEN4, 1024, 16384),
+    "even4+polish-16k": Case(EVEN4, of="even4", polish=16384),
+    "content4": Case(CONTENT4, 1024),
+    "content4+polish-16k": Case(CONTENT4, of="content4", polish=16384),
     "even8": Case(EVEN8, 1024),
     "half": Case(HALF, 1024),
-    "half+polish-16k": Case(HALF, 1024, 16384),
+    "half+polish-16k": Case(HALF, of="half", polish=16384),
 }
 
 
@@ -219,13 +224,24 @@ def token_rows() -> tuple[np.ndarray, np.ndarray]:
 def make(name: str) -> dict[str, Any]:
     """Run the command that makes a student; its seconds."""
     case, target = CASES[name], BUILD / "students" / name
-    command = ["init-from-teacher", str(BUILD / "teacher"), str(target), "--gqa-layers", case.layers, "--no-verify"]
-    if case.tokens:
-        command += ["--init", "calibrated", "--input-ids", str(BUILD / "fit.npy"), "--tokens", str(case.tokens)]
-        command += [*(["--polish-tokens", str(case.polish)] if case.polish else []), *case.options]
+    text = ["--input-ids", str(BUILD / "fit.npy"), "--overwrite", "--no-verify"]
+    if case.of:
+        command = [
+            "calibrate",
+            str(BUILD / "students" / case.of),
+            str(target),
+            "--teacher",
+            str(BUILD / "teacher"),
+            *text,
+        ]
+        command += ["--polish-only", "--polish-tokens", str(case.polish)]
+    else:
+        command = ["init-from-teacher", str(BUILD / "teacher"), str(target), "--gqa-layers", case.layers]
+        fit = ["--init", "calibrated", "--tokens", str(case.tokens), *text, *case.options]
+        command += fit if case.tokens else ["--overwrite", "--no-verify"]
     target.parent.mkdir(exist_ok=True)
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    subprocess.run([sys.executable, "-m", "hxaconv", *command, "--overwrite"], check=True)
+    subprocess.run([sys.executable, "-m", "hxaconv", *command], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"seconds": round(time.monotonic() - began), "cpu": round(cpu), "peak_mib": round(after.ru_maxrss / 1024)}

@@ -415,7 +415,11 @@ class Fit(Tokens):
         Option(help="Fit the output matrix too: auto, never or always.", choices=("auto", "never", "always")),
     ] = "auto"
     refine_steps: Annotated[int, Option(help="Local refinement after the closed form; 0 for none.", least=0)] = 100
-    fold_rope: Annotated[bool, Option(help="Fit GQA layers to losing RoPE (changes them).")] = False
+    fold_rope: Annotated[bool, Option(help="Fold the mean rotation into q of GQA layers.")] = False
+    polish_tokens: Annotated[
+        int, Option(help="Then train all mixers together on so many tokens of the text; 0: not.", least=0)
+    ] = 0
+    polish_only: Annotated[bool, Option(help="Fit no layer, only polish what the student holds.")] = False
     plot: Annotated[
         str | None, Option(help="Draw errors and decays by layer: NAME.png, .svg or .pdf.", recorded=False)
     ] = None

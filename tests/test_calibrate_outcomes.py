@@ -193,8 +193,31 @@ def test_a_calibrated_student_is_held_against_its_teacher(cli: Cli, tmp_path: Pa
     assert cli(*init, "--quiet") == 0
     checks = json.loads((tmp_path / "o" / "hxaconv.json").read_text())["verification"]["checks"]
     names = {check["name"]: check["detail"] for check in checks}
-    assert {"copied tensors", "nothing lost", "GQA layers", "scaled projections", "initial values"} <= names.keys()
-    assert "2 layers" in names["GQA layers"]
-    assert cli(*init, "--fold-rope", "--overwrite", "--quiet") == 0
-    checks = json.loads((tmp_path / "o" / "hxaconv.json").read_text())["verification"]["checks"]
-    assert "GQA layers" not in {check["name"] for check in checks}
+    assert {"copied tensors", "nothing lost", "scaled projections", "initial values"} <= names.keys()
+    # What stayed attention is fitted to losing RoPE: it is no longer the teacher's without positions.
+    assert "GQA layers" not in names
+
+
+def test_a_polished_student_says_so_and_can_be_polished_again(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--input-ids", TOKENS, "--tokens", 64, "--refine-steps", 0, "--polish-tokens"]
+    init = ["init-from-teacher", TINY_TEACHER, tmp_path / "o", "--gqa-layers", "2", "--init", "calibrated", *words]
+    assert cli(*init, 2 * 63) == 2
+    assert "at least twice" in capsys.readouterr().err
+    assert cli(*init, 2048, "--dry-run") == 0
+    assert "Polish: 3 sequences of 512, 1 held out; 4 steps" in " ".join(capsys.readouterr().err.split())
+    assert cli(*init, 2048, "--quiet") == 0
+    story = json.loads((tmp_path / "o" / "hxaconv.json").read_text())["calibration"]
+    kl = dict(story["polish"]["curve"])
+    assert story["polish"]["best_step"] and kl[story["polish"]["best_step"]] < kl[0]
+    assert story["kl_teacher_student"]["calibrated"] == pytest.approx(kl[story["polish"]["best_step"]], rel=0.02)
+    assert "Polish: KL on the held-out sequences" in (tmp_path / "o" / "README.md").read_text()
+    again = ["calibrate", tmp_path / "o", tmp_path / "p", "--teacher", TINY_TEACHER, *words]
+    assert cli(*again, 0, "--polish-only", "--quiet") == 2
+    assert "--polish-only needs --polish-tokens" in capsys.readouterr().err
+    assert cli(*again, 2048, "--polish-only", "--quiet") == 0
+    further = json.loads((tmp_path / "p" / "hxaconv.json").read_text())["calibration"]
+    assert further["kl_teacher_student"]["calibrated"] < story["kl_teacher_student"]["calibrated"]
+    assert not further["layers"]
+    assert not list(tmp_path.glob("*.calibration"))

@@ -59,7 +59,8 @@ class State:
 def fingerprint(teacher: Model, student: Model, ids: Tensor, settings: Settings) -> str:
     """A digest of everything that a calibration depends on."""
     models = {"teacher": teacher, "student": student}
-    used = {"format": FORMAT, **settings.of_result()}
+    of_polish = ("polish_tokens", "polish_only")  # they come later, and have a key of their own
+    used = {name: value for name, value in settings.of_result().items() if name not in of_polish} | {"format": FORMAT}
     return fingerprint_of(models, ids.cpu().numpy(), used)
 
 

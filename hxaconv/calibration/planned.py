@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from hxaconv.calibration.output_matrix import TOKENS_PER_COLUMN
+from hxaconv.calibration.polish import TRAINED
 from hxaconv.calibration.report import Settings
 from hxaconv.errors import HxaconvError
 from hxaconv.model.model import Model
@@ -15,7 +16,8 @@ from hxaconv.surgery.arithmetic import Computed, tensor
 
 PROJECTIONS = {"receptance.weight", "receptance.bias", "key.weight", "key.bias", "output.bias"}
 RWKV = {"v0", "k0", "w0", "a0", "r_k", "g2"} | PROJECTIONS
-GQA = {"q_proj.weight", "q_proj.bias", "o_proj.weight"}
+GQA = {"q_proj.weight", "q_proj.bias", "q_norm.weight", "o_proj.weight"}
+POLISHED = {f"{name}.weight" for name in TRAINED}
 
 
 def planned(student: Model, fitted_tokens: int, settings: Settings) -> Plan:
@@ -34,7 +36,9 @@ def planned(student: Model, fitted_tokens: int, settings: Settings) -> Plan:
     enough = fitted_tokens >= TOKENS_PER_COLUMN * student.config.attention_size
     if settings.refit_output == "always" or (settings.refit_output == "auto" and enough):
         rwkv.add("output.weight")
-    parts = {"rwkv": rwkv, "gqa": GQA if settings.fold_rope else set()}
+    parts = {"rwkv": rwkv, "gqa": GQA}
+    if settings.polish_tokens:
+        parts = {kind: POLISHED if settings.polish_only else names | POLISHED for kind, names in parts.items()}
     found = {}
     for name, recipe in student.plan.items():
         layer = layer_index(name)

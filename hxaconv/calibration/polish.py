@@ -58,7 +58,13 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 TRAINED = ("receptance", "key", "value", "output", "q_proj", "k_proj", "v_proj", "o_proj")
 OUTPUTS = ("output", "o_proj")
 STUDENT, TEACHER = "student", "teacher"
+OPERATIONS_PER_SECOND = 6e10
+"""Of two cores, at SmolLM2's shape."""
 FORMAT = 1
+
+
+First = tuple[Tensor | None, Tensor | None]
+"""v_first and k_first, or gradients of theirs; None before the first RWKV layer, and where a variant has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +80,16 @@ class PolishReport:
     """(steps, KL on held-out sequences), beginning with 0 steps."""
     best_step: int
     """The weights of this step are taken; 0 where none was better than the start."""
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        kl = dict(self.curve)
+        steps = ", ".join(f"{value:.3g} after {step}" for step, value in self.curve if step)
+        taken = (
+            f"those of step {self.best_step} are taken" if self.best_step else "nothing is taken: no step was better"
+        )
+        return f"Polish: KL on the held-out sequences {kl[0]:.3g} before, {steps} steps; {taken}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +130,7 @@ def polish(
     tokens: int,
     *,
     folder: Path | None = None,
+    key: str | None = None,
     device: str = "cpu",
     workers: int | None = None,
     progress: Progress | None = None,
@@ -121,13 +138,15 @@ def polish(
     """Train the mixers' projections of a complete student on the first `tokens` of token ids (B, T).
 
     With a `folder` the weights are kept there after every step, an interrupted run goes on after it, and the
-    replaced tensors are read from there when they are written. The result does not depend on the workers.
+    replaced tensors are read from there when they are written. `key` says what they are of, where the student is the
+    result of a computation that its files do not tell. The result does not depend on the workers.
 
     Raises:
         HxaconvError: for too few tokens, and when the folder cannot be written.
     """
     trained, held_out = sequences(ids, tokens)
-    key = fingerprint({TEACHER: teacher, STUDENT: student}, ids.flatten()[:tokens].cpu().numpy(), _recipe())
+    settings = {**RECIPE, "key": key}
+    key = fingerprint({TEACHER: teacher, STUDENT: student}, ids.flatten()[:tokens].cpu().numpy(), settings)
     store = _Store(folder, key)
     with Walk({TEACHER: teacher, STUDENT: student}, device=device, workers=workers) as walk:
         work = _Work(walk, student, store, trained, held_out)
@@ -144,8 +163,38 @@ def polish(
     return Polish(store.plan(student, work.trained) if state.best else {}, report)
 
 
-def _recipe() -> dict[str, object]:
-    return {"format": FORMAT, "batch": BATCH, "passes": PASSES, "rate": RATE, "momentum": MOMENTUM, "looks": LOOKS}
+RECIPE = {"format": FORMAT, "batch": BATCH, "passes": PASSES, "rate": RATE, "momentum": MOMENTUM, "looks": LOOKS}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a polish takes, before anything is computed."""
+
+    steps: int
+    nbytes: int
+    """Of weights that are read."""
+    operations: float
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        minutes = self.operations / OPERATIONS_PER_SECOND / 60
+        return (
+            f"{self.steps} steps, each of which reads the student's weights twice ({self.nbytes / 1e9:.3g} GB in all),"
+            f" {self.operations:.2g} operations: some {max(1.0, minutes):.0f} minutes on two cores like those it was"
+            " measured on"
+        )
+
+
+def cost(student: Model, trained: Tensor) -> Cost:
+    """Of a polish on these sequences (count, T)."""
+    tokens, steps = trained.numel() * PASSES, steps_of(len(trained))
+    layers = [recipe for name, recipe in student.plan.items() if layer_index(name) is not None]
+    mixers = sum(recipe.numel for name, recipe in student.plan.items() if is_attention(name))
+    head = student.config.vocab_size * student.config.hidden_size
+    # Forward, forward again and the gradient of the input; for projections that of the weights too.
+    operations = tokens * (6.0 * sum(recipe.numel for recipe in layers) + 2.0 * mixers + 6.0 * head)
+    return Cost(steps, 2 * steps * sum(recipe.nbytes for recipe in layers), operations)
 
 
 @dataclass(slots=True)
@@ -227,10 +276,10 @@ class _Sequence:
     """What the teacher's head sees, (T, C)."""
     inputs: list[Tensor] = field(default_factory=list)
     """The residual stream before each layer, and after the last."""
-    first: tuple[Tensor, Tensor] | None = None
+    first: First = (None, None)
     gradient: Tensor = field(default_factory=lambda: torch.empty(0))
     """Of the loss with respect to the stream where the backward pass stands."""
-    first_gradient: tuple[Tensor, Tensor] | None = None
+    first_gradient: First = (None, None)
 
 
 class _Work:
@@ -331,10 +380,9 @@ class _Work:
                     held[name] = held[name].to(torch_dtype(self.student.plan[name].dtype)).float()
 
             def move(one: _Sequence, get: Callable[[str], Tensor] = get, layer: int = layer) -> None:
-                carry = hxa079.Carry(*one.first) if one.first is not None else hxa079.Carry()
+                carry = hxa079.Carry(*one.first)
                 x = self._layer(one.inputs[-1], get, layer, carry)
-                if carry.v_first is not None and carry.k_first is not None:
-                    one.first = carry.v_first, carry.k_first
+                one.first = carry.v_first, carry.k_first
                 one.inputs = [*one.inputs, x] if keep else [x]
 
             self.walk.pool.map(move, some)
@@ -381,24 +429,24 @@ class _Work:
         def grow(one: _Sequence) -> list[Tensor]:
             with torch.enable_grad():
                 x = one.inputs[layer].detach().requires_grad_()
-                handed: list[Tensor] = []
-                carry = hxa079.Carry()
-                if one.first is not None and not beginning:
-                    handed = [part.detach().requires_grad_() for part in one.first]
-                    carry = hxa079.Carry(handed[0], handed[1])
+                handed = [None if beginning or part is None else part.detach().requires_grad_() for part in one.first]
+                carry = hxa079.Carry(handed[0], handed[1])
                 outputs, gradients = [self._layer(x, get, layer, carry)], [one.gradient]
-                if beginning and one.first_gradient is not None:
-                    assert carry.v_first is not None and carry.k_first is not None
-                    outputs += [carry.v_first, carry.k_first]
-                    gradients += one.first_gradient
-                inputs = [*weights, x, *handed]
+                if beginning:
+                    for part, gradient in zip((carry.v_first, carry.k_first), one.first_gradient, strict=True):
+                        if part is not None and gradient is not None:
+                            outputs.append(part)
+                            gradients.append(gradient)
+                inputs = [*weights, x, *(part for part in handed if part is not None)]
                 found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
             mine = [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
-            one.gradient = mine[len(weights)]
-            if handed:
-                v, k = mine[len(weights) + 1 :]
-                before = one.first_gradient
-                one.first_gradient = (v, k) if before is None else (before[0] + v, before[1] + k)
+            one.gradient, rest = mine[len(weights)], iter(mine[len(weights) + 1 :])
+            grown_first = [None if part is None else next(rest) for part in handed]
+            if not beginning:
+                one.first_gradient = (
+                    _sum(one.first_gradient[0], grown_first[0]),
+                    _sum(one.first_gradient[1], grown_first[1]),
+                )
             return mine[: len(weights)]
 
         grown = self.walk.pool.map(grow, some)
@@ -442,6 +490,10 @@ def orthogonal(gradient: Tensor, size: int, output: bool, steps: int = 5) -> Ten
         x = a * x + (b * gram + c * gram @ gram) @ x
     found: Tensor = x.flatten(0, 1) * columns**0.5
     return found.T if output else found
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return one if other is None else other if one is None else one + other
 
 
 def _trained_names(student: Model, layer: int) -> list[str]:

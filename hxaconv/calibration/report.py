@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
+from hxaconv.calibration.polish import PolishReport
 from hxaconv.formats.json_files import plain_data
 from hxaconv.forward.fingerprint import computed_with
 from hxaconv.options import Fit, Option, Tokens, options_of
@@ -83,6 +84,7 @@ class CalibrationReport:
     warnings: tuple[str, ...] = ()
     distances: Distances | None = None
     """None as long as nobody has measured them."""
+    polish: PolishReport | None = None
     taken: bool = True
     """Whether the fitted layers are used; False where the student as a whole is no nearer with them."""
 
@@ -100,7 +102,8 @@ class CalibrationReport:
             )
             for layer in self.layers
         )
-        return replace(self, layers=layers, taken=False)
+        polish = None if self.polish is None else replace(self.polish, best_step=0)
+        return replace(self, layers=layers, polish=polish, taken=False)
 
     def json(self) -> dict[str, Any]:
         """For hxaconv.json: numbers to four digits, KL to three, since more would only be noise."""

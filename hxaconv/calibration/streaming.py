@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hxaconv.calibration import teacher as teacher_pass
+from hxaconv.calibration import attention
 from hxaconv.calibration.cache import Cache, Done, State
-from hxaconv.calibration.folding import fold_rope
 from hxaconv.calibration.report import CalibrationReport, Settings
 from hxaconv.calibration.time_mix import Attention, Fit, fit_layer
 from hxaconv.errors import HxaconvError, raise_all
@@ -109,6 +108,13 @@ def calibrate(
         warnings=warnings,
     )
     return Calibration(_plan(student, state, cache), report)
+
+
+def unfitted(ids: Tensor, settings: Settings) -> Calibration:
+    """A calibration that fits no layer."""
+    return Calibration(
+        {}, CalibrationReport(tokens=ids.numel(), fitted_tokens=0, settings=settings.of_result(), layers=())
+    )
 
 
 def cut(ids: Tensor, chunk: int) -> tuple[Tensor, tuple[str, ...]]:
@@ -215,7 +221,7 @@ class _Walk:
         norm = compute.make(self.teacher.plan[f"model.layers.{layer}.input_layernorm.weight"])
         x = llama.rmsnorm(state.x, norm, config.rms_norm_eps)
         rope = layer not in config.nope_layers
-        heads = teacher_pass.attend(teacher_pass.project(x, weights, config, pool), config, pool, rope=rope)
+        heads = attention.attend(attention.project(x, weights, config, pool), config, pool, rope=rope)
         said = pool.linear(heads, weights["o_proj.weight"])
         self._check_finite(said, layer)
         bias = weights.get("o_proj.bias")
@@ -241,14 +247,12 @@ class _Walk:
     def _fit(self, seen: Attention, state: State) -> Fit | None:
         config, layer = self.student.student, state.layer
         rwkv = config.layer_kind(layer) == "rwkv"
-        if not rwkv and not self.settings.fold_rope:
-            return None
         mixer, prefix = _mixer(self.student, layer, self.compute), mixer_prefix(layer)
         dtypes = {name: torch_dtype(self.student.plan[prefix + name].dtype) for name in mixer}
         if not rwkv and layer in self.teacher.config.nope_layers:
             return None  # there is no RoPE to lose
         if not rwkv:
-            return fold_rope(seen, mixer, dtypes, config, layer, self.pool)
+            return attention.fit_kept(seen, mixer, dtypes, config, layer, self.pool, fold=self.settings.fold_rope)
         fit = fit_layer(seen, mixer, dtypes, state.first, config, layer, self.settings, self.pool)
         state.first = fit.first
         return fit

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hxaconv.calibration.planned import planned
+from hxaconv.calibration.polish import cost, sequences
 from hxaconv.calibration.report import Settings
 from hxaconv.calibration.streaming import check_enough, check_sizes, cut, fitted_tokens
 from hxaconv.errors import raise_all
@@ -35,6 +36,13 @@ class Task:
     asked: int
     """Tokens that were asked for; there may be fewer."""
     settings: Settings
+    polish_ids: Tensor | None = None
+    """Tokens to polish on, (B, T)."""
+
+    @property
+    def polished(self) -> tuple[Tensor, Tensor] | None:
+        """Sequences to polish on, and those held out of it."""
+        return None if self.polish_ids is None else sequences(self.polish_ids, self.settings.polish_tokens)
 
     @property
     def files(self) -> list[SourceFile]:
@@ -53,7 +61,9 @@ class Task:
 
     @property
     def heldout(self) -> Tensor:
-        """The others, (B, T)."""
+        """Those that judge the student as a whole, (B, T): nothing was fitted to them."""
+        if self.polished is not None:
+            return self.polished[1]
         return heldout_rows(self.pieces, self.fitted)
 
     @property
@@ -61,6 +71,13 @@ class Task:
         """What will be fitted to what."""
         total, length = self.pieces.numel(), self.pieces.shape[1]
         judging, judging_all = total - self.fitted, self.heldout.numel()
+        polished = []
+        if self.polished is not None:
+            trained, kept = self.polished
+            price = cost(self.plain, trained).sentence
+            polished = [f"Polish: {len(trained)} sequences of {trained.shape[1]}, {len(kept)} held out; {price}"]
+            if self.settings.polish_only:
+                return polished
         asked = "" if total == self.asked else f" ({self.asked} were asked for)"
         whole = "" if judging == judging_all else f" (the last {judging_all} of them the student as a whole)"
         note = (
@@ -68,7 +85,7 @@ class Task:
             f"{whole}; no decay can know of lags beyond {length}"
         )
         idle = self.settings.fold_rope and not self.plain.student.gqa_layers
-        return [note, *(["--fold-rope changes nothing: no layer stays attention"] if idle else [])]
+        return [note, *polished, *(["--fold-rope changes nothing: no layer stays attention"] if idle else [])]
 
     @property
     def warnings(self) -> list[str]:
@@ -95,14 +112,24 @@ def prepare(teacher: Model, plain: Model, fit: Fit, seed: int, workers: int | No
         problems.append("--random-tokens and a text both say which tokens to use; give one of them")
     if not fit.given and not fit.random_tokens:
         problems.append("calibration fits layers to text, and no text is given; pass --text FILE or --input-ids FILE")
-    if not plain.student.rwkv_layers and not fit.fold_rope:
-        problems.append("every layer stays attention: there is nothing to fit, except for --fold-rope")
+    if fit.polish_only and not fit.polish_tokens:
+        problems.append("--polish-only needs --polish-tokens")
+    if 0 < fit.polish_tokens < 2 * fit.tokens and not fit.polish_only:
+        problems.append(
+            f"--polish-tokens {fit.polish_tokens}: the {fit.tokens} of --tokens come first, and at least twice"
+            " as many are needed"
+        )
     raise_all("the calibration cannot be done:", problems, hint=RANDOM_HINT if not fit.given else "")
     check_sizes(teacher, plain)
     checked_device(fit.device)
     settings = Settings(workers=2 if workers is None else workers, **{k: getattr(fit, k) for k in options_of(Fit)})
     ids = calibration_tokens(fit, seed, teacher.config.vocab_size, teacher.opened)
-    task = Task(teacher, plain, ids, fit.tokens, settings)
+    polish_ids = None
+    if fit.polish_tokens:
+        more = replace(fit, tokens=fit.polish_tokens)
+        polish_ids = calibration_tokens(more, seed, teacher.config.vocab_size, teacher.opened)
+        sequences(polish_ids, fit.polish_tokens)
+    task = Task(teacher, plain, ids, fit.tokens, settings, polish_ids)
     check_enough(task.pieces)
     return task
 

@@ -96,7 +96,9 @@ class Calibrated:
     @property
     def notes(self) -> list[str]:
         """For people: how near the student is."""
-        return [self.report.distances.sentence] if self.report.distances else []
+        polish = self.report.polish
+        found = [polish.sentence] if polish is not None else []
+        return [*found, *([self.report.distances.sentence] if self.report.distances else [])]
 
     @property
     def warnings(self) -> list[str]:
@@ -154,7 +156,8 @@ def calibrate_student(task: Task, output: Output, write: Write) -> Calibrated:
 def _calibrate(task: Task, output: Output, write: Write, folder: Path) -> Calibrated:
     from hxaconv.calibration.cache import Cache, fingerprint, locked
     from hxaconv.calibration.check import measure
-    from hxaconv.calibration.streaming import calibrate
+    from hxaconv.calibration.polish import polish
+    from hxaconv.calibration.streaming import calibrate, unfitted
 
     progress = output.record.call.progress
 
@@ -170,16 +173,33 @@ def _calibrate(task: Task, output: Output, write: Write, folder: Path) -> Calibr
         distances = cache.load_distances()
         if distances is None:
             download(output.record.sources.values(), task.files, [task.teacher, task.plain], progress)
-        done = calibrate(
-            task.teacher,
-            task.plain,
-            task.ids,
-            task.settings,
-            cache=cache,
-            allow_nonfinite=write.allow_nonfinite,
-            progress=progress,
+        done = (
+            unfitted(task.ids, task.settings)
+            if task.settings.polish_only
+            else calibrate(
+                task.teacher,
+                task.plain,
+                task.ids,
+                task.settings,
+                cache=cache,
+                allow_nonfinite=write.allow_nonfinite,
+                progress=progress,
+            )
         )
         replaced, report = done.replaced, done.report
+        if task.polish_ids is not None:
+            polished = polish(
+                task.teacher,
+                replace(task.plain, plan=task.plain.plan | replaced),
+                task.polish_ids,
+                task.settings.polish_tokens,
+                folder=folder,
+                key=cache.key,
+                device=task.settings.device,
+                workers=task.settings.workers,
+                progress=progress,
+            )
+            replaced, report = replaced | polished.replaced, replace(report, polish=polished.report)
         if distances is None:
             fitted = replace(task.plain, plan=task.plain.plan | replaced)
             distances = measure(task.teacher, task.plain, fitted, task.heldout, task.settings.device, progress)

@@ -134,6 +134,8 @@ def calibration_section(report: CalibrationReport) -> str:
         " layer's mixer, on the teacher's hidden states, is a share of the energy of the teacher's attention."
     )
     lines = ["## Calibration", "", text, ""]
+    if report.polish is not None:
+        lines += [f"{report.polish.sentence}.", ""]
     if not report.taken:
         lines += ["**The fit is not used**: with it the student is no nearer to its teacher. Every layer is plain.", ""]
     if kl is not None:

@@ -96,7 +96,10 @@ def made_by(history: Iterable[Mapping[str, Any]]) -> tuple[list[Made], bool]:
                 steps.append(Made(layers=layers, factors=factors, seed=int(init["seed"])))
             if step.get("calibration"):
                 fit = step["calibration"]
-                folded = folded or bool(fit["settings"].get("fold_rope"))
+                if (fit.get("polish") or {}).get("best_step"):
+                    steps = []  # all mixers were trained together: nothing of the initial values is left to check
+                kept = [layer for layer in fit["layers"] if layer["kind"] == "gqa" and not layer["kept_plain"]]
+                folded = folded or bool(kept)
                 changed = {int(layer["layer"]) for layer in fit["layers"] if not layer["kept_plain"]}
                 steps = [replace(made, fitted=made.fitted | (made.layers & changed)) for made in steps]
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -126,7 +129,7 @@ def check_against(
     Args:
         expect: `untrained`, `calibrated`, `attention-trained` or `report`; None: `usual_claim`.
         made: how the layers were initialised, by the student's record.
-        folded: whether a calibration has changed q_proj and o_proj of the layers that stayed attention.
+        folded: whether a calibration has changed q_proj, q_norm and o_proj of the layers that stayed attention.
         how: what `compare_models` takes beside it: ids, thresholds, dtype, device, logits_out, progress.
     """
     config = student.student
@@ -155,7 +158,7 @@ def _as_made(config: StudentConfig, made: Collection[Made], folded: bool, *, fit
         return fitted and layer_index(name) in step.fitted and part_of_mixer(name) in specification.FITTED
 
     claims: list[Claim | States] = [
-        copied(config, without_parts=("q_proj", "o_proj") if folded else ()),
+        copied(config, without_parts=("q_proj", "q_norm", "o_proj") if folded else ()),
     ]
     for step in made:
         claims += initial_claims(
