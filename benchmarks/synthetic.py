@@ -34,7 +34,7 @@ from hxaconv.model.layer_choice import uniform
 from hxaconv.model.names import stored_name
 from hxaconv.model.plan import Literal, Plan, Recipe
 from hxaconv.options import parse_size
-from hxaconv.save.student_json import student_json
+from hxaconv.save.documents import student_json
 
 REKA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -52,8 +52,7 @@ from hxaconv.load.teacher import open_teacher  # noqa: E402
 from hxaconv.load.weight_files import Folder  # noqa: E402
 from hxaconv.model.config import student_of  # noqa: E402
 from hxaconv.model.plan import Plan, Ranges, Recipe, Scratch  # noqa: E402
-from hxaconv.save.card import model_card  # noqa: E402
-from hxaconv.save.student_json import student_json  # noqa: E402
+from hxaconv.save.documents import model_card, student_json  # noqa: E402
 
 MAX_INPUT_BYTES = 16_384
 MEMORY_LIMIT = 1_500_000_000

@@ -27,7 +27,7 @@ from hxaconv.commands.plots import draw_calibration as plot
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.json_files import plain_data
 from hxaconv.forward.state import StateFile
-from hxaconv.save.card import calibration_section
+from hxaconv.save.documents import calibration_section
 
 Cli = Callable[..., int]
 TOKENS = TINY_TEACHER / "calibration_tokens.npy"

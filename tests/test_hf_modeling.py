@@ -31,7 +31,7 @@ from hxaconv.model.config import StudentConfig  # noqa: E402
 from hxaconv.model.hf import modeling_hxa079 as code  # noqa: E402
 from hxaconv.model.hf.configuration_hxa079 import AUTO_MAP, REQUIRED, Hxa079Config  # noqa: E402
 from hxaconv.model.variants import hxa079  # noqa: E402
-from hxaconv.save.student_json import student_json  # noqa: E402
+from hxaconv.save.documents import student_json  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("reka_tiny", "reka_tiny_init", "qwen3_tiny")

@@ -21,7 +21,7 @@ from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Checkpoint
 from hxaconv.model.plan import Literal, Plan, Recipe
-from hxaconv.save.student_json import student_json
+from hxaconv.save.documents import student_json
 from hxaconv.verification.lint import INFER_FOLDER, INFER_PTH, LLAMA_CPP, RWKV_INFER_KEYS, TRANSFORMERS, Verdict, lint
 from hxaconv.verification.rwkv_infer import FOLDER, PTH, TABLE, loadmodel_body, working
 

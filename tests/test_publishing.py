@@ -16,7 +16,7 @@ from writing import TARGETS, leftovers, output, partials, plan_over, reference, 
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.formats import safetensors_layout, torchzip_layout
 from hxaconv.options import Write
-from hxaconv.save import diskio, fill, staging, student_json, writer
+from hxaconv.save import diskio, documents, fill, staging, writer
 from hxaconv.save import output as outputs
 from hxaconv.save.writer import write
 
@@ -194,7 +194,7 @@ def test_settings_that_are_written_wrongly_are_refused_even_without_verification
     cli: Cli, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, setting: str
 ) -> None:
     def wrong(*arguments: Any) -> dict[str, Any]:
-        raw = student_json.student_json(*arguments)
+        raw = documents.student_json(*arguments)
         SETTINGS[setting](raw)
         return {key: value for key, value in raw.items() if value is not None or key == "rope_scaling"}
 

@@ -17,7 +17,7 @@ from hxaconv.load.graft import complete
 from hxaconv.load.student import Facts, student_model
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model.plan import Recipe
-from hxaconv.save.student_json import student_json
+from hxaconv.save.documents import student_json
 
 VARIANT = {"rwkv_architecture": "hxa079"}
 FLAGS = VARIANT | {"rope_theta": 8e6, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}

@@ -19,7 +19,7 @@ from hxaconv.model.config import StudentConfig
 from hxaconv.model.rope import RopeScaling
 from hxaconv.model.variants import VARIANTS
 from hxaconv.model.variants.base import Ranks
-from hxaconv.save.student_json import student_json
+from hxaconv.save.documents import student_json
 
 GOLDEN = Path(__file__).parent / "variants"
 NAMES = ("hxa079", "hxa07a", "hxa07b", "hxa07c", "hxa07d", "hxa07e")

@@ -12,7 +12,7 @@ from hxaconv.load import load_student
 from hxaconv.model.layer_choice import layer_0_warning
 from hxaconv.model.model import checked_here
 from hxaconv.options import LARGEST_SEED, Fit, Option, OutAny, Settings, Shown, Source, Write
-from hxaconv.save.card import UNTRAINED
+from hxaconv.save.documents import UNTRAINED
 from hxaconv.save.outcome import Outcome
 from hxaconv.save.output import Record, dtype_warnings, lay_out
 

@@ -16,7 +16,7 @@ from hxaconv.commands.plots import draw_calibration
 from hxaconv.load.models import download
 from hxaconv.model.model import Model
 from hxaconv.options import Write
-from hxaconv.save.card import CALIBRATED, UNTRAINED, calibration_section
+from hxaconv.save.documents import CALIBRATED, UNTRAINED, calibration_section
 from hxaconv.save.interruption import interruptible
 from hxaconv.save.outcome import Outcome
 from hxaconv.save.output import Output, Record

@@ -12,7 +12,7 @@ from hxaconv.model.layer_choice import layer_0_warning
 from hxaconv.model.model import Model
 from hxaconv.model.plan import attention_of
 from hxaconv.options import Dtype, Option, OutFile, OutFolder, Settings, Shown, Source, TeacherToo, Write
-from hxaconv.save.card import CONVERTED
+from hxaconv.save.documents import CONVERTED
 from hxaconv.save.outcome import Outcome
 from hxaconv.save.output import Record, dtype_warnings, lay_out
 from hxaconv.save.run import save

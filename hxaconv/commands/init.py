@@ -15,7 +15,7 @@ from hxaconv.model import layer_choice
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
 from hxaconv.options import Argument, Fit, Init, Layers, Option, OutAny, Settings, Shown, Write, option_words
-from hxaconv.save.card import UNTRAINED
+from hxaconv.save.documents import UNTRAINED
 from hxaconv.save.outcome import Outcome
 from hxaconv.save.output import Record, lay_out
 from hxaconv.save.records import init_record

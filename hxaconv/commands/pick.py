@@ -20,8 +20,8 @@ from hxaconv.model.config import StudentConfig, student_of
 from hxaconv.model.model import Model
 from hxaconv.model.plan import main_dtype
 from hxaconv.options import Argument, Choice, Init, Option, Settings, Shown, Source, TeacherToo, Tokens, Write
-from hxaconv.save.card import UNTRAINED, partly_untrained
 from hxaconv.save.diskio import write_result
+from hxaconv.save.documents import UNTRAINED, partly_untrained
 from hxaconv.save.interruption import interruptible
 from hxaconv.save.outcome import Outcome
 from hxaconv.save.output import Output, Record, dtype_warnings, kept_shards, lay_out

@@ -23,9 +23,8 @@ from hxaconv.model.experts import PTH_REASON
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, is_attention, stored_name
 from hxaconv.model.plan import Plan, Recipe, main_dtype, source_files, total_bytes, with_origin
-from hxaconv.save.card import model_card
+from hxaconv.save.documents import model_card, student_json
 from hxaconv.save.records import history_of
-from hxaconv.save.student_json import student_json
 from hxaconv.verification.rwkv_infer import FOLDER, PTH, loadmodel_body
 
 if TYPE_CHECKING:

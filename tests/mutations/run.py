@@ -17,7 +17,7 @@ from hxaconv.load.models import load_student, load_teacher
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
 from hxaconv.options import Settings
-from hxaconv.save.student_json import student_json
+from hxaconv.save.documents import student_json
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.contracts import Made, check_against, check_converted, check_initialised
