@@ -141,15 +141,15 @@ def test_layer_0_as_gqa_hands_v_first_to_layer_1(teacher, student, ids):
     right = sweep(teacher, student, ids, "kl")["kl"]
     mix = sweep_module.time_mix
 
-    def always_layer_0(walk, normed, config, layer, first):
-        return mix(walk, normed, replace(config, gqa_layers=()), layer, first or shared[-1])
+    def always_layer_0(normed, get, config, layer, first, each):
+        return mix(normed, get, replace(config, gqa_layers=()), layer, first or shared[-1], each)
 
     shared = []
 
-    def remember(walk, normed, config, layer, first):
+    def remember(normed, get, config, layer, first, each):
         if config.gqa_layers == (0,):
-            return always_layer_0(walk, normed, config, layer, first)
-        result = mix(walk, normed, config, layer, first)
+            return always_layer_0(normed, get, config, layer, first, each)
+        result = mix(normed, get, config, layer, first, each)
         shared.append(result[1])
         return result
 

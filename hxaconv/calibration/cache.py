@@ -24,9 +24,9 @@ from torch import Tensor
 
 from hxaconv.calibration.report import Distances, LayerReport, Settings
 from hxaconv.errors import HxaconvError
-from hxaconv.forward.batches import First
-from hxaconv.forward.fingerprint import computed_with, refuse_to_mix
 from hxaconv.forward.fingerprint import fingerprint as fingerprint_of
+from hxaconv.forward.state import StateFile
+from hxaconv.forward.walk import First
 from hxaconv.model.model import Model
 from hxaconv.save import diskio
 
@@ -75,18 +75,16 @@ class Cache:
         return self.folder / f"layer-{layer:03d}.safetensors"
 
     @property
-    def _stream(self) -> Path:
-        return self.folder / "stream.safetensors"
+    def _stream(self) -> StateFile:
+        return StateFile(self.folder / "stream.safetensors", self.key)
 
     def load(self, device: str) -> State | None:
         """Where an interrupted run stopped, or None to start over."""
+        saved = self._stream.load(device)
+        if saved is None:
+            return None
+        tensors, facts = saved
         try:
-            with safe_open(self._stream, "pt") as file:
-                facts = file.metadata() or {}
-                if facts.get("key") != self.key:
-                    return None
-                refuse_to_mix(self.folder, facts.get("computed_with"), json.dumps(computed_with(device)))
-                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
             layer = int(facts["layer"])
             done = [self._load_layer(i) for i in range(layer)]
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
@@ -119,8 +117,7 @@ class Cache:
         tensors = {"x": state.x}
         if first is not None:
             tensors |= {"v_first": first[0], "k_first": first[1]}
-        facts = {"layer": str(state.layer), "computed_with": json.dumps(computed_with(str(state.x.device)))}
-        self._write(self._stream, tensors, facts)
+        self._stream.save(tensors, {"layer": state.layer})
 
     def load_distances(self) -> Distances | None:
         """The divergences as they were measured first, or None."""

@@ -20,16 +20,17 @@ from hxaconv.calibration.report import CalibrationReport, Settings
 from hxaconv.calibration.time_mix import Attention, Fit, fit_layer
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.forward import llama
-from hxaconv.forward.layer_weights import Compute, embed, layer_names
-from hxaconv.forward.pool import ROWS, Pool
+from hxaconv.forward.pool import ROWS
+from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
-from hxaconv.model.names import is_expert, layer_index, mixer_prefix
+from hxaconv.model.names import is_attention, layer_index, mixer_prefix
 from hxaconv.model.plan import Plan, Recipe, Scratch, layer_bytes, total_bytes
 from hxaconv.progress import Progress, bar
 from hxaconv.save.checksums import count_nonfinite
-from hxaconv.surgery.arithmetic import Computed, torch_dtype
+from hxaconv.surgery.arithmetic import Computed, tensor, torch_dtype
 from hxaconv.verification.values import foreign_tensors, touched_tensors
 
+TEACHER, STUDENT = "teacher", "student"
 FEWEST_TO_JUDGE = 8
 """Held-out tokens without which nobody can say that a fit is better."""
 NONFINITE_HINT = (
@@ -71,7 +72,6 @@ def calibrate(
     settings = settings or Settings()
     _check(teacher, student, ids)
     ids, warnings = cut(ids, settings.chunk)
-    compute = Compute(device=settings.device)
     check_enough(ids)
     fitted = fitted_tokens(ids).to(settings.device)
     total = sum(layer_bytes(teacher.plan, i) for i in range(teacher.config.num_hidden_layers))
@@ -80,17 +80,19 @@ def calibrate(
     state = cache.load(settings.device) if cache is not None else None
     if state is None:
         _check_origin(teacher, student, progress)
-        state = State(0, embed(teacher, ids, compute))
+    mixers = replace(student, plan={name: recipe for name, recipe in student.plan.items() if is_attention(name)})
     with (
         torch.no_grad(),
         bar(progress, "calibrating", total) as advance,
-        Pool(settings.workers, settings.device) as pool,
+        Walk({TEACHER: teacher, STUDENT: mixers}, device=settings.device, workers=settings.workers) as walk,
     ):
+        if state is None:
+            state = State(0, walk[TEACHER].start(ids).x)
         if state.layer:
             advance(sum(layer_bytes(teacher.plan, i) for i in range(state.layer)), "resumed")
-        walk = _Walk(teacher, student, fitted, settings, compute, pool, allow_nonfinite)
-        while state.layer < teacher.config.num_hidden_layers:
-            fit = walk.layer(state)
+        step = _Step(walk, fitted, settings, allow_nonfinite)
+        for _ in walk.layers(range(state.layer, teacher.config.num_hidden_layers)):
+            fit = step.layer(state)
             prefix = mixer_prefix(state.layer)
             tensors = {prefix + name: values.cpu() for name, values in fit.tensors.items()} if fit else {}
             state.done.append(Done(state.layer, tensors, fit.report if fit else None))
@@ -203,23 +205,20 @@ def _refuse_nonfinite(model: Model, names: Iterable[str], summary: str = "its we
 
 
 @dataclass(frozen=True, slots=True)
-class _Walk:
-    """The pass over the layers."""
+class _Step:
+    """What is done with each layer."""
 
-    teacher: Model
-    student: Model
+    walk: Walk
     fitted: Tensor
     settings: Settings
-    compute: Compute
-    pool: Pool
     allow_nonfinite: bool
 
     def layer(self, state: State) -> Fit | None:
         """Fit one layer and let the teacher's residual stream pass it."""
-        config, layer, compute, pool = self.teacher.config, state.layer, self.compute, self.pool
-        weights = _mixer(self.teacher, layer, compute)
-        norm = compute.make(self.teacher.plan[f"model.layers.{layer}.input_layernorm.weight"])
-        x = llama.rmsnorm(state.x, norm, config.rms_norm_eps)
+        teacher, layer, pool = self.walk[TEACHER], state.layer, self.walk.pool
+        config = teacher.config
+        weights = self._mixer(TEACHER, layer)
+        x = teacher.normed(state.x, layer)
         rope = layer not in config.nope_layers
         heads = attention.attend(attention.project(x, weights, config, pool), config, pool, rope=rope)
         said = pool.linear(heads, weights["o_proj.weight"])
@@ -230,11 +229,10 @@ class _Walk:
         fit = self._fit(seen, state)
         del seen
         after = state.x + (said if bias is None else said + bias)
-        names = layer_names(self.teacher, layer, mixer=False)
-        mlp = {name: compute.make(self.teacher.plan[name]) for name in names if not is_expert(name)}
+        mlp = {name: self._whole(TEACHER, name) for name in self.walk.held(TEACHER) if not is_attention(name)}
 
         def get(name: str) -> Tensor:
-            return mlp[name] if name in mlp else compute.make(self.teacher.plan[name])
+            return mlp[name] if name in mlp else self._whole(TEACHER, name)
 
         # An expert is read once for all tokens that go to it.
         tokens = after.flatten(0, 1)[None]
@@ -245,15 +243,16 @@ class _Walk:
         return fit
 
     def _fit(self, seen: Attention, state: State) -> Fit | None:
-        config, layer = self.student.student, state.layer
+        student, layer = self.walk[STUDENT].model, state.layer
+        config = student.student
         rwkv = config.layer_kind(layer) == "rwkv"
-        mixer, prefix = _mixer(self.student, layer, self.compute), mixer_prefix(layer)
-        dtypes = {name: torch_dtype(self.student.plan[prefix + name].dtype) for name in mixer}
-        if not rwkv and layer in self.teacher.config.nope_layers:
+        mixer, prefix = self._mixer(STUDENT, layer), mixer_prefix(layer)
+        dtypes = {name: torch_dtype(student.plan[prefix + name].dtype) for name in mixer}
+        if not rwkv and layer in self.walk[TEACHER].config.nope_layers:
             return None  # there is no RoPE to lose
         if not rwkv:
-            return attention.fit_kept(seen, mixer, dtypes, config, layer, self.pool, fold=self.settings.fold_rope)
-        fit = fit_layer(seen, mixer, dtypes, state.first, config, layer, self.settings, self.pool)
+            return attention.fit_kept(seen, mixer, dtypes, config, layer, self.walk.pool, fold=self.settings.fold_rope)
+        fit = fit_layer(seen, mixer, dtypes, state.first, config, layer, self.settings, self.walk.pool)
         state.first = fit.first
         return fit
 
@@ -261,15 +260,22 @@ class _Walk:
         """Stop at the first layer whose hidden states are not finite, with the weights that made them so."""
         if self.allow_nonfinite or bool(torch.isfinite(values).all()):
             return
-        _refuse_nonfinite(self.teacher, layer_names(self.teacher, layer), f"layer {layer} is not finite")
+        teacher = self.walk[TEACHER].model
+        names = [name for name in teacher.plan if layer_index(name) == layer]
+        _refuse_nonfinite(teacher, names, f"layer {layer} is not finite")
         summary = f"the hidden states of layer {layer} are not finite, although its weights are"
-        raise HxaconvError(f"{self.teacher.label}: {summary}", hint=NONFINITE_HINT)
+        raise HxaconvError(f"{teacher.label}: {summary}", hint=NONFINITE_HINT)
 
+    def _mixer(self, role: str, layer: int) -> dict[str, Tensor]:
+        """One layer's mixer by short name: `w0`, `key.weight`."""
+        names = [name for name in self.walk.held(role) if name.startswith(mixer_prefix(layer))]
+        return {name.partition(".self_attn.")[2]: self._whole(role, name) for name in names}
 
-def _mixer(model: Model, layer: int, compute: Compute) -> dict[str, Tensor]:
-    """One layer's mixer by short name: `w0`, `key.weight`."""
-    names = layer_names(model, layer, mixer=True)
-    return {name.partition(".self_attn.")[2]: compute.make(model.plan[name]) for name in names}
+    def _whole(self, role: str, name: str) -> Tensor:
+        """A weight in float32, in memory of its own."""
+        held = self.walk.held(role).get(name)
+        values = tensor(self.walk[role].model.plan[name]) if held is None else held.values
+        return values.to(self.walk.device, torch.float32, copy=True)
 
 
 def _plan(student: Model, state: State, cache: Cache | None) -> Plan:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hxaconv.calibration import heads, output_matrix
 from hxaconv.calibration.report import LayerReport, Settings
-from hxaconv.forward.batches import First, time_mix
 from hxaconv.forward.pool import Pool
+from hxaconv.forward.walk import First, time_mix
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.names import mixer_prefix
 

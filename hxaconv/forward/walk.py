@@ -42,6 +42,8 @@ LOOP_TOKENS = 64
 """Longer inputs run on the chunked recurrence."""
 TOGETHER = 1024
 """Tokens that pass a product at once: beyond that, what stands in between takes more memory than it saves time."""
+First = tuple[Tensor, Tensor] | None
+"""v_first and k_first, (B, T, G, N) each; None before the first RWKV layer."""
 SMALL = 1 << 16
 """Elements up to which a weight is cast as a whole at its first use."""
 ALIGNMENT = 64
@@ -354,6 +356,31 @@ class Track:
         """What the head sees of the residual stream, (tokens, C)."""
         normed: Tensor = self.reference.final_norm(x, self.weight, self.config)
         return normed.flatten(0, 1)
+
+
+def time_mix(
+    normed: Tensor,
+    get: hxa079.Get,
+    config: StudentConfig,
+    layer: int,
+    first: First,
+    each: Callable[[Callable[[int], tuple[Tensor, First]], range], Iterable[tuple[Tensor, First]]] = map,
+) -> tuple[Tensor, First]:
+    """An RWKV mixer on normed inputs (B, T, C), from an empty state: (output, what it hands on).
+
+    `each` sequence by itself: what is needed in between does not grow with B.
+    """
+
+    def one(i: int) -> tuple[Tensor, First]:
+        carry = hxa079.Carry(first[0][i : i + 1], first[1][i : i + 1]) if first else hxa079.Carry()
+        output = hxa079.time_mix(normed[i : i + 1], get, config, layer, carry, chunked)
+        assert carry.v_first is not None and carry.k_first is not None
+        return output, (carry.v_first, carry.k_first)
+
+    outputs, firsts = zip(*each(one, range(len(normed))), strict=True)
+    if first is None:
+        first = torch.cat([pair[0] for pair in firsts]), torch.cat([pair[1] for pair in firsts])
+    return torch.cat(outputs), first
 
 
 def _together(streams: Sequence[Stream]) -> list[list[Stream]]:

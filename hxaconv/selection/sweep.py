@@ -23,11 +23,10 @@ import torch
 from torch import Tensor
 
 from hxaconv.forward import hxa079, llama
-from hxaconv.forward.chunked import chunked
 from hxaconv.forward.divergence import LOGITS_AT_ONCE, Divergence
 from hxaconv.forward.hxa079 import Carry, Get
 from hxaconv.forward.state import State, StateFile
-from hxaconv.forward.walk import Walk
+from hxaconv.forward.walk import First, Walk, time_mix
 from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.plan import layer_bytes
@@ -38,8 +37,6 @@ from hxaconv.selection.strategies import STRATEGIES
 STREAMED = (*(name for name, strategy in STRATEGIES.items() if strategy.score), "kl")
 """Strategies that a sweep computes, any number of them in one pass."""
 
-First = tuple[Tensor, Tensor] | None
-"""v_first and k_first, (B, T, G, N) each; None before the first RWKV layer."""
 FIRSTS = ("base", "fork 0", "teacher")
 """Whose v_first and k_first are kept: those of base and of all forks after layer 0; those of fork 0, whose first RWKV
 layer is layer 1; what layer 0 of the student makes of the teacher's stream."""
@@ -145,22 +142,10 @@ class Layer:
         student = self.walk["student"]
         first = self.streams.firsts.get("teacher")
         config = student.model.student
-        found, self.streams.firsts["teacher"] = time_mix(self.walk, self.normed, config, self.index, first)
+        found, self.streams.firsts["teacher"] = time_mix(
+            self.normed, student.weight, config, self.index, first, self.walk.pool.map
+        )
         return found
-
-
-def time_mix(walk: Walk, normed: Tensor, config: StudentConfig, layer: int, first: First) -> tuple[Tensor, First]:
-    """The student's RWKV mixer on normed inputs (B, T, C), from an empty state: (output, what it hands on)."""
-    get = walk["student"].weight
-
-    def one(i: int) -> tuple[Tensor, Tensor, Tensor]:
-        carry = Carry(first[0][i : i + 1], first[1][i : i + 1]) if first else Carry()
-        output = hxa079.time_mix(normed[i : i + 1], get, config, layer, carry, chunked)
-        assert carry.v_first is not None and carry.k_first is not None
-        return output, carry.v_first, carry.k_first
-
-    outputs, v, k = zip(*walk.pool.map(one, range(len(normed))), strict=True)
-    return torch.cat(outputs), first or (torch.cat(v), torch.cat(k))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +246,9 @@ class Sweep:
         walk, index, config, get = at.walk, at.index, at.config, at.get
         self._move(at.streams, step, lambda _, x: walk.each(lambda s: llama.layer(s, get, config, index), x))
         alone = tuple(i for i in range(self.num_layers) if i != index)
-        mixed, _ = time_mix(walk, at.normed, replace(walk["student"].model.student, gqa_layers=alone), index, None)
+        student = walk["student"]
+        settings = replace(student.model.student, gqa_layers=alone)
+        mixed, _ = time_mix(at.normed, student.weight, settings, index, None, walk.pool.map)
         after = walk.each(lambda s: llama.feed_forward(s, get, config, index), at.x + mixed)
         at.streams.fork(after, self.num_layers)
 
@@ -275,7 +262,8 @@ class Sweep:
             return walk.each(lambda s: hxa079.feed_forward(s, get, config, index), x)
 
         def mix(x: Tensor, settings: StudentConfig, whose: str | None, first: First) -> Tensor:
-            mixed, first = time_mix(walk, hxa079.input_norm(x, get, config, index), settings, index, first)
+            normed = hxa079.input_norm(x, get, config, index)
+            mixed, first = time_mix(normed, get, settings, index, first, walk.pool.map)
             if whose is not None:
                 firsts[whose] = first
             return mixed
