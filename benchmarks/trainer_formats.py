@@ -114,6 +114,9 @@ def fsdp_worker(out: Path, axis: int) -> None:
         }
         states = {}
     dcp.save({"model": weights, "optimizer": states, "step": 3}, checkpoint_id=out)
+    files = out.with_name(f"{out.name}-files")
+    files.mkdir(exist_ok=True)
+    torch.save(weights, files / f"model_world_size_{dist.get_world_size()}_rank_{dist.get_rank()}.pt")
     dist.barrier()
     os._exit(0)  # gloo's threads abort a process now and then that ends in order
 
@@ -196,11 +199,13 @@ def fsdp_rows(work: Path) -> Iterator[tuple[str, str]]:
         launch(ranks, "--fsdp", axis, "--out", folder)
         dcp_to_torch_save(folder, work / "one.pt")
         expected = torch.load(work / "one.pt", weights_only=False)["model"]
-        found = differences(folder, expected)
-        if not found and not same_folders(folder, expected, work):
-            found = ["to-hf of the folder differs from to-hf of one file"]
         how = "FSDP2" if axis == 0 else "columns sharded"
-        yield f"DCP, {ranks} ranks, {how}: {len(expected)} tensors against dcp_to_torch_save, to-hf", "; ".join(found)
+        for place, what in ((folder, "DCP"), (folder.with_name(f"{folder.name}-files"), "a state dict per rank")):
+            found = differences(place, expected)
+            if not found and not same_folders(place, expected, work):
+                found = ["to-hf of the folder differs from to-hf of one file"]
+            tensors = f"{len(expected)} tensors against dcp_to_torch_save, to-hf"
+            yield f"{what}, {ranks} ranks, {how}: {tensors}", "; ".join(found)
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {

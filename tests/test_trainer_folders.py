@@ -20,7 +20,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.load import open_checkpoint
 from hxaconv.model.plan import rows
 from hxaconv.surgery.arithmetic import tensor
-from tests.trainer_folders import cut_rows, dcp_folder, zero_folder
+from tests.trainer_folders import cut_rows, dcp_folder, dtensor_folder, zero_folder
 
 GOLDEN = Path(__file__).parent / "golden" / "reka_tiny"
 TEACHER = GOLDEN / "teacher"
@@ -335,6 +335,25 @@ def test_accelerates_folder_of_a_sharded_model(masters: dict[str, Tensor], tmp_p
     shutil.copy(TEACHER / "config.json", tmp_path / "checkpoint-20")
     checkpoint = open_checkpoint(tmp_path / "checkpoint-20")
     assert same(checkpoint, masters) and checkpoint.config is not None
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_files_of_dtensors(masters: dict[str, Tensor], tmp_path: Path, axis: int) -> None:
+    folder = dtensor_folder(tmp_path / "actor", masters, ranks=3, axis=axis)
+    shutil.copytree(TEACHER, folder / "huggingface")
+    checkpoint = open_checkpoint(folder)
+    assert same(checkpoint, masters) and checkpoint.config is not None
+    assert checkpoint.extra["ignored"] == ["optim_world_size*"]
+    other = masters | {next(iter(masters)): masters[next(iter(masters))] + 1}
+    assert not same(checkpoint, other)
+    (folder / "model_world_size_3_rank_1.pt").rename(tmp_path / "aside")
+    with pytest.raises(HxaconvError, match="saved by 3 ranks, but 2 files are there"):
+        open_checkpoint(folder)
+    few = dict(list(masters.items())[1:])
+    another = dtensor_folder(tmp_path / "another", few, ranks=3, axis=axis)
+    shutil.copy(another / "model_world_size_3_rank_1.pt", folder)
+    with pytest.raises(HxaconvError, match="in 2 of 3 files"):
+        open_checkpoint(folder)
 
 
 def test_a_run_is_watched_as_it_is(

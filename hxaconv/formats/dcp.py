@@ -48,7 +48,7 @@ def holds_dcp(folder: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
+class Chunk:
     """A block of a tensor, and where its elements stand."""
 
     offsets: tuple[int, ...]
@@ -69,7 +69,7 @@ class Tiles:
 
     shape: tuple[int, ...]
     itemsize: int
-    chunks: tuple[_Chunk, ...]
+    chunks: tuple[Chunk, ...]
     rows: tuple[int, int]
     """The rows, [first, last), that are wanted."""
     kind: str = "copy"
@@ -91,7 +91,7 @@ class Tiles:
                 for start in range(0, len(data), limit):
                     yield data[start : start + limit]
 
-    def _rows(self, chunk: _Chunk, first: int, count: int) -> Elements:
+    def _rows(self, chunk: Chunk, first: int, count: int) -> Elements:
         """Rows of a chunk, by their number in the tensor."""
         import numpy as np
 
@@ -111,7 +111,7 @@ class Tiles:
         return replace(self, rows=(first, first + nbytes // row))
 
 
-def _bands(axis: int, chunks: Iterable[_Chunk]) -> Iterator[tuple[int, int, list[_Chunk]]]:
+def _bands(axis: int, chunks: Iterable[Chunk]) -> Iterator[tuple[int, int, list[Chunk]]]:
     """The axis cut at every border of a chunk, with the chunks that lie across each stretch."""
     chunks = list(chunks)
     cuts = sorted({cut for chunk in chunks for cut in (chunk.offsets[axis], chunk.end(axis))})
@@ -283,21 +283,22 @@ def _recipe(
             continue
         if offsets not in places:
             raise broken(file.label, f"the chunk of {show(name)} at {list(offsets)} stands nowhere")
-        chunks.append(_Chunk(offsets, sizes, _stored(name, dtype, sizes, opened, places[offsets])))
-    if not _make_whole(shape, chunks):
+        chunks.append(Chunk(offsets, sizes, _stored(name, dtype, sizes, opened, places[offsets])))
+    if not make_whole(shape, chunks):
         raise broken(file.label, f"the {len(chunks)} chunks of {show(name)} do not make a tensor of {list(shape)}")
     used = {chunk.place.file.name: None for chunk in chunks if chunk.place.file is not None}
     origin = f"{name} in {next(iter(used)) if len(used) == 1 else f'{len(used)} {SUFFIX} files'}"
-    return Recipe(dtype, shape, _bytes(shape, BY_NAME[dtype].itemsize, chunks), origin)
+    return Recipe(dtype, shape, bytes_of(shape, BY_NAME[dtype].itemsize, chunks), origin)
 
 
-def _bytes(shape: tuple[int, ...], itemsize: int, chunks: list[_Chunk]) -> Bytes:
+def bytes_of(shape: tuple[int, ...], itemsize: int, chunks: list[Chunk]) -> Bytes:
+    """A tensor's bytes from the chunks that make it whole: ranges of files where they are rows of it."""
     if all(chunk.spans(shape, 1) for chunk in chunks) or len(chunks) == 1:
         return Ranges(tuple(chunk.place for chunk in sorted(chunks, key=lambda chunk: chunk.offsets)))
     return Tiles(shape, itemsize, tuple(chunks), (0, shape[0]))
 
 
-def _make_whole(shape: tuple[int, ...], chunks: list[_Chunk]) -> bool:
+def make_whole(shape: tuple[int, ...], chunks: list[Chunk]) -> bool:
     """Whether the chunks make the tensor: every element in exactly one."""
     if not shape or 0 in shape:
         return len(chunks) == (0 not in shape)
@@ -306,7 +307,7 @@ def _make_whole(shape: tuple[int, ...], chunks: list[_Chunk]) -> bool:
     return all(chunk.end(axis) <= size for chunk in chunks for axis, size in enumerate(shape)) and _disjoint(0, chunks)
 
 
-def _disjoint(axis: int, chunks: list[_Chunk]) -> bool:
+def _disjoint(axis: int, chunks: list[Chunk]) -> bool:
     if len(chunks) < 2:
         return True
     if axis == len(chunks[0].sizes):

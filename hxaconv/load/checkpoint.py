@@ -206,16 +206,17 @@ def _snapshot(cache: Path, label: str) -> Path:
 
 
 def _from_trainer(trained: Trained, folder: Folder, root: Path, weights: str | None) -> Checkpoint:
-    """Open what several ranks saved, with the small files beside it or in the folder above."""
+    """Open what several ranks saved; the small files are beside it, in the folder above, or in verl's `huggingface`."""
     files, contents = trained.read(weights)
-    if "config.json" not in folder.sizes and trained.folder == root and (root.parent / "config.json").is_file():
-        above = root.parent
+    others = [place for place in (root / "huggingface", root.parent) if (place / "config.json").is_file()]
+    if "config.json" not in folder.sizes and trained.folder == root and others:
+        beside = others[0]
 
         def opener(name: str) -> SourceFile:
-            return SourceFile.local(_inside(above, name, str(above)), name=name)
+            return SourceFile.local(_inside(beside, name, str(beside)), name=name)
 
         folder = replace(
-            folder, sizes={name: path.stat().st_size for name, path in _files(list(above.iterdir()))}, open=opener
+            folder, sizes={name: path.stat().st_size for name, path in _files(list(beside.iterdir()))}, open=opener
         )
     return _checkpoint(folder, [(files[0], contents)], _config(folder), files=files)
 

@@ -123,6 +123,7 @@ def describe_format(checkpoint: Checkpoint) -> str:
         "legacy": "PyTorch legacy pickle (before 1.6)",
         "zero": _describe_zero(checkpoint.extra),
         "dcp": "torch.distributed.checkpoint",
+        "dtensor": "DTensors of several ranks",
     }
     count = len(checkpoint.files)
     if not count:

@@ -230,7 +230,7 @@ def _with_adapters(plan: Plan, settings: Settings, where: str, *, tied: bool) ->
 def _remarks(checkpoint: Checkpoint, plan: Plan, settings: Settings) -> Iterator[str]:
     """What people should know of a trainer's folder and of adapters, once."""
     left = checkpoint.extra.get("ignored", ())
-    if checkpoint.container in ("zero", "dcp") and left:
+    if checkpoint.container in ("zero", "dcp", "dtensor") and left:
         yield f"Left behind of {checkpoint.label}: {shortened(left)}"
     if settings.adapter:
         count = sum(recipe.make.kind == "merge" for recipe in plan.values())

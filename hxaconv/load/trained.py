@@ -1,4 +1,4 @@
-"""What a trainer leaves on disk: a step's folder of DeepSpeed, or one of torch.distributed.checkpoint."""
+"""What a trainer leaves on disk: a step's folder of DeepSpeed, of torch.distributed.checkpoint, or of DTensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hxaconv.errors import HxaconvError
-from hxaconv.formats import dcp, zero
+from hxaconv.formats import dcp, dtensor, zero
 from hxaconv.formats.contents import Contents
 from hxaconv.formats.files import SourceFile
 
@@ -21,7 +21,7 @@ class Trained:
 
     folder: Path
     kind: str
-    """`zero` or `dcp`."""
+    """`zero`, `dcp` or `dtensor`."""
     label: str
 
     def read(self, weights: str | None) -> tuple[list[SourceFile], Contents]:
@@ -34,7 +34,8 @@ class Trained:
             return zero.read_zero(self.folder, label=self.label, weights=weights)
         if weights is not None:
             raise HxaconvError(f"{self.label} has one set of weights", hint="Leave --weights out.")
-        return dcp.read_dcp(self.folder, label=self.label)
+        read = dcp.read_dcp if self.kind == "dcp" else dtensor.read_dtensors
+        return read(self.folder, label=self.label)
 
 
 def find_trained(root: Path, label: str) -> Trained | None:
@@ -48,6 +49,8 @@ def find_trained(root: Path, label: str) -> Trained | None:
         return Trained(step, "zero", _label(root, step, label))
     if dcp.holds_dcp(root):
         return Trained(root, "dcp", label)
+    if dtensor.holds_dtensors(root):
+        return Trained(root, "dtensor", label)
     inside = [path for path in sorted(root.iterdir()) if _SHARDED.match(path.name) and path.is_dir()]
     found = [path for path in inside if dcp.holds_dcp(path)]
     if len(found) > 1:
