@@ -46,3 +46,20 @@ def test_messages_in_logs_keep_their_lines() -> None:
     place = f"./{'long/' * 40}end"
     done = run(INTERRUPT_AT.format(module="nothing").replace("no/such/place", place))
     assert done.stderr.splitlines()[0] == f"Error: {place} does not exist"
+
+
+IMPORTS = """
+import importlib, pkgutil, sys
+import torch, hxaconv
+for module in pkgutil.walk_packages(hxaconv.__path__, "hxaconv."):
+    if not module.name.startswith("hxaconv.model.hf") and not module.name.endswith("__main__"):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "hxaconv"]:
+            del sys.modules[name]
+        importlib.import_module(module.name)
+"""
+
+
+@pytest.mark.slow
+def test_every_module_can_be_the_first_that_is_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -5,11 +5,7 @@ from __future__ import annotations
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.contents import Contents, broken
 from hxaconv.formats.files import SourceFile
-from hxaconv.formats.legacy_reader import MAGIC, read_legacy
 from hxaconv.formats.pickle_machine import Refused
-from hxaconv.formats.safetensors_reader import read_safetensors
-from hxaconv.formats.state_dict import advised
-from hxaconv.formats.torchzip_reader import read_torchzip
 
 __all__ = ["Contents", "read_contents"]
 
@@ -32,10 +28,17 @@ def read_contents(file: SourceFile) -> Contents:
     try:
         return _read(file, file.read(0, min(file.size, 512)))
     except Refused as refused:
+        from hxaconv.formats.state_dict import advised
+
         raise advised(refused, file) from None
 
 
 def _read(file: SourceFile, start: bytes) -> Contents:
+    # Not above: readers make plans, and plans stand on this package.
+    from hxaconv.formats.legacy_reader import MAGIC, read_legacy
+    from hxaconv.formats.safetensors_reader import read_safetensors
+    from hxaconv.formats.torchzip_reader import read_torchzip
+
     if start[:4] == b"PK\x03\x04":
         return read_torchzip(file)
     if start[8:9] == b"{":  # before pickles: the length in front may begin with any byte

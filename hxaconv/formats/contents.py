@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.model.plan import Plan
+
+if TYPE_CHECKING:
+    from hxaconv.model.plan import Plan
 
 MAX_NAME_LENGTH = 512
 
