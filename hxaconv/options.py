@@ -283,7 +283,7 @@ class Settings(Group):
     variant: Annotated[
         str | None,
         Option(
-            help="Variant of the RWKV layers. Needed for a .pth that hxa079 and hxa07d may both have written.",
+            help="Variant of the RWKV layers; asked for where tensors and files do not tell.",
             choices=tuple(VARIANTS),
         ),
     ] = None

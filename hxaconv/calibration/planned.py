@@ -7,11 +7,9 @@ import functools
 from hxaconv.calibration.output_matrix import TOKENS_PER_COLUMN
 from hxaconv.calibration.polish import TRAINED
 from hxaconv.calibration.report import Settings
-from hxaconv.errors import HxaconvError
 from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention, layer_index
 from hxaconv.model.plan import Plan, Recipe
-from hxaconv.model.variants import VARIANTS
 from hxaconv.surgery.arithmetic import Computed, tensor
 
 PROJECTIONS = {"receptance.weight", "receptance.bias", "key.weight", "key.bias", "output.bias"}
@@ -21,17 +19,7 @@ POLISHED = {f"{name}.weight" for name in TRAINED}
 
 
 def planned(student: Model, fitted_tokens: int, settings: Settings) -> Plan:
-    """The tensors of a plain student that a fit to so many tokens may replace, holding what they hold until then.
-
-    Raises:
-        HxaconvError: for a variant without published initial values.
-    """
-    variant = student.student.variant
-    if variant.ranks is None:
-        raise HxaconvError(
-            f"a calibration begins from published initial values, and {variant.name} has none published",
-            hint=f"Variants that can be: {', '.join(v.name for v in VARIANTS.values() if v.ranks is not None)}.",
-        )
+    """The tensors of a plain student that a fit to so many tokens may replace, holding what they hold until then."""
     rwkv = set(RWKV)
     enough = fitted_tokens >= TOKENS_PER_COLUMN * student.config.attention_size
     if settings.refit_output == "always" or (settings.refit_output == "auto" and enough):

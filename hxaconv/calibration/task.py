@@ -12,6 +12,7 @@ from hxaconv.calibration.report import Settings
 from hxaconv.calibration.streaming import check_enough, check_sizes, cut, fitted_tokens
 from hxaconv.errors import raise_all
 from hxaconv.forward.tokens import calibration_tokens, checked_device
+from hxaconv.model.config import unpublished
 from hxaconv.model.model import Model
 from hxaconv.model.plan import source_files
 from hxaconv.options import Fit, options_of
@@ -105,8 +106,11 @@ def prepare(teacher: Model, plain: Model, fit: Fit, seed: int, workers: int | No
     """Read the tokens and check the settings, all of them.
 
     Raises:
-        HxaconvError: without tokens of real text, unless random ones are asked for; for settings without sense.
+        HxaconvError: without tokens of real text, unless random ones are asked for; for settings without sense, and
+            a variant without published initial values.
     """
+    if plain.student.variant.ranks is None:
+        raise unpublished(plain.student.rwkv_architecture)
     problems = []
     if fit.given and fit.random_tokens:
         problems.append("--random-tokens and a text both say which tokens to use; give one of them")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -290,8 +290,10 @@ def _file_facts(source: str, raw: Mapping[str, Any], where: str) -> list[Facts]:
     return [Facts(source, config_facts(raw, where)), *inner]
 
 
-def resolve(sources: list[Facts], where: str) -> StudentConfig:
+def resolve(sources: list[Facts], where: str, alike: Sequence[str] = ()) -> StudentConfig:
     """One config from many sources: an option wins, everything else has to agree.
+
+    `alike` are the variants that the tensors may be of.
 
     Raises:
         HxaconvError: listing all contradictions, or all values that no source gives.
@@ -310,7 +312,7 @@ def resolve(sources: list[Facts], where: str) -> StudentConfig:
     if not keys <= FLAGS.keys():
         hint = "One of them belongs to another model, or the checkpoint holds tensors that it should not."
     raise_all(f"{where}: its sources contradict each other:", problems, hint=hint, kind=Inconsistent)
-    _refuse_gaps(values, where)
+    _refuse_gaps(values, where, alike)
     raise_all(f"{where}:", number_problems({key: values[key] for key in ("rope_theta", "rms_norm_eps")}))
     variant = VARIANTS[values["rwkv_architecture"]]
     ranks = Ranks(**{name: values[RANK_KEYS[name]] for name in variant.rank_names})
@@ -342,7 +344,7 @@ def _experts(values: Mapping[str, Any], where: str) -> Experts | None:
     return Experts(**facts)
 
 
-def _refuse_gaps(values: dict[str, Any], where: str) -> None:
+def _refuse_gaps(values: dict[str, Any], where: str, alike: Sequence[str]) -> None:
     if not any(key in values for key in RANK_KEYS.values()):
         raise HxaconvError(
             f"{where} has no RWKV layers: it is a teacher or all-attention checkpoint, not a student",
@@ -358,12 +360,12 @@ def _refuse_gaps(values: dict[str, Any], where: str) -> None:
         )
     missing = [key for key in (*SIZES, *FLAGS, "rwkv_architecture") if key not in values]
     if missing:
-        raise MissingSettings(where, missing, [f"{key}: {_remedy(key)}" for key in missing])
+        raise MissingSettings(where, missing, [f"{key}: {_remedy(key, alike)}" for key in missing])
 
 
-def _remedy(key: str) -> str:
+def _remedy(key: str, alike: Sequence[str]) -> str:
     if key == "rwkv_architecture":
-        return "pass --variant (hxa079 and hxa07d have the same tensors, and compute different things with them)"
+        return f"pass --variant ({' and '.join(alike)} have the same tensors, and compute different things with them)"
     if key in FLAGS:
         return f"pass {FLAGS[key]}, or --teacher, or --layer-map"
     if key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
@@ -418,7 +420,7 @@ def student_model(
     facts = gather_facts(checkpoint, flags=flags, teacher=teacher, layer_map=layer_map, layers=layers)
     if not any("rwkv_architecture" in source.values for source in facts):
         _refuse_unknown_variant(checkpoint.plan, checkpoint.label)
-    config = resolve(facts, checkpoint.label)
+    config = resolve(facts, checkpoint.label, [v.name for v in matching(parameters_found(checkpoint.plan))])
     _refuse_another_variant(config.rwkv_architecture, facts, checkpoint)
     plan, tied = checkpoint.plan, None
     if config.tie_word_embeddings and (EMBEDDING in plan or teacher is None):

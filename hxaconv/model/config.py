@@ -328,8 +328,13 @@ def student_of(
 def _published_ranks(name: str, attention_size: int) -> Ranks:
     ranks = VARIANTS[name].ranks
     if ranks is None:
-        raise HxaconvError(
-            f"the sizes and initial values of {name} are not published, so no student of it can be begun",
-            hint=f"Variants that can: {', '.join(v.name for v in VARIANTS.values() if v.ranks is not None)}.",
-        )
+        raise unpublished(name)
     return ranks(attention_size)
+
+
+def unpublished(name: str) -> HxaconvError:
+    """Why no RWKV layer of this variant can be begun."""
+    return HxaconvError(
+        f"the sizes and initial values of {name} are not published, so no RWKV layer of it can be begun",
+        hint=f"Variants that can: {', '.join(v.name for v in VARIANTS.values() if v.ranks is not None)}.",
+    )

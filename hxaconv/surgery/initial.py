@@ -20,7 +20,7 @@ import torch
 
 from hxaconv.formats.dtypes import num_bytes
 from hxaconv.formats.files import Extent, SourceFile
-from hxaconv.model.config import StudentConfig
+from hxaconv.model.config import StudentConfig, unpublished
 from hxaconv.model.names import mixer_prefix
 from hxaconv.model.plan import Plan, Ranges, Recipe, Scratch
 from hxaconv.model.variants.base import Orthogonal, Parameter
@@ -62,7 +62,13 @@ def _orthonormal_rows(tall: torch.Tensor) -> torch.Tensor:
 
 
 def initial_parameters(config: StudentConfig, layer: int, seed: int, dtype: str) -> Plan:
-    """Recipes of everything in an RWKV layer that does not come from the teacher, by canonical name."""
+    """Recipes of everything in an RWKV layer that does not come from the teacher, by canonical name.
+
+    Raises:
+        HxaconvError: for a variant without published initial values.
+    """
+    if config.variant.ranks is None:
+        raise unpublished(config.rwkv_architecture)
     plan: Plan = {}
     shapes = config.variant.shapes(config)
     for parameter in config.variant.parameters:
@@ -85,7 +91,7 @@ def _recipe(
     elif isinstance(initial, float):
         make = partial(torch.full, shape, initial)
     else:
-        assert initial is not None, f"{config.rwkv_architecture} has no published value of {parameter.name}"
+        assert initial is not None
         make = partial(initial, config, layer)
     return computed(make, dtype, shape, origin)
 
