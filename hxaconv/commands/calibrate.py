@@ -44,7 +44,7 @@ def calibrate(
     from hxaconv.calibration.task import prepare
 
     check_plot(calibration.plot, overwrite=write.overwrite)
-    plain = load_student(source, settings, teacher=teacher, progress=call.progress)
+    plain = load_student(source, settings, teacher=teacher, continued=False, progress=call.progress)
     assert plain.base is not None
     task = prepare(checked_here(plain.base), plain, calibration, seed, write.workers)
     output = lay_out(

@@ -237,7 +237,9 @@ class _Run:
     def _repicked(self, layers: str) -> tuple[Output, Verify, list[str], list[str]]:
         """(the output of SOURCE with these layers, the check of what was written, warnings, notes)."""
         assert self.out is not None
-        student = load_student(self.source, self.settings, teacher=self.teacher, progress=self.call.progress)
+        student = load_student(
+            self.source, self.settings, teacher=self.teacher, continued=False, progress=self.call.progress
+        )
         base, sources, old = student.base, student.sources, student.student
         chosen, initial = all_of(
             lambda: layer_choice.parse_layers(

@@ -81,6 +81,7 @@ def load_student(
     teacher: Name | Model | None = None,
     whole: bool = True,
     copied: bool = True,
+    continued: bool = True,
     progress: Progress | None = None,
 ) -> Model:
     """The student that `name` is, in any container and key format; `Model.base` is its teacher, where one is given.
@@ -92,6 +93,7 @@ def load_student(
             made of, or the student that the run began with.
         whole: Whether all tensors are wanted; otherwise attention is enough, and the rest stays as it is.
         copied: As in `load_teacher`.
+        continued: Whether `teacher` may be the student that the run began with; otherwise it is a transformer.
         progress: Shows a download.
 
     Raises:
@@ -103,6 +105,11 @@ def load_student(
     base = _base(teacher, settings, copied, progress)
     if copied:
         refuse_broken([checkpoint])
+    if base and isinstance(base.config, StudentConfig) and not continued:
+        raise HxaconvError(
+            f"{base.label} is a student, the transformer that it was made of is needed here",
+            hint="Give that as --teacher.",
+        )
     layer_map = map_facts(settings.layer_map) if settings.layer_map is not None else None
     named = _layers_named(checkpoint, settings, base)
     layers = partial.layers_of(checkpoint, base.config, named) if base else None

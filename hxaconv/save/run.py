@@ -14,7 +14,10 @@ from hxaconv.errors import HxaconvError
 from hxaconv.formats.files import SourceFile
 from hxaconv.formats.hub import explain, hub_utils, network_errors
 from hxaconv.formats.json_files import plain_data
+from hxaconv.load import companions
+from hxaconv.load.models import will_download
 from hxaconv.model.model import Model
+from hxaconv.model.plan import source_files
 from hxaconv.options import Write
 from hxaconv.progress import Progress
 from hxaconv.save.interruption import interruptible
@@ -50,7 +53,12 @@ def save(
         HxaconvError: when the target is refused, or something fails; the target is as before then.
         CheckFailed: when the output did not pass; it is left beside the target for inspection.
     """
-    progress, outcome = output.record.call.progress, planned(output, options.max_shard_bytes, warnings, notes)
+    progress, sources = output.record.call.progress, list(output.record.sources.values())
+    if output.format == "hf":
+        warnings = [*warnings, *companions.warnings(sources, copied=output.copy_code)]
+    to_come = will_download(sources, source_files(output.tensors))
+    notes = [*notes, *([to_come] if to_come else [])]
+    outcome = planned(output, options.max_shard_bytes, warnings, notes)
     if options.push_to:
         from hxaconv.save.run import check_push
 

@@ -137,7 +137,7 @@ def _student(
 ) -> Subject:
     wanted = needs(strategy)
     whole = bool(wanted & {"teacher", "student"})
-    model = load_student(checkpoint, settings, teacher=teacher, whole=whole, progress=progress)
+    model = load_student(checkpoint, settings, teacher=teacher, whole=whole, continued=False, progress=progress)
     sources, base = tuple(model.sources.values()), model.base
     if "teacher" in wanted and base is None:
         raise HxaconvError(f"--strategy {strategy} compares with the teacher", hint="Pass --teacher.")
