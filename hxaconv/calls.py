@@ -153,10 +153,15 @@ class Call:
         return [f"{option_words(found)}: {reason}"] if found else []
 
     @property
+    def recorded(self) -> dict[str, Any]:
+        """What differs from the defaults and is of consequence, as it may be published: without local folders."""
+        given = [parameter.name for parameter in self.differing if parameter.option.recorded]
+        return {name: "OUT" if name == "out" else bare(self.options[name]) for name in given}
+
+    @property
     def line(self) -> str:
-        """The command as one could type it again, without local folders and with OUT for the target."""
-        shown = {name: "OUT" if name == "out" else bare(value) for name, value in self.options.items()}
-        return _line(self.command, [parameter for parameter in self.differing if parameter.option.recorded], shown)
+        """The command as one could type it again, with OUT for the target."""
+        return _line(self.command, [found for found in self.differing if found.option.recorded], self.recorded)
 
 
 def invoke(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, Self, Union, get_args, get_origin, get_type_hints
 
-from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.errors import HxaconvError
 from hxaconv.model.variants import VARIANTS
 
 
@@ -81,21 +81,6 @@ class Group:
                 wrong.append((name, str(error)))
         if wrong:
             raise WrongOption(wrong)
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """The group with these fields, by name.
-
-        Raises:
-            HxaconvError: for names that it does not have, and values that they cannot have.
-        """
-        known = options_of(cls)
-        raise_all(
-            f"{cls.__name__} has no such options:",
-            [name for name in values if name not in known],
-            hint=f"It has {', '.join(known)}.",
-        )
-        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Its fields as JSON can hold them."""

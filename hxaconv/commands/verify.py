@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from hxaconv.calls import Call
 from hxaconv.commands.plots import check_plot, draw_report
@@ -122,14 +122,7 @@ def _forward(
         report.findings = [finding.to_json() for finding in lint(checkpoint, models[0].config)]
         return report
     model, other = models
-    how: dict[str, Any] = {
-        "ids": ids,
-        "thresholds": Thresholds(logits=check.max_logit, layer=check.max_layer, kl=check.max_kl),
-        "dtype": probe.dtype,
-        "device": probe.device,
-        "logits_out": logits_out,
-        "progress": call.progress,
-    }
+    limits = Thresholds(logits=check.max_logit, layer=check.max_layer, kl=check.max_kl)
     of_teacher = isinstance(model.config, StudentConfig) and isinstance(other.config, TeacherConfig)
     if check.expect in STAGES and not of_teacher:
         raise HxaconvError(
@@ -138,8 +131,30 @@ def _forward(
         )
     if of_teacher and check.expect in (None, *STAGES, "report"):
         made, folded = made_by(history_of(checkpoint))
-        return check_against(model, other, expect=check.expect, made=made, folded=folded, **how)
-    return compare_models(model, other, expect=check.expect, **how)
+        return check_against(
+            model,
+            other,
+            ids=ids,
+            expect=check.expect,
+            made=made,
+            folded=folded,
+            thresholds=limits,
+            dtype=probe.dtype,
+            device=probe.device,
+            logits_out=logits_out,
+            progress=call.progress,
+        )
+    return compare_models(
+        model,
+        other,
+        ids=ids,
+        expect=check.expect,
+        thresholds=limits,
+        dtype=probe.dtype,
+        device=probe.device,
+        logits_out=logits_out,
+        progress=call.progress,
+    )
 
 
 def _refuse_useless(call: Call) -> None:

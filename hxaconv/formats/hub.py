@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import queue
 import shutil
 import threading
@@ -138,7 +139,11 @@ class Repository:
                 hint=f"Without HF_HUB_OFFLINE, run: hf download {self.name} --revision {self.commit}",
             )
         with self._explained(name):
-            path = Path(hf_hub_download(self.name, name, revision=self.commit, tqdm_class=_bar_class(report)))
+            if "tqdm_class" in inspect.signature(hf_hub_download).parameters:
+                path = Path(hf_hub_download(self.name, name, revision=self.commit, tqdm_class=_bar_class(report)))
+            else:  # huggingface_hub before 1.2 shows a bar of its own, and tells nobody
+                path = Path(hf_hub_download(self.name, name, revision=self.commit))
+                report(path.stat().st_size)
         self._check_digest(path, name)
         return path
 

@@ -298,6 +298,7 @@ def _provenance(output: Output) -> dict[str, Any]:
     return {
         "hxaconv": __version__,
         "command_line": output.record.call.line,
+        "options": output.record.call.recorded,
         "sources": {role: _source(checkpoint) for role, checkpoint in output.record.sources.items()},
         "format": output.format,
         "variant": config.rwkv_architecture,
