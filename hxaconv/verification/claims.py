@@ -125,7 +125,7 @@ class Initial(Claim):
 
 @dataclass
 class States:
-    """What has happened to the attention of every layer: `untrained`, `calibrated`, `trained`, or (GQA) `kept`."""
+    """What has happened to the attention of every layer: `untrained` (GQA: `kept`), `calibrated` or `trained`."""
 
     config: StudentConfig
     found: dict[int, str] = field(default_factory=dict)
@@ -140,13 +140,10 @@ class States:
         layer = layers.pop()
         assert layer is not None
         if self.config.layer_kind(layer) == "gqa":
-            kept = all(
-                pool.map(
-                    lambda n: is_copy(made[n], origin.get(n)),
-                    names,
-                )
-            )
-            self.found[layer] = "kept" if kept else "trained"
+            kept = pool.map(lambda n: is_copy(made[n], origin.get(n)), names)
+            moved = {part_of_mixer(n) for n, same in zip(names, kept, strict=True) if not same}
+            calibrated = "calibrated" if moved <= specification.REFITTED else "trained"
+            self.found[layer] = calibrated if moved else "kept"
             return
         touched = {
             part_of_mixer(n)

@@ -46,13 +46,15 @@ def compare_models(
     logits_out: Path | None = None,
     beside: Mapping[str, Model] | None = None,
     claims: Collection[Claim | States] = (),
+    each_layer: bool = True,
     progress: Progress | None = None,
 ) -> Report:
     """Compare two complete models on token ids (B, T), holding one layer of each; without ids, their tensors only.
 
     `expect` is identical, close or report; None: identical for the same architecture, else report.
     `claims` are about the source, the other, and models `beside` them by role; each becomes a check.
-    `logits_out` receives the source's input_ids, logits and hidden.{i}.
+    Without `each_layer`, a student's RWKV layers are not fed the teacher's input as well, which tells nothing of
+    untrained ones. `logits_out` receives the source's input_ids, logits and hidden.{i}.
 
     Raises:
         HxaconvError: when their layers cannot be fed the same input.
@@ -69,7 +71,9 @@ def compare_models(
         dumping(logits_out, source.config, ids, compute) as dump,
         Walk({SOURCE: source, OTHER: other, **(beside or {})}, dtype=compute, device=device) as walk,
     ):
-        _Comparison(report, walk, dump, claims).run(None if ids is None else ids.to(device), progress)
+        _Comparison(report, walk, dump, claims, each_layer=each_layer).run(
+            None if ids is None else ids.to(device), progress
+        )
     if isinstance(source.config, TeacherConfig) and isinstance(other.config, StudentConfig):
         report.notes.append("Name the student first to see how near it is to attention zeroed, and its GQA layers.")
     judge(report, thresholds or Thresholds(), source)
@@ -101,8 +105,10 @@ class _Streams:
 class _Comparison:
     """The loop of a comparison over the layers."""
 
-    def __init__(self, report: Report, walk: Walk, dump: Dump | None, claims: Collection[Claim | States]) -> None:
-        self.report, self.walk, self.dump, self.claims = report, walk, dump, claims
+    def __init__(
+        self, report: Report, walk: Walk, dump: Dump | None, claims: Collection[Claim | States], *, each_layer: bool
+    ) -> None:
+        self.report, self.walk, self.dump, self.claims, self.each_layer = report, walk, dump, claims, each_layer
         self.left, self.right = walk[SOURCE], walk[OTHER]
         self.students = isinstance(self.left.config, StudentConfig) and isinstance(self.right.config, StudentConfig)
 
@@ -115,7 +121,7 @@ class _Comparison:
             for index in self.walk.layers():
                 self.report.tensors += self._compared()
                 if streams is not None:
-                    self.report.layers.append(self._layer(streams, index))
+                    self._layer(streams, index)
                     if self.dump:
                         self.dump.append(f"hidden.{index}", streams.source.x)
                 for _ in self.walk.experts(index):
@@ -156,9 +162,14 @@ class _Comparison:
                 claim.look(at_hand, self.walk.pool)
         return list(compare_held(self.walk, SOURCE, OTHER))
 
-    def _layer(self, streams: _Streams, index: int) -> LayerResult:
+    def _layer(self, streams: _Streams, index: int) -> None:
         """Move all streams through a layer, and the other's input through the source's layer too."""
         left, right, theirs = self.left, self.right, streams.other
+        if not self.each_layer and self._kinds(index) == ("rwkv", "attention"):
+            left.mix([streams.source], index)
+            right.mix([theirs], index)
+            self._feed([streams.source], [theirs, *([] if streams.zeroed is None else [streams.zeroed])], index)
+            return
         both = self.students and left.config.key_value_size == right.config.key_value_size
         # v_first and k_first are part of the input: a fault there is the fault of the layer that handed them on.
         before = theirs.carry if both and theirs.carry.v_first is not None else streams.fed
@@ -171,17 +182,24 @@ class _Comparison:
         right.mix(rest, index)
         if streams.zeroed is not None:
             rest.append(streams.zeroed)
-        if self._same_mlp(index):
-            left.feed([*mine, *rest], index)
-        else:
-            left.feed(mine, index)
-            right.feed(rest, index)
+        self._feed(mine, rest, index)
         if one_input:
             streams.source = _copy(fed)
         if one_layer:
             streams.other = _copy(fed)
         streams.fed = fed.carry
-        return self._result(fed, nowhere, streams, index, both=both)
+        self.report.layers.append(self._result(fed, nowhere, streams, index, both=both))
+
+    def _feed(self, mine: list[Stream], theirs: list[Stream], index: int) -> None:
+        """The second half of a layer, at once where both models have the same MLP."""
+        if self._same_mlp(index):
+            self.left.feed([*mine, *theirs], index)
+        else:
+            self.left.feed(mine, index)
+            self.right.feed(theirs, index)
+
+    def _kinds(self, index: int) -> tuple[str, str]:
+        return layer_kind(self.left.config, index), layer_kind(self.right.config, index)
 
     def _result(self, fed: Stream, nowhere: Tensor | None, streams: _Streams, index: int, *, both: bool) -> LayerResult:
         assert fed.mixed is not None and streams.other.mixed is not None
@@ -201,7 +219,7 @@ class _Comparison:
 
     def _without_rope(self, x: Tensor, index: int) -> Tensor | None:
         """For a student's GQA layer, the teacher's attention with all tokens at position 0."""
-        if (layer_kind(self.left.config, index), layer_kind(self.right.config, index)) != ("gqa", "attention"):
+        if self._kinds(index) != ("gqa", "attention"):
             return None
         nowhere = torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
         # Without scaling: YaRN multiplies q and k at position 0 too.

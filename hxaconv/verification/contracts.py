@@ -158,7 +158,7 @@ def _as_made(config: StudentConfig, made: Collection[Made], folded: bool, *, fit
         return fitted and layer_index(name) in step.fitted and part_of_mixer(name) in specification.FITTED
 
     claims: list[Claim | States] = [
-        copied(config, without_parts=("q_proj", "q_norm", "o_proj") if folded else ()),
+        copied(config, without_parts=specification.REFITTED if folded else ()),
     ]
     for step in made:
         claims += initial_claims(
@@ -194,7 +194,16 @@ def against_teacher(
     if ids is None:
         ids = probe_tokens(min(teacher.config.vocab_size, student.config.vocab_size), tokens=PROBE_TOKENS)
     whole = completed(student, teacher)
-    report = compare_models(whole, teacher, ids=ids, device=device, beside=beside, claims=claims, progress=progress)
+    report = compare_models(
+        whole,
+        teacher,
+        ids=ids,
+        device=device,
+        beside=beside,
+        claims=claims,
+        each_layer=False,
+        progress=progress,
+    )
     if random:
         report.notes.clear()  # KL on random tokens says little of text
     check_settings(report, whole.student, teacher.config)
