@@ -20,7 +20,6 @@ from hxaconv.formats.dtypes import BY_NAME, BY_TORCH_NAME, num_elements
 from hxaconv.formats.files import Extent, Section, SourceFile
 from hxaconv.formats.pickle_machine import MAX_DIMS, MAX_PICKLE_BYTES, TRAINER_OBJECTS, Inert, Record, Storage, Tensor
 from hxaconv.formats.state_dict import find_state_dict
-from hxaconv.formats.strided import is_contiguous
 from hxaconv.formats.torchzip_reader import TorchZip
 from hxaconv.formats.unpickler import parse
 from hxaconv.model.plan import Bytes, Ranges, Recipe, Scratch
@@ -329,17 +328,11 @@ def _stored(name: str, dtype: str, sizes: tuple[int, ...], opened: _Files, place
     section = opened.section(place, show(name))
     archive = TorchZip(section, inert=TRAINER_OBJECTS)
     tensor = archive.value
-    if not isinstance(tensor, Tensor) or not is_contiguous(tensor.shape, tensor.strides):
-        raise broken(section.label, "its archive holds no contiguous tensor")
+    extent = archive.extent(tensor, "what it holds")
     if (tensor.shape, tensor.storage.dtype) != (sizes, dtype):
         raise HxaconvError(
             f"{section.label}: a tensor {list(tensor.shape)} ({tensor.storage.dtype}),"
             f" {METADATA} expects {list(sizes)} ({dtype})",
             hint="The file is of another save; copy the folder again.",
         )
-    start, available = archive.place(tensor.storage)
-    itemsize = BY_NAME[dtype].itemsize
-    begin, nbytes = tensor.offset * itemsize, num_elements(sizes) * itemsize
-    if begin + nbytes > available:
-        raise broken(section.label, f"its tensor needs {begin + nbytes} bytes of a storage of {available}")
-    return Extent(section.file, start + begin, nbytes)
+    return extent

@@ -14,10 +14,9 @@ from typing import Any
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats.contents import Contents, broken, check_names, show
 from hxaconv.formats.dcp import Chunk, bytes_of, make_whole
-from hxaconv.formats.dtypes import BY_NAME, num_bytes
+from hxaconv.formats.dtypes import BY_NAME
 from hxaconv.formats.files import Extent, SourceFile
 from hxaconv.formats.pickle_machine import TRAINER_OBJECTS, Record, Tensor
-from hxaconv.formats.strided import is_contiguous
 from hxaconv.formats.torchzip_reader import TorchZip
 from hxaconv.model.plan import Plan, Recipe
 
@@ -95,17 +94,12 @@ def _ranks(folder: Path, label: str) -> list[SourceFile]:
 
 
 def _block(name: str, value: Tensor | Record, file: SourceFile, archive: TorchZip) -> _Block:
-    local, shape, axis = value, None, None
+    local: Any = value
+    shape, axis = None, None
     if isinstance(value, Record):
         local, shape, axis = _described(name, value, file)
-    if not isinstance(local, Tensor) or not is_contiguous(local.shape, local.strides):
-        raise broken(file.label, f"{show(name)} is no contiguous tensor")
-    dtype = local.storage.dtype
-    start, available = archive.place(local.storage)
-    begin, nbytes = local.offset * BY_NAME[dtype].itemsize, num_bytes(dtype, local.shape)
-    if begin + nbytes > available:
-        raise broken(file.label, f"{show(name)} needs {begin + nbytes} bytes of a storage of {available}")
-    return _Block(dtype, shape or local.shape, local.shape, axis, Extent(file, start + begin, nbytes))
+    place = archive.extent(local, show(name))
+    return _Block(local.storage.dtype, shape or local.shape, local.shape, axis, place)
 
 
 def _described(name: str, value: Record, file: SourceFile) -> tuple[Any, tuple[int, ...], int | None]:

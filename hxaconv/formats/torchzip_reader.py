@@ -11,13 +11,15 @@ import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats.contents import Contents, broken, show
-from hxaconv.formats.dtypes import BY_NAME
-from hxaconv.formats.files import Section, SourceFile
-from hxaconv.formats.pickle_machine import MAX_PICKLE_BYTES, Storage
+from hxaconv.formats.dtypes import BY_NAME, num_bytes
+from hxaconv.formats.files import Extent, Section, SourceFile
+from hxaconv.formats.pickle_machine import MAX_PICKLE_BYTES, Storage, Tensor
 from hxaconv.formats.state_dict import find_state_dict, recipes
+from hxaconv.formats.strided import is_contiguous
 from hxaconv.formats.unpickler import parse
 
 MAX_DIRECTORY_BYTES = 32 * 1024 * 1024
@@ -215,6 +217,21 @@ class TorchZip:
             start = self._file.start if isinstance(self._file, Section) else 0
             self._places[storage.key] = start + data_offset(self._file, found)
         return self._places[storage.key], nbytes
+
+    def extent(self, tensor: Any, what: str) -> Extent:
+        """Where the bytes of a contiguous tensor stand.
+
+        Raises:
+            HxaconvError: when it is none, or leaves its storage.
+        """
+        if not isinstance(tensor, Tensor) or not is_contiguous(tensor.shape, tensor.strides):
+            raise broken(self._file.label, f"{what} is no contiguous tensor")
+        start, available = self.place(tensor.storage)
+        dtype = tensor.storage.dtype
+        begin, nbytes = tensor.offset * BY_NAME[dtype].itemsize, num_bytes(dtype, tensor.shape)
+        if begin + nbytes > available:
+            raise broken(self._file.label, f"{what} needs {begin + nbytes} bytes of a storage of {available}")
+        return Extent(self._file.file if isinstance(self._file, Section) else self._file, start + begin, nbytes)
 
     def digest(self) -> str:
         """sha256 of what says where the tensors are that were asked for so far."""

@@ -26,7 +26,6 @@ from hxaconv.formats.dtypes import BY_NAME, FLOATS, num_bytes, num_elements
 from hxaconv.formats.files import Extent, SourceFile
 from hxaconv.formats.pickle_machine import MAX_DIMS, TRAINER_OBJECTS, Record, Tensor
 from hxaconv.formats.state_dict import StateDict, recipes
-from hxaconv.formats.strided import is_contiguous
 from hxaconv.formats.torchzip_reader import TorchZip
 from hxaconv.model.plan import Plan, Ranges, Recipe, with_origin
 
@@ -88,14 +87,8 @@ class _States:
 
     def flat(self, tensor: Any, what: str) -> tuple[str, Extent]:
         """dtype and place of a contiguous tensor."""
-        if not isinstance(tensor, Tensor) or not is_contiguous(tensor.shape, tensor.strides):
-            raise broken(self.file.label, f"{what} is no contiguous tensor")
-        start, available = self.archive.place(tensor.storage)
-        itemsize = BY_NAME[tensor.storage.dtype].itemsize
-        begin, nbytes = tensor.offset * itemsize, num_bytes(tensor.storage.dtype, tensor.shape)
-        if begin + nbytes > available:
-            raise broken(self.file.label, f"{what} needs {begin + nbytes} bytes of a storage of {available}")
-        return tensor.storage.dtype, Extent(self.file, start + begin, nbytes)
+        extent = self.archive.extent(tensor, what)
+        return tensor.storage.dtype, extent
 
 
 @dataclass(slots=True)
