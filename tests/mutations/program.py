@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "hxaconv"
 TESTS = Path(__file__).parents[1]
 TEACHER = TESTS / "golden" / "reka_tiny" / "teacher"
 STUDENT = TESTS / "golden" / "reka_tiny" / "student.pth"
-SETTINGS = ("--rope-theta", "8e6", "--rms-norm-eps", "1e-5", "--no-tie-word-embeddings")
+SETTINGS = ("--rope-theta", "8e6", "--rms-norm-eps", "1e-5", "--no-tie-word-embeddings", "--variant", "hxa079")
 COMMANDS = {
     "init-from-teacher": ("init-from-teacher", "{teacher}", "{out}", "--gqa-layers", "2,4"),
     "init, several files": (
