@@ -28,10 +28,12 @@ PLAN = """
 import sys
 from pathlib import Path
 from hxaconv.load import load_student
+from hxaconv.calls import Call
 from hxaconv.save.output import Record, lay_out
 student = load_student(sys.argv[1])
-record = Record(command="to-hf", options={}, defaults={}, sources={"source": student.checkpoint}, base_model=None, purpose="")
-assert len(lay_out(student, Path(sys.argv[2]), format="hf", dtype="BF16", record=record).tensors) == 19547
+record = Record(call=Call("to-hf"), sources={"source": student.checkpoint})
+output = lay_out(student, Path(sys.argv[2]), format="hf", dtype="BF16", record=record)
+assert len(output.tensors) == 19547
 """
 SHARDS = 13
 BYTES = 61_419_204_768
