@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hxaconv.forward import llama
@@ -125,16 +128,17 @@ SHELLS = {
 
 
 @pytest.mark.parametrize("name", SHELLS)
-def test_the_text_model_of_a_shell_is_taken(name: str, tmp_path: Path) -> None:
+def test_the_text_model_of_a_shell_is_taken(name: str, tmp_path: Path, cli: Callable[..., int]) -> None:
     torch.manual_seed(0)
+    shell = tmp_path / "shell"
     config = getattr(transformers, f"{name}Config")(**SHELLS[name])
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).double().eval()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(shell)
     ids = torch.randint(80, (2, 17))
     with torch.no_grad():
         expected = model(ids).logits
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(shell)
     teacher = open_teacher(checkpoint)
     found, _ = llama.forward(ids, lambda key: tensor(teacher.plan[key], dtype=torch.float64), teacher.config)
     assert (found - expected).abs().max() < AGREEMENT
@@ -142,6 +146,19 @@ def test_the_text_model_of_a_shell_is_taken(name: str, tmp_path: Path) -> None:
     assert all(f"tensors of {part}" in str(teacher.teacher.warnings) for part in parts)
     assert set(checkpoint.shell).isdisjoint(checkpoint.stored_names.values())
     assert len(checkpoint.shell) + len(teacher.plan) == sum(1 for _ in model.state_dict())
+    (shell / "preprocessor_config.json").write_text("{}")
+    words = ("init-from-teacher", shell, tmp_path / "carried", "--gqa-layers", "1", "--keep-shell", "--quiet")
+    assert cli(*words) == 0
+    assert cli("to-hf", tmp_path / "carried", tmp_path / "again", "--keep-shell", "--quiet") == 0
+    assert cli("to-hf", tmp_path / "carried", tmp_path / "alone", "--quiet") == 0
+    source = load_file(shell / "model.safetensors")
+    for folder in (tmp_path / "carried", tmp_path / "again"):
+        written = load_file(folder / "model.safetensors")
+        assert all(torch.equal(written[key], source[key]) for key in checkpoint.shell)
+        assert json.loads((folder / "config.json").read_text())["vision_config"]
+        assert (folder / "preprocessor_config.json").is_file()
+    assert load_file(tmp_path / "alone" / "model.safetensors").keys() == written.keys() - checkpoint.shell.keys()
+    assert cli("init-from-teacher", shell, tmp_path / "x.pth", "--gqa-layers", "1", "--keep-shell", "--quiet") == 2
 
 
 def test_what_remains_is_the_float32_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -321,10 +321,10 @@ def _checkpoint(
     merged, problem = _merged(folder, opened, selection), None
     shell = {name: recipe for name, recipe in merged.items() if shells.is_part(name)}
     names = {shells.text_name(name): name for name in merged if name not in shell}
-    shell_config: Mapping[str, Any] = {}
+    shell_config = shells.shell_settings(config or {})
     wrapped = kind_of_shell(config or {})
     if config is not None and "text_config" in config:
-        config, shell_config = shells.text_config(config), shells.shell_settings(config)
+        config = shells.text_config(config)
     dialect = detect_dialect(names)
     try:
         found_names, unknown = canonical_names(names, dialect, folder.label)

@@ -53,7 +53,7 @@ def open_teacher(
         tie_word_embeddings=tie_word_embeddings,
     )
     if checkpoint.shell:
-        left = f"the text model is taken; {summary(checkpoint.shell)} are left out (--keep-shell carries them along)"
+        left = f"the text model becomes a student, not {summary(checkpoint.shell)} (--keep-shell carries it along)"
         config = replace(config, warnings=(*config.warnings, left))
     plan = split_fused(checkpoint.plan, config)
     tied = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ TEXT_TYPES = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"}
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files that a shell's processor needs."""
+
+
+_SETTING = re.compile(r"(vision|image|video|audio|projector|multimodal|spatial|deepstack)_")
 
 
 def is_part(name: str) -> bool:
@@ -47,9 +51,8 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shell_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What a shell's config.json says of itself, without the text model."""
-    ours = ("text_config", "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version")
-    return {key: value for key, value in raw.items() if key not in (*ours, "tie_word_embeddings")}
+    """What a config.json, a shell's or that of a student that carries one, says beside the text model."""
+    return {key: value for key, value in raw.items() if _SETTING.match(key)}
 
 
 def summary(names: Iterable[str]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.names import EMBEDDING, HEAD
+from hxaconv.model.plan import Recipe, same_bytes
 from hxaconv.verification import specification
 from hxaconv.verification.digests import wrong_files
 from hxaconv.verification.report import Report
@@ -18,7 +19,7 @@ from hxaconv.verification.specification import listed
 def check_output(
     checkpoint: Checkpoint,
     asked: Model,
-    names: Collection[str],
+    names: Mapping[str, Recipe],
     dtype: str,
     label: str,
     verify: Callable[[Model], Report],
@@ -27,15 +28,23 @@ def check_output(
 
     Args:
         asked: the student that had to be written.
-        names: under which names its tensors had to be stored.
+        names: what had to be stored, by the names as they are in the files.
         dtype: its main one.
         label: what messages call it.
     """
     files = Report(source=label)
-    stored = set(checkpoint.stored_names.values())
+    stored = set(checkpoint.stored_names.values()) | checkpoint.shell.keys()
     wrong = [f"{name} is missing" for name in names if name not in stored]
     wrong += [f"{name} is there" for name in stored if name not in names]
     files.check("tensors as asked", not wrong, listed(wrong) or f"{len(stored)}, no other")
+    if checkpoint.shell:
+        differing = [
+            f"{name} differs from the source's"
+            for name, found in checkpoint.shell.items()
+            if name in names and not same_bytes(found, names[name])
+        ]
+        good = f"{len(checkpoint.shell)} tensors, the source's"
+        files.check("what wraps the text model", not differing, listed(differing) or good)
     check_written(files, checkpoint, asked, dtype)
     if not files.passed:
         return files
