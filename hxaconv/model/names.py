@@ -104,8 +104,11 @@ DROPPED = re.compile(
 and the layers for predicting several tokens, which generation does not use."""
 
 _INSIDE = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-_WRAPPERS = re.compile(rf"^(?:(?:module|_forward_module|base_model\.model)\.|{_INSIDE})+|(?<=\.){_INSIDE}")
-"""What DDP, FSDP, torch.compile, Lightning and PEFT put into the names of a model that they wrap: left off."""
+_WRAPPERS = re.compile(
+    rf"^(?:(?:module|_forward_module|base_model\.model)\.|{_INSIDE})+|(?<=\.){_INSIDE}|(?<=^lm_head\.)0\.(?=weight$)"
+)
+"""What DDP, FSDP, torch.compile, Lightning, PEFT and heads cast to float32 put into the names of a model that they
+wrap: left off."""
 _NUMBERED = re.compile(
     r"^((?:.*\.)?(?:layers|blocks)\.)(0|[1-9]\d{0,4})(\..*?)(?:(?<=\.mlp\.experts\.)(0|[1-9]\d{0,4})(\..*))?$"
 )

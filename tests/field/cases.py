@@ -324,8 +324,7 @@ PARAMETER.tag = "x"  # type: ignore[attr-defined]
 case(name="weights_only_list", what="a .pth with anything that torch.load(weights_only=True) lets through",
      outcome=READ, command=TO_HF, inside="x.pth", build=save(
          {"model": OrderedDict(WITH_ATTRIBUTES | {R_K[0]: PARAMETER}), "size": torch.Size([2]), "when": {"a", "b"},
-          "dtype": torch.float16, "bytes": b"x", "z": 1j, "quantized": torch.quantize_per_tensor(
-              torch.ones(2), 0.1, 0, torch.qint8), "sparse": torch.eye(2).to_sparse()}),
+          "dtype": torch.float16, "bytes": b"x", "z": 1j, "sparse": torch.eye(2).to_sparse()}),
      expected=by_torch("model"))
 case(name="namespace", what="a .pth with other objects beside the weights (argparse.Namespace, numpy numbers)",
      outcome=REFUSED, do="the command that the message shows saves the weights alone", command=TO_HF, inside="x.pth",
@@ -449,3 +448,60 @@ case(name="links_into_the_cache", what="a model's folder in the Hub's cache, a s
 case(name="links_written_as_text", what="links of the Hub's cache, written out as text files", outcome=REFUSED,
      do="copy the cache with its links, or download again", words=("link of the Hub's cache written out as text",),
      build=lambda p: folder(p, None, tensors(), config__json=f"../../blobs/{'0' * 40}"))
+
+# --- ten more, each from a public report --------------------------------------------------------------
+
+
+def without_a_shard(path: Path) -> None:
+    """An interrupted download: the index names two shards, one of them is there."""
+    shards(path, config(tie_word_embeddings=True), PARTS, INDEX)
+    (path / "model-00002-of-00002.safetensors").unlink()
+
+
+case(name="missing_shard", what="a shard that the index names is missing", outcome=REFUSED, do="download it",
+     met="sgl-project/sglang#32279", build=without_a_shard,
+     words=("model-00002-of-00002.safetensors is missing", "Download"))
+case(name="empty_shard", what="a shard of 0 bytes", outcome=REFUSED, met="oobabooga/textgen#3640",
+     do="download it again",
+     build=lambda p: (shards(p, config(tie_word_embeddings=True), PARTS, INDEX),
+                      (p / "model-00002-of-00002.safetensors").write_bytes(b"")), words=("the file is empty",))
+case(name="index_of_another_sharding", what="an index of other shards than those in the folder", outcome=REFUSED,
+     met="jundot/omlx#2432, Neph0s/CoSER#3", build=lambda p: (
+         shards(p, config(tie_word_embeddings=True), PARTS, INDEX),
+         (p / "model.safetensors.index.json").write_text(
+             json.dumps({"weight_map": dict.fromkeys(INDEX, "model-00001-of-00004.safetensors")}))),
+     words=("stale", "delete model.safetensors.index.json"))
+case(name="compiled_and_ddp", what="names of torch.compile, DDP and FSDP wrappers", outcome=READ,
+     met="karpathy/nanoGPT#325",
+     command=TO_HF, inside="x.pth", build=save({f"_orig_mod.module.{name}": value for name, value in FULL.items()}),
+     expected=lambda p: {name.removeprefix("_orig_mod.module.").replace("model.model.", "model.", 1)
+                         .replace(".student_attn", ""): value
+                         for name, value in torch.load(p, weights_only=True).items()})
+case(name="llama_2_buffers", what="buffers of rotary embeddings, in any place", outcome=READ, met="transformers#35255",
+     build=lambda p: folder(p, config(), tensors() | {
+         f"model.layers.{i}.self_attn.rotary_emb.inv_freq": noise(4, dtype=torch.float32) for i in range(3)}),
+     expected=by_transformers)
+case(name="tied_and_stored", what="a tied model that stores only its head, only its embedding, or both", outcome=READ,
+     met="vllm#6758, mlx-lm#1298", build=lambda p: shards(
+         p, config(tie_word_embeddings=True),
+         [PARTS[0], PARTS[1] | {"lm_head.weight": TIED["model.embed_tokens.weight"].clone()}],
+         INDEX | {"lm_head.weight": 2}),
+     expected=by_transformers)
+case(name="sequential_head", what="a head inside a Sequential (lm_head.0.weight), as trainers cast it to float32",
+     outcome=READ,
+     met="shibing624/MedicalGPT#213", build=lambda p: folder(
+         p, config(), {name.replace("lm_head.", "lm_head.0."): value for name, value in tensors().items()}),
+     expected=lambda p: {"lm_head.weight": load_file(p / "model.safetensors")["lm_head.0.weight"]})
+case(name="meta_file", what="the original layout of Meta or Mistral (params.json, consolidated.*)", outcome=REFUSED,
+     met="meta-pytorch/gpt-fast#42", command=TO_HF, inside="consolidated.00.pth", kind="original layout",
+     build=save({"layers.0.attention.wq.weight": noise(4, 4), "rope.freqs": noise(4)}, "consolidated.00.pth"),
+     words=("original layout of Meta or Mistral",))
+case(name="consolidated_beside_shards", what="consolidated.safetensors beside the files of the transformers format",
+     outcome=READ, met="TensorRT-LLM#1732", build=lambda p: (
+         shards(p, config(tie_word_embeddings=True), PARTS, INDEX),
+         save_file({"layers.0.attention.wq.weight": noise(4, 4)}, p / "consolidated.safetensors"),
+         (p / "params.json").write_text("{}")), expected=by_transformers)
+case(name="reward_model", what="a classifier or reward model (score.weight)", outcome=REFUSED, met="transformers#22209",
+     do="take the language model that it was made of", kind="classifier",
+     build=lambda p: folder(p, config(), TIED | {"score.weight": noise(1, 32)}),
+     words=("without a language head", "score.weight"))

@@ -1,0 +1,146 @@
+"""Each hint is followed on the input that causes it, and works; the list of what pickles may hold is torch's own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hxaconv.errors import HxaconvError
+from hxaconv.formats.pickle_machine import Machine
+from tests.field import builder
+from tests.field.cases import CASES, INIT, Case
+
+Cli = Callable[..., int]
+
+
+def built(name: str, path: Path) -> tuple[Case, Path]:
+    """A case and its input."""
+    case = next(case for case in CASES if case.name == name)
+    case.build(path / "in")
+    return case, path / "in" / case.inside
+
+
+@pytest.mark.parametrize("name", ["namespace", "numpy_scalar"])
+def test_the_command_for_a_pickle_with_other_objects_works(
+    name: str, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, source = built(name, tmp_path)
+    teacher = builder.teacher(tmp_path / "teacher")
+    assert cli("to-hf", source, "out", "--teacher", teacher, "--quiet") == 2
+    said = capsys.readouterr().err
+    command = shlex.split(re.search(r"python -c .*\n?$", said.replace("\n", " "))[0])  # type: ignore[index]
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    assert cli("to-hf", command[-1], "out", "--teacher", teacher, "--no-verify", "--quiet") == 0
+    held = torch.load(source, weights_only=False)["model"]
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.model.layers.0.self_attn.student_attn.w2"
+    assert torch.equal(found["model.layers.0.self_attn.w2"], held[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "cure"),
+    [
+        ("untied_no_head", ("--tie-word-embeddings",), None),
+        ("both_different", ("--no-tie-word-embeddings",), None),
+        ("index_of_another_sharding", (), lambda path: (path / "model.safetensors.index.json").unlink()),
+        ("stale_index", (), lambda path: (path / "model.safetensors.index.json").unlink()),
+        ("tokenizer_empty", (), lambda path: (path / "tokenizer.json").unlink()),
+    ],
+)
+def test_the_hint_cures(
+    name: str, words: tuple[str, ...], cure: Callable[[Path], None] | None, cli: Cli, tmp_path: Path
+) -> None:
+    _, source = built(name, tmp_path)
+    command = [word.format(**{"in": source, "out": tmp_path / "out"}) for word in (*INIT, "--no-verify", "--quiet")]
+    assert cli(*command) == 2
+    if cure is not None:
+        cure(source)
+    assert cli(*command, *words) == 0
+
+
+def test_bits_that_were_saved_as_integers_are_converted_once_they_are_viewed(cli: Cli, tmp_path: Path) -> None:
+    _, source = built("bits_as_uint16", tmp_path)
+    held = load_file(source / "model.safetensors")
+    save_file({name: x.view(torch.bfloat16) for name, x in held.items()}, source / "model.safetensors")
+    assert cli("init-from-teacher", source, tmp_path / "out", "--gqa-layers", 1, "--no-verify", "--quiet") == 0
+
+
+def test_a_config_that_still_names_a_quantization_can_be_corrected(cli: Cli, tmp_path: Path) -> None:
+    source = builder.teacher(tmp_path / "in", quantization_config={"quant_method": "fp8"})
+    command = ("init-from-teacher", source, tmp_path / "out", "--gqa-layers", 1, "--no-verify", "--quiet")
+    assert cli(*command) == 2
+    raw = json.loads((source / "config.json").read_text())
+    del raw["quantization_config"]
+    (source / "config.json").write_text(json.dumps(raw))
+    assert cli(*command) == 0
+
+
+def test_a_continued_run_is_completed_by_its_student(cli: Cli, tmp_path: Path) -> None:
+    teacher = builder.teacher(tmp_path / "teacher")
+    torch.save(builder.mixers("RGR"), tmp_path / "first.pth")
+    assert cli("to-hf", tmp_path / "first.pth", tmp_path / "first", "--teacher", teacher, "--no-verify", "-q") == 0
+    later = builder.mixers("--R", seed=40)
+    torch.save(later, tmp_path / "later.pth")
+    command = ("to-hf", tmp_path / "later.pth", tmp_path / "out", "--no-verify", "--quiet")
+    assert cli(*command, "--teacher", tmp_path / "first") == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "out"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".2.self_attn." in name for name in changed)
+    key = "model.layers.2.self_attn.w2"
+    assert torch.equal(after[key], later["model.model.layers.2.self_attn.student_attn.w2"])
+
+
+def test_tokenizers_of_every_name_travel_along(cli: Cli, tmp_path: Path) -> None:
+    case, source = built("tekken", tmp_path)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("x")
+    command = [word.format(**{"in": source, "out": tmp_path / "out"}) for word in (*case.command, "--no-verify")]
+    assert cli(*command, "--quiet") == 0
+    names = ("tekken.json", "spiece.model", "vocab.txt", "qwen.tiktoken", "tokenizer.model.v3", "SYSTEM_PROMPT.txt")
+    for name in (*names, "additional_chat_templates/tools.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_code_that_the_tokenizer_needs_is_named_before_anything_is_written(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = json.dumps({"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}})
+    source = builder.folder(
+        tmp_path / "in", builder.config(), builder.tensors(), tokenizer_config__json=settings, vocab__txt="x"
+    )
+    command = ("init-from-teacher", source, tmp_path / "out", "--gqa-layers", 1, "--no-verify")
+    assert cli(*command, "--dry-run") == 0
+    assert "tokenization_own.py, which is not there" in " ".join(capsys.readouterr().err.split())
+    (source / "tokenization_own.py").write_text("class Own: pass")
+    assert cli(*command, "--dry-run") == 0
+    assert "--copy-code takes it along" in " ".join(capsys.readouterr().err.split())
+    assert cli(*command, "--copy-code") == 0
+    assert "tokenization_own" not in capsys.readouterr().err
+    assert (tmp_path / "out" / "tokenization_own.py").exists()
+
+
+def test_everything_that_torch_lets_through_is_passed_over() -> None:
+    unpickler = pytest.importorskip("torch._weights_only_unpickler")
+    machine = Machine(b"", "x", 0)
+    refused = []
+    for name in unpickler._get_allowed_globals():
+        module, _, last = name.rpartition(".")
+        try:
+            machine.find_global(module, last)
+        except HxaconvError:
+            refused.append(name)
+    assert refused == []
+    with pytest.raises(HxaconvError):
+        machine.find_global("os", "system")
