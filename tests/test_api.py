@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -237,3 +239,15 @@ def test_a_notebook_gets_a_bar(monkeypatch: pytest.MonkeyPatch, student: Path, t
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
     hxaconv.to_pth(student, tmp_path / "a.pth", dry_run=True)
     assert len(made) == 1
+
+
+def test_the_page_about_python_runs(tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+    shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, {})
+    for name, group in re.findall(r"`(\w+)`(?:, `(\w+)`)? \| `\w+` \|", page):
+        assert {name, group} - {""} <= set(dir(hxaconv))

@@ -73,7 +73,7 @@ def pick_gqa_layers(
         HxaconvError: for layers that do not exist, or when no source has what a changed layer needs.
         CheckFailed: when the output does not pass its verification; it is left beside `out`.
     """
-    from hxaconv.selection.options import refuse_useless, unread_tokens
+    from hxaconv.selection.subject import refuse_useless, unread_tokens
 
     refuse_useless(choice, call, writes=out is not None)
     run = _Run(source, out, choice, teacher, from_, settings, probe, values, write, call)
@@ -163,9 +163,8 @@ class _Run:
         """
         from hxaconv.forward.tokens import calibration_tokens, checked_device
         from hxaconv.selection.advice import Request, advise, needs
-        from hxaconv.selection.options import rules_of
         from hxaconv.selection.scores import check_request
-        from hxaconv.selection.subject import open_subject, tokens_described
+        from hxaconv.selection.subject import open_subject, rules_of, tokens_described
 
         choice, probe, progress = self.choice, self.probe, self.call.progress
         wanted = needs(choice.strategy)
