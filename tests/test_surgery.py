@@ -22,8 +22,7 @@ from hxaconv.model.plan import Plan, same_bytes, stored
 from hxaconv.save.output import stored_plan
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher, parse_scale
-from hxaconv.surgery.repick import repick
-from hxaconv.surgery.reshape import pad_ffn
+from hxaconv.surgery.reshape import pad_ffn, repick
 
 RANDOM = {"w2", "a2", "v2", "k2", "g2"}
 SETTINGS = InitSettings(PRESETS["openmose-stage1"], 0, "BF16")

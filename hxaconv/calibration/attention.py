@@ -22,8 +22,8 @@ from hxaconv.calibration.heads import rotation
 from hxaconv.calibration.report import LayerReport
 from hxaconv.calibration.time_mix import Attention, Fit, mixed_rows
 from hxaconv.forward import llama
+from hxaconv.forward.llama import frequencies
 from hxaconv.forward.pool import Pool
-from hxaconv.forward.rope import frequencies
 from hxaconv.model.config import ModelConfig
 
 TEMPERATURES = tuple(2 ** (i / 4) for i in range(-4, 11))

@@ -29,7 +29,7 @@ from hxaconv.save.records import history_of, init_record
 from hxaconv.save.run import Verify, save
 from hxaconv.save.writer import refuse
 from hxaconv.surgery.init import InitSettings, as_options, init_settings
-from hxaconv.surgery.repick import in_dtype, repick
+from hxaconv.surgery.reshape import in_dtype, repick
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress

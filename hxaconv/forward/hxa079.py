@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize, softplus
 
+from hxaconv.forward.llama import frequencies
 from hxaconv.forward.mlp import mlp
-from hxaconv.forward.rope import frequencies
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.rope import Rope
 

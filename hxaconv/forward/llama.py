@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from hxaconv.forward.mlp import mlp
-from hxaconv.forward.rope import frequencies
 from hxaconv.model.config import ModelConfig
 from hxaconv.model.rope import Rope
 
@@ -137,6 +136,16 @@ def final_norm(x: Tensor, get: Get, config: ModelConfig) -> Tensor:
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Over the last axis. In the compute dtype; published code drops to float32 here."""
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
+
+
+def frequencies(rope: Rope, pairs: int, device: torch.device) -> tuple[Tensor, float]:
+    """Radians per token of every channel pair, (pairs,) in float64, and what cos and sin are multiplied by."""
+    exponents = torch.arange(pairs, dtype=torch.float64, device=device) / pairs
+    found = rope.theta**-exponents
+    if rope.scaling is None:
+        return found, 1.0
+    stretched = [rope.scaling.stretched(f, i, pairs, rope.theta) for i, f in enumerate(found.tolist())]
+    return found.new_tensor(stretched), rope.scaling.cos_sin_factor
 
 
 def rotate(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:

@@ -19,7 +19,7 @@ from hxaconv.selection.advice import needs
 from hxaconv.selection.schedule import Rules
 from hxaconv.selection.strategies import STRATEGIES
 from hxaconv.surgery.init import as_options, init_settings, new_student, parse_scale
-from hxaconv.surgery.repick import in_dtype, repick
+from hxaconv.surgery.reshape import in_dtype, repick
 
 if TYPE_CHECKING:
     import numpy as np
