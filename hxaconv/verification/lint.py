@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import shortened
+from hxaconv.load.companions import broken_companions, missing_code
 from hxaconv.load.student import is_student
 from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.families import FAMILIES
@@ -126,6 +127,7 @@ def _transformers(checkpoint: Checkpoint, config: ModelConfig | None, student: b
     findings += _missing_keys(raw, (*RWKV_INFER_KEYS, *TRANSFORMERS_KEYS), "the modelling code")
     findings += _switches(checkpoint.plan, raw)
     findings += _code(checkpoint, raw)
+    findings += _tokenizer(checkpoint)
     findings += _file_names(checkpoint)
     if not any(key in raw for key in ("torch_dtype", "dtype")):
         do = "Add torch_dtype, or pass dtype= when loading."
@@ -149,6 +151,14 @@ def _file_names(checkpoint: Checkpoint) -> Iterator[Finding]:
     if index != f"{stem}.index.json" and (index is not None or names != [stem]):
         do = "Convert with hxaconv, which names them so."
         yield Finding(f"it looks for {stem} or {stem}.index.json", _name(checkpoint), do)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """What AutoTokenizer stumbles over, though the model loads."""
+    for line in broken_companions(checkpoint.companions):
+        yield Finding(line, _name(checkpoint), "Download it again, or run `git lfs pull`.", blocks=False)
+    for line in missing_code(checkpoint, copied=True):
+        yield Finding(line, _name(checkpoint), "Copy it from the teacher: --copy-code.", blocks=False)
 
 
 def _code(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Iterator[Finding]:

@@ -126,7 +126,11 @@ def test_code_that_the_tokenizer_needs_is_named_before_anything_is_written(
     (source / "tokenization_own.py").write_text("class Own: pass")
     assert cli(*command, "--dry-run") == 0
     assert "--copy-code takes it along" in " ".join(capsys.readouterr().err.split())
-    assert cli(*command, "--copy-code") == 0
+    assert cli(*command, "--overwrite") == 0
+    capsys.readouterr()
+    cli("verify", tmp_path / "out", "--tokens", 4)
+    assert "names tokenization_own.py, which is not there" in " ".join(capsys.readouterr().out.split())
+    assert cli(*command, "--copy-code", "--overwrite") == 0
     assert "tokenization_own" not in capsys.readouterr().err
     assert (tmp_path / "out" / "tokenization_own.py").exists()
 
