@@ -32,7 +32,7 @@ from hxaconv.calls import Call
 from hxaconv.save.output import Record, lay_out
 student = load_student(sys.argv[1])
 record = Record(call=Call("to-hf"), sources={"source": student.checkpoint})
-output = lay_out(student, Path(sys.argv[2]), format="hf", dtype="BF16", record=record)
+output = lay_out(student, Path(sys.argv[2]), format="hf", record=record)
 assert len(output.tensors) == 19547
 """
 SHARDS = 13
@@ -135,11 +135,9 @@ def main() -> None:
         make(root / "small", options.copy_divisor)
         for name in ("small", *(("student",) if options.full else ())):
             nbytes = sum(file.stat().st_size for file in (root / name).glob("*.safetensors"))
-            row(
-                "copy: to-hf",
-                run([*HXACONV, "to-hf", str(root / name), str(out), "--no-verify", "-q"]),
-                f"{nbytes:,} bytes",
-            )
+            shard = ("--max-shard-size", str(nbytes // SHARDS))
+            sample = run([*HXACONV, "to-hf", str(root / name), str(out), *shard, "--no-verify", "-q"])
+            row("copy: to-hf", sample, f"{len(shapes):,} tensors, {nbytes:,} bytes")
             shutil.rmtree(out)
     finally:
         shutil.rmtree(root, ignore_errors=True)

@@ -321,7 +321,7 @@ def student_of(
         rwkv_architecture=name,
         gqa_layers=tuple(sorted(gqa_layers)),
         ranks=ranks or _published_ranks(name, teacher.attention_size),
-        layer_records=getattr(teacher, "layer_records", True),
+        layer_records=getattr(teacher, "layer_records", True) and any(p.optional for p in VARIANTS[name].parameters),
     )
 
 
