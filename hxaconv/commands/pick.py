@@ -83,7 +83,7 @@ def pick_gqa_layers(
     advised, notes = ranks.in_turn(run.advise), unread_tokens(choice, call)
     if out is None:
         advised.save(choice)
-        return replace(advised.advice, notes=tuple(notes))
+        return replace(advised.advice, notes=(*advised.advice.notes, *notes))
     outcome = run.write_with(advised.layers)
     if outcome.written is not None:
         advised.save(choice)
@@ -188,18 +188,22 @@ class _Run:
         check_request(request.strategy, num_layers, count, request.rules, allow_layer_0=request.allow_layer_0)
         if self.out is not None and scored and not self.write.resume:
             self._rehearse(layer_choice.uniform(num_layers, count))
-        ids, lines = None, subject.described(choice, self.values, wanted)
+        ids, lines, notes = None, subject.described(choice, self.values, wanted), list[str]()
         if scored:
             ids = calibration_tokens(
                 probe, self.values.seed, subject.model.config.vocab_size, subject.tokenizer
             ).numpy()
             lines.append(tokens_described(probe, self.values.seed, ids))
             if ids.size != probe.tokens:
-                self._note(f"{probe.tokens} tokens are asked for, {ids.size} are used.")
+                notes.append(f"{probe.tokens} tokens are asked for, {ids.size} are used.")
             if request.cache is None:
-                self._note(
+                notes.append(
                     "Scores are kept nowhere: with --save MAP.toml, interrupted scoring would go on where it stopped."
                 )
+            if progress is not None:
+                for note in notes:
+                    progress.note(note)
+                notes = []
         with interruptible(lambda: _kept(request.cache)) as signals:
             if scored:
                 # Before scoring, which does not stop between two layers for as long as a download takes.
@@ -216,7 +220,8 @@ class _Run:
                 )
             signals.stop_if_requested()
         if scored:
-            advice = replace(advice, warnings=(*subject.scaling_warnings, *advice.warnings))
+            warnings = (*subject.scaling_warnings, *advice.warnings)
+            advice = replace(advice, warnings=warnings, notes=tuple(notes))
         return _Advised(advice, subject, tuple(lines), request.cache)
 
     def write_with(self, layers: str) -> Outcome:
@@ -228,10 +233,6 @@ class _Run:
         """Refuse before hours of scoring what would be refused after them, with some choice of as many layers."""
         output, *_ = self._repicked(",".join(map(str, layers)))
         refuse(output, self.write)
-
-    def _note(self, text: str) -> None:
-        if self.call.progress is not None:
-            self.call.progress.note(text)
 
     def _repicked(self, layers: str) -> tuple[Output, Verify, list[str], list[str]]:
         """(the output of SOURCE with these layers, the check of what was written, warnings, notes)."""
