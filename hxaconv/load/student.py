@@ -1,4 +1,4 @@
-"""A checkpoint opened as an hxa079 student: its config read off config.json, tensors and named settings."""
+"""A checkpoint opened as a student: its config read off config.json, tensors and named settings."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ TRAINER = "the published trainer's names"
 """A source of last resort: names that only the published trainer gives."""
 
 FIXED = {"nope_in_transformer": (True,), "nope_in_rwkv": (False,), "hidden_act": ("silu", "swish")}
-"""What hxa079 leaves no choice in; a config.json that says otherwise describes another model."""
+"""What no variant leaves a choice in; a config.json that says otherwise describes another model."""
 
 
 def is_student(checkpoint: Checkpoint) -> bool:
@@ -93,7 +93,7 @@ def parameters_found(plan: Plan) -> set[str]:
 
 
 def variant_facts(checkpoint: Checkpoint) -> dict[str, str]:
-    """The variant, where the names of its parameters tell it: hxa079 and hxa07d have the same."""
+    """The variant, where the names of its parameters tell it: some variants have the same."""
     candidates = matching(parameters_found(checkpoint.plan))
     return {"rwkv_architecture": candidates[0].name} if len(candidates) == 1 else {}
 

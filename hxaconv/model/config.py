@@ -11,7 +11,7 @@ from hxaconv.model.experts import Experts, expert_facts, expert_problems
 from hxaconv.model.families import FAMILIES, REFUSED, Biases, Family, window_in_force
 from hxaconv.model.rope import Rope, RopeScaling, rope_contradiction, rope_of, scaling_kind
 from hxaconv.model.variants import VARIANTS
-from hxaconv.model.variants.base import Ranks, Variant
+from hxaconv.model.variants.base import MODEL_TYPE, Ranks, Variant
 
 DEFAULT_VARIANT = "hxa079"
 """What a teacher becomes where nothing else is asked for."""
@@ -90,7 +90,7 @@ class TeacherConfig(ModelConfig):
 class StudentConfig(ModelConfig):
     """A hybrid of RWKV layers of one variant and GQA layers; `gqa_layers` are those, sorted."""
 
-    rwkv_architecture: str = "hxa079"
+    rwkv_architecture: str = DEFAULT_VARIANT
     """The name of the variant."""
     gqa_layers: tuple[int, ...]
     ranks: Ranks
@@ -150,7 +150,7 @@ def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling
         )
     factors = [settings.get("partial_rotary_factor") for settings in (raw, raw.get("rope_parameters") or {})]
     found += [
-        f"partial_rotary_factor {factor}: hxa079 rotates whole heads, a teacher that does too is needed"
+        f"partial_rotary_factor {factor}: students rotate whole heads, a teacher that does too is needed"
         for factor in dict.fromkeys(factors)
         if factor not in (None, 1, 1.0)
     ]
@@ -162,7 +162,7 @@ def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling
     usual = family.activation if kind in FAMILIES else None
     activation = raw.get("hidden_act", raw.get("hidden_activation", usual))
     if activation not in ("silu", "swish"):
-        found.append(f"hidden_act is {activation!r}: hxa079's MLP is SwiGLU, a teacher with silu is needed")
+        found.append(f"hidden_act is {activation!r}: the MLP of a student is SwiGLU, a teacher with silu is needed")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown method")
         found.append(f"the checkpoint is quantized ({method}): take the bf16 original")
@@ -206,12 +206,12 @@ def teacher_config(
     """Read a teacher's config.json. `has_head` says whether lm_head.weight is stored, if that is known.
 
     Raises:
-        HxaconvError: listing everything that hxa079 cannot carry, or that the config leaves open.
+        HxaconvError: listing everything that a student cannot carry, or that the config leaves open.
     """
-    if raw.get("rwkv_architecture") or raw.get("model_type") == "hxa079":
-        raise HxaconvError(f"{where} is an hxa079 student already, a teacher is needed here")
+    if raw.get("rwkv_architecture") or raw.get("model_type") == MODEL_TYPE:
+        raise HxaconvError(f"{where} is a student already, a teacher is needed here")
     problems = _refusals(raw, allow_output_bias, drop_rope_scaling)
-    raise_all(f"{where} cannot become an hxa079 student:", problems)
+    raise_all(f"{where} cannot become a student:", problems)
     sizes, problems = _integers(raw, _SIZES)
     own_theta, scaling, _ = rope_of(raw)
     theta = rope_theta if rope_theta is not None else own_theta

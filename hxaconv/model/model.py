@@ -128,7 +128,7 @@ class Model:
 
     @property
     def student(self) -> StudentConfig:
-        """The config of an hxa079 model. An AssertionError is ours: commands check before."""
+        """The config of a student. An AssertionError is ours: commands check before."""
         assert isinstance(self.config, StudentConfig)
         return self.config
 

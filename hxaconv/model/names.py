@@ -243,7 +243,7 @@ def unknown_names(unknown: list[str], dialect: str, where: str) -> HxaconvError:
     problems = [f"{name}{_nearest(name, dialect)}" for name in unknown[:MAX_LISTED]] + unknown[MAX_LISTED:]
     return HxaconvError(
         f"{where}: {len(unknown)} tensor names are not known in the {dialect} dialect:\n{bullet_list(problems)}",
-        hint="Llama-style teachers and hxa079 students are converted; `hxaconv maps --names` prints the table.",
+        hint="Llama-style teachers and their students are converted; `hxaconv maps --names` prints the table.",
     )
 
 

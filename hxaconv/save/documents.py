@@ -96,7 +96,7 @@ _TEMPLATE = """---
 
 # {title}
 
-An RWKV-7/GQA hybrid (hxa079){made_from}.{purpose}
+An RWKV-7/GQA hybrid ({variant}){made_from}.{purpose}
 
 ## Layers
 
@@ -175,10 +175,11 @@ def model_card(
     if re.fullmatch(r"[\w.+-]+", str(raw.get("license", ""))):
         front.append(f"license: {raw['license']}")
     front += ["tags:", *(f"- {tag}" for tag in ("linear-attention", "rwkv", "hybrid", "knowledge-distillation"))]
-    layers, gqa = config.num_hidden_layers, len(config.gqa_layers)
+    layers, gqa, name = config.num_hidden_layers, len(config.gqa_layers), config.rwkv_architecture
     return _TEMPLATE.format(
         front_matter="\n".join(front),
-        title=f"hxa079 student of {base_model}" if base_model and taught else "hxa079 student",
+        title=f"{name} student of {base_model}" if base_model and taught else f"{name} student",
+        variant=name,
         made_from=f" made from {base_model}" if base_model else "",
         purpose=f" {purpose}" if purpose else "",
         strip="\n".join(config.strip[start : start + STRIP_WIDTH] for start in range(0, layers, STRIP_WIDTH)),
