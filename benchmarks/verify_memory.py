@@ -118,8 +118,8 @@ def measure(paths: list[str], num_layers: int, tokens: int, threads: int, queue:
     import hxaconv.forward.walk as walk_module
     import hxaconv.verification.compare as compare_module
     from hxaconv.forward import hxa079
-    from hxaconv.forward.matrix import Matrix
-    from hxaconv.forward.probe import probe_tokens
+    from hxaconv.forward.pool import Matrix
+    from hxaconv.forward.tokens import probe_tokens
     from hxaconv.load.checkpoint import open_checkpoint
     from hxaconv.model.model import Model
     from hxaconv.verification.compare import compare_models

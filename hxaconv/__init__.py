@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from hxaconv.progress import Progress as Progress
     from hxaconv.save.outcome import Outcome
     from hxaconv.selection.advice import Advice
-    from hxaconv.verification.digests import DigestReport
     from hxaconv.verification.report import Report
+    from hxaconv.verification.written import DigestReport
 
     __version__: str
     calibrate: Callable[..., Outcome]

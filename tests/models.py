@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hxaconv.forward.probe import probe_tokens
+from hxaconv.forward.tokens import probe_tokens
 from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.graft import graft
 from hxaconv.load.student import student_model

@@ -10,7 +10,7 @@ import pytest
 
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.verification.digests import check_digests, digest
+from hxaconv.verification.written import check_digests, digest
 
 
 @pytest.mark.parametrize("algorithm", ["crc32", "sha256"])
@@ -45,7 +45,7 @@ def test_records_of_another_form_are_refused(tensors: object) -> None:
 
 def test_neither_digests_nor_the_lint_need_torch() -> None:
     code = (
-        "import sys, hxaconv.verification.digests, hxaconv.verification.lint;"
+        "import sys, hxaconv.verification.written, hxaconv.verification.lint;"
         " sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,7 +16,7 @@ FINGERPRINT = """
 import numpy as np
 from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.checkpoint import download_weights
-from hxaconv.forward.fingerprint import fingerprint
+from hxaconv.forward.state import fingerprint
 from hxaconv.load.teacher import open_teacher
 checkpoint = open_checkpoint("org/teacher")
 download_weights(checkpoint)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.files import SourceFile
-from hxaconv.forward import probe
-from hxaconv.forward.probe import probe_tokens
+from hxaconv.forward import tokens as probe
+from hxaconv.forward.tokens import probe_tokens
 
 
 def test_probe_tokens_depend_on_the_seed() -> None:

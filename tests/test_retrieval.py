@@ -6,7 +6,7 @@ import torch
 from selection_models import LENGTH, VOCAB, copying_teacher
 
 from hxaconv.errors import HxaconvError
-from hxaconv.selection.retrieval import retrieval, separator_of, sequences
+from hxaconv.selection.attention import retrieval, separator_of, sequences
 
 
 def copies(teacher):

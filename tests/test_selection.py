@@ -14,17 +14,17 @@ from hxaconv.cli import tables
 from hxaconv.commands.plots import draw_advice
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079, llama
-from hxaconv.forward.divergence import Divergence
+from hxaconv.forward.logits import Divergence
 from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model import layer_choice, layer_maps
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
-from hxaconv.selection import report
+from hxaconv.selection import advice as report
 from hxaconv.selection import sweep as sweep_module
 from hxaconv.selection.advice import Request, advise, needs
 from hxaconv.selection.schedule import Rules
-from hxaconv.selection.scores import Column, check_finite, pick
+from hxaconv.selection.strategies import Column, check_finite, pick
 from hxaconv.selection.sweep import Sweep
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher

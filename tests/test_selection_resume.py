@@ -8,11 +8,10 @@ import torch
 from selection_models import TEACHER, as_if_trained
 
 from hxaconv.forward import state as state_module
-from hxaconv.forward.fingerprint import fingerprint
-from hxaconv.forward.state import StateFile
+from hxaconv.forward.state import StateFile, fingerprint
 from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.teacher import open_teacher
-from hxaconv.selection import retrieval
+from hxaconv.selection import attention as retrieval
 from hxaconv.selection.advice import Request, advise
 from hxaconv.selection.sweep import Sweep
 

@@ -428,7 +428,7 @@ def test_a_config_that_lacks_a_key_fails_and_is_linted(
 def test_a_tokenizer_that_cuts_and_pads_does_neither(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     from hxaconv.formats.files import SourceFile
-    from hxaconv.forward.probe import probe_tokens
+    from hxaconv.forward.tokens import probe_tokens
 
     words = {"a": 0, "b": 1, "<pad>": 2}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))

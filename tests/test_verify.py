@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hxaconv.errors import CheckFailed, HxaconvError
-from hxaconv.forward import matrix as matrix_module
+from hxaconv.forward import pool as matrix_module
 from hxaconv.forward import walk as walk_module
 from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
 from hxaconv.model.plan import Literal, Recipe
 from hxaconv.surgery.arithmetic import cast
 from hxaconv.verification.compare import compare_models
-from hxaconv.verification.expectations import Thresholds, judge
+from hxaconv.verification.report import Thresholds, judge
 from hxaconv.verification.single import verify_model
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "NEGATIVE_CONTROLS.md"

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from hxaconv.calibration.report import Distances, LayerReport, Settings
 from hxaconv.errors import HxaconvError
-from hxaconv.forward.fingerprint import fingerprint as fingerprint_of
 from hxaconv.forward.state import StateFile
+from hxaconv.forward.state import fingerprint as fingerprint_of
 from hxaconv.forward.walk import First
 from hxaconv.model.model import Model
 from hxaconv.save import diskio

@@ -28,8 +28,7 @@ from torch import Tensor
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079
 from hxaconv.forward.chunked import chunked
-from hxaconv.forward.fingerprint import fingerprint
-from hxaconv.forward.state import StateFile
+from hxaconv.forward.state import StateFile, fingerprint
 from hxaconv.forward.walk import Stream, Walk
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model

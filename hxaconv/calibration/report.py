@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from hxaconv.calibration.polish import PolishReport
 from hxaconv.formats.json_files import plain_data
-from hxaconv.forward.fingerprint import computed_with
+from hxaconv.forward.state import computed_with
 from hxaconv.options import Fit, Option, Tokens, options_of
 
 REFIT_OUTPUT = ("auto", "never", "always")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hxaconv.cli.console import STRIP_WIDTH, WIDTH, human_bytes, human_count, strip_lines, table, visible
 from hxaconv.errors import MAX_LISTED, shortened
 from hxaconv.model.names import SPLIT, TABLE
-from hxaconv.selection.report import fact_lines, figure_text
-from hxaconv.selection.scores import reasons
+from hxaconv.selection.advice import fact_lines, figure_text
+from hxaconv.selection.strategies import reasons
 from hxaconv.verification.report import LayerResult, LogitResult, Report
 
 if TYPE_CHECKING:

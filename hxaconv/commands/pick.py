@@ -112,7 +112,7 @@ class _Advised:
         Raises:
             HxaconvError: when a file cannot be written.
         """
-        from hxaconv.selection import report
+        from hxaconv.selection import advice as report
 
         if ranks.rank():
             return
@@ -163,7 +163,7 @@ class _Run:
         """
         from hxaconv.forward.tokens import calibration_tokens, checked_device
         from hxaconv.selection.advice import Request, advise, needs
-        from hxaconv.selection.scores import check_request
+        from hxaconv.selection.strategies import check_request
         from hxaconv.selection.subject import open_subject, rules_of, tokens_described
 
         choice, probe, progress = self.choice, self.probe, self.call.progress

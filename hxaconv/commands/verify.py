@@ -19,8 +19,8 @@ from hxaconv.options import STAGES, Check, Option, Probe, Settings, Shown, Sourc
 from hxaconv.save.records import history_of, record_of
 
 if TYPE_CHECKING:
-    from hxaconv.verification.digests import DigestReport
     from hxaconv.verification.report import Report
+    from hxaconv.verification.written import DigestReport
 
 Against = Annotated[str | None, Option(help="Checkpoint to compare with: any container, student or teacher.")]
 Digests = Annotated[bool, Option(help="Only re-check the digests in hxaconv.json, without a forward.")]
@@ -55,7 +55,7 @@ def verify(
     check_plot(check.plot, overwrite=check.overwrite)
     checkpoint = open_checkpoint(source, revision=settings.revision, weights=settings.weights, progress=call.progress)
     if digests:
-        from hxaconv.verification.digests import check_digests
+        from hxaconv.verification.written import check_digests
 
         return check_digests(checkpoint, record_of(checkpoint), call.progress)
     if probe.logits_out is not None:
@@ -101,8 +101,8 @@ def _forward(
     from hxaconv.forward.tokens import checked_device, tokens_of
     from hxaconv.verification.compare import compare_models
     from hxaconv.verification.contracts import check_against, made_by
-    from hxaconv.verification.expectations import Thresholds
     from hxaconv.verification.lint import lint
+    from hxaconv.verification.report import Thresholds
     from hxaconv.verification.single import verify_model
 
     checked_device(probe.device)

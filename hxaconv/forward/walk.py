@@ -27,8 +27,7 @@ from hxaconv.formats.dtypes import parse_dtype
 from hxaconv.formats.files import SourceFile
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
-from hxaconv.forward.matrix import BLOCK_BYTES, Matrix
-from hxaconv.forward.pool import Pool
+from hxaconv.forward.pool import BLOCK_BYTES, Matrix, Pool
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, expert_index, is_expert, layer_index

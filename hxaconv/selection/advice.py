@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError
 from hxaconv.model.layer_choice import default_count
+from hxaconv.model.layer_maps import LayerMap, dump, of_config
 from hxaconv.progress import Result
 from hxaconv.selection.schedule import Rules
-from hxaconv.selection.scores import SPACED, Column, Pick, check_finite, check_request, pick, reasons
-from hxaconv.selection.strategies import STRATEGIES
+from hxaconv.selection.strategies import SPACED, STRATEGIES, Column, Pick, check_finite, check_request, pick, reasons
 
 if TYPE_CHECKING:
     import numpy as np
 
     from hxaconv.forward.state import StateFile
+    from hxaconv.model.config import ModelConfig
     from hxaconv.model.model import Model
     from hxaconv.progress import Progress
 
@@ -195,7 +196,7 @@ def _log_column(path: Path, num_layers: int) -> Column:
 def _retrieval_column(
     teacher: Model, ids: np.ndarray, request: Request, progress: Progress | None
 ) -> tuple[Column, tuple[tuple[float, ...], ...]]:
-    from hxaconv.selection.retrieval import retrieval, separator_of, sequences
+    from hxaconv.selection.attention import retrieval, separator_of, sequences
 
     text = ids if request.tokens_are_text else None
     separator = separator_of(teacher)
@@ -206,8 +207,7 @@ def _retrieval_column(
 
 
 def _kept(request: Request, models: Mapping[str, Model], ids: np.ndarray, names: list[str]) -> StateFile:
-    from hxaconv.forward.fingerprint import fingerprint
-    from hxaconv.forward.state import StateFile
+    from hxaconv.forward.state import StateFile, fingerprint
 
     settings = {"strategies": names, "kl_mode": request.kl_mode}
     return StateFile(request.cache, fingerprint(models, ids, settings) if request.cache else "", request.check)
@@ -245,3 +245,59 @@ def _swept(
             remedy = CALIBRATE if untouched else NOT_PLAIN
             warnings.append(HARMFUL.format(count=harmful, total=len(scores["kl"]), remedy=remedy))
     return columns, facts, warnings
+
+
+def figure_text(value: float | None) -> str:
+    if value is None or value == float("inf"):
+        return "-"
+    text = f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
+    return text.lstrip("-") if float(text) == 0 else text
+
+
+def fact_lines(advice: Advice) -> list[str]:
+    pick = advice.pick
+    overlap = f"{pick.overlap} of {len(pick.layers)} in common"
+    return [
+        f"uniform would take {', '.join(map(str, pick.uniform))}: {overlap}",
+        *(f"{name}: {value:.4f} nats per token" for name, value in (advice.facts or {}).items()),
+    ]
+
+
+def layer_map(advice: Advice, config: ModelConfig, *, name: str, model: str, model_ids: Sequence[str] = ()) -> LayerMap:
+    """The choice as a layer map for models like `config`; `model` is what its title calls them."""
+    pick = advice.pick
+    return of_config(
+        name,
+        config,
+        pick.layers,
+        title=f"{model}, {len(pick.layers)} of {advice.num_layers} layers by {pick.strategy}",
+        model_ids=tuple(model_ids),
+        source=f"hxaconv, strategy {pick.strategy}",
+    )
+
+
+def layer_map_text(advice: Advice, chosen: LayerMap, *, date: str, settings: Sequence[str] = ()) -> str:
+    """The TOML of `--save`: strategy, figures and `date` (as the caller writes it) in comments."""
+    columns = {column.strategy: column.values for column in advice.columns}
+    columns |= advice.decider.parts if advice.decider else {}
+    comments = [
+        f"{len(advice.pick.layers)} of {advice.num_layers} layers stay attention, chosen on {date}",
+        *settings,
+        *fact_lines(advice),
+        *reasons(advice.pick),
+        *(f"warning: {warning}" for warning in advice.warnings),
+        "",
+        ", ".join(["layer", *columns]) if columns else "",
+        *(
+            ", ".join([str(layer), *(figure_text(values[layer]) for values in columns.values())])
+            + (" G" if layer in advice.pick.layers else "")
+            for layer in range(advice.num_layers if columns else 0)
+        ),
+    ]
+    return dump(chosen, _trimmed(comments))
+
+
+def _trimmed(lines: list[str]) -> list[str]:
+    while lines and not lines[-1]:
+        lines = lines[:-1]
+    return lines

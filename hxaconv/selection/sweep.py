@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from hxaconv.forward import hxa079, llama
-from hxaconv.forward.divergence import LOGITS_AT_ONCE, Divergence
 from hxaconv.forward.hxa079 import Carry, Get
+from hxaconv.forward.logits import LOGITS_AT_ONCE, Divergence
 from hxaconv.forward.state import State, StateFile
 from hxaconv.forward.walk import First, Walk, time_mix
 from hxaconv.model.config import ModelConfig, StudentConfig

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.forward.probe import probe_tokens
+from hxaconv.forward.tokens import probe_tokens
 from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import HEAD, is_attention, layer_index
@@ -15,8 +15,7 @@ from hxaconv.model.plan import Plan
 from hxaconv.verification import specification
 from hxaconv.verification.claims import Claim, Copied, Initial, Scaled, States, listing
 from hxaconv.verification.compare import compare_models
-from hxaconv.verification.expectations import Thresholds
-from hxaconv.verification.report import Report
+from hxaconv.verification.report import Report, Thresholds
 from hxaconv.verification.single import verify_model
 from hxaconv.verification.values import in_rwkv_layer, part_of_mixer, with_head
 

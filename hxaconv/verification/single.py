@@ -12,8 +12,7 @@ from torch import Tensor
 
 from hxaconv.errors import shortened
 from hxaconv.formats.dtypes import FLOATS
-from hxaconv.forward.divergence import LOGITS_AT_ONCE
-from hxaconv.forward.dump import Dump, dumping
+from hxaconv.forward.logits import LOGITS_AT_ONCE, Dump, dumping
 from hxaconv.forward.walk import Walk, compute_settings
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, StudentConfig

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from hxaconv.errors import HxaconvError
-from hxaconv.forward.probe import probe_tokens
+from hxaconv.forward.tokens import probe_tokens
 from hxaconv.load import open_checkpoint
 from hxaconv.load.models import load_student, load_teacher
 from hxaconv.model.config import student_of
