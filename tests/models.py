@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hxaconv.forward.tokens import probe_tokens
 from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.graft import graft
+from hxaconv.load.partial import graft
 from hxaconv.load.student import student_model
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model.config import student_of

@@ -13,7 +13,7 @@ from hxaconv.errors import HxaconvError, Inconsistent
 from hxaconv.formats.dtypes import num_elements
 from hxaconv.formats.json_files import as_bytes
 from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.graft import complete
+from hxaconv.load.partial import complete
 from hxaconv.load.student import Facts, student_model
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model.plan import Recipe

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.files import SourceFile
 from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.graft import graft
+from hxaconv.load.partial import graft
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import student_of, teacher_config

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError
-from hxaconv.load.fused import split_fused
 from hxaconv.load.student import (
     MissingSettings,
     is_student,
@@ -17,6 +16,7 @@ from hxaconv.load.student import (
     tensor_facts,
     variant_facts,
 )
+from hxaconv.load.teacher import split_fused
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import (
     ModelConfig,

@@ -11,7 +11,7 @@ from hxaconv.errors import HxaconvError, raise_all, shortened
 from hxaconv.load import partial
 from hxaconv.load.checkpoint import download_weights, open_checkpoint
 from hxaconv.load.companions import refuse_broken
-from hxaconv.load.graft import complete
+from hxaconv.load.partial import complete
 from hxaconv.load.student import FLAGS, Facts, is_student, student_facts, student_model
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model import layer_choice, layer_maps

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError, Inconsistent, bullet_list, raise_all
-from hxaconv.load.fused import split_fused
-from hxaconv.load.teacher import split_tied_head
+from hxaconv.load.teacher import split_fused, split_tied_head
 from hxaconv.model.config import (
     ModelConfig,
     StudentConfig,
