@@ -102,6 +102,22 @@ def test_a_continued_run_is_completed_by_its_student(cli: Cli, tmp_path: Path) -
     assert torch.equal(after[key], later["model.model.layers.2.self_attn.student_attn.w2"])
 
 
+def test_layers_that_a_training_file_lacks_are_the_teachers_attention(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = builder.teacher(tmp_path / "teacher")
+    torch.save(builder.mixers("R-R"), tmp_path / "x.pth")
+    words = ("to-hf", tmp_path / "x.pth", tmp_path / "out", "--teacher", teacher)
+    assert cli(*words, "--gqa-layers", 1) == 0
+    printed = capsys.readouterr()
+    assert "layer 1: not in" in " ".join((printed.out + printed.err).split())
+    found, held = load_file(tmp_path / "out" / "model.safetensors"), builder.tensors()
+    kept = [name for name in held if ".self_attn." not in name or ".1." in name]
+    assert len(kept) == 22
+    assert all(torch.equal(found[name], held[name]) for name in kept)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["transformer_layers"] == [1]
+
+
 def test_tokenizers_of_every_name_travel_along(cli: Cli, tmp_path: Path) -> None:
     case, source = built("tekken", tmp_path)
     (source / "additional_chat_templates").mkdir()
