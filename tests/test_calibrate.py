@@ -13,6 +13,7 @@ from models import GOLDEN
 
 from hxaconv.calibration import Settings, attention, heads, output_matrix
 from hxaconv.calibration.cache import Cache, fingerprint, locked
+from hxaconv.calibration.check import RECALL, recall
 from hxaconv.calibration.report import Distances
 from hxaconv.calibration.streaming import calibrate, cut, fitted_tokens
 from hxaconv.calibration.time_mix import Attention, mixed_rows
@@ -351,6 +352,17 @@ def test_one_at_a_time(tmp_path):
     with locked(folder):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_recall_is_that_of_the_reference_forward(proof):
+    """A teacher against itself with attention zeroed: one of them can copy."""
+    ids = tokens("heldout")[:1]
+    found = recall({"teacher": proof.teacher, "plain": proof.student}, ids)
+    assert set(found) == set(RECALL) and all(set(nll) == {"teacher", "plain"} for nll in found.values())
+    once = torch.unique(ids)[torch.randint(len(torch.unique(ids)), (2, 64), generator=torch.Generator().manual_seed(0))]
+    row = torch.cat([once, once], dim=1)
+    said = llama.forward(row, weights(proof.teacher.plan), proof.teacher.config)[0].log_softmax(dim=-1)[:, 71:-1]
+    assert found[64]["teacher"] == pytest.approx(-float(said.gather(2, row[:, 72:, None]).mean()), rel=1e-4)
 
 
 def test_dead_heads_are_named_and_stay_finite(small):

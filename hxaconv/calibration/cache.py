@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hxaconv.calibration.report import Distances, LayerReport, Settings
+from hxaconv.calibration.report import Distances, LayerReport, Recall, Settings
 from hxaconv.errors import HxaconvError
 from hxaconv.forward.state import StateFile
 from hxaconv.forward.state import fingerprint as fingerprint_of
@@ -67,8 +67,9 @@ def fingerprint(teacher: Model, student: Model, ids: Tensor, settings: Settings)
 class Cache:
     """One folder that belongs to one calibration; files of another are replaced."""
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder, self.key = folder, key
+    def __init__(self, folder: Path, key: str, polish: str = "") -> None:
+        """`polish` says what the student that is judged owes to a polish, which the layers know nothing of."""
+        self.folder, self.key, self._of_distances = folder, key, f"{key} {polish}"
 
     def path(self, layer: int) -> Path:
         """The file of a layer."""
@@ -123,7 +124,10 @@ class Cache:
         """The divergences as they were measured first, or None."""
         try:
             held = json.loads(self._distances.read_bytes())
-            return Distances(**held["distances"]) if held["key"] == self.key else None
+            if held["key"] != self._of_distances:
+                return None
+            recall = tuple(Recall(**one) for one in held["distances"].pop("recall"))
+            return Distances(**held["distances"], recall=recall)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -133,7 +137,7 @@ class Cache:
         Raises:
             HxaconvError: when the folder cannot be written.
         """
-        data = json.dumps({"key": self.key, "distances": asdict(distances)}).encode()
+        data = json.dumps({"key": self._of_distances, "distances": asdict(distances)}).encode()
         self._replace(self._distances, lambda path: path.write_bytes(data))
 
     @property

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from hxaconv.calibration.report import Distances
+from hxaconv.calibration.report import Distances, Recall
+from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
 from hxaconv.model.names import layer_index
 from hxaconv.verification.claims import Claim, Copied, listing
@@ -17,6 +19,9 @@ from hxaconv.verification.report import Report
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress
+
+RECALL = {64: 2, 256: 1}
+"""Distance -> sequences."""
 
 
 def measure(
@@ -36,7 +41,44 @@ def measure(
     assert before is not None
     zeroed = after.kl_attention_zeroed
     assert zeroed is not None
-    return Distances(after.tokens, after.kl_other_source, before.kl_other_source, zeroed)
+    roles = {"teacher": teacher, "plain": completed(plain, teacher), "calibrated": completed(calibrated, teacher)}
+    found = tuple(Recall(distance, **nll) for distance, nll in recall(roles, ids, device).items())
+    return Distances(after.tokens, after.kl_other_source, before.kl_other_source, zeroed, found)
+
+
+def recall(models: Mapping[str, Model], ids: Tensor, device: str = "cpu") -> dict[int, dict[str, float]]:
+    """Distance -> role -> NLL of random tokens of a text (B, T) when they are said a second time.
+
+    The first eighth of the second time is not counted: nothing tells yet that it is one.
+    """
+    random, known = torch.Generator().manual_seed(0), torch.unique(ids.cpu())
+    found: dict[int, dict[str, float]] = {}
+    with torch.no_grad(), Walk(models, device=device) as walk:
+        rows = {}
+        for distance, count in RECALL.items():
+            once = known[torch.randint(len(known), (count, distance), generator=random)]
+            rows[distance] = torch.cat([once, once], dim=1).to(device)
+        streams = {(role, at): walk[role].start(row) for role in models for at, row in rows.items()}
+        for layer in walk.layers():
+            for (role, _), stream in streams.items():
+                walk[role].layer(stream, layer)
+        for (role, at), stream in streams.items():
+            first = at + at // 8
+            nll = _nll(walk, role, stream.x[:, first - 1 : -1], rows[at][:, first:])
+            found.setdefault(at, {})[role] = nll
+    return found
+
+
+def _nll(walk: Walk, role: str, x: Tensor, wanted: Tensor) -> float:
+    normed, tokens = walk[role].final_norm(x), wanted.flatten()
+    total = torch.full(tokens.shape, -torch.inf, device=x.device, dtype=torch.float64)
+    said = torch.zeros_like(total)
+    for start, stop in walk.slices({role: walk[role].head}, "head"):
+        logits = walk.product(normed, walk.held(role)["head"].values).double()
+        total = torch.logaddexp(total, logits.logsumexp(dim=-1))
+        mine = (tokens >= start) & (tokens < stop)
+        said[mine] = logits[mine, tokens[mine] - start]
+    return float((total - said).mean())
 
 
 def check_calibrated(

@@ -50,6 +50,20 @@ class LayerReport:
     warnings: tuple[str, ...] = ()
 
 
+RECALL_NOISE = 0.1
+"""Nats: differences of recall that say nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """NLL per token of random tokens said a second time, after `distance` others: 0 where the first time is copied."""
+
+    distance: int
+    calibrated: float
+    plain: float
+    teacher: float
+
+
 @dataclass(frozen=True, slots=True)
 class Distances:
     """KL(teacher || student) in nats per token, on tokens that nothing was fitted to."""
@@ -58,6 +72,7 @@ class Distances:
     calibrated: float
     plain: float
     attention_zeroed: float
+    recall: tuple[Recall, ...] = ()
 
     @property
     def nearer(self) -> bool:
@@ -71,6 +86,20 @@ class Distances:
             f"KL(teacher || student) on {self.tokens} held-out tokens: {self.calibrated:.3g} calibrated,"
             f" {self.plain:.3g} with the plain initialisation, {self.attention_zeroed:.3g} with attention zeroed"
         )
+
+    @property
+    def recall_sentence(self) -> str:
+        """For the terminal: perplexity says nothing of needles."""
+        found = (
+            f"{one.calibrated:.3g} after {one.distance} (plain {one.plain:.3g}, teacher {one.teacher:.3g})"
+            for one in self.recall
+        )
+        return f"Recall, as NLL of random tokens said again: {', '.join(found)}"
+
+    @property
+    def recall_falls(self) -> bool:
+        """Whether the calibrated student copies worse than the plain one."""
+        return any(one.calibrated > one.plain + RECALL_NOISE for one in self.recall)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,7 +98,11 @@ class Calibrated:
         """For people: how near the student is."""
         polish = self.report.polish
         found = [polish.sentence] if polish is not None else []
-        return [*found, *([self.report.distances.sentence] if self.report.distances else [])]
+        told = self.report.distances
+        if told is not None:
+            found.append(told.sentence)
+            found += [told.recall_sentence] if told.recall else []
+        return found
 
     @property
     def warnings(self) -> list[str]:
@@ -108,6 +112,8 @@ class Calibrated:
         kept = sum(layer.kept_plain for layer in layers)
         found = [*self.report.warnings, *(f"{count} of {len(layers)} layers: {text}" for text, count in counts.items())]
         told = self.report.distances
+        if told is not None and self.report.taken and told.recall_falls:
+            found.append(f"recall is worse than with the plain initialisation. {told.recall_sentence}")
         if told is not None and not self.report.taken:
             found.append(
                 "the calibration is NOT USED, every layer keeps its plain values: on the"
@@ -169,7 +175,9 @@ def _calibrate(task: Task, output: Output, write: Write, folder: Path) -> Calibr
         return "No layer was finished."
 
     with interruptible(kept), locked(folder) if ranks.rank() == 0 else nullcontext():
-        cache = Cache(folder, fingerprint(task.teacher, task.plain, task.pieces, task.settings))
+        how = task.settings
+        polished = f"{how.polish_tokens} {how.polish_only}"
+        cache = Cache(folder, fingerprint(task.teacher, task.plain, task.pieces, how), polished)
         distances = cache.load_distances()
         if distances is None:
             download(output.record.sources.values(), task.files, [task.teacher, task.plain], progress)
@@ -188,7 +196,7 @@ def _calibrate(task: Task, output: Output, write: Write, folder: Path) -> Calibr
         )
         replaced, report = done.replaced, done.report
         if task.polish_ids is not None:
-            polished = polish(
+            trained = polish(
                 task.teacher,
                 replace(task.plain, plan=task.plain.plan | replaced),
                 task.polish_ids,
@@ -199,7 +207,7 @@ def _calibrate(task: Task, output: Output, write: Write, folder: Path) -> Calibr
                 workers=task.settings.workers,
                 progress=progress,
             )
-            replaced, report = replaced | polished.replaced, replace(report, polish=polished.report)
+            replaced, report = replaced | trained.replaced, replace(report, polish=trained.report)
         if distances is None:
             fitted = replace(task.plain, plan=task.plain.plan | replaced)
             distances = measure(task.teacher, task.plain, fitted, task.heldout, task.settings.device, progress)

@@ -220,6 +220,7 @@ def calibration_section(report: CalibrationReport) -> str:
         fitted = "calibrated" if report.taken else "calibrated, not used"
         named = {fitted: kl.calibrated, "plain": kl.plain, "attention zeroed": kl.attention_zeroed}
         lines += [*(f"| {name} | {value:.3g} |" for name, value in named.items()), ""]
+        lines += [f"{kl.recall_sentence}.", ""] if kl.recall else []
     lines += [
         "| layer | | error before | after | decay by head | a by head | bonus clamped | output refitted |",
         "|--:|---|--:|--:|---|---|--:|---|",
