@@ -125,7 +125,8 @@ def test_a_layer_that_kept_its_values_and_one_that_stays_attention_are_told_apar
 
 def test_stored_figures_are_json_that_everybody_reads() -> None:
     told = report(distances=Distances(25, 0.123456, float("nan"), 2.0)).json()
-    assert told["kl_teacher_student"] == {"tokens": 25, "calibrated": 0.123, "plain": "nan", "attention_zeroed": 2.0}
+    figures = {"tokens": 25, "calibrated": 0.123, "plain": "nan", "attention_zeroed": 2.0, "recall": []}
+    assert told["kl_teacher_student"] == figures
     assert told["layers"][0]["decay"] == [0.9, 0.996]
     assert json.loads(json.dumps(told, allow_nan=False)) == told
     assert plain_data({"a": (1.23456, 1)}, 4) == {"a": [1.235, 1]}
