@@ -23,7 +23,7 @@ from hxaconv.formats.files import SourceFile
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import TeacherConfig, student_of
 from hxaconv.model.model import Model
-from hxaconv.model.plan import Recipe, Scratch
+from hxaconv.model.plan import Buffers, Recipe
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 
 
@@ -35,11 +35,11 @@ class Random:
     shape: tuple[int, ...]
     kind: str = "random"
 
-    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
         """Made anew each time."""
         values = weight(self.name, self.shape).reshape(-1).view(torch.uint8).numpy()
-        for start in range(0, len(values), len(scratch.read)):
-            yield memoryview(values[start : start + len(scratch.read)])
+        for start in range(0, len(values), len(buffers.read)):
+            yield memoryview(values[start : start + len(buffers.read)])
 
     def sources(self) -> Iterable[SourceFile]:
         """None."""

@@ -87,7 +87,7 @@ def measure(case: str, workers: int) -> dict[str, Any]:
         "seconds": round(seconds),
         "errors": [round(layer.error_after, 3) for layer in layers],
         "refitted": [layer.layer for layer in layers if layer.output_refitted],
-        "kept_plain": [layer.layer for layer in layers if layer.kept_plain],
+        "fell_back": [layer.layer for layer in layers if layer.fell_back],
     }
 
 

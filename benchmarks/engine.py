@@ -18,16 +18,16 @@ def initialise(teacher: str) -> None:
     from hxaconv.load.teacher import open_teacher
     from hxaconv.model.config import student_of
     from hxaconv.model.layer_choice import uniform
-    from hxaconv.model.plan import Scratch
+    from hxaconv.model.plan import Buffers
     from hxaconv.surgery.initial import initial_parameters
 
     model = open_teacher(open_checkpoint(teacher))
     config = student_of(model.config, uniform(model.config.num_hidden_layers))
-    scratch, nbytes = Scratch(), 0
+    buffers, nbytes = Buffers(), 0
     start, busy = time.monotonic(), time.process_time()
     for layer in config.rwkv_layers:
         for recipe in initial_parameters(config, layer, 0, "BF16").values():
-            nbytes += sum(len(piece) for piece in recipe.pieces(scratch))
+            nbytes += sum(len(piece) for piece in recipe.pieces(buffers))
     print(
         json.dumps(
             {

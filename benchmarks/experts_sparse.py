@@ -20,7 +20,7 @@ from typing import Any
 
 from measure import Sample, run
 
-from hxaconv.load.student import Facts, config_facts, resolve
+from hxaconv.load.student import SettingsSource, config_settings, resolve
 from hxaconv.model.architecture import expected_tensors
 
 HXACONV = [sys.executable, "-m", "hxaconv"]
@@ -73,7 +73,7 @@ CONFIG: dict[str, Any] = {
 def make(folder: Path, divisor: int = 1) -> dict[str, tuple[int, ...]]:
     """A sparse folder of shards with an index; name -> shape."""
     config = CONFIG | {key: CONFIG[key] // divisor for key in ("hidden_size", "moe_intermediate_size", "vocab_size")}
-    student = resolve([Facts("", {}), Facts("config.json", config_facts(config, "it"))], "it")
+    student = resolve([SettingsSource("", {}), SettingsSource("config.json", config_settings(config, "it"))], "it")
     shapes = expected_tensors(student)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -55,7 +55,7 @@ REKA: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 SCALED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
-DIALECTS = {"hf": "hf", "pth": "rwkv", "legacy": "rwkv"}
+KEY_FORMATS = {"hf": "hf", "pth": "rwkv", "legacy": "rwkv"}
 PIECE_ELEMENTS = 4 * 1024 * 1024
 VALUE_BITS = {
     "BF16": ("<u2", 0x81FF, 117 << 7),
@@ -237,9 +237,9 @@ def make(target: Path, wanted: Wanted) -> int:
     raw = REKA if wanted.nbytes is None else scaled_reka(wanted.nbytes, itemsize)
     raw = raw | {"torch_dtype": BY_NAME[wanted.dtype].torch_name}
     config, document = _config(raw, wanted)
-    dialect = DIALECTS[wanted.container]
+    key_format = KEY_FORMATS[wanted.container]
     plan = {
-        stored_name(name, dialect): Recipe(wanted.dtype, shape, Literal(b""), "synthetic")
+        stored_name(name, key_format): Recipe(wanted.dtype, shape, Literal(b""), "synthetic")
         for name, shape in expected_tensors(config).items()
     }
     fill = None if wanted.sparse else Values(wanted.seed, config.head_dim).pieces
@@ -275,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path, help="folder, or NAME.pth")
     parser.add_argument("--kind", choices=("teacher", "student"), default="teacher")
-    parser.add_argument("--container", choices=tuple(DIALECTS), default="hf")
+    parser.add_argument("--container", choices=tuple(KEY_FORMATS), default="hf")
     parser.add_argument("--dtype", default="bfloat16")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--bytes", help="about this much: 4GB")

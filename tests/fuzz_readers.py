@@ -51,7 +51,7 @@ from hxaconv.load.student import is_student, student_model  # noqa: E402
 from hxaconv.load.teacher import open_teacher  # noqa: E402
 from hxaconv.load.weight_files import Folder  # noqa: E402
 from hxaconv.model.config import student_of  # noqa: E402
-from hxaconv.model.plan import Plan, Ranges, Recipe, Scratch  # noqa: E402
+from hxaconv.model.plan import Buffers, Plan, Ranges, Recipe  # noqa: E402
 from hxaconv.save.documents import model_card, student_json  # noqa: E402
 
 MAX_INPUT_BYTES = 16_384
@@ -76,17 +76,17 @@ class MemoryFile(SourceFile):
             raise HxaconvError(f"{self.label} ends at byte {self.size}, expected {offset + count}")
         return self.data[offset : offset + count]
 
-    def pieces(self, offset: int, count: int, scratch: memoryview, *, advance: bool = False) -> Any:
+    def pieces(self, offset: int, count: int, buffers: memoryview, *, advance: bool = False) -> Any:
         """In one piece."""
         yield memoryview(self.read(offset, count))
 
 
 def check_promises(contents: Contents) -> None:
     """Every recipe that may be read makes exactly the bytes of its shape."""
-    scratch = Scratch(4096)
+    buffers = Buffers(4096)
     for recipe in contents.tensors.values():
         if recipe.nbytes <= READ_BACK_BYTES:
-            assert sum(len(piece) for piece in recipe.pieces(scratch)) == recipe.nbytes
+            assert sum(len(piece) for piece in recipe.pieces(buffers)) == recipe.nbytes
 
 
 def fuzz_container(data: bytes) -> None:

@@ -161,13 +161,13 @@ def clear(folder: Path) -> None:
 class Rounds:
     """All rounds: what commands work on, and what each of them gives undisturbed."""
 
-    scratch: Path
+    buffers: Path
     rng: random.Random
     found: dict[str, collections.Counter[str]] = field(default_factory=dict)
     references: dict[tuple[str, bool], tuple[dict[str, bytes], float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.place, self.material, self.log = (self.scratch / name for name in ("place", "material", "log"))
+        self.place, self.material, self.log = (self.buffers / name for name in ("place", "material", "log"))
         self.place.mkdir()
         self.material.mkdir()
         student, pth, attention = (self.material / name for name in ("student", "s.pth", "attention.pth"))
@@ -242,11 +242,11 @@ class Rounds:
             assert tree(target) == after
 
 
-def all_rounds(kills: int, seed: int, scratch: Path) -> dict[str, collections.Counter[str]]:
+def all_rounds(kills: int, seed: int, buffers: Path) -> dict[str, collections.Counter[str]]:
     """Rounds over the commands in turn until there were that many kills; by command, how often kills found what."""
     import_everything()
     rng = random.Random(seed)
-    work = Rounds(scratch, rng)
+    work = Rounds(buffers, rng)
     done = 0
     for job in itertools.islice(itertools.cycle(JOBS), seed % len(JOBS), None):
         if done >= kills:
@@ -294,8 +294,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        found = all_rounds(arguments.kills, arguments.seed, Path(scratch))
+    with tempfile.TemporaryDirectory() as buffers:
+        found = all_rounds(arguments.kills, arguments.seed, Path(buffers))
     print(table(found))
     if arguments.record:
         kills, today = arguments.kills, datetime.date.today().isoformat()

@@ -126,7 +126,7 @@ def test_what_is_reported_is_what_the_layers_do(proof, thousand):
     assert [layer.layer for layer in report.layers] == list(range(6))
     assert (report.tokens, report.fitted_tokens) == (1024, 768)
     for layer in report.layers:
-        assert not layer.kept_plain and not layer.warnings and not layer.output_refitted
+        assert not layer.fell_back and not layer.warnings and not layer.output_refitted
         assert layer.error_after < 0.6 < 0.9 < layer.error_before
         assert len(layer.decay) == len(layer.iclr) == 6
         assert all(0.54 < decay < 1 for decay in layer.decay) and all(0 < a < 1 for a in layer.iclr)
@@ -211,7 +211,7 @@ def kept(teacher, student, ids, folder, settings=QUICK, **more):
 
 def never_worse(calibration, student):
     for layer in calibration.report.layers:
-        assert layer.kept_plain or layer.error_after < layer.error_before
+        assert layer.fell_back or layer.error_after < layer.error_before
     check({**student.plan, **calibration.replaced}, expected_tensors(student.config), "calibrated")
     for recipe in calibration.replaced.values():
         assert torch.isfinite(tensor(recipe, dtype=torch.float32)).all()
@@ -226,7 +226,7 @@ def test_biases_and_any_layer_map(small, gqa_layers):
     kinds = [student.student.layer_kind(layer) for layer in range(3)]
     assert [layer.kind for layer in found.report.layers] == kinds
     assert any(name.endswith("receptance.bias") for name in found.replaced)
-    assert not next(layer for layer in found.report.layers if layer.kind == "rwkv").kept_plain
+    assert not next(layer for layer in found.report.layers if layer.kind == "rwkv").fell_back
 
 
 def test_reported_errors_are_those_of_the_reference_forward(small):
@@ -253,7 +253,7 @@ def test_norms_on_q_and_k():
     student = plain_student(teacher, (2,))
     found = calibrate(teacher, student, some_ids(teacher, (4, 64)), QUICK)
     never_worse(found, student)
-    assert sum(layer.kept_plain for layer in found.report.layers) <= 1
+    assert sum(layer.fell_back for layer in found.report.layers) <= 1
 
 
 def test_same_tokens_same_bytes_on_any_number_of_threads(small):
@@ -415,7 +415,7 @@ def test_a_teacher_that_breaks_down_is_named_and_on_request_keeps_the_plain_init
         calibrate(broken, plain_student(broken), some_ids(broken), QUICK, progress=told)
     assert [what for _, what in told.told if what] == ["layer 0"]
     found = calibrate(broken, plain_student(broken), some_ids(broken), QUICK, allow_nonfinite=True)
-    assert [layer.kept_plain for layer in found.report.layers] == [False, True, True]
+    assert [layer.fell_back for layer in found.report.layers] == [False, True, True]
     assert "not finite" in found.report.layers[1].warnings[0]
     assert not any(".layers.1." in name or ".layers.2." in name for name in found.replaced)
 
@@ -445,7 +445,7 @@ def test_a_fit_that_is_worse_is_not_taken(small, monkeypatch):
     monkeypatch.setattr(output_matrix, "restoring", lambda said, target: 1.0)
     found = calibrate(*small, some_ids(small[0]), QUICK)
     assert found.replaced == {}
-    assert all(layer.kept_plain and not layer.warnings for layer in found.report.layers)
+    assert all(layer.fell_back and not layer.warnings for layer in found.report.layers)
     assert all(layer.error_after == layer.error_before for layer in found.report.layers)
 
 
@@ -456,7 +456,7 @@ def test_refitting_the_output_is_for_many_tokens():
     def refitted(shape, setting):
         settings = Settings(refine_steps=0, refit_output=setting)
         found = calibrate(teacher, student, some_ids(teacher, shape), settings)
-        assert not found.report.layers[0].kept_plain
+        assert not found.report.layers[0].fell_back
         return any(name.endswith("output.weight") for name in found.replaced)
 
     assert refitted((3, 60), "always")

@@ -104,7 +104,7 @@ def test_the_card_and_the_provenance_tell_of_every_layer(whole: Path) -> None:
 
 def report(**changes: Any) -> CalibrationReport:
     layer = LayerReport(layer=0, kind="rwkv", error_before=1.0, error_after=0.25, decay=(0.9, 0.996), iclr=(0.1, 0.3))
-    kept = LayerReport(layer=1, kind="rwkv", error_before=1.0, error_after=1.0, kept_plain=True, decay=(0.5, 0.6))
+    kept = LayerReport(layer=1, kind="rwkv", error_before=1.0, error_after=1.0, fell_back=True, decay=(0.5, 0.6))
     gqa = LayerReport(layer=2, kind="gqa", error_before=0.8, error_after=0.5, output_refitted=True)
     settings: dict[str, Any] = {"tokens": 100, "fitted_tokens": 75, "settings": {}, "layers": (layer, kept, gqa)}
     return CalibrationReport(**(settings | changes))
@@ -260,7 +260,7 @@ def test_nan_in_the_teacher_ends_the_command_at_its_layer(
     assert len(list((tmp_path / "o.calibration").glob("layer-*"))) == 2
     assert cli(*words, "--allow-nonfinite") == 0
     story = json.loads((tmp_path / "o" / "hxaconv.json").read_text())["calibration"]
-    assert [layer["kept_plain"] for layer in story["layers"]] == [False, False, True, True, True, True]
+    assert [layer["fell_back"] for layer in story["layers"]] == [False, False, True, True, True, True]
 
 
 def test_a_calibrated_student_in_transformers_is_as_near_as_the_report_says(

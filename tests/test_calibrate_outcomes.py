@@ -59,7 +59,7 @@ def test_a_student_that_is_no_nearer_is_left_plain_and_that_is_said(
     assert "--refit-output never" in told.err
     story = json.loads(told.out)["calibration"]
     assert story["taken"] is False
-    assert all(layer["kept_plain"] and layer["error_after"] == layer["error_before"] for layer in story["layers"])
+    assert all(layer["fell_back"] and layer["error_after"] == layer["error_before"] for layer in story["layers"])
     card = (tmp_path / "o" / "README.md").read_text()
     assert "**The fit is not used**" in card
     assert f"| calibrated, not used | {calibrated:.3g} |" in card
@@ -153,7 +153,7 @@ def test_a_dry_run_shows_what_may_be_fitted(
     tensors = json.loads((tmp_path / "o" / "hxaconv.json").read_text())["tensors"]
     fitted = {name for name, entry in tensors.items() if "calibrated from" in entry["origin"]}
     story = json.loads((tmp_path / "o" / "hxaconv.json").read_text())["calibration"]["layers"]
-    kept = tuple(f"model.layers.{layer['layer']}." for layer in story if layer["kept_plain"])
+    kept = tuple(f"model.layers.{layer['layer']}." for layer in story if layer["fell_back"])
     assert fitted == {name for name in shown if not name.startswith(kept)}
     assert len(kept) < 3
     assert set(before) == set(tensors)

@@ -16,7 +16,7 @@ from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import teacher_config
 from hxaconv.model.model import Checkpoint
 from hxaconv.model.names import stored_name
-from hxaconv.model.plan import Scratch, pad_columns, pad_rows, rows, total_bytes
+from hxaconv.model.plan import Buffers, pad_columns, pad_rows, rows, total_bytes
 
 GOLDEN = Path(__file__).parent / "golden"
 REKA = Path(__file__).parents[2] / "shared" / "reka-flash-3"
@@ -24,26 +24,26 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def tensor_bytes(checkpoint: Checkpoint, name: str) -> bytes:
-    return b"".join(bytes(piece) for piece in checkpoint.plan[name].pieces(Scratch()))
+    return b"".join(bytes(piece) for piece in checkpoint.plan[name].pieces(Buffers()))
 
 
 @pytest.mark.parametrize("case", ["reka_tiny", "qwen3_tiny", "reka_tiny_init"])
-def test_golden_cases_in_all_dialects(case: str) -> None:
+def test_golden_cases_in_all_key_formats(case: str) -> None:
     teacher = open_checkpoint(GOLDEN / case / "teacher")
-    assert (teacher.container, teacher.dialect) == ("safetensors", "hf")
+    assert (teacher.container, teacher.key_format) == ("safetensors", "hf")
     assert teacher.config is not None
     assert teacher.config["num_hidden_layers"]
     student = open_checkpoint(GOLDEN / case / "student.pth")
-    assert (student.container, student.dialect, student.config) == ("pth", "rwkv", None)
+    assert (student.container, student.key_format, student.config) == ("pth", "rwkv", None)
     trained = open_checkpoint(GOLDEN / case / "trained_attention.pth")
-    assert trained.dialect == "training"
+    assert trained.key_format == "training"
     hf = open_checkpoint(GOLDEN / case / "student_hf")
     assert tensor_bytes(hf, EMBEDDING) == tensor_bytes(student, EMBEDDING) == tensor_bytes(teacher, EMBEDDING)
     for name in trained.plan:
         assert tensor_bytes(trained, name) == tensor_bytes(hf, name)
     for opened in (teacher, student, trained, hf):
         for name in opened.plan:
-            assert stored_name(name, opened.dialect) == opened.stored_names[name]
+            assert stored_name(name, opened.key_format) == opened.stored_names[name]
             assert opened.plan[name].origin.startswith(f"{opened.stored_names[name]} in ")
 
 

@@ -23,7 +23,7 @@ from hxaconv.formats.files import SourceFile
 from hxaconv.formats.strided import Strided, is_contiguous, overlaps_itself, span
 from hxaconv.formats.torchzip_reader import read_directory
 from hxaconv.formats.unpickler import parse
-from hxaconv.model.plan import Scratch
+from hxaconv.model.plan import Buffers
 
 GOLDEN = Path(__file__).parent / "golden"
 FORMS = {"zip": True, "legacy": False}
@@ -40,13 +40,13 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 def assert_same(found: Contents, expected: dict[str, Any]) -> None:
-    scratch = Scratch()
+    buffers = Buffers()
     assert list(found.tensors) == list(expected)
     for name, recipe in found.tensors.items():
         tensor = expected[name]
         assert recipe.shape == tuple(tensor.shape), name
         assert BY_NAME[recipe.dtype].torch_name == str(tensor.dtype).removeprefix("torch."), name
-        assert b"".join(bytes(piece) for piece in recipe.pieces(scratch)) == raw(tensor), name
+        assert b"".join(bytes(piece) for piece in recipe.pieces(buffers)) == raw(tensor), name
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.rglob("*.pth")), ids=lambda p: "/".join(p.parts[-2:]))
@@ -218,7 +218,7 @@ def test_zip64_and_a_file_beyond_every_32_bit_number(tmp_path: Path) -> None:
     path = forge.zip_file(tmp_path / "x.pth", forge.torch_records(value, storages))
     found = contents(path)
     assert found.tensors["big"].nbytes == 2 * numel
-    assert b"".join(map(bytes, found.tensors["small"].pieces(Scratch()))) == storages["1"]
+    assert b"".join(map(bytes, found.tensors["small"].pieces(Buffers()))) == storages["1"]
     with zipfile.ZipFile(path) as judge:
         assert judge.read("archive/data/1") == storages["1"]
 
@@ -273,7 +273,7 @@ def test_strided_in_blocks_of_any_size(view: Any, block_bytes: int, tmp_path: Pa
     part = view(whole)
     file = SourceFile.local(tmp_path / "x")
     gathered = Strided(file, 6 + part.storage_offset() * 4, 4, tuple(part.shape), part.stride())
-    pieces = [bytes(piece) for piece in gathered.pieces(Scratch(64))]
+    pieces = [bytes(piece) for piece in gathered.pieces(Buffers(64))]
     assert b"".join(pieces) == raw(part)
     assert max(map(len, pieces)) <= 64
 

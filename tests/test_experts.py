@@ -345,9 +345,11 @@ def sparse_folder(folder: Path) -> int:
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    from hxaconv.load.student import Facts, config_facts, resolve
+    from hxaconv.load.student import SettingsSource, config_settings, resolve
 
-    shapes = expected_tensors(resolve([Facts("", {}), Facts("config.json", config_facts(config, "test"))], "test"))
+    shapes = expected_tensors(
+        resolve([SettingsSource("", {}), SettingsSource("config.json", config_settings(config, "test"))], "test")
+    )
     header, place = {}, 0
     for name, shape in shapes.items():
         size = 2 * torch.Size(shape).numel()

@@ -31,12 +31,12 @@ from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.errors import HxaconvError
 from hxaconv.load.checkpoint import download_weights
 from hxaconv.save.run import push_folder
-from hxaconv.model.plan import Scratch
+from hxaconv.model.plan import Buffers
 def digest(checkpoint):
     import hashlib
     total = hashlib.sha256()
     for name in sorted(checkpoint.plan):
-        for piece in checkpoint.plan[name].pieces(Scratch()):
+        for piece in checkpoint.plan[name].pieces(Buffers()):
             total.update(piece)
     return total.hexdigest()
 class Bar:
@@ -85,12 +85,12 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def local_digest() -> str:
     from hxaconv.load.checkpoint import open_checkpoint
-    from hxaconv.model.plan import Scratch
+    from hxaconv.model.plan import Buffers
 
     total = hashlib.sha256()
     plan = open_checkpoint(TEACHER).plan
     for name in sorted(plan):
-        for piece in plan[name].pieces(Scratch()):
+        for piece in plan[name].pieces(Buffers()):
             total.update(piece)
     return total.hexdigest()
 

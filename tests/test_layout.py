@@ -18,7 +18,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.formats import safetensors_layout, torchzip_layout
 from hxaconv.formats.dtypes import BY_NAME, BY_TORCH_NAME
 from hxaconv.formats.layout import FileLayout
-from hxaconv.model.plan import Literal, Plan, Recipe, Scratch
+from hxaconv.model.plan import Buffers, Literal, Plan, Recipe
 
 TORCH_DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
 
@@ -39,7 +39,7 @@ def render(layout: FileLayout) -> bytes:
     for offset, data in layout.segments:
         content[offset : offset + len(data)] = data
     for fill in layout.fills:
-        data = b"".join(bytes(piece) for piece in fill.recipe.pieces(Scratch()))
+        data = b"".join(bytes(piece) for piece in fill.recipe.pieces(Buffers()))
         content[fill.offset : fill.offset + len(data)] = data
         crcs[fill.name] = zlib.crc32(data)
     for offset, data in layout.seal(crcs) if layout.seal else []:

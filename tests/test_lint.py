@@ -48,7 +48,7 @@ def folder(raw: Mapping[str, Any] | None = None, **changes: Any) -> Checkpoint:
     fields: dict[str, Any] = {
         "label": "out",
         "container": "safetensors",
-        "dialect": "hf",
+        "key_format": "hf",
         "plan": plan(),
         "stored_names": {},
         "config": document,
@@ -64,7 +64,7 @@ def pth(**changes: Any) -> Checkpoint:
     fields = {
         "label": "student.pth",
         "container": "pth",
-        "dialect": "rwkv",
+        "key_format": "rwkv",
         "config": None,
         "files": (file("student.pth"),),
         "code_files": {},
@@ -166,7 +166,7 @@ OBSTACLES: dict[str, tuple[Checkpoint, str, str]] = {
     "legacy": (pth(container="legacy"), INFER_PTH, "legacy pickle"),
     "nested": (pth(extra={"nested_under": "state_dict"}), INFER_PTH, "nested under 'state_dict'"),
     "not only tensors": (pth(extra={"ignored": ["step"]}), INFER_PTH, "not everything in it is a tensor: step"),
-    "other names": (pth(dialect="training"), INFER_PTH, "training dialect"),
+    "other names": (pth(key_format="training"), INFER_PTH, "training key format"),
     "other suffix": (pth(files=(file("student.bin"),)), INFER_PTH, "contains '.pth'"),
     "attention only": (pth(plan=without("embed_tokens.weight")), INFER_PTH, "the embedding is missing"),
     "no low-rank": (pth(plan=without("1.self_attn.v1")), INFER_PTH, "v1 missing | model.layers.1.self_attn"),

@@ -10,7 +10,7 @@ from hxaconv.model.config import StudentConfig
 from hxaconv.model.names import (
     TABLE,
     canonical_names,
-    detect_dialect,
+    detect_key_format,
     layer_kinds,
     stored_name,
     template_of,
@@ -38,13 +38,13 @@ CONFIG = StudentConfig(
 )
 
 
-@pytest.mark.parametrize("dialect", ["hf", "rwkv", "training"])
-def test_every_tensor_goes_there_and_back(dialect: str) -> None:
+@pytest.mark.parametrize("key_format", ["hf", "rwkv", "training"])
+def test_every_tensor_goes_there_and_back(key_format: str) -> None:
     canonical = list(expected_tensors(CONFIG))
-    stored = [stored_name(name, dialect) for name in canonical]
+    stored = [stored_name(name, key_format) for name in canonical]
     assert len(set(stored)) == len(stored)
-    assert detect_dialect(stored) == dialect
-    assert list(canonical_names(stored, dialect, "x")[0].values()) == canonical
+    assert detect_key_format(stored) == key_format
+    assert list(canonical_names(stored, key_format, "x")[0].values()) == canonical
 
 
 def test_ln_r_depends_on_the_layer_kind() -> None:
@@ -72,16 +72,16 @@ def test_unknown_names_are_reported_together_with_the_nearest() -> None:
     assert "nearest: model.layers.3.mlp.gate_proj.weight" in message
 
 
-@pytest.mark.parametrize("dialect", ["hf", "rwkv", "training"])
+@pytest.mark.parametrize("key_format", ["hf", "rwkv", "training"])
 @pytest.mark.parametrize(
     "prefix",
     ["module.", "_orig_mod.", "module._orig_mod.", "_forward_module.", "base_model.model.", "_orig_mod.module."],
 )
-def test_wrappers_are_left_off(dialect: str, prefix: str) -> None:
+def test_wrappers_are_left_off(key_format: str, prefix: str) -> None:
     canonical = list(expected_tensors(CONFIG))
-    stored = [prefix + stored_name(name, dialect) for name in canonical]
-    assert detect_dialect(stored) == dialect
-    assert list(canonical_names(stored, dialect, "x")[0].values()) == canonical
+    stored = [prefix + stored_name(name, key_format) for name in canonical]
+    assert detect_key_format(stored) == key_format
+    assert list(canonical_names(stored, key_format, "x")[0].values()) == canonical
 
 
 def test_wrappers_within_names_are_left_off_and_clashes_found() -> None:

@@ -243,9 +243,9 @@ def test_advice_takes_trained_layers_from_another_checkpoint(
 def test_a_donor_of_another_dtype_is_cast(
     cli: Cli, make: Callable[..., Path], tiny_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    student, donor = make("a", "1,5"), make("b", "none", "--dtype", "float32", "--scale", "key=0.7")
-    assert cli(COMMAND, student, tmp_path / "c", "--layers", "5", "--from", donor, "--quiet") == 0
-    ours, theirs = weights(tmp_path / "c"), weights(donor)
+    student, source_student = make("a", "1,5"), make("b", "none", "--dtype", "float32", "--scale", "key=0.7")
+    assert cli(COMMAND, student, tmp_path / "c", "--layers", "5", "--from", source_student, "--quiet") == 0
+    ours, theirs = weights(tmp_path / "c"), weights(source_student)
     assert {x.dtype for x in ours.values()} == {torch.bfloat16}
     name = "model.layers.1.self_attn.key.weight"
     assert torch.equal(ours[name], theirs[name].bfloat16())
@@ -253,11 +253,13 @@ def test_a_donor_of_another_dtype_is_cast(
     story = json.loads((tmp_path / "c" / "hxaconv.json").read_text())
     assert story["tensors"][name]["origin"] == f"trained {name} in model.safetensors, cast from F32"
     capsys.readouterr()
-    assert cli(COMMAND, student, tmp_path / "e", "--layers", "3", "--from", donor, "--teacher", tiny_teacher) == 0
+    assert (
+        cli(COMMAND, student, tmp_path / "e", "--layers", "3", "--from", source_student, "--teacher", tiny_teacher) == 0
+    )
     told = " ".join(capsys.readouterr().err.split())
-    assert f"layers 1, 5: trained, from {donor}, cast from F32 to BF16" in told
+    assert f"layers 1, 5: trained, from {source_student}, cast from F32 to BF16" in told
     assert "layer 3: GQA, the teacher's attention" in told
-    words = [COMMAND, student, tmp_path / "d", "--layers", "1,3,5", "--from", donor, "--teacher", tiny_teacher]
+    words = [COMMAND, student, tmp_path / "d", "--layers", "1,3,5", "--from", source_student, "--teacher", tiny_teacher]
     assert cli(*words, "--quiet") == 0
     assert "it is not used" in " ".join(capsys.readouterr().err.split())
 

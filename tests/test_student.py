@@ -14,7 +14,7 @@ from hxaconv.formats.dtypes import num_elements
 from hxaconv.formats.json_files import as_bytes
 from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.partial import complete
-from hxaconv.load.student import Facts, student_model
+from hxaconv.load.student import SettingsSource, student_model
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model.plan import Recipe
 from hxaconv.save.documents import student_json
@@ -42,14 +42,16 @@ def test_a_teacher_or_a_layer_map_says_it(golden: Path) -> None:
     assert model.config.rope_theta == 1e6
     assert model.config.tie_word_embeddings
     assert "lm_head.weight" not in model.plan
-    named = Facts("layer map x", {"rope_theta": 5e5, "rms_norm_eps": 1e-6, "tie_word_embeddings": True} | VARIANT)
+    named = SettingsSource(
+        "layer map x", {"rope_theta": 5e5, "rms_norm_eps": 1e-6, "tie_word_embeddings": True} | VARIANT
+    )
     assert student_model(checkpoint, layer_map=named).config.rope_theta == 5e5
 
 
 def test_sources_that_contradict_are_an_error_unless_an_option_decides(golden: Path) -> None:
     checkpoint = open_checkpoint(golden / "reka_tiny" / "student.pth")
     teacher = open_teacher(open_checkpoint(golden / "reka_tiny" / "teacher")).teacher
-    wrong = Facts("layer map x", {"rope_theta": 1e6})
+    wrong = SettingsSource("layer map x", {"rope_theta": 1e6})
     with pytest.raises(HxaconvError, match=r"8000000\.0 by the teacher, 1000000\.0 by layer map x"):
         student_model(checkpoint, flags=VARIANT, teacher=teacher, layer_map=wrong)
     decided = student_model(checkpoint, flags=VARIANT | {"rope_theta": 1e6}, teacher=teacher, layer_map=wrong)

@@ -115,10 +115,10 @@ def test_a_layer_can_come_from_another_trained_checkpoint(golden: Path) -> None:
     teacher = teacher_of(golden, "reka_tiny")
     old, new = student_of(teacher.config, (4,)), student_of(teacher.config, (2, 4))
     student = initialised(teacher, (4,))
-    donor = open_checkpoint(golden / "reka_tiny" / "student.pth").plan
-    picked = repick(student, {}, old, new, SETTINGS, Model(new, donor, "donor"))
+    source_student = open_checkpoint(golden / "reka_tiny" / "student.pth").plan
+    picked = repick(student, {}, old, new, SETTINGS, Model(new, source_student, "source_student"))
     name = "model.layers.2.self_attn.q_proj.weight"
-    assert same_bytes(picked[name], donor[name])
+    assert same_bytes(picked[name], source_student[name])
     assert not same_bytes(picked[name], teacher.plan[name])
 
 

@@ -146,7 +146,7 @@ def test_only_a_plain_student_is_excused_as_one() -> None:
     for student_of_base in (learned, attention):
         report = compare_models(student_of_base, base, ids=ids(base, 40))
         assert report.logits is not None and report.logits.kl_attention_zeroed is not None
-        # Near the yardstick, or beyond it, which a plain student would be excused for.
+        # Near the zero-ablation baseline, or beyond it, which a plain student would be excused for.
         report.notes.clear()
         far = dataclasses.replace(report.logits, kl_other_source=9.0, kl_attention_zeroed=1.0)
         judge(dataclasses.replace(report, logits=far), Thresholds(), student_of_base)

@@ -16,7 +16,7 @@ from writing import leftovers, output, plan_over, reference, source, tree, verif
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.formats.dtypes import BY_NAME
 from hxaconv.formats.files import Extent, SourceFile
-from hxaconv.model.plan import Literal, Ranges, Recipe, Scratch
+from hxaconv.model.plan import Buffers, Literal, Ranges, Recipe
 from hxaconv.options import Write
 from hxaconv.save import diskio, fill, writer
 from hxaconv.save.checksums import count_nonfinite
@@ -26,7 +26,7 @@ TARGETS = ("out", "out.pth")
 
 
 def expected_bytes(plan):
-    return {name: b"".join(bytes(p) for p in r.pieces(Scratch())) for name, r in plan.items()}
+    return {name: b"".join(bytes(p) for p in r.pieces(Buffers())) for name, r in plan.items()}
 
 
 def written_bytes(result_output):
@@ -303,7 +303,7 @@ from pathlib import Path
 import rich.progress, typer
 from hxaconv.calls import Call
 from hxaconv.formats.files import SourceFile
-from hxaconv.model.plan import Scratch, stored
+from hxaconv.model.plan import Buffers, stored
 from hxaconv.options import Write
 from hxaconv.save.output import Output, Record, layouts
 from hxaconv.save.writer import write

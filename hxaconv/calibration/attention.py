@@ -121,16 +121,16 @@ def fit_kept(
     if refitted:
         store(name, output_matrix.fit_output(said(held)[fitted], seen.output[fitted], held[name], pool)[0])
     before, after = error(weights), error(held)
-    kept_plain = not after < before
+    fell_back = not after < before
     report = LayerReport(
         layer=layer,
         kind="gqa",
         error_before=before,
-        error_after=before if kept_plain else after,
-        kept_plain=kept_plain,
-        output_refitted=refitted and not kept_plain,
+        error_after=before if fell_back else after,
+        fell_back=fell_back,
+        output_refitted=refitted and not fell_back,
     )
-    return Fit({} if kept_plain else tensors, report)
+    return Fit({} if fell_back else tensors, report)
 
 
 def fit_heads(seen: Attention, weights: Mapping[str, Tensor], config: ModelConfig, pool: Pool) -> tuple[Tensor, Tensor]:

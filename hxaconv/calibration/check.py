@@ -14,7 +14,7 @@ from hxaconv.model.model import Model
 from hxaconv.model.names import layer_index
 from hxaconv.verification.claims import Claim, Copied, listing
 from hxaconv.verification.compare import compare_models
-from hxaconv.verification.contracts import against_teacher, completed, copied, initial_claims
+from hxaconv.verification.invariants import against_teacher, completed, copied, initial_claims
 from hxaconv.verification.report import Report
 
 if TYPE_CHECKING:

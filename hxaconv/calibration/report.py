@@ -39,7 +39,7 @@ class LayerReport:
     """`rwkv` or `gqa`."""
     error_before: float
     error_after: float
-    kept_plain: bool = False
+    fell_back: bool = False
     """The fit was no better on held-out tokens, so that nothing was changed."""
     decay: tuple[float, ...] = ()
     """Mean over the channels of each head."""
@@ -123,7 +123,7 @@ class CalibrationReport:
             replace(
                 layer,
                 error_after=layer.error_before,
-                kept_plain=True,
+                fell_back=True,
                 decay=(),
                 iclr=(),
                 clamped=0.0,

@@ -24,7 +24,7 @@ from hxaconv.forward.pool import ROWS
 from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention, layer_index, mixer_prefix
-from hxaconv.model.plan import Plan, Recipe, Scratch, layer_bytes, total_bytes
+from hxaconv.model.plan import Buffers, Plan, Recipe, layer_bytes, total_bytes
 from hxaconv.progress import Progress, bar
 from hxaconv.save.checksums import count_nonfinite
 from hxaconv.surgery.arithmetic import Computed, tensor, torch_dtype
@@ -197,8 +197,8 @@ def _check_origin(teacher: Model, student: Model, progress: Progress | None) -> 
 def _refuse_nonfinite(model: Model, names: Iterable[str], summary: str = "its weights are not finite") -> None:
     problems = []
     for name in names:
-        recipe, scratch = model.plan[name], Scratch()
-        count = sum(count_nonfinite(piece, recipe.dtype) for piece in recipe.pieces(scratch))
+        recipe, buffers = model.plan[name], Buffers()
+        count = sum(count_nonfinite(piece, recipe.dtype) for piece in recipe.pieces(buffers))
         if count:
             problems.append(f"{name}: {count} of {recipe.numel} values are NaN or infinite")
     raise_all(f"{model.label}: {summary}:", problems, hint=NONFINITE_HINT)

@@ -75,15 +75,15 @@ def fit_layer(
     versions = [weights, {**weights, **stored}]
     (before, plain_first), (after, fitted_first) = pool.map(fitting.judge, versions)
     # Not >=: a comparison with NaN is false.
-    kept_plain = not after < before
-    if kept_plain:
+    fell_back = not after < before
+    if fell_back:
         tensors, after, fitted_first = {}, before, plain_first
     report = LayerReport(
         layer=layer,
         kind="rwkv",
         error_before=before,
         error_after=after,
-        kept_plain=kept_plain,
+        fell_back=fell_back,
         output_refitted="output.weight" in tensors,
         warnings=tuple(warnings),
         **_described({**weights, **tensors}, config),

@@ -117,7 +117,7 @@ def _calibrated(report: CalibrationReport) -> list[RenderableType]:
     rows = [
         (
             layer.layer,
-            layer.kind + (" (kept plain)" if layer.kept_plain else ""),
+            layer.kind + (" (kept plain)" if layer.fell_back else ""),
             f"{layer.error_before:.3f}",
             f"{layer.error_after:.3f}",
             spread(layer.decay),
@@ -147,7 +147,7 @@ def inspection_tables(inspection: Inspection) -> list[RenderableType]:
     if not report["files"]:
         return lines
     lines += [
-        f"{report['format']}, {report['dialect']} names, {report['variant']}",
+        f"{report['format']}, {report['key_format']} names, {report['variant']}",
         f"{report['tensors']} tensors, {human_count(report['parameters'])} parameters,"
         f" {report['bytes']:,} bytes ({human_bytes(report['bytes'])}), "
         + ", ".join(f"{count} x {dtype}" for dtype, count in report["dtypes"].items()),
@@ -336,7 +336,7 @@ def _layers(report: Report) -> RenderableType:
 def _layer_row(result: LayerResult, lowest: int) -> tuple[object, ...]:
     kinds = LETTERS[result.kind] + ("" if result.kind == result.other_kind else f"/{LETTERS[result.other_kind]}")
     apart = 1 - result.cosine
-    numbers = (result.output_error, result.mixer_error, apart, result.handed_on_error, result.nope_error)
+    numbers = (result.output_error, result.mixer_error, apart, result.firsts_error, result.nope_error)
     return (result.layer, kinds, error_bar(result.output_error, lowest), *(_number(number) for number in numbers))
 
 
@@ -356,7 +356,12 @@ def _logits(logits: LogitResult) -> RenderableType:
         ("same most likely token", f"{logits.top1_agreement:.1%}"),
     ]
     if logits.kl_attention_zeroed is not None:
-        rows.append(("yardstick: KL(teacher || teacher with attention zeroed)", f"{logits.kl_attention_zeroed:.4g}"))
+        rows.append(
+            (
+                "zero-ablation baseline: KL(teacher || teacher with attention zeroed)",
+                f"{logits.kl_attention_zeroed:.4g}",
+            )
+        )
     return table("", ("end to end", ""), rows)
 
 

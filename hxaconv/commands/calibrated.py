@@ -109,7 +109,7 @@ class Calibrated:
         """Those of the whole run, those of layers with how many say so, and how many layers kept the plain values."""
         layers = self.report.layers
         counts = Counter(text for layer in layers for text in layer.warnings)
-        kept = sum(layer.kept_plain for layer in layers)
+        kept = sum(layer.fell_back for layer in layers)
         found = [*self.report.warnings, *(f"{count} of {len(layers)} layers: {text}" for text, count in counts.items())]
         told = self.report.distances
         if told is not None and self.report.taken and told.recall_falls:

@@ -133,7 +133,7 @@ def _write(
     before = student if everything else replace(student, plan=attention_of(student.plan))
 
     def verify(written: Model, progress: Progress | None) -> Report:
-        from hxaconv.verification.contracts import check_converted
+        from hxaconv.verification.invariants import check_converted
 
         return check_converted(before, written, progress=progress)
 

@@ -94,7 +94,7 @@ def init_from_teacher(
         )
 
     def verify(written: Model, progress: Progress | None) -> Report:
-        from hxaconv.verification.contracts import check_initialised
+        from hxaconv.verification.invariants import check_initialised
 
         return check_initialised(source, written, factors=initial.factors, progress=progress)
 

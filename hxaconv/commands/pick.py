@@ -281,7 +281,7 @@ class _Run:
             *student.notes,
             *_origins(changed, taken, new, initialised, _trained(other, self.from_, initial.dtype)),
         ]
-        linked = sum(shard.mirror is not None for shard in shards or ())
+        linked = sum(shard.hard_link is not None for shard in shards or ())
         if linked and output.is_folder:
             notes.append(
                 f"{linked} of {len(shards or ())} files do not change: they become hard links to the source's, where"
@@ -293,7 +293,7 @@ class _Run:
             warnings.append(f"--from {self.from_} has none of the changed layers in its new kind: it is not used")
 
         def verify(written: Model, progress: Progress | None) -> Report:
-            from hxaconv.verification.contracts import check_repicked, completed
+            from hxaconv.verification.invariants import check_repicked, completed
 
             whole = completed(written, student)
             return check_repicked(student, base, whole, other=other, factors=initial.factors, progress=progress)
@@ -373,11 +373,11 @@ def _uneven(
     return found
 
 
-def _trained(donor: Model | None, name: str | None, dtype: str) -> str:
+def _trained(source_student: Model | None, name: str | None, dtype: str) -> str:
     """Where layers of the other student come from; empty without one."""
-    if donor is None:
+    if source_student is None:
         return ""
-    own = main_dtype(donor.plan)
+    own = main_dtype(source_student.plan)
     return f"trained, from {name}" + (f", cast from {own} to {dtype}, the student's dtype" if own != dtype else "")
 
 

@@ -156,7 +156,7 @@ def _fit_errors(report: CalibrationReport, axes: Axes) -> None:
         (after, [layer.error_after for layer in report.layers]),
     ):
         axes.plot(depth, values, color="black", markersize=4, linewidth=1, **style)
-    kept = [layer for layer in report.layers if layer.kept_plain]
+    kept = [layer for layer in report.layers if layer.fell_back]
     if kept:
         places = [layer.layer for layer in kept], [layer.error_after for layer in kept]
         axes.plot(*places, "kx", markersize=8, label="kept plain")

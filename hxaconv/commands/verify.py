@@ -100,7 +100,7 @@ def _forward(
     """Run one model, or both on the same tokens."""
     from hxaconv.forward.tokens import checked_device, tokens_of
     from hxaconv.verification.compare import compare_models
-    from hxaconv.verification.contracts import check_against, made_by
+    from hxaconv.verification.invariants import check_against, made_by
     from hxaconv.verification.lint import lint
     from hxaconv.verification.report import Thresholds
     from hxaconv.verification.single import verify_model

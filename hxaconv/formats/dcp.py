@@ -22,7 +22,7 @@ from hxaconv.formats.pickle_machine import MAX_DIMS, MAX_PICKLE_BYTES, TRAINER_O
 from hxaconv.formats.state_dict import find_state_dict
 from hxaconv.formats.torchzip_reader import TorchZip
 from hxaconv.formats.unpickler import parse
-from hxaconv.model.plan import Bytes, Ranges, Recipe, Scratch
+from hxaconv.model.plan import Buffers, Bytes, Ranges, Recipe
 
 if TYPE_CHECKING:
     from hxaconv.formats.strided import Elements
@@ -73,11 +73,11 @@ class Tiles:
     """The rows, [first, last), that are wanted."""
     kind: str = "copy"
 
-    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
-        """The tensor's bytes, as many whole rows at a time as the scratch buffer holds, at least one."""
+    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
+        """The tensor's bytes, as many whole rows at a time as the buffers buffer holds, at least one."""
         import numpy as np
 
-        limit = len(scratch.read) // 16 * 16
+        limit = len(buffers.read) // 16 * 16
         height = max(1, limit // (num_elements(self.shape[1:]) * self.itemsize))
         for low, high, covering in _bands(0, self.chunks):
             last = min(high, self.rows[1])

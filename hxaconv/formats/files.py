@@ -166,15 +166,15 @@ class SourceFile:
             pass
         return bytes(buffer)
 
-    def pieces(self, offset: int, count: int, scratch: memoryview, *, advance: bool = False) -> Iterator[memoryview]:
-        """The bytes [offset, offset + count) in pieces of at most len(scratch), each in `scratch`.
+    def pieces(self, offset: int, count: int, buffers: memoryview, *, advance: bool = False) -> Iterator[memoryview]:
+        """The bytes [offset, offset + count) in pieces of at most len(buffers), each in `buffers`.
 
-        With `advance`, pieces fill `scratch` one after the other instead of overwriting its start.
+        With `advance`, pieces fill `buffers` one after the other instead of overwriting its start.
         """
         fd = self.open()
         end, position = offset + count, 0
         while offset < end:
-            room = scratch[position:] if advance else scratch
+            room = buffers[position:] if advance else buffers
             want = min(len(room), end - offset, PIECE_BYTES if advance else len(room))
             filled = 0
             while filled < want:

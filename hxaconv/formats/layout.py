@@ -31,5 +31,5 @@ class FileLayout:
     fills: tuple[Fill, ...]
     seal: Callable[[Mapping[str, int]], list[Segment]] | None = None
     """CRC-32 by tensor name -> the bytes that hold checksums; None where the format has none."""
-    mirror: SourceFile | None = None
+    hard_link: SourceFile | None = None
     """A source file that is this file already: linked or copied whole, not written."""

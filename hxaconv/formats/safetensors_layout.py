@@ -44,10 +44,10 @@ def shard_layouts(plan: Plan, max_shard_bytes: int) -> tuple[FileLayout, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Tensors that belong into one file; `mirror` is a source file that holds just these already."""
+    """Tensors that belong into one file; `hard_link` is a source file that holds just these already."""
 
     names: tuple[str, ...]
-    mirror: SourceFile | None = None
+    hard_link: SourceFile | None = None
 
 
 def given_layouts(plan: Plan, shards: Sequence[Shard]) -> tuple[FileLayout, ...]:
@@ -57,16 +57,16 @@ def given_layouts(plan: Plan, shards: Sequence[Shard]) -> tuple[FileLayout, ...]
         suffix = f"-{number:05d}-of-{count:05d}" if count > 1 else ""
         name = _PATTERN.format(suffix=suffix)
         inside = {name: plan[name] for name in shard.names}
-        layouts.append(_mirrored(name, inside, shard.mirror) if shard.mirror else file_layout(name, inside))
+        layouts.append(_hard_linked(name, inside, shard.hard_link) if shard.hard_link else file_layout(name, inside))
     return tuple(layouts)
 
 
-def _mirrored(file_name: str, plan: Plan, mirror: SourceFile) -> FileLayout:
+def _hard_linked(file_name: str, plan: Plan, hard_link: SourceFile) -> FileLayout:
     fills = []
     for name, recipe in plan.items():
         assert isinstance(recipe.make, Ranges)
         fills.append(Fill(name, recipe.make.extents[0].offset, recipe))
-    return FileLayout(file_name, mirror.size, (), tuple(fills), mirror=mirror)
+    return FileLayout(file_name, hard_link.size, (), tuple(fills), hard_link=hard_link)
 
 
 def file_layout(file_name: str, plan: Plan) -> FileLayout:

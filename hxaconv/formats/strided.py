@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.formats.dtypes import num_elements
 from hxaconv.formats.files import SourceFile
-from hxaconv.model.plan import Scratch
+from hxaconv.model.plan import Buffers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,9 +62,9 @@ class Strided:
         """The one file."""
         return [self.file]
 
-    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
-        """Row-major bytes in pieces no longer than the scratch buffer."""
-        step = len(scratch.read) // 16 * 16
+    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
+        """Row-major bytes in pieces no longer than the buffers buffer."""
+        step = len(buffers.read) // 16 * 16
         for block in self._blocks(self.shape, self.strides, self.offset):
             data = block.view("u1").data.cast("B")
             for start in range(0, len(data), step):

@@ -31,7 +31,7 @@ from hxaconv.forward.pool import BLOCK_BYTES, Matrix, Pool
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, expert_index, is_expert, layer_index
-from hxaconv.model.plan import Bytes, Plan, Ranges, Recipe, Scratch, has_rows, rows
+from hxaconv.model.plan import Buffers, Bytes, Plan, Ranges, Recipe, has_rows, rows
 from hxaconv.save.checksums import count_nonfinite
 from hxaconv.surgery.arithmetic import SERIAL_BYTES, tensor, tensor_rows, torch_dtype
 
@@ -103,9 +103,9 @@ class _AtHand:
     origin: Bytes
     kind: str = "copy"
 
-    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
-        for start in range(0, len(self.data), len(scratch.read)):
-            yield self.data[start : start + len(scratch.read)]
+    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
+        for start in range(0, len(self.data), len(buffers.read)):
+            yield self.data[start : start + len(buffers.read)]
 
     def sources(self) -> Iterable[SourceFile]:
         return self.origin.sources()
@@ -459,7 +459,7 @@ def _read_into(recipe: Recipe, start: int, room: memoryview) -> None:
             done += extent.nbytes
         return
     assert start == 0 and len(room) == recipe.nbytes
-    for piece in recipe.pieces(Scratch(SERIAL_BYTES)):
+    for piece in recipe.pieces(Buffers(SERIAL_BYTES)):
         room[done : done + len(piece)] = piece
         done += len(piece)
 

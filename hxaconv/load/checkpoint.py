@@ -20,7 +20,7 @@ from hxaconv.load.weight_files import SHARD, WEIGHTS, Folder, NoWeights, Selecti
 from hxaconv.model import shells
 from hxaconv.model.config import teacher_config
 from hxaconv.model.model import Checkpoint
-from hxaconv.model.names import HEAD, canonical_names, detect_dialect, layer_kinds, unknown_names
+from hxaconv.model.names import HEAD, canonical_names, detect_key_format, layer_kinds, unknown_names
 from hxaconv.model.plan import Plan, Recipe, same_bytes
 
 if TYPE_CHECKING:
@@ -304,7 +304,14 @@ def assemble(folder: Folder) -> Checkpoint:
 def _nothing_of(folder: Folder, config: Mapping[str, Any] | None, problem: HxaconvError) -> Checkpoint:
     """A checkpoint of which nothing but its config is known."""
     return Checkpoint(
-        label=folder.label, container="", dialect="", plan={}, stored_names={}, config=config, files=(), problem=problem
+        label=folder.label,
+        container="",
+        key_format="",
+        plan={},
+        stored_names={},
+        config=config,
+        files=(),
+        problem=problem,
     )
 
 
@@ -325,9 +332,9 @@ def _checkpoint(
     wrapped = kind_of_shell(config or {})
     if config is not None and "text_config" in config:
         config = shells.text_config(config)
-    dialect = detect_dialect(names)
+    key_format = detect_key_format(names)
     try:
-        found_names, unknown = canonical_names(names, dialect, folder.label)
+        found_names, unknown = canonical_names(names, key_format, folder.label)
         canonical, unknown = {names[old]: new for old, new in found_names.items()}, [names[name] for name in unknown]
     except HxaconvError as error:
         canonical, unknown, problem = {}, [], problem or error
@@ -340,7 +347,7 @@ def _checkpoint(
     found = Checkpoint(
         label=folder.label,
         container=first.container,
-        dialect=dialect,
+        key_format=key_format,
         plan={name: recipe for name, recipe in plan.items() if name not in misfits},
         shell=shell,
         stored_names={new: old for old, new in canonical.items() if new is not None and new not in misfits},
@@ -428,7 +435,7 @@ def _problem(found: Checkpoint, wrapped: Kind | None = None) -> HxaconvError | N
     if kind is not None:
         return kind.error(found.label)
     if found.unknown:
-        return unknown_names(list(found.unknown), found.dialect, found.label)
+        return unknown_names(list(found.unknown), found.key_format, found.label)
     return None
 
 

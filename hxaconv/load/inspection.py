@@ -13,7 +13,7 @@ from hxaconv.load.student import (
     is_student,
     parameters_found,
     student_model,
-    tensor_facts,
+    tensor_settings,
     variant_facts,
 )
 from hxaconv.load.teacher import split_fused
@@ -26,7 +26,7 @@ from hxaconv.model.config import (
     teacher_config,
 )
 from hxaconv.model.names import HEAD, is_attention, layer_kinds, template_of
-from hxaconv.model.plan import Plan, Recipe, Scratch, check
+from hxaconv.model.plan import Buffers, Plan, Recipe, check
 from hxaconv.model.rope import rope_of
 from hxaconv.model.shells import summary
 from hxaconv.model.variants import matching, nearest
@@ -59,7 +59,7 @@ def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
         "kind": "",
         "advice": [],
         "format": describe_format(checkpoint),
-        "dialect": checkpoint.dialect,
+        "key_format": checkpoint.key_format,
         "variant": _variant(checkpoint),
         "files": [{"name": file.name, "bytes": file.size} for file in checkpoint.files],
         "tensors": len(everything),
@@ -236,7 +236,7 @@ def _dimensions(checkpoint: Checkpoint, config: ModelConfig | None) -> dict[str,
             known |= {RANK_KEYS[name]: ranks[name] for name in config.variant.rank_names}
             known["gqa_layers"] = list(config.gqa_layers)
         return known
-    facts = tensor_facts(checkpoint.plan)
+    facts = tensor_settings(checkpoint.plan)
     theta = rope_of(checkpoint.config or checkpoint.sidecar or {})[0]
     keys = [key for key in ModelConfig.__dataclass_fields__ if key != "experts"]
     raw = checkpoint.config or checkpoint.sidecar or {}
@@ -266,7 +266,7 @@ def statistics(recipe: Recipe) -> dict[str, Any]:
 
     result: dict[str, Any] = {"dtype": recipe.dtype, "shape": list(recipe.shape), "nan": 0, "inf": 0, "zeros": 0}
     low, high, total, count = float("inf"), float("-inf"), 0.0, 0
-    for piece in recipe.pieces(Scratch()):
+    for piece in recipe.pieces(Buffers()):
         values = torch.frombuffer(bytearray(piece), dtype=torch_dtype(recipe.dtype)).double()
         finite = values[torch.isfinite(values)]
         result["nan"] += int(torch.isnan(values).sum())

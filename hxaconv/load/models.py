@@ -12,7 +12,7 @@ from hxaconv.load import partial
 from hxaconv.load.checkpoint import download_weights, open_checkpoint
 from hxaconv.load.companions import refuse_broken
 from hxaconv.load.partial import complete
-from hxaconv.load.student import FLAGS, Facts, is_student, student_facts, student_model
+from hxaconv.load.student import FLAGS, SettingsSource, is_student, student_model, student_settings
 from hxaconv.load.teacher import open_teacher
 from hxaconv.model import layer_choice, layer_maps
 from hxaconv.model.architecture import expected_tensors
@@ -110,7 +110,7 @@ def load_student(
             f"{base.label} is a student, the transformer that it was made of is needed here",
             hint="Give that as --teacher.",
         )
-    layer_map = map_facts(settings.layer_map) if settings.layer_map is not None else None
+    layer_map = map_settings(settings.layer_map) if settings.layer_map is not None else None
     named = _layers_named(checkpoint, settings, base)
     layers = partial.layers_of(checkpoint, base.config, named) if base else None
     student = student_model(
@@ -140,19 +140,19 @@ def _base(name: Name | Model | None, settings: Settings, copied: bool, progress:
     return load_teacher(checkpoint, settings, lenient=True, headers_only=True, copied=copied)
 
 
-def _layers_named(checkpoint: Checkpoint, settings: Settings, base: Model | None) -> list[Facts]:
+def _layers_named(checkpoint: Checkpoint, settings: Settings, base: Model | None) -> list[SettingsSource]:
     """Sources that say which layers of a student are GQA, beside its tensors; the strongest first."""
     found = []
     if settings.gqa_layers is not None and base is not None:
         count = base.config.num_hidden_layers
         layers = layer_choice.parse_layers(settings.gqa_layers, count, allow_layer_0=True, option="--gqa-layers")
-        found.append(Facts("--gqa-layers", {"gqa_layers": layers}))
+        found.append(SettingsSource("--gqa-layers", {"gqa_layers": layers}))
     for source, raw in (("config.json", checkpoint.config), ("the sidecar", checkpoint.sidecar)):
         if raw and raw.get("transformer_layers") is not None:
-            found.append(Facts(source, {"gqa_layers": tuple(raw["transformer_layers"])}))
+            found.append(SettingsSource(source, {"gqa_layers": tuple(raw["transformer_layers"])}))
     if settings.layer_map is not None:
         chosen = layer_maps.load(settings.layer_map)
-        found.append(Facts(f"layer map {chosen.name}", {"gqa_layers": chosen.gqa_layers}))
+        found.append(SettingsSource(f"layer map {chosen.name}", {"gqa_layers": chosen.gqa_layers}))
     return found
 
 
@@ -196,11 +196,11 @@ def load_other(
     """
     settings = settings or Settings()
     checkpoint = _opened(name, of_another(settings), progress)
-    common = student_facts(student.student)
+    common = student_settings(student.student)
     if EMBEDDING in checkpoint.plan:
         # Its mixers fit whatever its MLPs and vocabulary were padded to.
         common = {key: value for key, value in common.items() if key not in ("intermediate_size", "vocab_size")}
-    facts = Facts(f"SOURCE ({student.label})", common)
+    facts = SettingsSource(f"SOURCE ({student.label})", common)
     return student_model(checkpoint, flags=overrules(settings), layer_map=facts)
 
 
@@ -266,13 +266,13 @@ def tells_nothing(checkpoint: Checkpoint) -> bool:
     return checkpoint.config is None and checkpoint.sidecar is None
 
 
-def map_facts(layer_map: str) -> Facts:
+def map_settings(layer_map: str) -> SettingsSource:
     """What a layer map says of its model, as a named source of settings; its choice of layers is not one."""
     chosen = layer_maps.load(layer_map)
     values = {key: value for key, value in chosen.model.items() if key != "model_type"}
     if chosen.variant:
         values["rwkv_architecture"] = chosen.variant
-    return Facts(f"layer map {chosen.name}", values)
+    return SettingsSource(f"layer map {chosen.name}", values)
 
 
 def _attention_of(student: Model) -> Model:

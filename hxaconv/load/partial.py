@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hxaconv.errors import Inconsistent, raise_all
-from hxaconv.load.student import Facts
+from hxaconv.load.student import SettingsSource
 from hxaconv.load.teacher import refuse_known_gaps
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, StudentConfig
@@ -22,7 +22,7 @@ from hxaconv.model.plan import Plan, check
 KINDS = {"gqa": "GQA", "rwkv": "RWKV"}
 
 
-def layers_of(checkpoint: Checkpoint, base: ModelConfig, named: Sequence[Facts]) -> Facts | None:
+def layers_of(checkpoint: Checkpoint, base: ModelConfig, named: Sequence[SettingsSource]) -> SettingsSource | None:
     """The layers of a student, some of which the checkpoint lacks; None where it has a mixer for all of `base`.
 
     `named` are sources that say `gqa_layers`: they confirm, or contradict, what the tensors leave open.
@@ -35,7 +35,7 @@ def layers_of(checkpoint: Checkpoint, base: ModelConfig, named: Sequence[Facts])
     if not absent or max(found, default=0) >= count:
         return None
     if isinstance(base, StudentConfig):
-        named = [*named, Facts("the student that completes it", {"gqa_layers": base.gqa_layers})]
+        named = [*named, SettingsSource("the student that completes it", {"gqa_layers": base.gqa_layers})]
     given = {layer: KINDS[kind] for layer, kind in found.items()}
     raise_all(
         f"{checkpoint.label}: what its tensors are contradicts what the layers are said to be:",
@@ -59,10 +59,10 @@ def layers_of(checkpoint: Checkpoint, base: ModelConfig, named: Sequence[Facts])
             f"{checkpoint.label} holds {numbers(found)} as attention and no RWKV layer, which no teacher has", hint=hint
         )
     kept = gqa.intersection(absent) | {layer for layer, kind in found.items() if kind == "gqa"}
-    return Facts("the layers", {"num_hidden_layers": count, "gqa_layers": tuple(sorted(kept))})
+    return SettingsSource("the layers", {"num_hidden_layers": count, "gqa_layers": tuple(sorted(kept))})
 
 
-def _contradictions(given: dict[int, str], named: Iterable[Facts], count: int) -> list[str]:
+def _contradictions(given: dict[int, str], named: Iterable[SettingsSource], count: int) -> list[str]:
     """Layers of which two sources say different kinds, a line each; `given` are those of the tensors."""
     problems = []
     origin = dict.fromkeys(given, "its tensors")

@@ -46,7 +46,7 @@ SIZES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class SettingsSource:
     """Values with the name of where they come from; sources are asked in order."""
 
     source: str
@@ -100,11 +100,11 @@ def variant_facts(checkpoint: Checkpoint) -> dict[str, str]:
 def trained_variant(checkpoint: Checkpoint) -> dict[str, str]:
     """Of variants with the same parameters, the one that the published trainer trains, where the names are its."""
     candidates = [variant for variant in matching(parameters_found(checkpoint.plan)) if variant.ranks is not None]
-    told = checkpoint.dialect == "training" and len(candidates) == 1
+    told = checkpoint.key_format == "training" and len(candidates) == 1
     return {"rwkv_architecture": candidates[0].name} if told else {}
 
 
-def variant_note(sources: list[Facts]) -> list[str]:
+def variant_note(sources: list[SettingsSource]) -> list[str]:
     """What is said where nothing but the names of the published trainer tells the variant."""
     told = [source for source in sources if "rwkv_architecture" in source.values]
     if [source.source for source in told] != [TRAINER]:
@@ -114,7 +114,7 @@ def variant_note(sources: list[Facts]) -> list[str]:
     return [f"taken for {name}: its names are the published trainer's, which trains no {' or '.join(others)}"]
 
 
-def tensor_facts(plan: Plan) -> dict[str, Any]:
+def tensor_settings(plan: Plan) -> dict[str, Any]:
     """What shapes and names alone say about a student's config, whole or attention only."""
     kinds = layer_kinds(plan)
     facts: dict[str, Any] = {
@@ -126,7 +126,7 @@ def tensor_facts(plan: Plan) -> dict[str, Any]:
     for name, recipe in plan.items():
         template = template_of(name)[0]
         short = template.rsplit("self_attn.", 1)[-1] if ".self_attn." in template else template
-        _shape_facts(short, recipe.shape, facts)
+        _shape_settings(short, recipe.shape, facts)
     experts = {expert_index(name) for name in plan if is_expert(name)} - {None}
     if experts:
         facts["num_experts"] = max(expert or 0 for expert in experts) + 1
@@ -145,7 +145,7 @@ def tensor_facts(plan: Plan) -> dict[str, Any]:
     return facts
 
 
-def _shape_facts(short: str, shape: tuple[int, ...], facts: dict[str, Any]) -> None:
+def _shape_settings(short: str, shape: tuple[int, ...], facts: dict[str, Any]) -> None:
     ranks = {"w1": "decay", "a1": "iclr", "v1": "value", "k1": "key", "g1": "gate", "dv1": "own_value"}
     if short == "r_k" and len(shape) == 2:
         facts["num_attention_heads"], facts["head_dim"] = shape
@@ -165,7 +165,7 @@ def _shape_facts(short: str, shape: tuple[int, ...], facts: dict[str, Any]) -> N
         facts["moe_intermediate_size"] = shape[0]
 
 
-def config_facts(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+def config_settings(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What a student's config.json says.
 
     Raises:
@@ -209,27 +209,27 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def model_facts(config: ModelConfig) -> dict[str, Any]:
+def model_settings(config: ModelConfig) -> dict[str, Any]:
     """What a teacher's config says of its students, and theirs of each other."""
     keys = (*SIZES, "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings")
     facts = {key: getattr(config, key) for key in (*keys, "qk_norm", "attention_bias", "output_bias", "mlp_bias")}
     return facts if config.experts is None else facts | {key: getattr(config.experts, key) for key in EXPERT_KEYS}
 
 
-def student_facts(config: StudentConfig) -> dict[str, Any]:
+def student_settings(config: StudentConfig) -> dict[str, Any]:
     """What a student's config says of others of its teacher: everything but the choice of layers."""
     ranks = {RANK_KEYS[name]: getattr(config.ranks, name) for name in config.variant.rank_names}
-    return model_facts(config) | ranks | {"rwkv_architecture": config.rwkv_architecture}
+    return model_settings(config) | ranks | {"rwkv_architecture": config.rwkv_architecture}
 
 
-def gather_facts(
+def settings_sources(
     checkpoint: Checkpoint,
     *,
     flags: Mapping[str, Any] | None = None,
     teacher: ModelConfig | None = None,
-    layer_map: Facts | None = None,
-    layers: Facts | None = None,
-) -> list[Facts]:
+    layer_map: SettingsSource | None = None,
+    layers: SettingsSource | None = None,
+) -> list[SettingsSource]:
     """Every source that says something about a student's config, the strongest first.
 
     `layers`, of a checkpoint that lacks some, says what all of them are.
@@ -239,19 +239,19 @@ def gather_facts(
         given["rope_scaling"] = None
     # The other options correct a file; no option turns one variant into another.
     variant = {key: given.pop(key) for key in ("rwkv_architecture",) if key in given}
-    found = tensor_facts(checkpoint.plan) | variant_facts(checkpoint)
-    facts = [Facts("the options given", given), Facts("--variant", variant)]
+    found = tensor_settings(checkpoint.plan) | variant_facts(checkpoint)
+    facts = [SettingsSource("the options given", given), SettingsSource("--variant", variant)]
     if layers is not None:
         found = {key: value for key, value in found.items() if key not in layers.values}
         facts.append(layers)
-    facts.append(Facts("the tensors", found))
+    facts.append(SettingsSource("the tensors", found))
     raw, sidecar = checkpoint.config or {}, checkpoint.sidecar
     if teacher is not None and all(is_attention(name) for name in checkpoint.plan):
         # The MLPs will be the teacher's; the student that this attention is from may have had padded ones.
         raw = {key: value for key, value in raw.items() if key != "intermediate_size"}
         sidecar = sidecar and {key: value for key, value in sidecar.items() if key != "intermediate_size"}
     if raw.get("rwkv_architecture") or raw.get("model_type") == MODEL_TYPE:
-        facts += _file_facts("config.json", raw, checkpoint.label)
+        facts += _file_settings("config.json", raw, checkpoint.label)
     elif raw.get("model_type") in FAMILIES:
         beside = teacher_config(
             checkpoint.config or {},
@@ -261,35 +261,37 @@ def gather_facts(
             allow_output_bias=True,
             drop_rope_scaling=rope_of(checkpoint.config or {})[2] is not None,
         )
-        facts.append(Facts("config.json", model_facts(beside)))
+        facts.append(SettingsSource("config.json", model_settings(beside)))
     if sidecar is not None:
-        facts += _file_facts("the sidecar", sidecar, f"sidecar of {checkpoint.label}")
+        facts += _file_settings("the sidecar", sidecar, f"sidecar of {checkpoint.label}")
     if isinstance(teacher, StudentConfig):
-        facts.append(Facts("the student that completes it", student_facts(teacher)))
+        facts.append(SettingsSource("the student that completes it", student_settings(teacher)))
     elif teacher is not None:
         # Its scaling may have been dropped when the student was made.
-        facts.append(_without_told(Facts("the teacher", model_facts(teacher)), "rope_scaling", facts))
-    facts.append(_without_told(Facts(TRAINER, trained_variant(checkpoint)), "rwkv_architecture", facts))
+        facts.append(_without_told(SettingsSource("the teacher", model_settings(teacher)), "rope_scaling", facts))
+    facts.append(_without_told(SettingsSource(TRAINER, trained_variant(checkpoint)), "rwkv_architecture", facts))
     if layer_map is not None:
         # A student of another variant may have the same layers.
         facts.append(_without_told(layer_map, "rwkv_architecture", facts))
     return facts
 
 
-def _without_told(source: Facts, key: str, others: list[Facts]) -> Facts:
+def _without_told(source: SettingsSource, key: str, others: list[SettingsSource]) -> SettingsSource:
     """The source, silent on `key` where another one says it."""
     told = any(key in other.values for other in others)
     return replace(source, values={name: value for name, value in source.values.items() if not told or name != key})
 
 
-def _file_facts(source: str, raw: Mapping[str, Any], where: str) -> list[Facts]:
+def _file_settings(source: str, raw: Mapping[str, Any], where: str) -> list[SettingsSource]:
     """What a file says; a second rope_theta in it is a source of its own, which has to agree."""
     nested = (raw.get("rope_parameters") or {}).get("rope_theta")
-    inner = [Facts(f"rope_parameters in {source}", {"rope_theta": float(nested)})] if nested is not None else []
-    return [Facts(source, config_facts(raw, where)), *inner]
+    inner = (
+        [SettingsSource(f"rope_parameters in {source}", {"rope_theta": float(nested)})] if nested is not None else []
+    )
+    return [SettingsSource(source, config_settings(raw, where)), *inner]
 
 
-def resolve(sources: list[Facts], where: str, alike: Sequence[str] = ()) -> StudentConfig:
+def resolve(sources: list[SettingsSource], where: str, alike: Sequence[str] = ()) -> StudentConfig:
     """One config from many sources: an option wins, everything else has to agree.
 
     `alike` are the variants that the tensors may be of.
@@ -372,7 +374,7 @@ def _remedy(key: str, alike: Sequence[str]) -> str:
     return "pass --teacher (the checkpoint holds attention only)"
 
 
-def _refuse_another_variant(name: str, facts: list[Facts], checkpoint: Checkpoint) -> None:
+def _refuse_another_variant(name: str, facts: list[SettingsSource], checkpoint: Checkpoint) -> None:
     """Stop where a file names a variant, and the parameters are those of others."""
     candidates = [variant.name for variant in matching(parameters_found(checkpoint.plan))]
     if candidates and name not in candidates:
@@ -404,8 +406,8 @@ def student_model(
     *,
     flags: Mapping[str, Any] | None = None,
     teacher: ModelConfig | None = None,
-    layer_map: Facts | None = None,
-    layers: Facts | None = None,
+    layer_map: SettingsSource | None = None,
+    layers: SettingsSource | None = None,
     headers_only: bool = False,
 ) -> Model:
     """The student in a checkpoint, whole or attention only; a head stored by a tied model is left out.
@@ -416,7 +418,7 @@ def student_model(
     Raises:
         HxaconvError: for layers of no known variant, contradictions, and settings that no source gives.
     """
-    facts = gather_facts(checkpoint, flags=flags, teacher=teacher, layer_map=layer_map, layers=layers)
+    facts = settings_sources(checkpoint, flags=flags, teacher=teacher, layer_map=layer_map, layers=layers)
     if not any("rwkv_architecture" in source.values for source in facts):
         _refuse_unknown_variant(checkpoint.plan, checkpoint.label)
     config = resolve(facts, checkpoint.label, [v.name for v in matching(parameters_found(checkpoint.plan))])

@@ -103,7 +103,7 @@ def refuse_known_gaps(checkpoint: Checkpoint, plan: Plan, expected: Mapping[str,
         )
     listed: Mapping[str, str] = checkpoint.extra.get("only_in_index") or {}
     if missing and listed:
-        canonical, _ = canonical_names(listed, checkpoint.dialect, checkpoint.label)
+        canonical, _ = canonical_names(listed, checkpoint.key_format, checkpoint.label)
         lacking = [f"{name}: not in {listed[name]}" for name in listed if canonical.get(name) in missing]
         raise_all(
             f"{checkpoint.label}: {checkpoint.extra['index']} names tensors that its files lack:",

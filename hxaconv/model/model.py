@@ -22,7 +22,7 @@ class Checkpoint:
     """As the user named it."""
     container: str
     """`safetensors`, `pth` (zip) or `legacy`."""
-    dialect: str
+    key_format: str
     plan: Plan
     """Canonical name -> recipe, in storage order."""
     stored_names: Mapping[str, str]
@@ -53,7 +53,7 @@ class Checkpoint:
     revision: str | None = None
     """The commit that was opened, for a Hub id."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Facts about the container: what the reader found, and what `facts_of` says of the choice of files."""
+    """SettingsSource about the container: what the reader found, and what `facts_of` says of the choice of files."""
     handle: object = None
     """What downloads the files, for a Hub id."""
 

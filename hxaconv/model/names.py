@@ -1,4 +1,4 @@
-"""What every tensor is called in the three dialects: the one table, read in every direction.
+"""What every tensor is called in the three key formats: the one table, read in every direction.
 
 The HF column is the canonical name: inside the package a plan is always keyed by it.
 `{i}` stands for the layer number, `{e}` for the expert's. A tensor without a row is an error, never a silent skip.
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from hxaconv.errors import MAX_LISTED, HxaconvError, bullet_list
 from hxaconv.model.variants import VARIANTS
 
-DIALECTS = ("hf", "rwkv", "training")
+KEY_FORMATS = ("hf", "rwkv", "training")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One kind of tensor. `layer_kind` where a dialect's name means different things by layer."""
+    """One kind of tensor. `layer_kind` where a key format's name means different things by layer."""
 
     hf: str
     rwkv: str | None
@@ -170,25 +170,25 @@ def mixer_prefix(layer: int) -> str:
 _BY_HF = {row.hf: row for row in TABLE}
 
 
-def _reader(dialect: str) -> dict[tuple[str, str | None], Row]:
+def _reader(key_format: str) -> dict[tuple[str, str | None], Row]:
     table: dict[tuple[str, str | None], Row] = {}
     for row in TABLE:
-        name = getattr(row, dialect)
+        name = getattr(row, key_format)
         if name is not None:
-            table[name, row.layer_kind if dialect == "rwkv" else None] = row
+            table[name, row.layer_kind if key_format == "rwkv" else None] = row
             if ".student_attn." in name:  # the name of older trainers
                 table[name.replace(".student_attn.", ".time_mixer."), None] = row
-    if dialect == "hf":  # base models are published without the prefix of the model with a head
+    if key_format == "hf":  # base models are published without the prefix of the model with a head
         table |= {(row.hf.removeprefix("model."), None): row for row in TABLE if row.hf.startswith("model.")}
-    if dialect == "training":  # teacher tensors (stage 1 keeps them frozen beside the student's)
+    if key_format == "training":  # teacher tensors (stage 1 keeps them frozen beside the student's)
         table |= {(f"model.{row.hf}", None): row for row in TABLE if (f"model.{row.hf}", None) not in table}
     return table
 
 
-_READERS = {dialect: _reader(dialect) for dialect in DIALECTS}
+_READERS = {key_format: _reader(key_format) for key_format in KEY_FORMATS}
 
 
-def detect_dialect(names: Iterable[str]) -> str:
+def detect_key_format(names: Iterable[str]) -> str:
     """`rwkv`, `training` or `hf`, from the names alone."""
     names = [unwrapped(name) for name in names]
     if any(n.startswith("blocks.") or n in ("emb.weight", "head.weight", "ln_out.weight") for n in names):
@@ -199,7 +199,7 @@ def detect_dialect(names: Iterable[str]) -> str:
 
 
 def layer_kinds(names: Iterable[str]) -> dict[int, str]:
-    """Layer index -> `gqa` (has q_proj.weight) or `rwkv` (has receptance.weight), any dialect."""
+    """Layer index -> `gqa` (has q_proj.weight) or `rwkv` (has receptance.weight), any key format."""
     kinds: dict[int, str] = {}
     for name in names:
         template, index = template_of(name)
@@ -211,7 +211,7 @@ def layer_kinds(names: Iterable[str]) -> dict[int, str]:
 
 
 def canonical_names(
-    names: Iterable[str], dialect: str, where: str, *, kinds: Mapping[int, str] | None = None
+    names: Iterable[str], key_format: str, where: str, *, kinds: Mapping[int, str] | None = None
 ) -> tuple[dict[str, str | None], list[str]]:
     """(stored name -> canonical name, or None for what is known and left behind; names that are not known).
 
@@ -221,7 +221,7 @@ def canonical_names(
         HxaconvError: where two names mean the same tensor.
     """
     names = list(names)
-    reader, kinds = _READERS[dialect], kinds or layer_kinds(map(unwrapped, names))
+    reader, kinds = _READERS[key_format], kinds or layer_kinds(map(unwrapped, names))
     result: dict[str, str | None] = {}
     unknown: list[str] = []
     for name in names:
@@ -237,12 +237,12 @@ def canonical_names(
     return result, unknown
 
 
-def unknown_names(unknown: list[str], dialect: str, where: str) -> HxaconvError:
+def unknown_names(unknown: list[str], key_format: str, where: str) -> HxaconvError:
     """The error for names that are not in the table, with the nearest that are."""
     # Looking for the nearest name takes milliseconds: only for those that the message will show.
-    problems = [f"{name}{_nearest(name, dialect)}" for name in unknown[:MAX_LISTED]] + unknown[MAX_LISTED:]
+    problems = [f"{name}{_nearest(name, key_format)}" for name in unknown[:MAX_LISTED]] + unknown[MAX_LISTED:]
     return HxaconvError(
-        f"{where}: {len(unknown)} tensor names are not known in the {dialect} dialect:\n{bullet_list(problems)}",
+        f"{where}: {len(unknown)} tensor names are not known in the {key_format} key format:\n{bullet_list(problems)}",
         hint="Llama-style teachers and their students are converted; `hxaconv maps --names` prints the table.",
     )
 
@@ -259,17 +259,17 @@ def _refuse_collisions(result: Mapping[str, str | None], where: str) -> None:
         raise HxaconvError(f"{where} holds the same tensor twice:\n{bullet_list(clashes)}")
 
 
-def _nearest(name: str, dialect: str) -> str:
+def _nearest(name: str, key_format: str) -> str:
     template, index, expert = _numbers(unwrapped(name))
-    close = difflib.get_close_matches(template, [key[0] for key in _READERS[dialect]], n=1, cutoff=0.6)
+    close = difflib.get_close_matches(template, [key[0] for key in _READERS[key_format]], n=1, cutoff=0.6)
     return f" (nearest: {_numbered(close[0], index, expert)})" if close else ""
 
 
-def stored_name(canonical: str, dialect: str) -> str:
-    """The name of a canonical tensor in `dialect`. A KeyError is ours: plans hold known names only."""
+def stored_name(canonical: str, key_format: str) -> str:
+    """The name of a canonical tensor in `key_format`. A KeyError is ours: plans hold known names only."""
     template, index, expert = _numbers(canonical)
-    name = getattr(_BY_HF[template], dialect)
-    assert name is not None, f"{canonical} has no name in the {dialect} dialect"
+    name = getattr(_BY_HF[template], key_format)
+    assert name is not None, f"{canonical} has no name in the {key_format} key format"
     return _numbered(str(name), index, expert)
 
 

@@ -17,7 +17,7 @@ from hxaconv.formats.files import PIECE_BYTES, Extent, SourceFile
 from hxaconv.model.names import is_attention, layer_prefix
 
 
-class Scratch:
+class Buffers:
     """Buffers that one worker uses again for every tensor."""
 
     def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
@@ -37,7 +37,7 @@ class Bytes(Protocol):
         """`copy`, `scale`, `cast`, `init`, ...: what the plan's table says of the tensor."""
         ...
 
-    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
         """Little-endian row-major bytes, in order; a piece is valid until the next one is asked for."""
         ...
 
@@ -74,10 +74,10 @@ class Recipe:
         """Elements."""
         return num_elements(self.shape)
 
-    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
         """The tensor's bytes in pieces, checked to be as many as promised."""
         total = 0
-        for piece in self.make.pieces(scratch):
+        for piece in self.make.pieces(buffers):
             total += len(piece)
             yield piece
         assert total == self.nbytes, f"{self.origin}: made {total} bytes, promised {self.nbytes}"
@@ -93,13 +93,13 @@ class Ranges:
     extents: tuple[Extent, ...]
     kind: str = "copy"
 
-    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
         """The ranges, one after the other."""
         for extent in self.extents:
             if extent.file is None:
                 yield from _zeros(extent.nbytes)
             else:
-                yield from extent.file.pieces(extent.offset, extent.nbytes, scratch.read)
+                yield from extent.file.pieces(extent.offset, extent.nbytes, buffers.read)
 
     def sources(self) -> Iterable[SourceFile]:
         """The files the ranges are in."""
@@ -132,7 +132,7 @@ class Literal:
     data: bytes
     kind: str = "init"
 
-    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
         """The bytes in one piece."""
         yield memoryview(self.data)
 
@@ -271,7 +271,7 @@ def same_bytes(a: Recipe, b: Recipe) -> bool:
         return False
     if a.make == b.make:
         return True
-    left, right = a.pieces(Scratch()), b.pieces(Scratch())
+    left, right = a.pieces(Buffers()), b.pieces(Buffers())
     # Comparing bytes is one memcmp; comparing memoryviews unpacks every element.
     return all(bytes(x) == bytes(y) for x, y in zip(left, right, strict=True))
 

@@ -16,7 +16,7 @@ from hxaconv.formats.json_files import PROVENANCE_NAME, as_bytes
 from hxaconv.formats.layout import FileLayout
 from hxaconv.formats.safetensors_layout import INDEX_NAME, index_json
 from hxaconv.model.config import StudentConfig
-from hxaconv.model.plan import Scratch
+from hxaconv.model.plan import Buffers
 from hxaconv.model.variants.base import MODEL_TYPE, RANK_KEYS
 from hxaconv.save import diskio
 from hxaconv.save.checksums import Finished, digest_of, digest_of_file
@@ -228,7 +228,7 @@ def calibration_section(report: CalibrationReport) -> str:
     for layer in report.layers:
         cells = (
             layer.layer,
-            layer.kind + (", kept plain" if layer.kept_plain else ""),
+            layer.kind + (", kept plain" if layer.fell_back else ""),
             f"{layer.error_before:.3f}",
             f"{layer.error_after:.3f}",
             _spread(layer.decay),
@@ -263,7 +263,7 @@ def write_documents(staging: Staging, output: Output) -> None:
     Raises:
         OSError: naming the file.
     """
-    buffers = Scratch()
+    buffers = Buffers()
     for name, file in output.copied_files.items():
         _write(staging, name, file.pieces(0, file.size, buffers.read))
     for name, data in _documents(output).items():

@@ -19,7 +19,7 @@ from pathlib import Path
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.files import SourceFile, read_into, write_from
 from hxaconv.formats.layout import FileLayout, Fill
-from hxaconv.model.plan import Scratch
+from hxaconv.model.plan import Buffers
 from hxaconv.progress import Progress
 from hxaconv.save import diskio
 from hxaconv.save.checksums import Checks, Finished
@@ -185,7 +185,7 @@ class OutputFile:
         """The descriptor that syncs: there before the first byte is written, so that it hears of every lost page."""
         with self._lock, self.errors("opening"):
             if self._fd is None:
-                self._fd = open_output(self.path, write=self.layout.mirror is None)
+                self._fd = open_output(self.path, write=self.layout.hard_link is None)
             return self._fd
 
     @property
@@ -218,7 +218,7 @@ class _Worker:
 
     def __init__(self, filling: Filling) -> None:
         self._filling = filling
-        self._buffers = Scratch()
+        self._buffers = Buffers()
         self._file: OutputFile | None = None
         self._fd = -1
         self._writeback = Writeback(keep_cache=filling.settings.keep_cache)
@@ -230,7 +230,7 @@ class _Worker:
         if earlier is not None and self._is_there(fill, earlier):
             self._filling.advance(fill.recipe.nbytes, fill.name)
             return earlier
-        if file.layout.mirror is not None:
+        if file.layout.hard_link is not None:
             checks = self._read_back(fill)
             self._filling.advance(fill.recipe.nbytes, fill.name)
             return checks.finished(fill.name) if checks else None
@@ -242,7 +242,7 @@ class _Worker:
             self.leave()
             file.open()
             with file.errors("opening"):
-                self._fd = open_output(file.path, write=file.layout.mirror is None)
+                self._fd = open_output(file.path, write=file.layout.hard_link is None)
             self._file = file
 
     def leave(self) -> None:

@@ -34,7 +34,7 @@ def bytes_needed(output: Output) -> int:
     copied = sum(file.size for file in output.copied_files.values())
     slack = SLACK_BYTES + SLACK_BYTES_PER_TENSOR * len(output.tensors)
     parent = output.target.parent
-    linked = sum(layout.size for layout in output.files if _same_device(layout.mirror, parent))
+    linked = sum(layout.size for layout in output.files if _same_device(layout.hard_link, parent))
     return output.nbytes - linked + documents + copied + slack
 
 

@@ -98,8 +98,8 @@ class Staging:
         for layout in files:
             path = self.content / layout.name
             with diskio.explained(path, f"reserving {layout.size} bytes", total):
-                if layout.mirror is not None:
-                    _link_or_copy(layout.mirror, path)
+                if layout.hard_link is not None:
+                    _link_or_copy(layout.hard_link, path)
                 else:
                     _reserve(layout, path)
 
@@ -110,7 +110,7 @@ class Staging:
             OSError: when the system refuses, or the file is not what it should be.
         """
         path = self.content / layout.name
-        fd = os.open(path, (os.O_RDONLY if layout.mirror else os.O_RDWR))
+        fd = os.open(path, (os.O_RDONLY if layout.hard_link else os.O_RDWR))
         try:
             for offset, data in layout.seal(crcs) if layout.seal is not None else ():
                 write_from(fd, memoryview(data), offset)

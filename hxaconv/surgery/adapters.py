@@ -15,7 +15,7 @@ from hxaconv.formats.files import SourceFile
 from hxaconv.formats.json_files import read_json
 from hxaconv.load.trained import find_trained
 from hxaconv.load.weight_files import WEIGHTS
-from hxaconv.model.names import canonical_names, detect_dialect, unknown_names, unwrapped
+from hxaconv.model.names import canonical_names, detect_key_format, unknown_names, unwrapped
 from hxaconv.model.plan import Plan, Recipe
 from hxaconv.surgery.merging import Adapter, Added, Blockwise, ColumnNormed, Delta, EmbeddingPair, LowRank, Repeated
 
@@ -122,10 +122,10 @@ def _canonical(
     kinds: Mapping[int, str] | None,
 ) -> Adapter:
     names = [*deltas, *(name for name in whole if name not in deltas)]
-    dialect = detect_dialect(names)
-    table, unknown = canonical_names(names, dialect, f"adapter {found.label}", kinds=kinds)
+    key_format = detect_key_format(names)
+    table, unknown = canonical_names(names, key_format, f"adapter {found.label}", kinds=kinds)
     if unknown:
-        raise unknown_names(unknown, dialect, f"adapter {found.label}")
+        raise unknown_names(unknown, key_format, f"adapter {found.label}")
     changed = {new: deltas[old] for old, new in table.items() if new is not None and old in deltas}
     replaced = {new: whole[old] for old, new in table.items() if new is not None and old in whole}
     name = Path(found.label).name + ("" if scale is None else f" x {scale:g}")

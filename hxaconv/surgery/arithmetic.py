@@ -12,7 +12,7 @@ import torch
 
 from hxaconv.formats.dtypes import BY_NAME, BY_TORCH_NAME, FLOATS
 from hxaconv.formats.files import SourceFile
-from hxaconv.model.plan import Bytes, Recipe, Scratch, has_rows, rows
+from hxaconv.model.plan import Buffers, Bytes, Recipe, has_rows, rows
 
 _LOCK = threading.Lock()
 _COUNTS: list[int] = []
@@ -67,13 +67,13 @@ class Scaled:
     factor: float
     kind: str = "scale"
 
-    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
         """Each piece of the source, converted in a buffer that is used again."""
         read_dtype, write_dtype = torch_dtype(self.source_dtype), torch_dtype(self.dtype)
-        room = torch.frombuffer(scratch.compute, dtype=write_dtype)
-        products = torch.empty(len(scratch.read) // read_dtype.itemsize, dtype=_product_dtype(self.source_dtype))
+        room = torch.frombuffer(buffers.compute, dtype=write_dtype)
+        products = torch.empty(len(buffers.read) // read_dtype.itemsize, dtype=_product_dtype(self.source_dtype))
         with one_thread():
-            for piece in self.source.pieces(scratch):
+            for piece in self.source.pieces(buffers):
                 values = _values(piece, read_dtype)
                 out = room[: len(values)]
                 # bf16 to fp16 too goes by way of float32: torch is three times as fast there.
@@ -82,7 +82,7 @@ class Scaled:
                 if self.factor != 1.0:
                     values *= self.factor
                 out.copy_(values)
-                yield scratch.compute[: len(values) * out.element_size()]
+                yield buffers.compute[: len(values) * out.element_size()]
 
     def sources(self) -> Iterable[SourceFile]:
         """Those of what is scaled."""
@@ -98,7 +98,7 @@ class Computed:
     kind: str = "init"
     files: tuple[SourceFile, ...] = ()
 
-    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
         """The finished tensor's bytes."""
         with one_thread():
             values = self.function().to(torch_dtype(self.dtype)).contiguous()
@@ -153,12 +153,12 @@ def tensor(recipe: Recipe, *, dtype: torch.dtype | None = None, into: torch.Tens
     `into` is a flat tensor of at least recipe.numel elements that is used again for the next weight;
     its dtype counts. Pieces are converted one at a time, so that no second copy is needed.
     """
-    if not hasattr(_LOCAL, "scratch"):
-        _LOCAL.scratch = Scratch(SERIAL_BYTES)
+    if not hasattr(_LOCAL, "buffers"):
+        _LOCAL.buffers = Buffers(SERIAL_BYTES)
     source = torch_dtype(recipe.dtype)
     flat = torch.empty(recipe.numel, dtype=dtype or source) if into is None else into[: recipe.numel]
     done = 0
-    for piece in recipe.pieces(_LOCAL.scratch):
+    for piece in recipe.pieces(_LOCAL.buffers):
         values = _values(piece, source)
         flat[done : done + len(values)].copy_(values)
         done += len(values)

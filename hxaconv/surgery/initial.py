@@ -22,7 +22,7 @@ from hxaconv.formats.dtypes import num_bytes
 from hxaconv.formats.files import Extent, SourceFile
 from hxaconv.model.config import StudentConfig, unpublished
 from hxaconv.model.names import mixer_prefix
-from hxaconv.model.plan import Plan, Ranges, Recipe, Scratch
+from hxaconv.model.plan import Buffers, Plan, Ranges, Recipe
 from hxaconv.model.variants.base import Orthogonal, Parameter
 from hxaconv.surgery.arithmetic import Computed, computed, one_thread
 
@@ -105,19 +105,19 @@ class Kept:
     nbytes: int
     kind: str = "init"
 
-    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
+    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
         """The matrix's bytes."""
         if not self.path.is_file() or self.path.stat().st_size != self.nbytes:
-            self._fill(scratch)
+            self._fill(buffers)
         with open(self.path, "rb", buffering=0) as file:
-            while count := file.readinto(scratch.read):
-                yield scratch.read[:count]
+            while count := file.readinto(buffers.read):
+                yield buffers.read[:count]
 
-    def _fill(self, scratch: Scratch) -> None:
+    def _fill(self, buffers: Buffers) -> None:
         self.path.parent.mkdir(exist_ok=True)
         beside = self.path.with_name(f"{self.path.name}.{os.getpid()}-{threading.get_ident()}")
         with open(beside, "wb") as file:
-            for piece in self.make.pieces(scratch):
+            for piece in self.make.pieces(buffers):
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())

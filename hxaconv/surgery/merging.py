@@ -28,7 +28,7 @@ from torch import Tensor
 from hxaconv.errors import raise_all
 from hxaconv.formats.dtypes import BY_NAME, FLOATS, num_elements
 from hxaconv.formats.files import SourceFile
-from hxaconv.model.plan import Divisible, Plan, Recipe, Scratch
+from hxaconv.model.plan import Buffers, Divisible, Plan, Recipe
 from hxaconv.surgery.arithmetic import cast, one_thread, tensor, torch_dtype
 
 BLOCK_ELEMENTS = 2**18
@@ -272,9 +272,9 @@ class Merged:
         dtype = "F64" if self.base.dtype == "F64" else "F32"
         return replace(self, dtype=dtype), dtype
 
-    def pieces(self, scratch: Scratch) -> Iterator[memoryview]:
-        """The merged rows, in pieces no longer than the scratch buffer."""
-        step = len(scratch.read) // 16 * 16
+    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
+        """The merged rows, in pieces no longer than the buffers buffer."""
+        step = len(buffers.read) // 16 * 16
         with one_thread():
             changes = self._load()
         low, high = self.rows

@@ -66,9 +66,9 @@ def repick(
     old: StudentConfig,
     new: StudentConfig,
     settings: InitSettings,
-    donor: Model | None = None,
+    source_student: Model | None = None,
 ) -> Plan:
-    """Another choice of GQA layers: layers that change kind come from `donor` where it has that kind, else the teacher.
+    """Another choice of GQA layers: changed layers come from `source_student` where it has that kind, else the teacher.
 
     All tensors of layers that keep their kind, and everything outside the mixers, stay as they are.
     """
@@ -76,8 +76,8 @@ def repick(
     for layer in range(new.num_hidden_layers):
         if old.layer_kind(layer) == new.layer_kind(layer):
             continue
-        if donor is not None and donor.student.layer_kind(layer) == new.layer_kind(layer):
-            plan |= _mixer(donor.plan, layer, "trained ")
+        if source_student is not None and source_student.student.layer_kind(layer) == new.layer_kind(layer):
+            plan |= _mixer(source_student.plan, layer, "trained ")
         else:
             plan |= mixer_from_teacher(teacher, new, layer, settings)
     return in_order(plan, new, "the student with the new layers")

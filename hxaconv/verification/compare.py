@@ -211,17 +211,17 @@ class _Comparison:
     def _result(self, fed: Stream, nowhere: Tensor | None, streams: _Streams, index: int, *, both: bool) -> LayerResult:
         assert fed.mixed is not None and streams.other.mixed is not None
         errors = (relative_error(fed.mixed, streams.other.mixed), relative_error(fed.x, streams.other.x))
-        handed_on = _handed_on_error(fed.carry, streams.other.carry) if both else None
+        firsts = _firsts_error(fed.carry, streams.other.carry) if both else None
         return LayerResult(
             layer=index,
             kind=layer_kind(self.left.config, index),
             other_kind=layer_kind(self.right.config, index),
             mixer_error=errors[0],
             output_error=errors[1],
-            handed_on_error=handed_on,
+            firsts_error=firsts,
             nope_error=None if nowhere is None else relative_error(fed.mixed, nowhere),
             cosine=mean_cosine(streams.source.x, streams.other.x),
-            differs=any(not error <= NOISE[self.walk.dtype] for error in (*errors, handed_on or 0.0)),
+            differs=any(not error <= NOISE[self.walk.dtype] for error in (*errors, firsts or 0.0)),
         )
 
     def _without_rope(self, x: Tensor, index: int) -> Tensor | None:
@@ -375,7 +375,7 @@ def mean_cosine(a: Tensor, b: Tensor) -> float:
     return cosine_similarity(a.double(), b.double(), dim=-1).mean().item()
 
 
-def _handed_on_error(fed: Carry, other: Carry) -> float | None:
+def _firsts_error(fed: Carry, other: Carry) -> float | None:
     if fed.v_first is None or other.v_first is None or fed.k_first is None or other.k_first is None:
         return None
     return max(relative_error(fed.v_first, other.v_first), relative_error(fed.k_first, other.k_first))

@@ -177,8 +177,8 @@ def _code(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Iterator[Finding]:
 def _not_a_folder(checkpoint: Checkpoint, needs_safetensors: bool) -> Finding | None:
     """Why loaders of Hugging Face folders cannot begin with this, or None."""
     where, do = _name(checkpoint), "Convert it with `hxaconv to-hf`."
-    if checkpoint.dialect != "hf":
-        return Finding(f"tensor names are of the {checkpoint.dialect} dialect", where, do)
+    if checkpoint.key_format != "hf":
+        return Finding(f"tensor names are of the {checkpoint.key_format} key format", where, do)
     if checkpoint.config is None:
         return Finding("there is no config.json", where, do)
     if checkpoint.container != "safetensors" and needs_safetensors:
@@ -234,8 +234,10 @@ def _infer_pth(checkpoint: Checkpoint, config: ModelConfig | None) -> Verdict:
             return Verdict(INFER_PTH, (), tuple(findings))
     if not all(".pth" in file.name for file in checkpoint.files) or len(checkpoint.files) != 1:
         findings.append(Finding("RWKV-Infer wants one file whose name contains '.pth'", _name(checkpoint), convert))
-    if checkpoint.dialect != "rwkv":
-        findings.append(Finding(f"tensor names are of the {checkpoint.dialect} dialect", _name(checkpoint), convert))
+    if checkpoint.key_format != "rwkv":
+        findings.append(
+            Finding(f"tensor names are of the {checkpoint.key_format} key format", _name(checkpoint), convert)
+        )
     inside, beside = checkpoint.extra.get("nested_under"), checkpoint.extra.get("ignored")
     if inside:
         findings.append(Finding(f"the tensors are nested under {inside!r}", _name(checkpoint), convert))
@@ -320,7 +322,7 @@ def _rope_scaling(raw: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _head(checkpoint: Checkpoint, why: str) -> Iterator[Finding]:
     if HEAD not in checkpoint.plan:
-        name = "head.weight" if checkpoint.dialect == "rwkv" else HEAD
+        name = "head.weight" if checkpoint.key_format == "rwkv" else HEAD
         yield Finding(
             f"{name} is missing, and {why}", _name(checkpoint), "Convert again with hxaconv, which writes it."
         )

@@ -44,7 +44,7 @@ class LayerResult:
     other_kind: str
     mixer_error: float
     output_error: float
-    handed_on_error: float | None
+    firsts_error: float | None
     """Of v_first and k_first, where both models have them."""
     nope_error: float | None
     """Of a GQA layer's mixer against the teacher's attention with every position 0."""
@@ -65,7 +65,7 @@ class LogitResult:
     kl_source_other: float
     top1_agreement: float
     kl_attention_zeroed: float | None = None
-    """KL(other || other with every attention output 0): the yardstick for an untrained student."""
+    """KL(other || other with every attention output 0): the zero-ablation baseline for an untrained student."""
 
 
 @dataclass(kw_only=True, repr=False)
@@ -264,14 +264,15 @@ def _first(report: Report) -> str:
 
 
 def _explain(report: Report, student: Model) -> None:
-    """The yardstick in words, so that an untrained student does not look like a failure."""
+    """The zero-ablation baseline in words, so that an untrained student does not look like a failure."""
     logits = report.logits
     if logits is None or logits.kl_attention_zeroed is None:
         return
     near = logits.kl_other_source > 0.5 * logits.kl_attention_zeroed
     explanation = (
-        " On text, a plain initialisation is expected near that yardstick (random tokens tell less): its RWKV layers"
-        " have learned nothing yet, which says nothing against the conversion. Training brings the number down."
+        " On text, a plain initialisation is expected near that zero-ablation baseline (random tokens show less): its"
+        " RWKV layers have learned nothing yet, which says nothing against the conversion. Training brings the number"
+        " down."
     )
     report.notes.append(
         f"KL(teacher || student) is {logits.kl_other_source:.3g} nats per token;"

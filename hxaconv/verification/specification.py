@@ -131,11 +131,11 @@ model.layers.#.self_attn.k_norm.weight               blocks.#.att.ln_k.weight
 RWKV_NAMES = dict(line.split() for line in _RWKV_NAMES.strip().splitlines())
 
 
-def stored_name(canonical: str, dialect: str) -> str:
+def stored_name(canonical: str, key_format: str) -> str:
     """What a tensor is called in a folder (`hf`, the canonical name), a `.pth` (`rwkv`) or a training checkpoint."""
-    if dialect == "hf":
+    if key_format == "hf":
         return canonical
-    if dialect == "training":
+    if key_format == "training":
         return "model." + canonical.replace(".self_attn.", ".self_attn.student_attn.")
     layer = re.match(r"model\.layers\.(\d+)\.", canonical)
     template = canonical if layer is None else f"model.layers.#.{canonical[layer.end() :]}"
@@ -145,12 +145,12 @@ def stored_name(canonical: str, dialect: str) -> str:
     return name.replace("#", layer[1]) if layer else name
 
 
-def wrong_names(stored: Mapping[str, str], dialect: str) -> list[str]:
+def wrong_names(stored: Mapping[str, str], key_format: str) -> list[str]:
     """Canonical -> stored names that are not the specification's, as sentences."""
     return [
-        f"{found} holds {name}, which is {expected} in a {dialect} file"
+        f"{found} holds {name}, which is {expected} in a {key_format} file"
         for name, found in stored.items()
-        if found != (expected := stored_name(name, dialect))
+        if found != (expected := stored_name(name, key_format))
     ]
 
 

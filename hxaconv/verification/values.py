@@ -10,7 +10,7 @@ from torch import Tensor
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, is_attention, layer_index
-from hxaconv.model.plan import Plan, Recipe, Scratch, same_bytes
+from hxaconv.model.plan import Buffers, Plan, Recipe, same_bytes
 from hxaconv.surgery.arithmetic import Scaled, tensor, torch_dtype
 from hxaconv.verification import specification
 
@@ -68,7 +68,7 @@ def element_pairs(a: Recipe, b: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _flat(recipe: Recipe) -> Iterator[Tensor]:
     dtype = torch_dtype(recipe.dtype)
-    for piece in recipe.pieces(Scratch(PIECE_BYTES)):
+    for piece in recipe.pieces(Buffers(PIECE_BYTES)):
         yield torch.frombuffer(bytearray(piece) if piece.readonly else piece, dtype=dtype)
 
 

@@ -12,7 +12,7 @@ from hxaconv.formats.contents import show
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.names import EMBEDDING, HEAD
-from hxaconv.model.plan import Recipe, Scratch, same_bytes, total_bytes
+from hxaconv.model.plan import Buffers, Recipe, same_bytes, total_bytes
 from hxaconv.progress import Progress, Result, bar
 from hxaconv.save.checksums import DIGESTS, Checks, digest_of_file
 from hxaconv.save.documents import settings_digest
@@ -74,8 +74,8 @@ def check_written(report: Report, checkpoint: Checkpoint, asked: Model, dtype: s
         if name in shapes and (dtypes[name], shapes[name]) != (recipe.dtype, recipe.shape)
     ]
     report.check("dtypes as asked", not wrong, listed(wrong) or f"{len(shapes)} tensors")
-    wrong = specification.wrong_names(checkpoint.stored_names, checkpoint.dialect)
-    report.check("names", not wrong, listed(wrong) or f"those of the {checkpoint.dialect} dialect")
+    wrong = specification.wrong_names(checkpoint.stored_names, checkpoint.key_format)
+    report.check("names", not wrong, listed(wrong) or f"those of the {checkpoint.key_format} key format")
     raw, where = checkpoint.config, "config.json"
     if raw is None:
         raw, where = checkpoint.sidecar, "the sidecar"
@@ -101,9 +101,9 @@ def check_own(report: Report, checkpoint: Checkpoint, provenance: Mapping[str, A
         implied = specification.shape_values(shapes, dtypes)
         wrong = specification.wrong_values({k: v for k, v in implied.items() if said[k] is not None}, raw, where)
         report.check("config and tensors", not wrong, listed(wrong) or f"{where} says what the tensors show")
-    wrong = specification.wrong_names(checkpoint.stored_names, checkpoint.dialect)
-    if checkpoint.dialect == "rwkv":
-        report.check("names", not wrong, listed(wrong) or f"those of the {checkpoint.dialect} dialect")
+    wrong = specification.wrong_names(checkpoint.stored_names, checkpoint.key_format)
+    if checkpoint.key_format == "rwkv":
+        report.check("names", not wrong, listed(wrong) or f"those of the {checkpoint.key_format} key format")
     check_files(report, checkpoint)
     wrong = wrong_files(checkpoint, provenance)
     if provenance.get("files"):
@@ -289,7 +289,7 @@ def digest(recipe: Recipe, algorithm: str, progress: Progress | None = None, wha
     if algorithm not in DIGESTS[:-1]:
         raise HxaconvError(f"unknown digest {algorithm!r}", hint=f"Known: {', '.join(DIGESTS[:-1])}.")
     checks = Checks(recipe.dtype, crc32=algorithm == "crc32", sha256=algorithm == "sha256", finite=False)
-    for piece in recipe.pieces(Scratch()):
+    for piece in recipe.pieces(Buffers()):
         checks.update(piece)
         if progress:
             progress.advance(len(piece), what)

@@ -87,7 +87,7 @@ def teacher(path: Path, family: str = "llama", **changes: Any) -> Path:
     return folder(path, config(family, **changes), tensors(family))
 
 
-def mixers(kinds: str = "R-R", *, dialect: str = "training", seed: int = 1) -> dict[str, Tensor]:
+def mixers(kinds: str = "R-R", *, key_format: str = "training", seed: int = 1) -> dict[str, Tensor]:
     """Trained mixers of the layers that `kinds` (one letter each: R, G, or - for absent) names."""
     base = teacher_config(config(), where="x")
     student = student_of(base, tuple(i for i, kind in enumerate(kinds) if kind != "R"))
@@ -95,5 +95,5 @@ def mixers(kinds: str = "R-R", *, dialect: str = "training", seed: int = 1) -> d
     for name, shape in expected_tensors(student).items():
         layer = int(name.split(".")[2]) if ".self_attn." in name else None
         if layer is not None and kinds[layer] != "-":
-            made[stored_name(name, dialect)] = noise(*shape, seed=seed + layer) if shape else torch.tensor(1.0)
+            made[stored_name(name, key_format)] = noise(*shape, seed=seed + layer) if shape else torch.tensor(1.0)
     return {name: value.to(torch.bfloat16) for name, value in made.items()}

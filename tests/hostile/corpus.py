@@ -549,7 +549,7 @@ config_case("auto_map", "auto_map is 5, expected an object", auto_map=5)
 config_case("control_characters", r"hidden_size is '\x1b[2J'", hidden_size="\x1b[2J")
 
 
-@case("3000 tensor names are not known in the hf dialect")
+@case("3000 tensor names are not known in the hf key format")
 def names_unknown(folder: Path) -> Path:
     names = [f"model.layers.{i}.mlp.up_projection.weight" for i in range(3000)]
     entries = {

@@ -20,7 +20,7 @@ from hxaconv.options import Settings
 from hxaconv.save.documents import student_json
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
-from hxaconv.verification.contracts import Made, check_against, check_converted, check_initialised
+from hxaconv.verification.invariants import Made, check_against, check_converted, check_initialised
 from hxaconv.verification.report import Report
 from hxaconv.verification.single import verify_model
 from hxaconv.verification.written import check_output, check_own

@@ -16,7 +16,7 @@ from hxaconv.surgery.arithmetic import cast, scaled
 from hxaconv.surgery.init import PRESETS
 from hxaconv.surgery.reshape import pad_ffn
 from hxaconv.verification.compare import compare_models
-from hxaconv.verification.contracts import check_converted, check_initialised, completed, initial_claims
+from hxaconv.verification.invariants import check_converted, check_initialised, completed, initial_claims
 from hxaconv.verification.single import verify_model
 
 

@@ -97,9 +97,9 @@ def made_by(history: Iterable[Mapping[str, Any]]) -> tuple[list[Made], bool]:
                 fit = step["calibration"]
                 if (fit.get("polish") or {}).get("best_step"):
                     steps = []  # all mixers were trained together: nothing of the initial values is left to check
-                kept = [layer for layer in fit["layers"] if layer["kind"] == "gqa" and not layer["kept_plain"]]
+                kept = [layer for layer in fit["layers"] if layer["kind"] == "gqa" and not layer["fell_back"]]
                 folded = folded or bool(kept)
-                changed = {int(layer["layer"]) for layer in fit["layers"] if not layer["kept_plain"]}
+                changed = {int(layer["layer"]) for layer in fit["layers"] if not layer["fell_back"]}
                 steps = [replace(made, fitted=made.fitted | (made.layers & changed)) for made in steps]
     except (AttributeError, KeyError, TypeError, ValueError):
         return [], False
@@ -407,14 +407,14 @@ def check_repicked(
         )
     ]
     if other is not None and taken:
-        beside["donor"] = other
+        beside["source_student"] = other
         claims.append(
             Copied(
                 check="layers taken over",
                 good=f"of layers {', '.join(map(str, sorted(taken)))} are those of --from",
                 bad="differ from the other checkpoint",
                 wanted=mixer_of(taken),
-                role="donor",
+                role="source_student",
             )
         )
     if teacher is not None and fresh:
