@@ -16,7 +16,6 @@ from unittest import mock
 
 import pytest
 import torch
-from hxaconv.save.student_json import student_json
 from safetensors.torch import load_file, save_file
 
 from hxaconv.cli.app import run
@@ -25,6 +24,7 @@ from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import StudentConfig, student_of
 from hxaconv.model.variants import VARIANTS
 from hxaconv.model.variants.base import Ranks
+from hxaconv.save.documents import student_json
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "variants.md"
 TEACHER = Path(__file__).resolve().parent.parent / "hxaconv" / "commands" / "embedded" / "teacher"
