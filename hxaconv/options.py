@@ -222,8 +222,8 @@ def parse_size(text: str) -> int:
         ValueError: for anything else.
     """
     match = _SIZE.fullmatch(text.strip())
-    if match is None or float(match[1]) <= 0:
-        raise ValueError(f"{text!r} is not a size, such as 5GB, 500MB or 4GiB")
+    if match is None or not 0 < float(match[1]) < 1e18:
+        raise ValueError(f"{text[:40]!r} is not a size, such as 5GB, 500MB or 4GiB")
     unit = match[2].lower().removesuffix("b")
     base = 1024 if unit.endswith("i") else 1000
     return int(float(match[1]) * base ** " kmgt".index(unit.removesuffix("i") or " "))

@@ -59,3 +59,16 @@ def test_every_fault_still_finds_its_place_in_the_program() -> None:
 def test_faults_of_the_program_are_found(fault, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     found, said = notices(fault, tmp_path, right_folder(tmp_path))
     assert found, said
+
+
+@pytest.mark.parametrize("expect", ["untrained", "attention-trained"])
+def test_one_tensor_in_another_dtype_is_no_copy(cli, golden, tmp_path, expect):
+    from safetensors.torch import load_file, save_file
+
+    teacher, student = golden / "reka_tiny" / "teacher", tmp_path / "s"
+    assert cli("init-from-teacher", teacher, student, "--gqa-layers", "1", "--no-verify", "-q") == 0
+    assert cli("verify", student, "--against", teacher, "--expect", expect, "-q") == 0
+    weights = load_file(student / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"] = weights["model.layers.2.mlp.up_proj.weight"].half()
+    save_file(weights, student / "model.safetensors", {"format": "pt"})
+    assert cli("verify", student, "--against", teacher, "--expect", expect, "-q") == 1

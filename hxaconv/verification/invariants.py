@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -143,7 +144,10 @@ def check_against(
     if expect == "report":
         return report
     check_settings(report, config, teacher.config)
-    if expect != "attention-trained":
+    if expect == "attention-trained":
+        _check_copied_dtypes(report, student.plan, teacher.plan)
+    else:
+        check_one_dtype(report, student.plan)
         _check_states(report, expect, states)
         check_ranks(report, config)
         check_gqa_layers(report, without=config.gqa_layers if folded else ())
@@ -313,6 +317,18 @@ def check_one_dtype(report: Report, plan: Plan) -> None:
     """What was initialised or cast has one dtype, every tensor of it."""
     found = sorted({recipe.dtype for recipe in plan.values()})
     report.check("one dtype", len(found) == 1, " and ".join(found))
+
+
+def _check_copied_dtypes(report: Report, student: Plan, teacher: Plan) -> None:
+    """What was copied has one dtype, or the teacher's own: a tensor that alone was cast is none of a trainer's work."""
+    copies = {name: recipe.dtype for name, recipe in student.items() if not is_attention(name)}
+    usual = Counter(copies.values()).most_common(1)[0][0] if copies else ""
+    odd = [
+        f"{name} is {dtype}, the others are {usual}"
+        for name, dtype in copies.items()
+        if dtype != usual and (name not in teacher or dtype != teacher[name].dtype)
+    ]
+    report.check("dtypes of copies", not odd, specification.listed(odd) or usual)
 
 
 def check_gqa_layers(report: Report, *, without: Collection[int | None] = ()) -> None:
