@@ -36,6 +36,11 @@ AGREEMENT = 5e-6
 """The published code drops to float32 in the RMSNorms inside attention; ours stays in float64."""
 
 
+def conversion(command: str, folder: Path, out: Path) -> list[object]:
+    """The words that convert a golden case's `.pth`, whose settings its teacher and the variant complete."""
+    return [command, folder / "student.pth", out, "--teacher", folder / "teacher", "--variant", "hxa079", "--quiet"]
+
+
 def case(name: str) -> dict[str, Any]:
     """Settings of a golden case."""
     content: dict[str, Any] = json.loads((GOLDEN / name / "case.json").read_text())

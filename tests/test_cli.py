@@ -16,17 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import conversion, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 Cli = Callable[..., int]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
 
 
 def header_of(file: Path) -> list[str]:
@@ -137,19 +131,7 @@ def test_conversions_go_round_without_losing_a_bit(cli: Cli, golden: Path, tmp_p
 
 def test_config_json_has_the_keys_of_every_reader(cli: Cli, golden: Path, tmp_path: Path) -> None:
     case = golden / "qwen3_tiny"
-    assert (
-        cli(
-            "to-hf",
-            case / "student.pth",
-            tmp_path / "hf",
-            "--teacher",
-            case / "teacher",
-            "--variant",
-            "hxa079",
-            "--quiet",
-        )
-        == 0
-    )
+    assert cli(*conversion("to-hf", case, tmp_path / "hf")) == 0
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     rwkv_infer = "rwkv_architecture num_hidden_layers num_key_value_heads head_dim num_attention_heads rms_norm_eps"
     llama_cpp = "transformer_layers rwkv_layers attention_bias attention_out_bias lora_rank_decay lora_rank_iclr"
@@ -184,19 +166,7 @@ def test_a_tied_head_is_written_out_in_a_pth_and_tied_again(cli: Cli, golden: Pa
 
 def test_back_to_training(cli: Cli, golden: Path, tmp_path: Path) -> None:
     case = golden / "reka_tiny"
-    assert (
-        cli(
-            "to-hf",
-            case / "student.pth",
-            tmp_path / "hf",
-            "--teacher",
-            case / "teacher",
-            "--variant",
-            "hxa079",
-            "--quiet",
-        )
-        == 0
-    )
+    assert cli(*conversion("to-hf", case, tmp_path / "hf")) == 0
     assert cli("to-training", tmp_path / "hf", tmp_path / "t.pth", "--quiet") == 0
     made = torch.load(tmp_path / "t.pth", weights_only=True)
     expected = torch.load(case / "trained_attention.pth", weights_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from models import conversion
 from safetensors.torch import load_file, save_file
 
 Cli = Callable[..., int]
@@ -21,19 +22,7 @@ TWO_THETAS = {"rope_theta": 10000.0, "rope_parameters": {"rope_type": "default",
 def folder(cli: Cli, golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """A golden student as `to-hf` writes it."""
     case = golden / "reka_tiny"
-    assert (
-        cli(
-            "to-hf",
-            case / "student.pth",
-            tmp_path / "hf",
-            "--teacher",
-            case / "teacher",
-            "--variant",
-            "hxa079",
-            "--quiet",
-        )
-        == 0
-    )
+    assert cli(*conversion("to-hf", case, tmp_path / "hf")) == 0
     capsys.readouterr()
     return tmp_path / "hf"
 
@@ -139,19 +128,7 @@ def test_a_layer_trained_in_part_is_not_completed_from_the_teacher(
     cli: Cli, golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case, training = golden / "reka_tiny", tmp_path / "training.safetensors"
-    assert (
-        cli(
-            "to-pth",
-            case / "student.pth",
-            tmp_path / "t.pth",
-            "--teacher",
-            case / "teacher",
-            "--variant",
-            "hxa079",
-            "--quiet",
-        )
-        == 0
-    )
+    assert cli(*conversion("to-pth", case, tmp_path / "t.pth")) == 0
     tensors = load_file(case / "student_hf" / "model.safetensors")
     kept = {
         n: t for n, t in tensors.items() if ".self_attn." in n and not n.endswith("layers.4.self_attn.k_proj.weight")

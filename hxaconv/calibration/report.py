@@ -12,8 +12,6 @@ from hxaconv.formats.json_files import plain_data
 from hxaconv.forward.state import computed_with
 from hxaconv.options import Fit, Option, Tokens, options_of
 
-REFIT_OUTPUT = ("auto", "never", "always")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings(Fit):

@@ -323,14 +323,10 @@ def download(files: list[SourceFile], repository: Repository, progress: Progress
             for _ in range(workers):
                 threading.Thread(target=work, daemon=True).start()
             while workers:
-                with contextlib.suppress(queue.Empty):
-                    # With a limit, so that a signal is seen at once.
-                    found = _next(arrived)
-                    if isinstance(found, BaseException):
-                        raise found
-                    workers -= found is None
-                    if found is not None and progress is not None:
-                        progress.advance(found[1], found[0])
+                found = _awaited(arrived)
+                workers -= found is None
+                if found is not None and progress is not None:
+                    progress.advance(found[1], found[0])
     except KeyboardInterrupt as stop:
         stop.add_note("Whole files of the download are kept in the Hub's cache.")
         raise
@@ -339,8 +335,15 @@ def download(files: list[SourceFile], repository: Repository, progress: Progress
             progress.stop()
 
 
-def _next(arrived: queue.SimpleQueue[T]) -> T:
-    return arrived.get(timeout=0.2)
+def _awaited(results: queue.SimpleQueue[T | BaseException]) -> T:
+    """What a thread puts there next; an error of its is raised here."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            # With a limit, so that a signal is seen at once.
+            found = results.get(timeout=0.2)
+            if isinstance(found, BaseException):
+                raise found
+            return found
 
 
 def _aside(action: Callable[[], T]) -> T:
@@ -357,12 +360,7 @@ def _aside(action: Callable[[], T]) -> T:
 
     with _quiet():
         threading.Thread(target=work, daemon=True).start()
-        while True:
-            with contextlib.suppress(queue.Empty):
-                found = _next(done)
-                if isinstance(found, BaseException):
-                    raise found
-                return found
+        return _awaited(done)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,6 @@ from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.progress import Result
 
-EXPECTATIONS = ("untrained", "calibrated", "attention-trained", "identical", "close", "report")
-
 
 @dataclass(frozen=True, slots=True)
 class Check:
