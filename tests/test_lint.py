@@ -21,9 +21,9 @@ from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Checkpoint
 from hxaconv.model.plan import Literal, Plan, Recipe
+from hxaconv.model.rwkv_infer import FOLDER, PTH, TABLE, loadmodel_body, working
 from hxaconv.save.documents import student_json
 from hxaconv.verification.lint import INFER_FOLDER, INFER_PTH, LLAMA_CPP, RWKV_INFER_KEYS, TRANSFORMERS, Verdict, lint
-from hxaconv.verification.rwkv_infer import FOLDER, PTH, TABLE, loadmodel_body, working
 
 
 def config() -> StudentConfig:

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from writing import leftovers, output, partials, plan_over, source, stop_after, verified
+from writing import leftovers, output, partials, plan_over, source, stop_after, verified, write
 
 from hxaconv.calls import Call
 from hxaconv.errors import HxaconvError
@@ -16,7 +16,6 @@ from hxaconv.load import open_checkpoint
 from hxaconv.options import Write
 from hxaconv.save import diskio
 from hxaconv.save.output import Record
-from hxaconv.save.writer import write
 
 
 def test_all_problems_are_told_at_once(tmp_path, monkeypatch):

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from writing import TARGETS, leftovers, output, partials, plan_over, reference, source, tree, verified
+from writing import TARGETS, leftovers, output, partials, plan_over, reference, source, tree, verified, write
 
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.formats import safetensors_layout, torchzip_layout
 from hxaconv.options import Write
 from hxaconv.save import diskio, documents, fill, staging, writer
 from hxaconv.save import output as outputs
-from hxaconv.save.writer import write
 
 Cli = Callable[..., int]
 

@@ -8,13 +8,24 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from writing import TARGETS, leftovers, output, partials, plan_over, reference, source, stop_after, tree, verified
+from writing import (
+    TARGETS,
+    leftovers,
+    output,
+    partials,
+    plan_over,
+    reference,
+    source,
+    stop_after,
+    tree,
+    verified,
+    write,
+)
 
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.model.plan import with_origin
 from hxaconv.options import Write
 from hxaconv.save import fill, staging
-from hxaconv.save.writer import write
 
 # Existing targets
 

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pytest
 from kill_rounds import CI_KILLS
-from writing import leftovers, output, partials, plan_over, reference, source, tree, verified
+from writing import leftovers, output, partials, plan_over, reference, source, tree, verified, write
 
 from hxaconv.errors import HxaconvError
 from hxaconv.options import Write
 from hxaconv.save import diskio
 from hxaconv.save.interruption import Interrupted
 from hxaconv.save.staging import read_journals
-from hxaconv.save.writer import write
 
 HERE = Path(__file__).parent
 

@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from writing import leftovers, output, plan_over, reference, source, tree, verified
+from writing import leftovers, output, plan_over, reference, source, tree, verified, write
 
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.formats.dtypes import BY_NAME
@@ -20,7 +20,6 @@ from hxaconv.model.plan import Buffers, Literal, Ranges, Recipe
 from hxaconv.options import Write
 from hxaconv.save import diskio, fill, writer
 from hxaconv.save.checksums import count_nonfinite
-from hxaconv.save.writer import write
 
 TARGETS = ("out", "out.pth")
 

@@ -14,13 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from writing import output, plan_over, source
+from writing import output, plan_over, source, write
 
 from hxaconv.errors import HxaconvError
 from hxaconv.options import Write
 from hxaconv.save import fill
 from hxaconv.save.interruption import Interrupted
-from hxaconv.save.writer import write
 
 
 def slowed(call: Any, seconds: float) -> Any:

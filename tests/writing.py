@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from hxaconv.calls import Call
 from hxaconv.formats.files import SourceFile
 from hxaconv.model.plan import Plan, stored
 from hxaconv.options import Write
-from hxaconv.save import fill
+from hxaconv.progress import Result
+from hxaconv.save import fill, writer
 from hxaconv.save.output import Output, Record, layouts
-from hxaconv.save.writer import WriteResult, write
+from hxaconv.save.writer import WriteResult
 
 TARGETS = ("out", "out.pth")
 
@@ -79,6 +81,34 @@ def leftovers(target: Path) -> list[str]:
 def partials(folder: Path) -> list[Path]:
     """Work folders in a folder."""
     return [path for path in folder.iterdir() if ".partial-" in path.name]
+
+
+class Verdict(Result):
+    """What `look` said of an output, as a report."""
+
+    def __init__(self, said: dict[str, Any]) -> None:
+        self.said = said
+
+    def verdict(self) -> dict[str, Any]:
+        return self.said
+
+
+class Look:
+    """A check that finds nothing wrong with settings, and lets `look` see what is staged."""
+
+    def __init__(self, look: Callable[[Path], dict[str, Any]]) -> None:
+        self.look = look
+
+    def settings(self, output: Output, raw: Mapping[str, Any], where: str) -> list[str]:
+        return []
+
+    def report(self, output: Output, staged: Path, *, allow_nonfinite: bool) -> Any:
+        return Verdict(self.look(staged))
+
+
+def write(out: Output, options: Write, verify: Callable[[Path], dict[str, Any]] | None = None) -> WriteResult:
+    """Write an output; `verify` sees what is staged, and says what it finds or raises."""
+    return writer.write(out, options, check=None if verify is None else Look(verify))
 
 
 def verified(out: Output, **options: Any) -> WriteResult:

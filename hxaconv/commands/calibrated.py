@@ -22,6 +22,7 @@ from hxaconv.save.outcome import Outcome
 from hxaconv.save.output import Output, Record
 from hxaconv.save.run import save
 from hxaconv.save.writer import refuse
+from hxaconv.verification.written import OutputCheck
 
 if TYPE_CHECKING:
     from hxaconv.calibration.report import CalibrationReport
@@ -64,7 +65,7 @@ def save_calibrated(
     outcome = save(
         output.refilled(calibrated.student, calibrated.described_in(output.record)),
         write,
-        verify=functools.partial(calibrated.verify, factors),
+        check=OutputCheck(functools.partial(calibrated.verify, factors)),
         warnings=[*warnings, *calibrated.warnings],
         notes=[*notes, *calibrated.notes],
     )

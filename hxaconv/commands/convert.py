@@ -17,6 +17,7 @@ from hxaconv.save.outcome import Outcome
 from hxaconv.save.output import Record, dtype_warnings, lay_out
 from hxaconv.save.run import save
 from hxaconv.surgery.reshape import reshape
+from hxaconv.verification.written import OutputCheck
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress
@@ -139,4 +140,4 @@ def _write(
 
     warnings = [*student.scaling_warnings, *dtype_warnings(changed.plan, call.command)]
     warnings += layer_0_warning(changed.student)
-    return save(output, write, verify=verify, warnings=warnings, notes=student.notes)
+    return save(output, write, check=OutputCheck(verify), warnings=warnings, notes=student.notes)

@@ -21,6 +21,7 @@ from hxaconv.save.output import Record, lay_out
 from hxaconv.save.records import init_record
 from hxaconv.save.run import save
 from hxaconv.surgery.init import init_settings, new_student
+from hxaconv.verification.written import OutputCheck
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress
@@ -98,4 +99,4 @@ def init_from_teacher(
 
         return check_initialised(source, written, factors=initial.factors, progress=progress)
 
-    return save(output, write, verify=verify, warnings=warnings, notes=notes)
+    return save(output, write, check=OutputCheck(verify), warnings=warnings, notes=notes)

@@ -26,10 +26,11 @@ from hxaconv.save.interruption import interruptible
 from hxaconv.save.outcome import Outcome
 from hxaconv.save.output import Output, Record, dtype_warnings, kept_shards, lay_out
 from hxaconv.save.records import history_of, init_record
-from hxaconv.save.run import Verify, save
+from hxaconv.save.run import save
 from hxaconv.save.writer import refuse
 from hxaconv.surgery.init import InitSettings, as_options, init_settings
 from hxaconv.surgery.reshape import in_dtype, repick
+from hxaconv.verification.written import OutputCheck, Verify
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress
@@ -227,7 +228,7 @@ class _Run:
     def write_with(self, layers: str) -> Outcome:
         """Write SOURCE with these GQA layers."""
         output, verify, warnings, notes = self._repicked(layers)
-        return save(output, self.write, verify=verify, warnings=warnings, notes=notes)
+        return save(output, self.write, check=OutputCheck(verify), warnings=warnings, notes=notes)
 
     def _rehearse(self, layers: Sequence[int]) -> None:
         """Refuse before hours of scoring what would be refused after them, with some choice of as many layers."""

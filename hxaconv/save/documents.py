@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hxaconv.calibration.report import CalibrationReport
     from hxaconv.save.output import Output
     from hxaconv.save.staging import Staging
+    from hxaconv.save.writer import Check
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hxa079.Hxa079Config",
@@ -325,7 +326,7 @@ def settings_digest(sidecar: Mapping[str, Any], kind: str) -> str:
     return digest_of(json.dumps(settings, sort_keys=True).encode(), kind)
 
 
-def read_back(staging: Staging, output: Output, tensors: Mapping[str, Finished]) -> None:
+def read_back(staging: Staging, output: Output, tensors: Mapping[str, Finished], check: Check | None) -> None:
     """Compare what stands on disk with what was to be written: documents, names, shapes, dtypes, places, checksums.
 
     Headers and directories are read by code that shares nothing with what wrote them.
@@ -334,7 +335,7 @@ def read_back(staging: Staging, output: Output, tensors: Mapping[str, Finished])
         CheckFailed: listing everything that differs.
     """
     content = staging.content
-    problems = _settings_problems(content, output)
+    problems = _settings_problems(content, output, check)
     for name, data in _documents(output).items():
         if (content / name).read_bytes() != data:
             problems.append(f"{name} is not what was written")
@@ -366,16 +367,12 @@ def _layout_problems(path: Path, layout: FileLayout, output: Output, tensors: Ma
     ]
 
 
-def _settings_problems(content: Path, output: Output) -> list[str]:
-    """What the settings on disk say of the model against what was asked, by the literal specification."""
-    if output.student is None:
+def _settings_problems(content: Path, output: Output, check: Check | None) -> list[str]:
+    """What the check says of the settings on disk."""
+    if check is None:
         return []
-    from hxaconv.verification.specification import wrong_values
-    from hxaconv.verification.written import intended
-
     name = "config.json" if output.is_folder else output.sidecar_name
-    raw = json.loads((content / name).read_bytes())
-    return wrong_values(intended(output.student.student, output.dtype), raw, name)
+    return check.settings(output, json.loads((content / name).read_bytes()), name)
 
 
 def _size_problem(path: Path, expected: int) -> list[str]:

@@ -23,9 +23,9 @@ from hxaconv.model.experts import PTH_REASON
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, is_attention, stored_name
 from hxaconv.model.plan import Plan, Recipe, main_dtype, source_files, total_bytes, with_origin
+from hxaconv.model.rwkv_infer import FOLDER, PTH, loadmodel_body
 from hxaconv.save.documents import model_card, student_json
 from hxaconv.save.records import history_of
-from hxaconv.verification.rwkv_infer import FOLDER, PTH, loadmodel_body
 
 if TYPE_CHECKING:
     from hxaconv.formats.safetensors_layout import Shard

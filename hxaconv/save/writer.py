@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hxaconv import ranks
 from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, raise_all
 from hxaconv.formats.files import SourceChanged, SourceFile
+from hxaconv.formats.json_files import plain_data
 from hxaconv.formats.layout import FileLayout, Fill
 from hxaconv.options import Write
 from hxaconv.progress import Progress, bar
@@ -36,10 +37,25 @@ from hxaconv.save.staging import (
     stagings_at,
 )
 
+if TYPE_CHECKING:
+    from hxaconv.verification.report import Report
+
 Prepare = Callable[[Sequence[SourceFile]], None]
 """Gets source files ready to be read: downloads them."""
-Verify = Callable[[Path], Mapping[str, Any]]
-"""Takes the staged checkpoint; returns a verdict for the provenance, or raises CheckFailed."""
+VERDICT_DIGITS = 3
+"""Significant digits of what a verification measured in hxaconv.json: beyond them, sums depend on the machine."""
+
+
+class Check(Protocol):
+    """What an output is put to before it gets its name; the caller brings it."""
+
+    def settings(self, output: Output, raw: Mapping[str, Any], where: str) -> list[str]:
+        """What is wrong with the settings that stand on disk; asked always."""
+        ...
+
+    def report(self, output: Output, staged: Path, *, allow_nonfinite: bool) -> Report:
+        """What a verification of the staged checkpoint finds; asked unless --no-verify."""
+        ...
 
 
 class NonfiniteError(HxaconvError):
@@ -59,13 +75,15 @@ class WriteResult:
     """Tensor name -> NaN and infinite values, where there are any."""
     leftovers: tuple[Path, ...] = ()
     """Folders of other interrupted runs on the same target."""
+    report: Report | None = None
+    """What its verification found."""
 
 
 def write(
     output: Output,
     options: Write,
     *,
-    verify: Verify | None = None,
+    check: Check | None = None,
     prepare: Prepare | None = None,
     progress: Progress | None = None,
 ) -> WriteResult:
@@ -100,7 +118,7 @@ def write(
                 raise HxaconvError(f"rank {stopped.index(True)} was interrupted")
             with run.step():
                 if ranks.rank() == 0:
-                    tensors = run.finish(signals, verify)
+                    tensors = run.finish(signals, check)
         return ranks.broadcast(run.result(tensors))
 
 
@@ -136,6 +154,7 @@ class _Run:
         self.staging = staging_of(self.output, self.record)
         self.total = preflight.bytes_needed(self.output)
         self.published = False
+        self.report: Report | None = None
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -233,7 +252,7 @@ class _Run:
         finally:
             journal.close()
 
-    def finish(self, signals: Signals, verify: Verify | None) -> dict[str, Finished]:
+    def finish(self, signals: Signals, check: Check | None) -> dict[str, Finished]:
         """Everything but the tensors, the verdict on them, and the target's name; returns the tensors."""
         output, staging = self.output, self.staging
         tensors = read_journals(staging.path)
@@ -248,9 +267,12 @@ class _Run:
         for layout in output.files:
             staging.seal(layout, {fill.name: tensors[fill.name].crc32 or 0 for fill in layout.fills})
         write_documents(staging, output)
-        read_back(staging, output, tensors)
-        verification = None if verify is None else self._verified(verify)
-        write_provenance(staging, output, tensors, verification, self.options.digest)
+        read_back(staging, output, tensors, check)
+        verdict = None
+        if check is not None and self.options.verify:
+            self.report = self._verified(check)
+            verdict = plain_data(self.report.verdict(), VERDICT_DIGITS)
+        write_provenance(staging, output, tensors, verdict, self.options.digest)
         self._check_sources()
         with signals.deferred(all_of_them=True):
             publish(staging, overwrite=self.options.overwrite)
@@ -258,9 +280,11 @@ class _Run:
             self.note_published(signals)
         return tensors
 
-    def _verified(self, verify: Verify) -> dict[str, Any]:
+    def _verified(self, check: Check) -> Report:
         try:
-            return dict(verify(self.staging.checkpoint))
+            report = check.report(self.output, self.staging.checkpoint, allow_nonfinite=self.options.allow_nonfinite)
+            report.raise_if_failed()
+            return report
         except SourceChanged as error:
             self._check_sources()
             # It is none of those that the tensors were made of: what is written stays good, or can be repaired.
@@ -290,6 +314,7 @@ class _Run:
             digests={name: digest for name, digest in digests.items() if digest is not None},
             nonfinite={name: tensor.nonfinite for name, tensor in tensors.items() if tensor.nonfinite},
             leftovers=tuple(staging.path for staging in stagings_at(self.output.target)),
+            report=self.report,
         )
 
 

@@ -18,8 +18,8 @@ from hxaconv.model.families import FAMILIES
 from hxaconv.model.names import EMBEDDING, HEAD, layer_kinds, mixer_prefix
 from hxaconv.model.plan import Plan
 from hxaconv.model.rope import rope_of, scaling_kind
+from hxaconv.model.rwkv_infer import FOLDER, PTH, TRAITS, traits_of, working
 from hxaconv.model.variants import VARIANTS
-from hxaconv.verification.rwkv_infer import FOLDER, PTH, TRAITS, traits_of, working
 
 if TYPE_CHECKING:
     from hxaconv.model.model import Checkpoint

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import CheckFailed, HxaconvError, bullet_list
 from hxaconv.formats.contents import show
+from hxaconv.load import open_checkpoint
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.names import EMBEDDING, HEAD
@@ -21,7 +22,50 @@ from hxaconv.verification.report import Report
 from hxaconv.verification.specification import listed
 
 if TYPE_CHECKING:
-    from hxaconv.model.model import Checkpoint
+    from hxaconv.save.output import Output
+
+Verify = Callable[[Model, "Progress | None"], Report]
+"""Checks the tensors of the student that was written, and shows how far it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputCheck:
+    """What `save` has an output put to before it gets its name; `verify` looks at the values of its tensors."""
+
+    verify: Verify
+
+    def settings(self, output: Output, raw: Mapping[str, Any], where: str) -> list[str]:
+        """What the settings on disk say of the model against what was asked, by the literal specification."""
+        assert output.student is not None
+        return specification.wrong_values(intended(output.student.student, output.dtype), raw, where)
+
+    def report(self, output: Output, staged: Path, *, allow_nonfinite: bool) -> Report:
+        """What was written, read back: its files first, then, where these are right, the values of its tensors."""
+        assert output.student is not None
+        progress = output.record.call.progress
+        report = check_output(
+            open_checkpoint(str(staged)),
+            output.student,
+            output.tensors,
+            output.dtype,
+            str(output.target),
+            lambda written: self.verify(written, progress),
+        )
+        if allow_nonfinite:
+            _let_nonfinite_pass(report)
+        return report
+
+
+def _let_nonfinite_pass(report: Report) -> None:
+    """Turn checks that NaN and Inf alone make fail into passed ones that say so; those of bits still count."""
+    numeric = {"finite", "finite weights", "finite logits", "logits", "layers", "GQA layers"}
+    if any(not check.passed and check.name.startswith("finite") for check in report.checks):
+        report.checks = [
+            replace(check, passed=True, detail=f"allowed by --allow-nonfinite: {check.detail}")
+            if not check.passed and check.name in numeric
+            else check
+            for check in report.checks
+        ]
 
 
 def check_output(
