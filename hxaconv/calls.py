@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.options import Argument, Group, Option, Shown, WrongOption, checked, option_words, options_of, plain
@@ -41,34 +41,35 @@ class Parameter:
     @property
     def words(self) -> tuple[str, ...]:
         """What the command line calls it; with a slash, what turns it on and what turns it off."""
-        return self.option.names or (f"--{self.name.replace('_', '-')}",)
+        return self.option.names or (self.name.upper() if self.is_argument else option_words([self.name]),)
 
 
 @functools.cache
 def parameters_of(function: Callable[..., Any]) -> tuple[Parameter, ...]:
     """The options and arguments of a command's function, its groups taken apart; others (progress) are left out."""
     found = []
-    for name, given in inspect.signature(function).parameters.items():
-        kind, *extras = get_args(_hints(function)[name]) or (_hints(function)[name],)
-        shown = next((extra for extra in extras if isinstance(extra, Shown)), Shown())
-        if _is_group(kind):
+    for name, (kind, default, extra) in _signature(function).items():
+        if isinstance(extra, Option):
+            found.append(Parameter(name, kind, default, extra))
+        elif _is_group(kind):
             for field, (field_kind, option) in options_of(kind).items():
-                if field not in shown.without:
-                    option = replace(
-                        option,
-                        panel=option.panel or shown.panel or kind.PANEL,
-                        help=shown.help.get(field, option.help),
-                    )
-                    found.append(Parameter(field, field_kind, getattr(given.default, field), option, name))
-        else:
-            found += [Parameter(name, kind, given.default, extra) for extra in extras if isinstance(extra, Option)]
+                if not (isinstance(extra, Shown) and field in extra.without):
+                    option = replace(option, panel=option.panel or kind.PANEL)
+                    found.append(Parameter(field, field_kind, getattr(default, field), option, name))
     return tuple(found)
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+@functools.cache
+def _signature(function: Callable[..., Any]) -> Mapping[str, tuple[Any, Any, Any]]:
+    """Parameter -> (its type, its default, the Option that it is or how its group is shown)."""
     # Not what it returns: results are of modules that --help need not import.
     named = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
-    return get_type_hints(types.SimpleNamespace(__annotations__=named), function.__globals__, include_extras=True)
+    hints = get_type_hints(types.SimpleNamespace(__annotations__=named), function.__globals__, include_extras=True)
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind, *extra = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
+        found[name] = kind, parameter.default, extra[0] if extra else None
+    return found
 
 
 def _is_group(kind: Any) -> bool:
@@ -83,52 +84,42 @@ def arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[s
     Raises:
         HxaconvError: listing every value that an option cannot have.
     """
-    signature = inspect.signature(function).parameters
     known = {parameter.name: parameter for parameter in parameters_of(function)}
-    result = {name: value for name, value in values.items() if name in signature and name not in known}
-    fields: dict[str, dict[str, Any]] = {}
+    result: dict[str, Any] = {}
     wrong: list[tuple[str, str]] = []
-    for name, value in result.items():
-        kind = get_args(_hints(function)[name])[:1] or (_hints(function)[name],)
-        if _is_group(kind[0]):
-            result[name], problems = _group(function, name, kind[0], value)
-            wrong += problems
-    for name, parameter in known.items():
-        if name not in values:
-            continue
+    for name, (kind, default, option) in _signature(function).items():
         try:
-            value = checked(values[name], parameter.kind, parameter.option)
+            if _is_group(kind):
+                taken = {field for field, parameter in known.items() if parameter.group == name}
+                fields = {field: values[field] for field in taken & values.keys()}
+                result[name] = _group(name, kind, default, values.get(name), fields)
+                useless = set(result[name].differing(default)) - taken
+                wrong += [(field, f"it has no use in {function.__name__}") for field in sorted(useless)]
+            elif name in values:
+                result[name] = checked(values[name], kind, option) if name in known else values[name]
+        except WrongOption as error:
+            wrong += error.lines
         except ValueError as error:
             wrong.append((name, str(error)))
-            continue
-        if parameter.group:
-            fields.setdefault(parameter.group, {})[name] = value
-        else:
-            result[name] = value
     if wrong:
         raise WrongOption(wrong)
-    for group, given in fields.items():
-        result[group] = replace(result.get(group, signature[group].default), **given)
     return result
 
 
-def _group(function: Callable[..., Any], name: str, kind: type[Group], value: Any) -> tuple[Any, list[tuple[str, str]]]:
-    """(the group that was given, what is wrong with it); from a mapping, fields that it lacks are the command's."""
-    default = inspect.signature(function).parameters[name].default
-    if value is None:
-        return default, []
-    if isinstance(value, Mapping):
+def _group(name: str, kind: type[Group], default: Any, given: Any, fields: dict[str, Any]) -> Any:
+    """A group as it was given, or the command's default, with these fields."""
+    if isinstance(given, Mapping):
         raise_all(
             f"{name} has no such options:",
-            [repr(key) for key in value if key not in options_of(kind)],
+            [repr(key) for key in given if key not in options_of(kind)],
             hint=f"It has {', '.join(options_of(kind))}.",
         )
-        value = replace(default, **value)
-    if not isinstance(value, kind):
-        return default, [(name, f"{value!r} is neither a {kind.__name__} nor its options by name")]
-    taken = {parameter.name for parameter in parameters_of(function) if parameter.group == name}
-    useless = [field for field in value.differing(default) if field not in taken]
-    return value, [(field, f"it has no use in {function.__name__}") for field in useless]
+        given, fields = default, {**given, **fields}
+    elif given is None:
+        given = default
+    if not isinstance(given, kind):
+        raise ValueError(f"{given!r} is neither a {kind.__name__} nor its options by name")
+    return replace(given, **fields)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,19 +158,17 @@ class Call:
 def invoke(
     function: Callable[..., Result], command: str, values: Mapping[str, Any], progress: Progress | None
 ) -> Result:
-    """Call a command's function with options by name; it is told how it was called.
+    """Call a command's function with options by name, and with the Call that this is where it takes one.
 
     Raises:
         HxaconvError: listing every value that an option cannot have; and what the command raises.
     """
     given = arguments(function, values)
-    signature = inspect.signature(function).parameters
-    if "call" not in signature:
+    if "call" not in _signature(function):
         return function(**given)
-    whole = {name: parameter.default for name, parameter in signature.items()} | given
     options, differing = {}, []
-    for parameter in sorted(parameters_of(function), key=lambda parameter: not parameter.is_argument):
-        value = whole[parameter.group or parameter.name]
+    for parameter in parameters_of(function):
+        value = given.get(parameter.group or parameter.name, parameter.default)
         value = plain(getattr(value, parameter.name) if parameter.group else value)
         if parameter.option.recorded:
             options[parameter.name] = value
@@ -190,9 +179,7 @@ def invoke(
 
 def typed(function: Callable[..., Any], command: str, options: Mapping[str, Any]) -> str:
     """A command with these options, as one types it."""
-    known = {parameter.name: parameter for parameter in parameters_of(function)}
-    given = sorted((known[name] for name in options), key=lambda parameter: not parameter.is_argument)
-    return _line(command, given, options)
+    return _line(command, [parameter for parameter in parameters_of(function) if parameter.name in options], options)
 
 
 def _line(command: str, parameters: Iterable[Parameter], values: Mapping[str, Any]) -> str:
@@ -223,57 +210,48 @@ def bare(value: Any) -> Any:
 def public(function: Callable[..., Result], command: str) -> Callable[..., Result]:
     """A command's function as the package offers it: groups, or their options as keywords of its own.
 
-    Paths, numbers of numpy, torch's dtypes and layer numbers are taken where text is; what is wrong is a HxaconvError
-    that names arguments as Python has them.
+    What is wrong is a HxaconvError that names arguments as Python has them.
     """
-    name, signature = command.replace("-", "_"), inspect.signature(function)
-    places = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    known = {parameter.name: parameter for parameter in parameters_of(function)}
-    groups = {parameter.group for parameter in known.values() if parameter.group}
+    name = command.replace("-", "_")
+    parameters = parameters_of(function)
+    flat = [
+        inspect.Parameter(
+            parameter.name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD if parameter.is_argument else inspect.Parameter.KEYWORD_ONLY,
+            default=parameter.default,
+            annotation=parameter.kind,
+        )
+        for parameter in sorted(parameters, key=lambda parameter: not parameter.is_argument)
+    ]
+    groups = {group: kind for group, (kind, *_) in _signature(function).items() if _is_group(kind)}
+    for extra, kind in (groups | {"progress": Progress | bool}).items():
+        flat.append(inspect.Parameter(extra, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind | None))
+    signature = inspect.Signature(flat)
 
     @functools.wraps(function)
     def call(*given: Any, **values: Any) -> Result:
         try:
-            if len(given) > len(places):
-                raise HxaconvError(f"{name} takes {len(places)} arguments without a name, {len(given)} are given")
-            values |= dict(zip(places, given, strict=False))
-            _refuse_unknown(name, values, {*known, *groups, "progress"})
-            lacking = [key for key, parameter in known.items() if parameter.default is MISSING and key not in values]
-            if lacking:
-                raise HxaconvError(f"{name} needs {' and '.join(lacking)}")
-            progress = values.pop("progress", None) or _notebook_progress()
-            return invoke(function, command, values, progress)
+            unknown = [value for value in values if value not in signature.parameters]
+            near = {value: difflib.get_close_matches(value, signature.parameters, n=1) for value in unknown}
+            raise_all(
+                f"{name} has no such arguments:",
+                [f"{value} (did you mean {near[value][0]}?)" if near[value] else value for value in unknown],
+            )
+            try:
+                values = signature.bind(*given, **values).arguments
+            except TypeError as error:
+                raise HxaconvError(f"{name}: {error}") from None
+            return invoke(function, command, values, _progress(values.pop("progress", None)))
         except HxaconvError as error:
-            error.message, error.hint = (in_python(text, known.values()) for text in (error.message, error.hint))
+            error.message, error.hint = (in_python(text, parameters) for text in (error.message, error.hint))
             error.args = (error.message,)
             raise
 
-    flat = [
-        inspect.Parameter(
-            parameter.name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD if parameter.name in places else inspect.Parameter.KEYWORD_ONLY,
-            default=parameter.default,
-            annotation=parameter.kind,
-        )
-        for parameter in known.values()
-    ]
-    flat.sort(key=lambda parameter: parameter.kind)
-    rest = [p.replace(kind=p.KEYWORD_ONLY) for key, p in signature.parameters.items() if key in groups]
-    rest.append(inspect.Parameter("progress", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Progress))
-    call.__signature__ = signature.replace(parameters=[*flat, *rest])  # type: ignore[attr-defined]
+    call.__signature__ = signature  # type: ignore[attr-defined]
     call.__name__ = call.__qualname__ = name
     call.__module__ = "hxaconv"
-    call.__doc__ = f"{inspect.getdoc(function)}\n\n{_described(known.values())}"
+    call.__doc__ = f"{inspect.getdoc(function)}\n\n{_described(parameters)}"
     return call
-
-
-def _refuse_unknown(name: str, values: Iterable[str], known: set[str]) -> None:
-    lines = []
-    for value in values:
-        if value not in known:
-            near = difflib.get_close_matches(value, known, n=1)
-            lines.append(f"{value}{f' (did you mean {near[0]}?)' if near else ''}")
-    raise_all(f"{name} has no such arguments:", lines)
 
 
 def _described(parameters: Iterable[Parameter]) -> str:
@@ -318,10 +296,25 @@ def _of_groups(group: type[Group]) -> Iterator[Parameter]:
         yield from _of_groups(kind)
 
 
-def _notebook_progress() -> Progress | None:
-    """A bar in a notebook; elsewhere the library is silent."""
-    if "ipykernel" not in sys.modules:
-        return None
-    from hxaconv.cli.console import Bars
+def _progress(given: Any) -> Progress | None:
+    """What is told of the work: a bar for True, and in a notebook; elsewhere the library is silent.
 
-    return Bars()
+    Raises:
+        HxaconvError: for an object without the methods of Progress.
+    """
+    if given is None:
+        given = "ipykernel" in sys.modules
+    if given is True:
+        from hxaconv.cli.console import Bars
+
+        return Bars()
+    lacking = [method for method in PROGRESS_METHODS if not callable(getattr(given, method, None))]
+    if given is not False and (lacking or isinstance(given, type)):
+        raise HxaconvError(
+            f"progress: {given!r} is no hxaconv.Progress{f', it lacks {lacking[0]}' if lacking else ', but its class'}",
+            hint="Pass an object of a class derived from hxaconv.Progress, or True for a bar.",
+        )
+    return given or None
+
+
+PROGRESS_METHODS = [name for name in vars(Progress) if not name.startswith("_")]

@@ -10,11 +10,12 @@ from __future__ import annotations
 import numbers
 import os
 import re
+import reprlib
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Protocol, Self, get_args, get_origin, get_type_hints
 
 from hxaconv.errors import HxaconvError
 from hxaconv.model.variants import VARIANTS
@@ -24,7 +25,7 @@ from hxaconv.model.variants import VARIANTS
 class Option:
     """What an option says of itself, beside its name, type and default."""
 
-    help: str
+    help: str = field(kw_only=False)
     panel: str = ""
     """Where `--help` shows it; empty: the panel of its group."""
     names: tuple[str, ...] = ()
@@ -35,7 +36,7 @@ class Option:
     most: int | None = None
     choices: tuple[str, ...] = ()
     convert: Callable[[Any], Any] | None = None
-    """From what Python may give to what the field holds."""
+    """From what Python may give to what the field holds; ValueError says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +46,9 @@ class Argument(Option):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """How a command shows a group: which of its fields it does not take, and in which panel."""
+    """How a command shows a group: without some of its fields."""
 
     without: tuple[str, ...] = ()
-    panel: str = ""
-    help: Mapping[str, str] = field(default_factory=dict)
-    """Field -> another help text."""
 
 
 class WrongOption(HxaconvError):
@@ -82,14 +80,15 @@ class Group:
         if wrong:
             raise WrongOption(wrong)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Its fields as JSON can hold them."""
-        return {name: plain(getattr(self, name)) for name in options_of(type(self))}
+    def differing(self, defaults: Self | None = None) -> list[str]:
+        """The fields that are not what `defaults` (the group without arguments) has."""
+        usual = type(self)() if defaults is None else defaults
+        return [name for name in options_of(type(self)) if plain(getattr(self, name)) != plain(getattr(usual, name))]
 
-    def differing(self, defaults: Self | None = None) -> dict[str, Any]:
-        """The fields, as JSON can hold them, that are not what `defaults` (the group without arguments) has."""
-        usual = (type(self)() if defaults is None else defaults).to_dict()
-        return {name: value for name, value in self.to_dict().items() if value != usual[name]}
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A field of a group: its default, and the Option that it is."""
+    return field(default=default, metadata={"option": Option(help, **more)})
 
 
 _OPTIONS: dict[type, dict[str, tuple[Any, Option]]] = {}
@@ -98,35 +97,25 @@ _OPTIONS: dict[type, dict[str, tuple[Any, Option]]] = {}
 def options_of(group: type[Group]) -> Mapping[str, tuple[Any, Option]]:
     """Field -> (its type, its option), in order."""
     if group not in _OPTIONS:
-        hints = get_type_hints(group, include_extras=True)
-        found = {}
-        for known in fields(group):  # type: ignore[arg-type]
-            kind, *extras = get_args(hints[known.name])
-            found[known.name] = (kind, next(extra for extra in extras if isinstance(extra, Option)))
-        _OPTIONS[group] = found
+        kinds, options = get_type_hints(group), fields(group)  # type: ignore[arg-type]
+        _OPTIONS[group] = {field.name: (kinds[field.name], field.metadata["option"]) for field in options}
     return _OPTIONS[group]
 
 
 def checked(value: Any, kind: Any, option: Option) -> Any:
-    """The value as a field of this type holds it: paths and torch's dtypes as text, numbers of numpy as numbers.
+    """The value as a field of this type holds it: paths as text, numbers of numpy as numbers.
 
     Raises:
         ValueError: saying what the field takes.
     """
-    wanted = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    if value is None and type(None) in wanted:
+    kinds = get_args(kind) or (kind,)
+    if value is None and types.NoneType in kinds:
         return None
-    if option.convert is not None:
-        return option.convert(value)
-    simple = next((found for found in (bool, int, float, str) if found in wanted), None)
-    if simple is str:
-        value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        value = str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
-    elif simple in (int, float) and isinstance(value, numbers.Real) and not isinstance(value, bool):
-        value = float(value)
-        value = int(value) if simple is int and value.is_integer() else value
-    if (simple is not None and not isinstance(value, simple)) or (simple is int and isinstance(value, bool)):
-        raise ValueError(f"{value!r} is not {_KINDS[simple]}")
+    convert = option.convert or next(convert for known, convert in _CONVERT.items() if known in kinds)
+    if get_origin(kind) is tuple:
+        alone = isinstance(value, str | os.PathLike) or not isinstance(value, Iterable)
+        return tuple(map(convert, [value] if alone else value))
+    value = convert(value)
     if option.least is not None and not value >= option.least:
         raise ValueError(f"{value} is not possible, it takes {option.least} or more")
     if option.most is not None and not value <= option.most:
@@ -136,7 +125,82 @@ def checked(value: Any, kind: Any, option: Option) -> Any:
     return value
 
 
-_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{_short(value)} is not True or False")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{_short(value)} is not a number")
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or value % 1 != 0:
+        raise ValueError(f"{_short(value)} is not a whole number")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+LONGEST_PATH, LONGEST_NAME = 4095, 255
+"""Bytes that file systems have room for, in all and between slashes."""
+
+
+def _text(value: Any) -> str:
+    """Text, most often a path; what no file system can name is refused here, once for all."""
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str):
+        raise ValueError(f"{_short(value)} is not text")
+    if not text:
+        raise ValueError("it is empty")
+    if "\0" in text:
+        raise ValueError(f"{_short(text)} has a null byte")
+    names = text.encode(errors="surrogatepass").split(b"/")
+    if len(text) > LONGEST_PATH or max(map(len, names)) > LONGEST_NAME:
+        raise ValueError(f"{_short(text)} is longer than the name of a file can be")
+    return text
+
+
+_CONVERT: Mapping[type, Callable[[Any], Any]] = {bool: _flag, int: _whole, float: _number, str: _text}
+_short = reprlib.Repr().repr
+
+
+def dtype_name(value: Any) -> str:
+    """A dtype's name; torch's and numpy's own are taken too."""
+    name = value if isinstance(value, str) else getattr(value, "name", getattr(value, "__name__", str(value)))
+    return _text(name).removeprefix("torch.")
+
+
+def _device(value: Any) -> str:
+    return _text(str(value) if type(value).__module__ == "torch" else value)
+
+
+def _scale(value: Any) -> str:
+    """Factors as the command line has them; from Python they may be a dictionary."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={_number(factor)!r}" for name, factor in value.items())
+    return _text(value)
+
+
+def _layers(value: Any) -> str:
+    """A choice of layers as the command line has it; from Python it may be a number, or several."""
+    if isinstance(value, str | os.PathLike):
+        text = os.fspath(value)
+        return text if "," in text else _text(text)  # a list of many layers is longer than a name
+    try:
+        several = value if isinstance(value, Iterable) else [value]
+        return ",".join(str(_whole(layer)) for layer in several) or "none"
+    except (TypeError, ValueError):
+        raise ValueError(f"{_short(value)} is neither text nor layer numbers") from None
+
+
+def _ids(value: Any) -> Any:
+    if isinstance(value, str | os.PathLike):
+        return _text(value)
+    if isinstance(value, Sequence) or hasattr(value, "__array__"):
+        return value
+    raise ValueError(f"{_short(value)} is neither a file nor token ids")
 
 
 def plain(value: Any) -> Any:
@@ -145,48 +209,13 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, tuple) and all(isinstance(item, str | float) for item in value):
         return list(value)
-    return f"{size(value)} token ids in memory"
+    return f"{_size(value)} token ids in memory"
 
 
-def size(ids: Sequence[Any] | ArrayLike) -> int:
-    """How many token ids there are in memory."""
+def _size(ids: Sequence[Any] | ArrayLike) -> int:
     if isinstance(ids, Sequence):
-        return sum(size(row) if isinstance(row, list | tuple) else 1 for row in ids)
+        return sum(_size(row) if isinstance(row, list | tuple) else 1 for row in ids)
     return int(ids.__array__().size)
-
-
-def layers_text(layers: str | os.PathLike[str] | int | Iterable[int]) -> str:
-    """A choice of layers as the command line has it; from Python it may be a number, or several."""
-    if isinstance(layers, str | os.PathLike):
-        return os.fspath(layers)
-    try:
-        return ",".join(str(int(i)) for i in (layers if isinstance(layers, Iterable) else [layers])) or "none"
-    except (TypeError, ValueError):
-        raise ValueError(f"{layers!r} is neither text nor layer numbers") from None
-
-
-def _ids(value: Any) -> Any:
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, str | Sequence) or hasattr(value, "__array__"):
-        return value
-    raise ValueError(f"{value!r} is neither a file nor token ids")
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    """One text or path, or several."""
-    several = [value] if isinstance(value, str | os.PathLike) else value
-    if not isinstance(several, Sequence) or not all(isinstance(item, str | os.PathLike) for item in several):
-        raise ValueError(f"{value!r} is neither text nor a list of it")
-    return tuple(map(os.fspath, several))
-
-
-def _floats(value: Any) -> tuple[float, ...]:
-    """One number, or several."""
-    several = [value] if isinstance(value, numbers.Real) else value
-    if not isinstance(several, Sequence) or not all(isinstance(item, numbers.Real) for item in several):
-        raise ValueError(f"{value!r} is neither a number nor a list of them")
-    return tuple(map(float, several))
 
 
 TokenIds = str | Sequence[Any] | ArrayLike
@@ -196,15 +225,17 @@ LARGEST_SEED = 2**63 - 1
 STAGES = ("untrained", "calibrated", "attention-trained")
 """What may be expected of a student beside its teacher."""
 
-Source = Annotated[str, Argument(help="Folder, .pth/.pt/.bin file or Hub id of the checkpoint.")]
-OutAny = Annotated[str, Argument(help="Folder, or NAME.pth, to create.")]
-OutFolder = Annotated[str, Argument(help="Folder to create.")]
-OutFile = Annotated[str, Argument(help="NAME.pth to create; NAME.json goes beside it.")]
+Source = Annotated[str, Argument("Folder, .pth/.pt/.bin file or Hub id of the checkpoint.")]
+OutAny = Annotated[str, Argument("Folder, or NAME.pth, to create.")]
+OutFolder = Annotated[str, Argument("Folder to create.")]
+OutFile = Annotated[str, Argument("NAME.pth to create; NAME.json goes beside it.")]
 TeacherToo = Annotated[
     str | None,
-    Option(help="Folder or Hub id: completes attention-only checkpoints.", panel="Teacher and settings"),
+    Option("Folder or Hub id: completes attention-only checkpoints.", panel="Teacher and settings"),
 ]
-Dtype = Annotated[str | None, Option(help="bfloat16, float16 or float32. Default: as in the source.", panel="Output")]
+Dtype = Annotated[
+    str | None, Option("bfloat16, float16 or float32. Default: as in the source.", panel="Output", convert=dtype_name)
+]
 
 
 def option_words(names: Iterable[str]) -> str:
@@ -230,18 +261,8 @@ def parse_size(text: str) -> int:
 
 
 def _size_text(value: Any) -> str:
-    text = str(value)
-    parse_size(text)
-    return text
-
-
-class Display:
-    """What every command of the command line takes beside the options of its function."""
-
-    Json = Annotated[bool, Option(help="Print the result as JSON.", panel="Display")]
-    Quiet = Annotated[
-        bool, Option(help="Print nothing but warnings and errors.", panel="Display", names=("--quiet", "-q"))
-    ]
+    parse_size(_text(value))
+    return _text(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,44 +271,30 @@ class Settings(Group):
 
     PANEL: ClassVar[str] = "Teacher and settings"
 
-    layer_map: Annotated[str | None, Option(help="Layer map that names rope_theta and eps.")] = None
-    gqa_layers: Annotated[
-        str | None, Option(help="Confirms which layers are GQA, where a file lacks some.", convert=layers_text)
-    ] = None
-    rope_theta: Annotated[float | None, Option(help="Where no file says it, or to override it.")] = None
-    rms_norm_eps: Annotated[float | None, Option(help="Where no file says it, or to override it.")] = None
-    tie_word_embeddings: Annotated[
-        bool | None,
-        Option(
-            help="Whether the head is the embedding, where no file says it.",
-            names=("--tie-word-embeddings/--no-tie-word-embeddings",),
-        ),
-    ] = None
-    allow_output_bias: Annotated[bool, Option(help="Keep o_proj and MLP biases.")] = False
-    drop_rope_scaling: Annotated[bool, Option(help="Go on without rope_scaling.")] = False
-    variant: Annotated[
-        str | None,
-        Option(
-            help="Variant of the RWKV layers; asked for where tensors and files do not tell.",
-            choices=tuple(VARIANTS),
-        ),
-    ] = None
-    revision: Annotated[str | None, Option(help="Branch, tag or commit of a Hub source.")] = None
-    weights: Annotated[
-        str | None,
-        Option(
-            help="Of a ZeRO folder: master (float32) or model (what it computes with). Default: master.",
-            choices=("master", "model"),
-        ),
-    ] = None
-    adapter: Annotated[
-        tuple[str, ...],
-        Option(help="Adapter to merge into the source, a folder or file (LoRA, DoRA, PiSSA, Bone).", convert=_texts),
-    ] = ()
-    adapter_scale: Annotated[
-        tuple[float, ...],
-        Option(help="Its B A is multiplied by this (with PEFT: too). One per adapter.", convert=_floats),
-    ] = ()
+    layer_map: str | None = option(None, "Layer map that names rope_theta and eps.")
+    gqa_layers: str | None = option(None, "Confirms which layers are GQA, where a file lacks some.", convert=_layers)
+    rope_theta: float | None = option(None, "Where no file says it, or to override it.")
+    rms_norm_eps: float | None = option(None, "Where no file says it, or to override it.")
+    tie_word_embeddings: bool | None = option(
+        None,
+        "Whether the head is the embedding, where no file says it.",
+        names=("--tie-word-embeddings/--no-tie-word-embeddings",),
+    )
+    allow_output_bias: bool = option(False, "Keep o_proj and MLP biases.")
+    drop_rope_scaling: bool = option(False, "Go on without rope_scaling.")
+    variant: str | None = option(
+        None, "Variant of the RWKV layers; asked for where tensors and files do not tell.", choices=tuple(VARIANTS)
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a Hub source.")
+    weights: str | None = option(
+        None,
+        "Of a ZeRO folder: master (float32) or model (what it computes with). Default: master.",
+        choices=("master", "model"),
+    )
+    adapter: tuple[str, ...] = option(
+        (), "Adapter to merge into the source, a folder or file (LoRA, DoRA, PiSSA, Bone)."
+    )
+    adapter_scale: tuple[float, ...] = option((), "Its B A is multiplied by this (with PEFT: too). One per adapter.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,14 +303,11 @@ class Layers(Group):
 
     PANEL: ClassVar[str] = "Layers"
 
-    layer_map: Annotated[
-        str | None,
-        Option(help="Layer map (name or TOML file). Default: the teacher's shipped map, else evenly spaced."),
-    ] = None
-    gqa_layers: Annotated[
-        str | None, Option(help="Layers that stay GQA: 8,15-17,-1, none, all.", convert=layers_text)
-    ] = None
-    allow_gqa_layer_0: Annotated[bool, Option(help="Accept layer 0 as GQA (loaders disagree).")] = False
+    layer_map: str | None = option(
+        None, "Layer map (name or TOML file). Default: the teacher's shipped map, else evenly spaced."
+    )
+    gqa_layers: str | None = option(None, "Layers that stay GQA: 8,15-17,-1, none, all.", convert=_layers)
+    allow_gqa_layer_0: bool = option(False, "Accept layer 0 as GQA (loaders disagree).")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,33 +316,22 @@ class Choice(Group):
 
     PANEL: ClassVar[str] = "Layers"
 
-    layers: Annotated[
-        str | None,
-        Option(help="The layers that become GQA: 8,15-17,-1, a layer map or file.", convert=layers_text),
-    ] = None
-    count: Annotated[int | None, Option(help="How many to choose. Default: L//7.")] = None
-    strategy: Annotated[str, Option(help="uniform, last, log, mse, influence, entropy, distance, kl or retrieval.")] = (
-        "uniform"
+    layers: str | None = option(None, "The layers that become GQA: 8,15-17,-1, a layer map or file.", convert=_layers)
+    count: int | None = option(None, "How many to choose. Default: L//7.")
+    strategy: str = option("uniform", "uniform, last, log, mse, influence, entropy, distance, kl or retrieval.")
+    min_gap: int | None = option(None, "Least distance of two.")
+    max_gap: int | None = option(None, "Greatest distance of two.")
+    max_consecutive: int | None = option(None, "Longest run of adjacent ones.")
+    exclude: str | None = option(None, "Layers never chosen: 0,5-7.", convert=_layers)
+    kl_mode: str = option(
+        "restore", "restore (one layer of the student) or convert (one of the teacher).", choices=("restore", "convert")
     )
-    min_gap: Annotated[int | None, Option(help="Least distance of two.")] = None
-    max_gap: Annotated[int | None, Option(help="Greatest distance of two.")] = None
-    max_consecutive: Annotated[int | None, Option(help="Longest run of adjacent ones.")] = None
-    exclude: Annotated[str | None, Option(help="Layers never chosen: 0,5-7.", convert=layers_text)] = None
-    kl_mode: Annotated[
-        str,
-        Option(
-            help="restore (one layer of the student) or convert (one of the teacher).", choices=("restore", "convert")
-        ),
-    ] = "restore"
-    log: Annotated[str | None, Option(help="Stage-1 training log (CSV), for --strategy log.")] = None
-    allow_gqa_layer_0: Annotated[bool, Option(help="Accept layer 0 as GQA (loaders disagree).")] = False
-    save: Annotated[
-        str | None,
-        Option(help="Write the choice as a layer map; interrupted scoring resumes beside it.", recorded=False),
-    ] = None
-    plot: Annotated[
-        str | None, Option(help="Draw the scores: NAME.png, .svg or .pdf.", panel="Display", recorded=False)
-    ] = None
+    log: str | None = option(None, "Stage-1 training log (CSV), for --strategy log.")
+    allow_gqa_layer_0: bool = option(False, "Accept layer 0 as GQA (loaders disagree).")
+    save: str | None = option(
+        None, "Write the choice as a layer map; interrupted scoring resumes beside it.", recorded=False
+    )
+    plot: str | None = option(None, "Draw the scores: NAME.png, .svg or .pdf.", panel="Display", recorded=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,15 +340,12 @@ class Init(Group):
 
     PANEL: ClassVar[str] = "Initial values"
 
-    init: Annotated[
-        str,
-        Option(help="openmose (published values) or calibrated (fitted to text).", choices=("openmose", "calibrated")),
-    ] = "openmose"
-    preset: Annotated[str, Option(help="openmose-stage1 (0.5 0.5 0.3 0.5) or openmose-stage2 (1.0).")] = (
-        "openmose-stage1"
+    init: str = option(
+        "openmose", "openmose (published values) or calibrated (fitted to text).", choices=("openmose", "calibrated")
     )
-    scale: Annotated[str | None, Option(help="Factors over the preset: receptance=0.5,key=1,...")] = None
-    seed: Annotated[int, Option(help="Seed of the random matrices.", least=0, most=LARGEST_SEED)] = 0
+    preset: str = option("openmose-stage1", "openmose-stage1 (0.5 0.5 0.3 0.5) or openmose-stage2 (1.0).")
+    scale: str | None = option(None, "Factors over the preset: receptance=0.5,key=1,...", convert=_scale)
+    seed: int = option(0, "Seed of the random matrices.", least=0, most=LARGEST_SEED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,10 +354,10 @@ class Tokens(Group):
 
     PANEL: ClassVar[str] = "Probe tokens"
 
-    input_ids: Annotated[TokenIds | None, Option(help="Token ids: .npy, .safetensors or .json.", convert=_ids)] = None
-    text: Annotated[str | None, Option(help="Text file, cut by the tokenizer in the folder.")] = None
-    tokens: Annotated[int, Option(help="Calibration tokens.", least=2)] = 1024
-    device: Annotated[str, Option(help="cpu or cuda.")] = "cpu"
+    input_ids: TokenIds | None = option(None, "Token ids: .npy, .safetensors or .json.", convert=_ids)
+    text: str | None = option(None, "Text file, cut by the tokenizer in the folder.")
+    tokens: int = option(1024, "Calibration tokens.", least=2)
+    device: str = option("cpu", "cpu or cuda.", convert=_device)
 
     @property
     def given(self) -> bool:
@@ -379,11 +369,11 @@ class Tokens(Group):
 class Probe(Tokens):
     """The forward of `verify`: its tokens, and how it is computed."""
 
-    tokens: Annotated[int, Option(help="Tokens per sequence.", least=1)] = 64
-    batch: Annotated[int, Option(help="Sequences.", least=1)] = 1
-    seed: Annotated[int, Option(help="Seed of random tokens.", least=0, most=LARGEST_SEED)] = 0
-    dtype: Annotated[str, Option(help="float32 or float64.", choices=("float32", "float64"))] = "float32"
-    logits_out: Annotated[str | None, Option(help="Write input_ids, logits and hidden.{i} as safetensors.")] = None
+    tokens: int = option(64, "Tokens per sequence.", least=1)
+    batch: int = option(1, "Sequences.", least=1)
+    seed: int = option(0, "Seed of random tokens.", least=0, most=LARGEST_SEED)
+    dtype: str = option("float32", "float32 or float64.", choices=("float32", "float64"), convert=dtype_name)
+    logits_out: str | None = option(None, "Write input_ids, logits and hidden.{i} as safetensors.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -392,43 +382,34 @@ class Fit(Tokens):
 
     PANEL: ClassVar[str] = "Calibration"
 
-    text: Annotated[str | None, Option(help="Text file, cut by the teacher's tokenizer.")] = None
-    chunk: Annotated[int, Option(help="Tokens per sequence: no decay can see beyond it.", least=2)] = 2048
-    random_tokens: Annotated[bool, Option(help="Fit to random tokens (much worse).")] = False
-    refit_output: Annotated[
-        str,
-        Option(help="Fit the output matrix too: auto, never or always.", choices=("auto", "never", "always")),
-    ] = "auto"
-    refine_steps: Annotated[int, Option(help="Local refinement after the closed form; 0 for none.", least=0)] = 100
-    fold_rope: Annotated[bool, Option(help="Fold the mean rotation into q of GQA layers.")] = False
-    polish_tokens: Annotated[
-        int, Option(help="Then train all mixers together on so many tokens of the text; 0: not.", least=0)
-    ] = 0
-    polish_only: Annotated[bool, Option(help="Fit no layer, only polish what the student holds.")] = False
-    plot: Annotated[
-        str | None, Option(help="Draw errors and decays by layer: NAME.png, .svg or .pdf.", recorded=False)
-    ] = None
+    text: str | None = option(None, "Text file, cut by the teacher's tokenizer.")
+    chunk: int = option(2048, "Tokens per sequence: no decay can see beyond it.", least=2)
+    random_tokens: bool = option(False, "Fit to random tokens (much worse).")
+    refit_output: str = option(
+        "auto", "Fit the output matrix too: auto, never or always.", choices=("auto", "never", "always")
+    )
+    refine_steps: int = option(100, "Local refinement after the closed form; 0 for none.", least=0)
+    fold_rope: bool = option(False, "Fold the mean rotation into q of GQA layers.")
+    polish_tokens: int = option(0, "Then train all mixers together on so many tokens of the text; 0: not.", least=0)
+    polish_only: bool = option(False, "Fit no layer, only polish what the student holds.")
+    plot: str | None = option(None, "Draw errors and decays by layer: NAME.png, .svg or .pdf.", recorded=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check(Group):
     """What is expected of a comparison; None: what the two architectures, or the student's record, imply."""
 
-    expect: Annotated[
-        str | None,
-        Option(
-            help="untrained, calibrated, attention-trained, identical, close or report. Default: identical for the same"
-            " architecture; for a student and its teacher what its record says, else attention-trained.",
-            choices=(*STAGES, "identical", "close", "report"),
-        ),
-    ] = None
-    max_logit: Annotated[float | None, Option(help="Largest difference of a logit (identical: 0).", least=0)] = None
-    max_layer: Annotated[float | None, Option(help="Largest relative error of a layer (close: 0.01).", least=0)] = None
-    max_kl: Annotated[float | None, Option(help="Largest KL, in nats per token (close: 0.001).", least=0)] = None
-    plot: Annotated[
-        str | None, Option(help="Draw errors and cosine by depth: NAME.png, .svg or .pdf.", panel="Display")
-    ] = None
-    overwrite: Annotated[bool, Option(help="Replace the files of --logits-out and --plot.", panel="Display")] = False
+    expect: str | None = option(
+        None,
+        "untrained, calibrated, attention-trained, identical, close or report. Default: identical for the same"
+        " architecture; for a student and its teacher what its record says, else attention-trained.",
+        choices=(*STAGES, "identical", "close", "report"),
+    )
+    max_logit: float | None = option(None, "Largest difference of a logit (identical: 0).", least=0)
+    max_layer: float | None = option(None, "Largest relative error of a layer (close: 0.01).", least=0)
+    max_kl: float | None = option(None, "Largest KL, in nats per token (close: 0.001).", least=0)
+    plot: str | None = option(None, "Draw errors and cosine by depth: NAME.png, .svg or .pdf.", panel="Display")
+    overwrite: bool = option(False, "Replace the files of --logits-out and --plot.", panel="Display")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -437,31 +418,22 @@ class Write(Group):
 
     PANEL: ClassVar[str] = "Output"
 
-    format: Annotated[
-        str | None,
-        Option(
-            help="hf, pth or training (attention alone). Default: by OUT's suffix.", choices=("hf", "pth", "training")
-        ),
-    ] = None
-    max_shard_size: Annotated[
-        str, Option(help="Largest file of an hf folder: 5GB, 500MB, 4GiB.", convert=_size_text)
-    ] = "5GB"
-    copy_code: Annotated[bool, Option(help="Copy .py files of the source too.")] = False
-    keep_shell: Annotated[bool, Option(help="Carry vision tensors and processor files through.")] = False
-    dry_run: Annotated[bool, Option(help="Print the plan, write nothing.", recorded=False)] = False
-    overwrite: Annotated[bool, Option(help="Replace OUT once the new one is complete.", recorded=False)] = False
-    resume: Annotated[bool, Option(help="Continue an interrupted run.", recorded=False)] = False
-    verify: Annotated[
-        bool, Option(help="Skip the check of what was written.", names=(" /--no-verify",), recorded=False)
-    ] = True
-    workers: Annotated[int | None, Option(help="Threads. Default: 2, or 1 on one core.", least=1, recorded=False)] = (
-        None
+    format: str | None = option(
+        None, "hf, pth or training (attention alone). Default: by OUT's suffix.", choices=("hf", "pth", "training")
     )
-    digest: Annotated[
-        str, Option(help="Per tensor: crc32, sha256 or none.", choices=("crc32", "sha256", "none"), recorded=False)
-    ] = "crc32"
-    allow_nonfinite: Annotated[bool, Option(help="Go on although a source holds NaN or Inf.", recorded=False)] = False
-    push_to: Annotated[str | None, Option(help="ORG/NAME: upload the finished folder, private.", recorded=False)] = None
+    max_shard_size: str = option("5GB", "Largest file of an hf folder: 5GB, 500MB, 4GiB.", convert=_size_text)
+    copy_code: bool = option(False, "Copy .py files of the source too.")
+    keep_shell: bool = option(False, "Carry vision tensors and processor files through.")
+    dry_run: bool = option(False, "Print the plan, write nothing.", recorded=False)
+    overwrite: bool = option(False, "Replace OUT once the new one is complete.", recorded=False)
+    resume: bool = option(False, "Continue an interrupted run.", recorded=False)
+    verify: bool = option(True, "Skip the check of what was written.", names=(" /--no-verify",), recorded=False)
+    workers: int | None = option(None, "Threads. Default: 2, or 1 on one core.", least=1, recorded=False)
+    digest: str = option(
+        "crc32", "Per tensor: crc32, sha256 or none.", choices=("crc32", "sha256", "none"), recorded=False
+    )
+    allow_nonfinite: bool = option(False, "Go on although a source holds NaN or Inf.", recorded=False)
+    push_to: str | None = option(None, "ORG/NAME: upload the finished folder, private.", recorded=False)
 
     @property
     def max_shard_bytes(self) -> int:

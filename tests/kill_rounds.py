@@ -116,8 +116,7 @@ def start(words: Sequence[str], log: Path) -> int:
     if pid:
         return pid
     try:
-        from hxaconv.cli.app import app
-        from hxaconv.cli.exits import guarded
+        from hxaconv.cli.app import app, guarded
 
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(out, 1)

@@ -24,8 +24,7 @@ import torch.distributed  # noqa: F401
 from kill_rounds import TEACHER
 from writing import leftovers, tree
 
-from hxaconv.cli.app import app
-from hxaconv.cli.exits import guarded
+from hxaconv.cli.app import app, guarded
 from hxaconv.save import fill, interruption
 
 OPTIONS = ("--gqa-layers", "2,5", "--max-shard-size", "1MB", "--no-verify", "--quiet")

@@ -98,6 +98,14 @@ def test_options_are_keywords_groups_or_mappings(tiny_teacher: Path, tmp_path: P
         ({"workers": 0}, "workers: 0 is not possible"),
         ({"workers": 0, "seed": -1}, "seed: -1 .*\n.*workers: 0 |workers: 0 .*\n.*seed: -1"),
         ({"gqa_layers": object()}, "gqa_layers: .* is neither text nor layer numbers"),
+        ({"gqa_layers": True}, "gqa_layers: True is neither text nor layer numbers"),
+        ({"gqa_layers": 1.9}, "gqa_layers: 1.9 is neither"),
+        ({"gqa_layers": [1, 2.7]}, "gqa_layers: .* is neither"),
+        ({"adapter": "a", "adapter_scale": True}, "adapter_scale: True is not a number"),
+        ({"scale": {"value": "x"}}, "scale: 'x' is not a number"),
+        ({"scale": {"valu": 1}}, "scale is not understood"),
+        ({"device": 3}, "device: 3 is not text"),
+        ({"revision": "a\0b"}, "revision: .* has a null byte"),
         ({"gqa_layers": 99}, "gqa_layers '99' of a model of 6 layers"),
         ({"dtype": torch.int8}, "unknown dtype 'int8'"),
         ({"scale": "value=x"}, "scale is not understood"),
@@ -117,6 +125,35 @@ def test_wrong_arguments_are_one_error_that_names_them(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("one", "same"),
+    [
+        ({"dtype": np.float32}, {"dtype": "float32"}),
+        ({"dtype": np.dtype("float32")}, {"dtype": torch.float32}),
+        ({"dtype": "torch.float16"}, {"dtype": "float16"}),
+        ({"scale": {"value": 0.4, "key": np.float64(1)}}, {"scale": "value=0.4,key=1"}),
+        ({"gqa_layers": np.int64(3)}, {"gqa_layers": 3.0}),
+    ],
+)
+def test_what_is_plain_is_taken(tiny_teacher: Path, tmp_path: Path, one: dict[str, Any], same: dict[str, Any]) -> None:
+    plans = [
+        hxaconv.init_from_teacher(tiny_teacher, tmp_path / "o", dry_run=True, **way).plan for way in (one, same, {})
+    ]
+    assert plans[0] == plans[1] != plans[2]
+
+
+def test_a_bar_is_shown_on_request(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hxaconv.cli import console
+
+    made: list[Told] = []
+    monkeypatch.setattr(console, "Bars", lambda: made.append(Told()) or made[0])
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    hxaconv.to_pth(student, tmp_path / "a.pth", progress=False)
+    assert not made
+    hxaconv.to_pth(student, tmp_path / "b.pth", progress=True)
+    assert made[0].titles
+
+
 def test_an_existing_target_is_refused_in_pythons_words(student: Path, tiny_teacher: Path) -> None:
     with pytest.raises(hxaconv.HxaconvError, match="add overwrite=True"):
         hxaconv.init_from_teacher(tiny_teacher, student)
@@ -129,8 +166,11 @@ def test_an_existing_target_is_refused_in_pythons_words(student: Path, tiny_teac
         ("to_training", {"source": "a", "out": "b", "pad_ffn": 256}, "pad_ffn"),
         ("to_hf", {"source": "a", "out": "b", "all_tensors": True}, "all_tensors"),
         ("to_pth", {"source": "a", "out": "b", "write": hxaconv.Write(copy_code=True)}, "copy_code: it has no use"),
-        ("calibrate", {"source": "a", "out": "b"}, "calibrate needs teacher"),
-        ("verify", {}, "verify needs source"),
+        ("calibrate", {"source": "a", "out": "b"}, "calibrate: .*'teacher'"),
+        ("verify", {}, "verify: .*'source'"),
+        ("to_hf", {"source": "a", "out": ""}, "out: it is empty"),
+        ("to_pth", {"source": "a", "out": "b", "progress": 5}, "progress: 5 is no hxaconv.Progress, it lacks start"),
+        ("to_pth", {"source": "a", "out": "b", "progress": hxaconv.Progress}, "progress: .* its class"),
     ],
 )
 def test_arguments_of_others_and_lacking_ones_are_refused(
@@ -138,8 +178,10 @@ def test_arguments_of_others_and_lacking_ones_are_refused(
 ) -> None:
     with pytest.raises(hxaconv.HxaconvError, match=message):
         getattr(hxaconv, function)(**arguments)
-    with pytest.raises(hxaconv.HxaconvError, match="without a name"):
+    with pytest.raises(hxaconv.HxaconvError, match="to_hf: too many positional"):
         hxaconv.to_hf("a", "b", "c")
+    with pytest.raises(hxaconv.HxaconvError, match="to_hf: multiple values for argument 'source'"):
+        hxaconv.to_hf("a", "b", source="c")
 
 
 def test_messages_name_arguments_and_leave_commands_alone() -> None:

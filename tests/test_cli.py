@@ -284,6 +284,15 @@ def test_verify_finds_what_was_changed(
         ("verify", "{teacher}", "--device", "warp"),
         ("maps", "rekka-flash"),
         ("no-such-command",),
+        ("inspect", ""),
+        ("init-from-teacher", "{teacher}", ""),
+        ("init-from-teacher", "{teacher}", "{tmp}/o\0"),
+        ("init-from-teacher", "{teacher}", "{tmp}/" + "o" * 300),
+        ("init-from-teacher", "{teacher}", "{tmp}/o", "--push-to", ""),
+        ("verify", "{teacher}", "--against", "a/" * 3000),
+        ("verify", "{teacher}", "--logits-out", "\0.safetensors"),
+        ("pick-gqa-layers", "{teacher}", "--count", "2", "--save", "m" * 300),
+        ("demo", "a/" * 3000),
     ],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any
+from typing import Any
 
 from hxaconv.calibration.polish import PolishReport
 from hxaconv.formats.json_files import plain_data
 from hxaconv.forward.state import computed_with
-from hxaconv.options import Fit, Option, Tokens, options_of
+from hxaconv.options import Fit, Tokens, option, options_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings(Fit):
     """How layers are fitted."""
 
-    workers: Annotated[int, Option(help="Threads on a CPU; the result does not depend on them.", least=1)] = 2
+    workers: int = option(2, "Threads on a CPU; the result does not depend on them.", least=1)
 
     def of_result(self) -> dict[str, Any]:
         """The settings that the result depends on, beside the tokens."""

@@ -1,20 +1,28 @@
-"""The command line, made from the functions of the package: parses, calls the function, and shows what came of it."""
+"""The command line, made from the functions of the package: parses, calls the function, shows what came of it, and
+ends with an exit code, errors without a traceback, interruptions with what is kept."""
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import inspect
+import io
 import re
 import sys
+import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
+from hxaconv import ranks
 from hxaconv.calls import MISSING, Parameter, invoke, parameters_of
-from hxaconv.cli.exits import guarded, refuse_unknown, stopping
+from hxaconv.cli.console import Talk, render_error
 from hxaconv.commands import COMMANDS
-from hxaconv.options import Display, WrongOption
+from hxaconv.errors import HxaconvError, out_of_memory
+from hxaconv.options import Option, WrongOption
+from hxaconv.save.interruption import NOTHING_PUBLISHED, ignore_from_now
 
 app = typer.Typer(
     name="hxaconv",
@@ -24,6 +32,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+DISPLAY = (
+    Parameter("json", bool, False, Option("Print the result as JSON.", panel="Display")),
+    Parameter(
+        "quiet",
+        bool,
+        False,
+        Option("Print nothing but warnings and errors.", panel="Display", names=("--quiet", "-q")),
+    ),
+)
+"""What every command takes beside the options of its function."""
 
 
 @app.callback(invoke_without_command=True)
@@ -41,10 +59,9 @@ def root(
 
 def command(name: str, function: Callable[..., Any]) -> None:
     """Make `hxaconv NAME` of a function: its arguments and options, and those of its groups, with their help."""
+    found = [*parameters_of(function), *DISPLAY]
 
     def run(**values: Any) -> None:
-        from hxaconv.cli.console import Talk
-
         talk = Talk(quiet=values.pop("quiet"), json_output=values.pop("json"))
         try:
             with stopping():
@@ -53,17 +70,11 @@ def command(name: str, function: Callable[..., Any]) -> None:
             words = {parameter.name: parameter.words[0].split("/")[-1] for parameter in found}
             raise WrongOption(error.lines, lambda name: words.get(name, name)) from None
 
-    found = [*parameters_of(function), *parameters_of(_display)]
     parameters = [_typer_parameter(parameter) for parameter in found]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = _help(inspect.getdoc(function) or "")
-    needed = any(parameter.default is MISSING for parameter in found)
-    app.command(name, no_args_is_help=needed)(run)
-
-
-def _display(json: Display.Json = False, quiet: Display.Quiet = False) -> None:
-    """What every command takes beside the options of its function."""
+    app.command(name, no_args_is_help=any(parameter.default is MISSING for parameter in found))(run)
 
 
 def _typer_parameter(parameter: Parameter) -> inspect.Parameter:
@@ -89,23 +100,89 @@ def _typer_parameter(parameter: Parameter) -> inspect.Parameter:
 
 def _help(doc: str) -> str:
     """The text of `--help`: what the function says it does, and the examples of its command line."""
-    said, *sections = re.split(r"\n\n(?=[A-Z][a-z ]+:\n)", doc)
+    described, *sections = re.split(r"\n\n(?=[A-Z][a-z ]+:\n)", doc)
     examples = next((text for text in sections if text.startswith("Command line:")), "")
-    lines = [line.strip() for line in examples.splitlines()[1:] if line.strip()]
-    return "\n\n".join(
-        [said, *(["[bold]Examples[/bold]" if len(lines) > 1 else "[bold]Example[/bold]"] if lines else []), *lines]
-    )
+    lines = [line.strip() for line in examples.splitlines()[1:]]
+    title = [f"[bold]Example{'s' if len(lines) > 1 else ''}[/bold]"] if lines else []
+    return "\n\n".join([described, *title, *lines])
 
 
 for _name, _function in COMMANDS.items():
     command(_name, _function)
 
 
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM, carried past Typer, which would swallow the message and the exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[None]:
+    """An interruption inside says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        message = getattr(stop, "message", NOTHING_PUBLISHED)
+        raise Stopped(message, getattr(stop, "exit_code", 130)) from None
+
+
+def refuse_unknown(words: Sequence[str]) -> None:
+    """Refuse a command that there is not, with the ones that were meant.
+
+    Raises:
+        HxaconvError: naming them.
+    """
+    word = next((word for word in words if not word.startswith("-")), None)
+    if word is None or word in COMMANDS:
+        return
+    near = [name for name in COMMANDS if name.startswith(word)]
+    near = near or difflib.get_close_matches(word, COMMANDS, n=2, cutoff=0.5)
+    meant, known = " or ".join(f"hxaconv {name}" for name in near), ", ".join(COMMANDS)
+    raise HxaconvError(
+        f"there is no command {word!r}", hint=f"Did you mean {meant}?" if near else f"Commands: {known}."
+    )
+
+
 def run() -> int:
     """Run the command that sys.argv names; returns its exit code."""
 
     def called() -> None:
-        refuse_unknown(sys.argv[1:], COMMANDS)
+        refuse_unknown(sys.argv[1:])
         app()
 
     return guarded(called)
+
+
+def guarded(run: Callable[[], Any]) -> int:
+    """Run the app: 0 done, 1 a check failed, 2 wrong use or bad input; a traceback with --debug or for our faults."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does it: what cannot be encoded, the names of some files, must not end a command.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    debug = "--debug" in sys.argv[1:]
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        ranks.join()
+        run()
+    except (HxaconvError, MemoryError, RuntimeError) as error:
+        known = error if isinstance(error, HxaconvError) else out_of_memory(error)
+        if known is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        else:
+            render_error(known)
+        return known.exit_code
+    except Stopped as stop:
+        Talk().say(stop.message)
+        ignore_from_now()
+        return stop.exit_code
+    except BrokenPipeError:
+        return 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    return 0

@@ -16,9 +16,9 @@ from hxaconv.save.documents import UNTRAINED
 from hxaconv.save.outcome import Outcome
 from hxaconv.save.output import Record, dtype_warnings, lay_out
 
-Teacher = Annotated[str, Option(help="Folder or Hub id of the teacher.", panel="Teacher and settings")]
+Teacher = Annotated[str, Option("Folder or Hub id of the teacher.", panel="Teacher and settings")]
 OfStudent = Annotated[Settings, Shown(without=("allow_output_bias", "drop_rope_scaling"))]
-Seed = Annotated[int, Option(help="Seed of random tokens.", panel="Calibration", least=0, most=LARGEST_SEED)]
+Seed = Annotated[int, Option("Seed of random tokens.", panel="Calibration", least=0, most=LARGEST_SEED)]
 
 
 def calibrate(

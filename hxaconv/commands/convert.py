@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from hxaconv.verification.report import Report
 
 OfStudent = Annotated[Settings, Shown(without=("allow_output_bias", "drop_rope_scaling"))]
-PadFfn = Annotated[int | None, Option(help="256 or 512: widen MLPs with zeros to a multiple.", panel="Output")]
-All = Annotated[bool, Option(help="Write every tensor, not only the attention.", panel="Output", names=("--all",))]
+PadFfn = Annotated[int | None, Option("256 or 512: widen MLPs with zeros to a multiple.", panel="Output")]
+All = Annotated[bool, Option("Write every tensor, not only the attention.", panel="Output", names=("--all",))]
 WriteFolder = Annotated[Write, Shown(without=("format",))]
 WriteFile = Annotated[Write, Shown(without=("format", "max_shard_size", "copy_code", "keep_shell", "push_to"))]
 

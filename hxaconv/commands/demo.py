@@ -72,7 +72,7 @@ class Demo(Result):
 
 
 def demo(
-    out: Annotated[str, Argument(help="Folder for what the demo writes.")] = "hxaconv-demo",
+    out: Annotated[str, Argument("Folder for what the demo writes.")] = "hxaconv-demo",
     *,
     call: Call,
 ) -> Demo:

@@ -14,7 +14,19 @@ from hxaconv.load import load_teacher
 from hxaconv.model import layer_choice
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
-from hxaconv.options import Argument, Fit, Init, Layers, Option, OutAny, Settings, Shown, Write, option_words
+from hxaconv.options import (
+    Argument,
+    Fit,
+    Init,
+    Layers,
+    Option,
+    OutAny,
+    Settings,
+    Shown,
+    Write,
+    dtype_name,
+    option_words,
+)
 from hxaconv.save.documents import UNTRAINED
 from hxaconv.save.outcome import Outcome
 from hxaconv.save.output import Record, lay_out
@@ -27,7 +39,7 @@ if TYPE_CHECKING:
     from hxaconv.progress import Progress
     from hxaconv.verification.report import Report
 
-Teacher = Annotated[str, Argument(help="Folder or Hub id (org/name@revision) of the teacher.")]
+Teacher = Annotated[str, Argument("Folder or Hub id (org/name@revision) of the teacher.")]
 OfTeacher = Annotated[Settings, Shown(without=("layer_map", "gqa_layers", "weights"))]
 
 
@@ -39,7 +51,7 @@ def init_from_teacher(
     settings: OfTeacher = Settings(),
     values: Init = Init(),
     calibration: Fit = Fit(),
-    dtype: Annotated[str, Option(help="Dtype of the output.", panel="Output")] = "bfloat16",
+    dtype: Annotated[str, Option("Dtype of the output.", panel="Output", convert=dtype_name)] = "bfloat16",
     write: Write = Write(),
     call: Call,
 ) -> Outcome:

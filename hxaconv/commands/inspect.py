@@ -36,9 +36,9 @@ class Inspection(Result):
 def inspect(
     source: Source,
     *,
-    stats: Annotated[bool, Option(help="Read every weight: ranges, NaN and Inf.")] = False,
+    stats: Annotated[bool, Option("Read every weight: ranges, NaN and Inf.")] = False,
     revision: Annotated[
-        str | None, Option(help="Branch, tag or commit of a Hub source.", panel="Teacher and settings")
+        str | None, Option("Branch, tag or commit of a Hub source.", panel="Teacher and settings")
     ] = None,
     call: Call,
 ) -> Inspection:

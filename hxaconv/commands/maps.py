@@ -46,9 +46,9 @@ class Maps(Result):
 
 
 def maps(
-    name: Annotated[str | None, Argument(help="A map to show: its name or a TOML file.")] = None,
+    name: Annotated[str | None, Argument("A map to show: its name or a TOML file.")] = None,
     *,
-    names: Annotated[bool, Option(help="Print the table of tensor names instead.")] = False,
+    names: Annotated[bool, Option("Print the table of tensor names instead.")] = False,
 ) -> Maps:
     """List the shipped layer maps, or show one.
 

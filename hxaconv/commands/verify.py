@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from hxaconv.verification.report import Report
     from hxaconv.verification.written import DigestReport
 
-Against = Annotated[str | None, Option(help="Checkpoint to compare with: any container, student or teacher.")]
-Digests = Annotated[bool, Option(help="Only re-check the digests in hxaconv.json, without a forward.")]
+Against = Annotated[str | None, Option("Checkpoint to compare with: any container, student or teacher.")]
+Digests = Annotated[bool, Option("Only re-check the digests in hxaconv.json, without a forward.")]
 OfStudent = Annotated[Settings, Shown(without=("allow_output_bias", "drop_rope_scaling"))]
 
 
