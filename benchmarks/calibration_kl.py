@@ -21,8 +21,7 @@ from torch import Tensor
 
 from hxaconv.calibration import Settings
 from hxaconv.calibration.streaming import calibrate
-from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.teacher import open_teacher
+from hxaconv.load import load_teacher
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
@@ -69,7 +68,7 @@ def distances(teacher: Model, student: Model) -> dict[str, float]:
 def measure(case: str, workers: int) -> dict[str, Any]:
     """One line of the table."""
     name, tokens, how = CASES[case]
-    teacher = open_teacher(open_checkpoint(str(TEACHER)))
+    teacher = load_teacher(str(TEACHER))
     config = student_of(teacher.config, MAPS[name])
     settings = InitSettings(PRESETS["openmose-stage1"], 0, "BF16")
     plain = Model(config, init_from_teacher(teacher.plan, config, settings), "student")

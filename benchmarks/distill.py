@@ -23,8 +23,7 @@ from hxaconv.calibration import Settings
 from hxaconv.calibration.streaming import calibrate
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
-from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.teacher import open_teacher
+from hxaconv.load import load_teacher
 from hxaconv.model.config import StudentConfig, student_of
 from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention
@@ -175,7 +174,7 @@ def main() -> None:
     options = parser.parse_args()
     table = options.out / "distill.csv"
     rows = list(csv.DictReader(table.open())) if table.exists() else []
-    teacher = open_teacher(open_checkpoint(str(TEACHER)))
+    teacher = load_teacher(str(TEACHER))
     text = written_by(teacher, loaded(teacher.plan).__getitem__, options.tokens // LENGTH)
     for init in options.inits:
         weights, config = start(init, teacher)

@@ -14,14 +14,13 @@ from pathlib import Path
 
 def initialise(teacher: str) -> None:
     """Make every initial value of the default student, and print how long it took."""
-    from hxaconv.load.checkpoint import open_checkpoint
-    from hxaconv.load.teacher import open_teacher
+    from hxaconv.load import load_teacher
     from hxaconv.model.config import student_of
     from hxaconv.model.layer_choice import uniform
     from hxaconv.model.plan import Buffers
     from hxaconv.surgery.initial import initial_parameters
 
-    model = open_teacher(open_checkpoint(teacher))
+    model = load_teacher(teacher)
     config = student_of(model.config, uniform(model.config.num_hidden_layers))
     buffers, nbytes = Buffers(), 0
     start, busy = time.monotonic(), time.process_time()

@@ -92,8 +92,7 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from hxaconv.load.checkpoint import open_checkpoint
-    from hxaconv.load.teacher import open_teacher
+    from hxaconv.load import load_teacher
     from hxaconv.model.config import student_of
     from hxaconv.model.model import Model
     from hxaconv.selection.advice import Request, advise
@@ -101,7 +100,7 @@ def main() -> None:
 
     if not (arguments.folder / "config.json").is_file():
         write_teacher(arguments.folder)
-    teacher = open_teacher(open_checkpoint(arguments.folder))
+    teacher = load_teacher(arguments.folder)
     config = student_of(teacher.config, ())
     settings = InitSettings(PRESETS["openmose-stage1"], 0, "BF16")
     student = Model(config, init_from_teacher(teacher.plan, config, settings), "student")

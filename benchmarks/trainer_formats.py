@@ -135,7 +135,7 @@ def differences(folder: Path, expected: Mapping[str, Any]) -> list[str]:
     """Tensors that hxaconv reads otherwise from a folder."""
     import torch
 
-    from hxaconv.load.trained import find_trained
+    from hxaconv.load.checkpoint import find_trained
     from hxaconv.surgery.arithmetic import tensor
 
     trained = find_trained(folder, str(folder))

@@ -59,7 +59,7 @@ def filled(folder: Path) -> None:
     """Random bits where the master weights stand, none of them NaN."""
     import numpy as np
 
-    from hxaconv.load.trained import find_trained
+    from hxaconv.load.checkpoint import find_trained
     from hxaconv.model.plan import Ranges
 
     trained = find_trained(folder, str(folder))
@@ -130,7 +130,7 @@ def lora(path: Path, source: Path) -> Path:
     """An adapter of every projection and MLP matrix."""
     import torch
 
-    from hxaconv.load.trained import find_trained
+    from hxaconv.load.checkpoint import find_trained
 
     trained = find_trained(source, str(source))
     assert trained is not None

@@ -45,11 +45,11 @@ from hxaconv.formats.dtypes import num_bytes  # noqa: E402
 from hxaconv.formats.files import Extent, SourceFile  # noqa: E402
 from hxaconv.formats.json_files import as_bytes, read_json  # noqa: E402
 from hxaconv.formats.unpickler import parse  # noqa: E402
+from hxaconv.load import load_teacher  # noqa: E402
 from hxaconv.load.checkpoint import assemble  # noqa: E402
+from hxaconv.load.files import Folder  # noqa: E402
 from hxaconv.load.inspection import inspect  # noqa: E402
 from hxaconv.load.student import is_student, student_model  # noqa: E402
-from hxaconv.load.teacher import open_teacher  # noqa: E402
-from hxaconv.load.weight_files import Folder  # noqa: E402
 from hxaconv.model.config import student_of  # noqa: E402
 from hxaconv.model.plan import Buffers, Plan, Ranges, Recipe  # noqa: E402
 from hxaconv.save.documents import model_card, student_json  # noqa: E402
@@ -158,7 +158,7 @@ def fuzz_config(data: bytes) -> None:
         student = student_model(opened)
         config, carried = student.student, student.raw
     else:
-        teacher = open_teacher(opened)
+        teacher = load_teacher(opened)
         config, carried = student_of(teacher.config, ()), teacher.raw
     as_bytes(student_json(config, carried, "BF16"))
     model_card(config, base_model="x", purpose="", how="", raw=carried)

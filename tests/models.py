@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hxaconv.forward.tokens import probe_tokens
+from hxaconv.load import load_teacher
 from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.partial import graft
 from hxaconv.load.student import student_model
-from hxaconv.load.teacher import open_teacher
+from hxaconv.load.tensors import graft
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
+from hxaconv.options import Settings
 from hxaconv.surgery.arithmetic import computed, tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.report import Report
@@ -54,17 +55,17 @@ def expected(name: str) -> dict[str, Tensor]:
 
 def teacher(name: str) -> Model:
     """The teacher of a golden case."""
-    return open_teacher(open_checkpoint(GOLDEN / name / "teacher"))
+    return load_teacher(GOLDEN / name / "teacher")
 
 
 def student(name: str, container: str = "student.pth") -> Model:
     """The student of a golden case; a training checkpoint is completed by the teacher."""
     base = teacher(name)
-    told = {"rwkv_architecture": "hxa079"}
-    model = student_model(open_checkpoint(GOLDEN / name / container), flags=told, teacher=base.teacher)
+    settings = Settings(variant="hxa079")
+    model = student_model(open_checkpoint(GOLDEN / name / container), settings, teacher=base.teacher)
     if container != "trained_attention.pth":
         return model
-    return Model(model.config, graft(model.plan, base.plan, model.student).plan, model.label)
+    return Model(model.config, graft(model.plan, base.plan, model.student), model.label)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -21,8 +21,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
 from hxaconv.forward.pool import Pool
-from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.teacher import open_teacher
+from hxaconv.load import load_teacher
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import TeacherConfig, student_of
 from hxaconv.model.model import Model
@@ -79,7 +78,7 @@ class Proof:
     """The trained teacher, its plain student, and the KL of any student plan on held-out tokens."""
 
     def __init__(self):
-        self.teacher = open_teacher(open_checkpoint(TINY_TEACHER))
+        self.teacher = load_teacher(TINY_TEACHER)
         self.student = plain_student(self.teacher)
         self.ids = tokens("heldout")
         with torch.no_grad():
@@ -249,7 +248,7 @@ def test_reported_errors_are_those_of_the_reference_forward(small):
 
 
 def test_norms_on_q_and_k():
-    teacher = open_teacher(open_checkpoint(GOLDEN / "qwen3_tiny" / "teacher"))
+    teacher = load_teacher(GOLDEN / "qwen3_tiny" / "teacher")
     student = plain_student(teacher, (2,))
     found = calibrate(teacher, student, some_ids(teacher, (4, 64)), QUICK)
     never_worse(found, student)

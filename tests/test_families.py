@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hxaconv.forward import llama
+from hxaconv.load import load_teacher
 from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.teacher import open_teacher
 from hxaconv.model.rope import Rope
+from hxaconv.options import Settings
 from hxaconv.surgery.arithmetic import tensor
 
 transformers = pytest.importorskip("transformers")
@@ -92,7 +93,7 @@ def build(folder: Path, name: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_agrees(name: str, tmp_path: Path) -> None:
     ids, expected = build(tmp_path, name)
-    model = open_teacher(open_checkpoint(tmp_path), allow_output_bias=True)
+    model = load_teacher(tmp_path, Settings(allow_output_bias=True))
     get = lambda name: tensor(model.plan[name], dtype=torch.float64)  # noqa: E731
     logits, _ = llama.forward(ids, get, model.config)
     assert logits.dtype == expected.dtype == torch.float64
@@ -139,7 +140,7 @@ def test_the_text_model_of_a_shell_is_taken(name: str, tmp_path: Path, cli: Call
     with torch.no_grad():
         expected = model(ids).logits
     checkpoint = open_checkpoint(shell)
-    teacher = open_teacher(checkpoint)
+    teacher = load_teacher(checkpoint)
     found, _ = llama.forward(ids, lambda key: tensor(teacher.plan[key], dtype=torch.float64), teacher.config)
     assert (found - expected).abs().max() < AGREEMENT
     parts = {"Mistral3": ("vision_tower", "multi_modal_projector"), "Qwen3VL": ("visual",)}[name]
@@ -182,7 +183,7 @@ def test_what_remains_is_the_float32_of_transformers(tmp_path: Path, monkeypatch
         return scores.masked_fill(future, -torch.inf).softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
     ids, expected = build(tmp_path, "llama")
-    model = open_teacher(open_checkpoint(tmp_path))
+    model = load_teacher(tmp_path)
     get = lambda name: tensor(model.plan[name], dtype=torch.float64)  # noqa: E731
     before = (llama.forward(ids, get, model.config)[0] - expected).abs().max()
     monkeypatch.setattr(llama, "rmsnorm", float32_norm)

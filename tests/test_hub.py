@@ -24,12 +24,13 @@ ROOT = Path(__file__).parents[1]
 TEACHER = Path(__file__).parent / "golden" / "reka_tiny" / "teacher"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
+DOWNLOAD = "checkpoint = open_checkpoint('org/teacher'); download([checkpoint], checkpoint.files)"
 PRELUDE = """
 import sys
 from pathlib import Path
 from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.errors import HxaconvError
-from hxaconv.load.checkpoint import download_weights
+from hxaconv.load.models import download
 from hxaconv.save.run import push_folder
 from hxaconv.model.plan import Buffers
 def digest(checkpoint):
@@ -141,15 +142,15 @@ def test_weights_are_downloaded_when_first_read(hub: Hub) -> None:
 def test_download_with_progress_in_bytes(hub: Hub) -> None:
     found = hub.run("""
         checkpoint, bar = open_checkpoint("org/teacher"), Bar()
-        download_weights(checkpoint, bar)
+        download([checkpoint], checkpoint.files, progress=bar)
         print(bar.total == bar.done == sum(file.size for file in checkpoint.files), bar.stopped, digest(checkpoint))
-        download_weights(checkpoint, bar)
+        download([checkpoint], checkpoint.files, progress=bar)
     """)
     assert found == f"True True {local_digest()}"
 
 
 def test_without_network_the_cache_serves(hub: Hub) -> None:
-    hub.run("download_weights(open_checkpoint('org/teacher'))")
+    hub.run(DOWNLOAD)
     script = "c = open_checkpoint('org/teacher'); print(digest(c), c.repo, len(c.revision))"
     expected = f"{local_digest()} org/teacher 40"
     assert hub.run(script, HF_HUB_OFFLINE="1") == expected
@@ -157,7 +158,7 @@ def test_without_network_the_cache_serves(hub: Hub) -> None:
 
 
 def test_a_refusal_is_not_answered_from_the_cache(hub: Hub) -> None:
-    hub.run("download_weights(open_checkpoint('org/teacher'))")
+    hub.run(DOWNLOAD)
     hub.server.repos["org/teacher"].private = True
     assert "no such model on the Hub" in hub.run("open_checkpoint('org/teacher')")
 
@@ -299,7 +300,7 @@ def test_wrong_digest_is_an_error(hub: Hub) -> None:
 
 @pytest.mark.slow
 def test_damaged_file_in_the_cache(hub: Hub) -> None:
-    hub.run("download_weights(open_checkpoint('org/teacher'))")
+    hub.run(DOWNLOAD)
     blob = hub.blobs("org/teacher") / hashlib.sha256((TEACHER / SHARDS[0]).read_bytes()).hexdigest()
     blob.write_bytes(blob.read_bytes()[:-5])
     found = hub.run("open_checkpoint('org/teacher')")

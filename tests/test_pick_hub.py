@@ -15,12 +15,12 @@ from hub_server import HubServer
 FINGERPRINT = """
 import numpy as np
 from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.checkpoint import download_weights
+from hxaconv.load.models import download
 from hxaconv.forward.state import fingerprint
-from hxaconv.load.teacher import open_teacher
+from hxaconv.load import load_teacher
 checkpoint = open_checkpoint("org/teacher")
-download_weights(checkpoint)
-print(fingerprint({"teacher": open_teacher(checkpoint)}, np.zeros((1, 2), dtype=np.int64), {}))
+download([checkpoint], checkpoint.files)
+print(fingerprint({"teacher": load_teacher(checkpoint)}, np.zeros((1, 2), dtype=np.int64), {}))
 """
 
 

@@ -15,8 +15,7 @@ from hxaconv.commands.plots import draw_advice
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.logits import Divergence
-from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.teacher import open_teacher
+from hxaconv.load import load_teacher
 from hxaconv.model import layer_choice, layer_maps
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
@@ -45,7 +44,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def teacher():
-    return open_teacher(open_checkpoint(TEACHER))
+    return load_teacher(TEACHER)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +123,7 @@ def test_restore_one_kl_equals_full_forwards(teacher, student, ids):
 @pytest.mark.parametrize("case", ["qwen3_tiny", "reka_tiny"])
 def test_kl_of_a_student_that_shares_nothing_with_its_teacher(case):
     """Norms, MLPs, embedding and head are trained too; qwen3_tiny has q/k norms, A != C and a tied head."""
-    teacher = open_teacher(open_checkpoint(GOLDEN / case / "teacher"))
+    teacher = load_teacher(GOLDEN / case / "teacher")
     student = as_if_trained(teacher, moved=None)
     ids = np.random.default_rng(0).integers(0, teacher.config.vocab_size, (2, 21))
     expected, total = brute_force_restore(teacher, student, ids)

@@ -9,8 +9,7 @@ from selection_models import TEACHER, as_if_trained
 
 from hxaconv.forward import state as state_module
 from hxaconv.forward.state import StateFile, fingerprint
-from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.teacher import open_teacher
+from hxaconv.load import load_teacher
 from hxaconv.selection import attention as retrieval
 from hxaconv.selection.advice import Request, advise
 from hxaconv.selection.sweep import Sweep
@@ -18,7 +17,7 @@ from hxaconv.selection.sweep import Sweep
 
 @pytest.fixture(scope="module")
 def teacher():
-    return open_teacher(open_checkpoint(TEACHER))
+    return load_teacher(TEACHER)
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.files import SourceFile
+from hxaconv.load import load_teacher
 from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.partial import graft
-from hxaconv.load.teacher import open_teacher
+from hxaconv.load.tensors import graft
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import student_of, teacher_config
 from hxaconv.model.model import Model
@@ -29,7 +29,7 @@ SETTINGS = InitSettings(PRESETS["openmose-stage1"], 0, "BF16")
 
 
 def teacher_of(golden: Path, case: str) -> Model:
-    return open_teacher(open_checkpoint(golden / case / "teacher"))
+    return load_teacher(golden / case / "teacher")
 
 
 def initialised(teacher: Model, layers: tuple[int, ...], settings: InitSettings = SETTINGS) -> Plan:
@@ -101,7 +101,7 @@ def test_picking_other_layers_equals_initialising_with_them(golden: Path) -> Non
 def test_picking_keeps_what_was_trained(golden: Path) -> None:
     teacher = teacher_of(golden, "reka_tiny")
     old, new = student_of(teacher.config, (2, 4)), student_of(teacher.config, (1, 4))
-    trained = graft(open_checkpoint(golden / "reka_tiny" / "trained_attention.pth").plan, teacher.plan, old).plan
+    trained = graft(open_checkpoint(golden / "reka_tiny" / "trained_attention.pth").plan, teacher.plan, old)
     picked = repick(trained, teacher.plan, old, new, SETTINGS)
     for name in picked:
         changed = ".layers.1.self_attn" in name or ".layers.2.self_attn" in name
@@ -128,9 +128,9 @@ def test_a_graft_reproduces_the_golden_student(golden: Path) -> None:
         trained = open_checkpoint(golden / case / "trained_attention.pth").plan
         grafted = graft(trained, teacher.plan, student_of(teacher.config, layers))
         expected = load_file(golden / case / "student_hf" / "model.safetensors")
-        assert set(grafted.plan) == set(expected)
-        assert all(torch.equal(tensor(grafted.plan[name]), value) for name, value in expected.items())
-        assert "model.norm.weight" in grafted.from_teacher
+        assert set(grafted) == set(expected)
+        assert all(torch.equal(tensor(grafted[name]), value) for name, value in expected.items())
+        assert grafted["model.norm.weight"] is teacher.plan["model.norm.weight"]
 
 
 def test_an_unused_trained_tensor_is_an_error(golden: Path) -> None:

@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.errors import MAX_LISTED, HxaconvError, bullet_list, raise_all
-from hxaconv.formats import Contents, read_contents
+from hxaconv.errors import MAX_LISTED, HxaconvError, bullet_list
+from hxaconv.formats import Contents, dcp, dtensor, read_contents, zero
 from hxaconv.formats.contents import show
-from hxaconv.formats.files import TEMPLATES, SourceFile, kind_of
+from hxaconv.formats.files import SourceFile
 from hxaconv.formats.json_files import PROVENANCE_NAME, read_config, read_sidecar
-from hxaconv.load.companions import is_companion
+from hxaconv.load.files import (
+    SHARD,
+    WEIGHTS,
+    Folder,
+    Index,
+    NoWeights,
+    inside,
+    is_companion,
+    listed,
+    local_folder,
+    select_weights,
+)
 from hxaconv.load.kinds import Kind, kind_of_config, kind_of_shell, kind_of_tensors
-from hxaconv.load.trained import Trained, find_trained
-from hxaconv.load.weight_files import SHARD, WEIGHTS, Folder, NoWeights, Selection, facts_of, select_weights
 from hxaconv.model import shells
 from hxaconv.model.config import teacher_config
 from hxaconv.model.model import Checkpoint
 from hxaconv.model.names import HEAD, canonical_names, detect_key_format, layer_kinds, unknown_names
-from hxaconv.model.plan import Plan, Recipe, same_bytes
+from hxaconv.model.plan import Plan, same_bytes
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
+_HUB_PAGE = re.compile(r"https?://[\w.-]+/(?P<id>[\w.-]+/[\w.-]+)(/tree/(?P<revision>[\w.-]+))?/?$")
 _CACHED_MODEL = re.compile(r"^models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)$")
-_BLOB = re.compile(r"^[0-9a-f]{40}([0-9a-f]{24})?$")
+_SHARDED = re.compile(r"^(pytorch_model_fsdp|sharded_state_dict)(_\d+)?$")
+"""What accelerate calls the folder of a sharded model inside a checkpoint's."""
+Config = Mapping[str, Any] | None
 
 
 def open_checkpoint(
@@ -63,12 +75,12 @@ def _open(spec: str | Path, revision: str | None, weights: str | None, progress:
     if revision is not None and path.exists():
         raise HxaconvError(f"--revision {revision} is for Hub ids; {text} is here", hint="Leave it out.")
     if path.is_dir():
-        return open_folder(path, label=text, weights=weights)
+        return _open_folder(path, text, weights)
     if weights is not None:
         raise HxaconvError(f"--weights {weights} is for folders that a trainer saved; {text} is none")
     if path.exists():
-        return open_file(path, label=text)
-    page = re.match(r"https?://[\w.-]+/(?P<id>[\w.-]+/[\w.-]+)(/tree/(?P<revision>[\w.-]+))?/?$", text)
+        return _open_file(path, text)
+    page = _HUB_PAGE.match(text)
     if page:  # the address of a model's page, pasted
         text = page["id"] + (f"@{page['revision']}" if page["revision"] else "")
     elif isinstance(spec, Path) or _looks_like_path(text):
@@ -79,24 +91,21 @@ def _open(spec: str | Path, revision: str | None, weights: str | None, progress:
     name, _, pinned = text.partition("@")
     if revision and pinned and revision != pinned:
         raise HxaconvError(f"{text} and --revision {revision} name two revisions", hint="Leave one of them out.")
-    return _open_hub(name, revision or pinned or None, label=text, progress=progress)
+    return _open_hub(name, revision or pinned or None, text, progress)
 
 
 def _looks_like_path(text: str) -> bool:
-    return (
-        _HUB_ID.match(text) is None
-        or text.startswith((".", "/", "~"))
-        or text.partition("@")[0].endswith((*WEIGHTS, ".json"))
-    )
+    start = text.startswith((".", "/", "~"))
+    return start or _HUB_ID.match(text) is None or text.partition("@")[0].endswith((*WEIGHTS, ".json"))
 
 
-def _open_hub(repo: str, revision: str | None, *, label: str, progress: Progress | None) -> Checkpoint:
+def _open_hub(repo: str, revision: str | None, label: str, progress: Progress | None) -> Checkpoint:
     """Open a model of the Hub, or what the cache has of it without network."""
     from hxaconv.formats import hub
 
     repository = hub.open_repository(repo, revision, progress)
     if isinstance(repository, Path):
-        return open_folder(repository, label=label, repo=repo, revision=repository.name)
+        return _open_folder(repository, label, repo=repo, revision=repository.name)
 
     def read(file: SourceFile) -> Contents:
         if file.path is None and not file.name.endswith(".safetensors"):
@@ -117,49 +126,15 @@ def _open_hub(repo: str, revision: str | None, *, label: str, progress: Progress
     return checkpoint
 
 
-def download_weights(
-    checkpoint: Checkpoint, progress: Progress | None = None, *, needed: Collection[SourceFile] | None = None
-) -> None:
-    """Download weights of a Hub checkpoint that are not in the cache: all, or those in `needed`.
-
-    There is nothing to do for a local one.
-
-    Raises:
-        HxaconvError: as for reading them; what has arrived is kept and completed by the next attempt.
-    """
-    from hxaconv.formats import hub
-
-    if isinstance(checkpoint.handle, hub.Repository):
-        missing = [file for file in checkpoint.files if file.path is None and (needed is None or file in needed)]
-        hub.download(missing, checkpoint.handle, progress)
-
-
-def open_folder(
-    path: Path, *, label: str, repo: str | None = None, revision: str | None = None, weights: str | None = None
+def _open_folder(
+    path: Path, label: str, weights: str | None = None, *, repo: str | None = None, revision: str | None = None
 ) -> Checkpoint:
-    """Open a local folder: weight files as they are published, or, without any or by `weights`, a trainer's.
-
-    Raises:
-        HxaconvError: listing what is missing, contradictory or outside the folder.
-    """
+    """Open a local folder: weight files as they are published, or, without any or by `weights`, a trainer's."""
     root, cached = path.resolve(), _CACHED_MODEL.match(path.resolve().name)
     if cached and (root / "snapshots").is_dir():
         snapshot = _snapshot(root, label)
-        return open_folder(snapshot, label=label, repo=f"{cached['org']}/{cached['name']}", revision=snapshot.name)
-    try:
-        entries = sorted(root.iterdir())
-        sizes = {name: found.stat().st_size for name, found in _files(entries)}
-    except OSError as error:
-        raise HxaconvError(f"{label}: {error.strerror}") from None
-    odd = [f"{entry.name} is {kind_of(entry)}" for entry in entries if entry.name not in sizes and _matters(entry)]
-    raise_all(f"{label}: these should be files:", odd, hint="Put the files themselves there; download again.")
-
-    def open_local(name: str) -> SourceFile:
-        target = _inside(root, name, label)
-        return SourceFile.local(target, name=name, label=f"{label.rstrip('/')}/{name}")
-
-    folder = Folder(label=label, sizes=sizes, open=open_local, root=root, repo=repo, revision=revision)
-    trained = find_trained(root, label)
+        return _open_folder(snapshot, label, repo=f"{cached['org']}/{cached['name']}", revision=snapshot.name)
+    folder, trained = local_folder(root, label, repo, revision), find_trained(root, label)
     if trained is not None and (weights is not None or trained.folder == root or not folder.weights):
         return _from_trainer(trained, folder, root, weights)
     if weights is not None:
@@ -172,17 +147,6 @@ def open_folder(
         # A state dict that was saved under ZeRO-3 without gathering: the step beside it has the values.
         return _from_trainer(trained, folder, root, weights)
     return found
-
-
-def _files(entries: Collection[Path]) -> Iterator[tuple[str, Path]]:
-    """Files of a folder by their names in it; macOS's `._NAME` beside NAME are no files of the checkpoint."""
-    for entry in entries:
-        if entry.is_file() and not entry.name.startswith("._"):
-            yield entry.name, entry
-        elif entry.name == TEMPLATES and entry.is_dir():
-            for inside in sorted(entry.iterdir()):
-                if is_companion(f"{TEMPLATES}/{inside.name}") and inside.is_file():
-                    yield f"{TEMPLATES}/{inside.name}", inside
 
 
 def _snapshot(cache: Path, label: str) -> Path:
@@ -205,6 +169,52 @@ def _snapshot(cache: Path, label: str) -> Path:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Weights that several ranks of a trainer saved, not opened yet."""
+
+    folder: Path
+    kind: str
+    """`zero` (DeepSpeed), `dcp` (torch.distributed.checkpoint) or `dtensor`."""
+    label: str
+
+    def read(self, weights: str | None) -> tuple[list[SourceFile], Contents]:
+        """Its files and the tensors in them; `weights` is `master` or `model`, where there are both.
+
+        Raises:
+            HxaconvError: for what is missing, damaged, or not put together.
+        """
+        if self.kind == "zero":
+            return zero.read_zero(self.folder, label=self.label, weights=weights)
+        if weights is not None:
+            raise HxaconvError(f"{self.label} has one set of weights", hint="Leave --weights out.")
+        read = dcp.read_dcp if self.kind == "dcp" else dtensor.read_dtensors
+        return read(self.folder, label=self.label)
+
+
+def find_trained(root: Path, label: str) -> Trained | None:
+    """What a folder holds of a trainer: itself or one folder inside; None where it holds nothing of the kind.
+
+    Raises:
+        HxaconvError: when it names a step that is not there, or holds several.
+    """
+
+    def at(folder: Path, kind: str) -> Trained:
+        return Trained(folder, kind, label if folder == root else f"{label.rstrip('/')}/{folder.name}")
+
+    step = zero.step_folder(root)
+    if step is not None:
+        return at(step, "zero")
+    if dcp.holds_dcp(root) or dtensor.holds_dtensors(root):
+        return at(root, "dcp" if dcp.holds_dcp(root) else "dtensor")
+    sharded = [path for path in sorted(root.iterdir()) if _SHARDED.match(path.name) and path.is_dir()]
+    found = [path for path in sharded if dcp.holds_dcp(path)]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise HxaconvError(f"{label} holds several models: {names}", hint="Give one of these folders.")
+    return at(found[0], "dcp") if found else None
+
+
 def _from_trainer(trained: Trained, folder: Folder, root: Path, weights: str | None) -> Checkpoint:
     """Open what several ranks saved; the small files are beside it, in the folder above, or in verl's `huggingface`."""
     files, contents = trained.read(weights)
@@ -212,70 +222,35 @@ def _from_trainer(trained: Trained, folder: Folder, root: Path, weights: str | N
     if "config.json" not in folder.sizes and trained.folder == root and others:
         beside = others[0]
 
-        def opener(name: str) -> SourceFile:
-            return SourceFile.local(_inside(beside, name, str(beside)), name=name)
+        def opened(name: str) -> SourceFile:
+            return SourceFile.local(inside(beside, name, str(beside)), name=name)
 
-        folder = replace(
-            folder, sizes={name: path.stat().st_size for name, path in _files(list(beside.iterdir()))}, open=opener
-        )
-    return _checkpoint(folder, [(files[0], contents)], _config(folder), files=files)
-
-
-def _matters(entry: Path) -> bool:
-    """Whether an entry that is no file stands where a checkpoint has one; folders may have any other name."""
-    if entry.name.startswith("._"):
-        return False
-    if is_companion(entry.name) or entry.name == "config.json" or entry.name.endswith(".index.json"):
-        return True
-    return entry.name.endswith(WEIGHTS) and (not entry.is_dir() or entry.name.startswith(("model", "pytorch_model")))
+        sizes = {name: path.stat().st_size for name, path in listed(beside.iterdir())}
+        folder = replace(folder, sizes=sizes, open=opened)
+    return _checkpoint(folder, _config(folder), [(files[0], contents)], files=files)
 
 
-def _inside(root: Path, name: str, label: str) -> Path:
-    """The path of a file of the folder, unless a link leads out of it.
-
-    Links into the Hub's cache are followed wherever it is: a file there is named by the digest of its content,
-    so that whoever can write such a link knows the content already, and nothing private is copied by following it.
-    """
-    target = (root / name).resolve()
-    model = target.parent.parent
-    own = root.parent.name == "snapshots" and root.parent.parent == model
-    blob = target.parent.name == "blobs" and (own or (model.name.startswith("models--") and _BLOB.match(target.name)))
-    if not blob and not target.is_relative_to(root):
-        raise HxaconvError(
-            f"{label}: {show(name)} is a link to {target}, outside the folder",
-            hint="Copy the file into the folder if it belongs there.",
-        )
-    return root / name
-
-
-def open_file(path: Path, *, label: str) -> Checkpoint:
-    """Open one weight file, with the config or sidecar beside it.
-
-    Raises:
-        HxaconvError: when it is damaged, of an unknown kind, or one shard of several.
-    """
+def _open_file(path: Path, label: str) -> Checkpoint:
+    """Open one weight file, with the config or sidecar beside it."""
     shard = SHARD.search(path.name)
     if shard and int(shard[2]) > 1:
         raise HxaconvError(f"{label} is one of {int(shard[2])} shards", hint=f"Give the folder instead: {path.parent}")
     file = SourceFile.local(path, label=label)
     root, where = path.parent.resolve(), str(path.parent)
-
-    def beside(name: str) -> SourceFile:
-        return SourceFile.local(_inside(root, name, where), label=str(path.parent / name))
-
     whole = path.suffix in (".safetensors", ".bin") and (root / "config.json").is_file()
-    config = read_config(beside("config.json")) if whole else None
-    contents = read_contents(file)
-    sidecar = path.with_suffix(".json")
-    named = [name for name, _ in _files(list(root.iterdir())) if is_companion(name)] if whole else []
-    folder = Folder(label=label, sizes=dict.fromkeys(named, 0), open=beside, root=path.resolve())
-    has_sidecar = contents.container != "safetensors" and sidecar.is_file()
-    return _checkpoint(
-        folder, [(file, contents)], config, sidecar=read_sidecar(beside(sidecar.name)) if has_sidecar else None
-    )
+    names = [name for name, _ in listed(root.iterdir()) if is_companion(name)] if whole else []
+    if path.with_suffix(".json").is_file():
+        names.append(path.with_suffix(".json").name)
+
+    def opened(name: str) -> SourceFile:
+        return SourceFile.local(inside(root, name, where), label=str(path.parent / name))
+
+    folder = Folder(label=label, sizes=dict.fromkeys(sorted(names), 0), open=opened, root=path.resolve())
+    config = read_config(opened("config.json")) if whole else None
+    return _checkpoint(folder, config, [(file, read_contents(file))])
 
 
-def _config(folder: Folder) -> Mapping[str, Any] | None:
+def _config(folder: Folder) -> Config:
     return read_config(folder.open("config.json")) if "config.json" in folder.sizes else None
 
 
@@ -290,18 +265,13 @@ def assemble(folder: Folder) -> Checkpoint:
     if kind is not None and folder.handle is not None:  # before anything large is read over the network
         return _nothing_of(folder, config, kind.error(folder.label))
     try:
-        selection = select_weights(folder)
+        names, index = select_weights(folder)
     except NoWeights as error:
         return _nothing_of(folder, config, kind.error(folder.label) if kind else error)
-    opened = [(file, folder.read(file)) for file in map(folder.open, selection.names)]
-    sidecar = None
-    if len(opened) == 1 and opened[0][1].container != "safetensors":
-        beside = str(PurePosixPath(selection.names[0]).with_suffix(".json"))
-        sidecar = read_sidecar(folder.open(beside)) if beside in folder.sizes else None
-    return _checkpoint(folder, opened, config, selection=selection, sidecar=sidecar)
+    return _checkpoint(folder, config, [(file, folder.read(file)) for file in map(folder.open, names)], index)
 
 
-def _nothing_of(folder: Folder, config: Mapping[str, Any] | None, problem: HxaconvError) -> Checkpoint:
+def _nothing_of(folder: Folder, config: Config, problem: HxaconvError) -> Checkpoint:
     """A checkpoint of which nothing but its config is known."""
     return Checkpoint(
         label=folder.label,
@@ -317,33 +287,29 @@ def _nothing_of(folder: Folder, config: Mapping[str, Any] | None, problem: Hxaco
 
 def _checkpoint(
     folder: Folder,
-    opened: list[tuple[SourceFile, Contents]],
-    config: Mapping[str, Any] | None,
+    config: Config,
+    opened: Sequence[tuple[SourceFile, Contents]],
+    index: Index | None = None,
     *,
-    selection: Selection | None = None,
     files: Collection[SourceFile] = (),
-    sidecar: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    selection = selection or Selection(names=())
-    merged, problem = _merged(folder, opened, selection), None
+    """What stands in weight files that are open; `files` are those that a trainer's contents were put together of."""
+    merged, problem = _merged(folder.label, opened, index), None
     shell = {name: recipe for name, recipe in merged.items() if shells.is_part(name)}
     names = {shells.text_name(name): name for name in merged if name not in shell}
-    shell_config = shells.shell_settings(config or {})
-    wrapped = kind_of_shell(config or {})
-    if config is not None and "text_config" in config:
-        config = shells.text_config(config)
+    text = shells.text_config(config) if config is not None and "text_config" in config else config
     key_format = detect_key_format(names)
     try:
         found_names, unknown = canonical_names(names, key_format, folder.label)
         canonical, unknown = {names[old]: new for old, new in found_names.items()}, [names[name] for name in unknown]
     except HxaconvError as error:
-        canonical, unknown, problem = {}, [], problem or error
+        canonical, unknown, problem = {}, [], error
     plan = {new: merged[old] for old, new in canonical.items() if new is not None}
     misfits = {name: recipe for name, recipe in plan.items() if not _fits(name, recipe.shape)}
-    first = opened[0][1]
-    extra = {**first.extra, **facts_of(selection, opened)}
-    for key in ("ignored", "aliases"):
-        extra[key] = [entry for _, contents in opened for entry in contents.extra.get(key, ())]
+    (first_file, first), sidecar = opened[0], None
+    beside = str(PurePosixPath(first_file.name).with_suffix(".json"))
+    if not files and len(opened) == 1 and first.container != "safetensors" and beside in folder.sizes:
+        sidecar = read_sidecar(folder.open(beside))
     found = Checkpoint(
         label=folder.label,
         container=first.container,
@@ -353,25 +319,45 @@ def _checkpoint(
         stored_names={new: old for old, new in canonical.items() if new is not None and new not in misfits},
         dropped=tuple(old for old, new in canonical.items() if new is None),
         unknown={name: merged[name] for name in unknown},
-        config=config,
+        config=text,
         sidecar=sidecar,
         record=folder.open(PROVENANCE_NAME) if PROVENANCE_NAME in folder.sizes else None,
         files=tuple(files or (file for file, _ in opened)),
         companions={name: folder.open(name) for name in folder.sizes if is_companion(name)},
         code_files={name: folder.open(name) for name in folder.sizes if re.fullmatch(r"[\w-]+\.py", name)},
-        shell_config=shell_config,
+        shell_config=shells.shell_settings(config or {}),
         shell_files={name: folder.open(name) for name in shells.PROCESSOR_FILES if name in folder.sizes},
         root=folder.root,
         repo=folder.repo,
         revision=folder.revision,
-        extra=extra,
+        extra=first.extra | _facts(folder, opened, index, trained=bool(files)),
         handle=folder.handle,
     )
-    problem = problem or _problem(found, wrapped) or _misfit(misfits, folder.label)
+    problem = problem or _problem(found, kind_of_shell(config or {})) or _misfit(misfits, folder.label)
     return replace(found, problem=problem, unknown={**found.unknown, **misfits})
 
 
-def _merged(folder: Folder, opened: list[tuple[SourceFile, Contents]], selection: Selection) -> Plan:
+def _facts(
+    folder: Folder, opened: Sequence[tuple[SourceFile, Contents]], index: Index | None, *, trained: bool
+) -> dict[str, Any]:
+    """What is worth knowing of the choice of files: those left out, and what the index says that they do not bear out.
+
+    None of it decides anything here: whether a tensor is missing or too much, the architecture says.
+    """
+    held = {name for _, contents in opened for name in contents.tensors}
+    weight_map = index.weight_map if index else {}
+    facts: dict[str, Any] = {
+        "stray_files": () if trained else folder.strays([file.name for file, _ in opened]),
+        "index": index.name if index else None,
+        "index_lacks": sorted(held - weight_map.keys()) if index else [],
+        "only_in_index": {name: file for name, file in weight_map.items() if name not in held},
+    }
+    for key in ("ignored", "aliases"):
+        facts[key] = [entry for _, contents in opened for entry in contents.extra.get(key, ())]
+    return facts
+
+
+def _merged(label: str, opened: Sequence[tuple[SourceFile, Contents]], index: Index | None) -> Plan:
     """All tensors by their stored names.
 
     Raises:
@@ -380,7 +366,7 @@ def _merged(folder: Folder, opened: list[tuple[SourceFile, Contents]], selection
     merged: Plan = {}
     differing = []
     # Files that stand for themselves are models of their own, however much alike: which one is for the user to say.
-    parts = bool(selection.weight_map) or all(SHARD.search(name) for name in selection.names)
+    parts = index is not None or all(SHARD.search(file.name) for file, _ in opened)
     for file, contents in opened:
         for name in contents.tensors:
             if name not in merged:
@@ -397,14 +383,14 @@ def _merged(folder: Folder, opened: list[tuple[SourceFile, Contents]], selection
     if not parts:
         each = "\n".join(f"  - {file.name}: {len(contents.tensors)} tensors" for file, contents in opened[:MAX_LISTED])
         raise HxaconvError(
-            f"{folder.label} holds {len(opened)} files with the same tensors, each a checkpoint of its own:\n{each}",
+            f"{label} holds {len(opened)} files with the same tensors, each a checkpoint of its own:\n{each}",
             hint="Give the one file to convert by its path.",
         )
     hint = "One of the shards is stale: download the folder again."
-    if selection.weight_map:
+    if index is not None:
         hint = "Readers take either; take the stale copy out, or download the folder again."
     raise HxaconvError(
-        f"{folder.label}: tensors that several files hold:\n" + "\n".join(f"  - {line}" for line in differing[:12]),
+        f"{label}: tensors that several files hold:\n" + "\n".join(f"  - {line}" for line in differing[:12]),
         hint=hint,
     )
 
@@ -431,17 +417,13 @@ def _problem(found: Checkpoint, wrapped: Kind | None = None) -> HxaconvError | N
                 return error
             what = f"{found.label} is {wrapped.what}, which is not converted:"
             return HxaconvError(f"{what}\n{error.message}", hint=error.hint or wrapped.way_out)
-    kind = kind_of_tensors({name: recipe.dtype for name, recipe in _all(found)}, found.unknown)
+    dtypes = {name: recipe.dtype for plan in (found.plan, found.unknown) for name, recipe in plan.items()}
+    kind = kind_of_tensors(dtypes, found.unknown)
     if kind is not None:
         return kind.error(found.label)
     if found.unknown:
         return unknown_names(list(found.unknown), found.key_format, found.label)
     return None
-
-
-def _all(found: Checkpoint) -> Iterator[tuple[str, Recipe]]:
-    yield from found.plan.items()
-    yield from found.unknown.items()
 
 
 def _misfit(misfits: Plan, label: str) -> HxaconvError | None:

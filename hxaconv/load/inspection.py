@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError
-from hxaconv.load.student import (
-    MissingSettings,
-    is_student,
-    parameters_found,
-    student_model,
-    tensor_settings,
-    variant_facts,
-)
-from hxaconv.load.teacher import split_fused
+from hxaconv.load.student import MissingSettings, is_student, parameters_found, student_model, tensor_settings
+from hxaconv.load.tensors import split_fused
 from hxaconv.model.architecture import expected_tensors
-from hxaconv.model.config import (
-    ModelConfig,
-    StudentConfig,
-    kv_cache_bytes,
-    state_bytes,
-    teacher_config,
-)
+from hxaconv.model.config import ModelConfig, StudentConfig, kv_cache_bytes, state_bytes, teacher_config
 from hxaconv.model.names import HEAD, is_attention, layer_kinds, template_of
 from hxaconv.model.plan import Buffers, Plan, Recipe, check
 from hxaconv.model.rope import rope_of
@@ -65,7 +53,7 @@ def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
         "tensors": len(everything),
         "parameters": sum(recipe.numel for recipe in everything),
         "bytes": sum(recipe.nbytes for recipe in everything),
-        "dtypes": _count(recipe.dtype for recipe in everything),
+        "dtypes": dict(Counter(recipe.dtype for recipe in everything)),
         "parts": parts(plan),
         "layers": strip(plan),
         "left_behind": list(checkpoint.dropped),
@@ -178,14 +166,13 @@ def _variant_name(checkpoint: Checkpoint) -> str:
     found = parameters_found(checkpoint.plan)
     candidates = [variant.name for variant in matching(found)]
     told = (checkpoint.config or {}).get("rwkv_architecture") or (checkpoint.sidecar or {}).get("rwkv_architecture")
-    own = variant_facts(checkpoint).get("rwkv_architecture")
     if told is not None and (not candidates or told in candidates):
         return str(told)
     if told is not None:
         return f"{' or '.join(candidates)} by its tensors, {told} by its config"
-    if candidates:
-        return own or f"{' or '.join(candidates)} (the same tensors: --variant tells)"
-    return f"unknown, the nearest is {nearest(found).name}"
+    if len(candidates) > 1:
+        return f"{' or '.join(candidates)} (the same tensors: --variant tells)"
+    return candidates[0] if candidates else f"unknown, the nearest is {nearest(found).name}"
 
 
 def strip(plan: Plan) -> str:
@@ -214,13 +201,6 @@ def parts(plan: Plan) -> dict[str, dict[str, int]]:
         entry["parameters"] += recipe.numel
         entry["bytes"] += recipe.nbytes
     return {part: entry for part, entry in sums.items() if entry["tensors"]}
-
-
-def _count(values: Iterator[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
-    return counts
 
 
 def _dimensions(checkpoint: Checkpoint, config: ModelConfig | None) -> dict[str, Any]:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hxaconv.errors import HxaconvError, raise_all, shortened
-from hxaconv.load import partial
-from hxaconv.load.checkpoint import download_weights, open_checkpoint
-from hxaconv.load.companions import refuse_broken
-from hxaconv.load.partial import complete
+from hxaconv.errors import HxaconvError, Inconsistent, raise_all, shortened
+from hxaconv.load.checkpoint import open_checkpoint
+from hxaconv.load.files import refuse_broken
 from hxaconv.load.student import FLAGS, SettingsSource, is_student, student_model, student_settings
-from hxaconv.load.teacher import open_teacher
+from hxaconv.load.tensors import complete, refuse_known_gaps, split_fused, split_tied_head
 from hxaconv.model import layer_choice, layer_maps
 from hxaconv.model.architecture import expected_tensors
-from hxaconv.model.config import ModelConfig, StudentConfig
-from hxaconv.model.model import Checkpoint, Model
+from hxaconv.model.config import ModelConfig, StudentConfig, teacher_config
+from hxaconv.model.model import Checkpoint, Model, checked_here
 from hxaconv.model.names import EMBEDDING, HEAD, is_attention, layer_kinds
-from hxaconv.model.plan import Plan, check
+from hxaconv.model.plan import Plan, check, with_origin
 from hxaconv.model.rope import rope_of
+from hxaconv.model.shells import summary
 from hxaconv.options import Settings
 
 if TYPE_CHECKING:
@@ -52,26 +51,43 @@ def load_teacher(
 
     Raises:
         HxaconvError: when it does not exist, is damaged, or is no teacher that hxa079 can carry.
+        Inconsistent: when its tensors do not fit its config, or a stored head is not the embedding that it is tied to.
     """
     settings = settings or Settings()
     checkpoint = _opened(name, settings, progress)
     if copied:
-        refuse_broken([checkpoint])
+        refuse_broken(checkpoint)
+    if checkpoint.config is None:
+        raise HxaconvError(
+            f"{checkpoint.label} has no config.json, so its dimensions and rope_theta are not known",
+            hint="Give the teacher's folder or Hub id, not one weight file.",
+        )
     tied = settings.tie_word_embeddings
-    ties = bool((checkpoint.config or {}).get("tie_word_embeddings", False)) if tied is None else tied
-    checkpoint = replace(checkpoint, plan=_with_adapters(checkpoint.plan, settings, checkpoint.label, tied=ties))
-    unfollowed = rope_of(checkpoint.config or {})[2] is not None
-    if lenient:  # a teacher without a head may have an untied student
-        tied = False if tied is False and HEAD in checkpoint.plan else None
-    return open_teacher(
-        checkpoint,
+    if lenient and tied is (HEAD in checkpoint.plan):
+        tied = None  # a teacher without a head may have an untied student, one with a head a tied one
+    config = teacher_config(
+        checkpoint.config,
+        where=checkpoint.label,
+        has_head=HEAD in checkpoint.plan,
         rope_theta=settings.rope_theta,
         rms_norm_eps=settings.rms_norm_eps,
         allow_output_bias=lenient or settings.allow_output_bias,
-        drop_rope_scaling=(lenient and unfollowed) or settings.drop_rope_scaling,
+        drop_rope_scaling=settings.drop_rope_scaling or (lenient and rope_of(checkpoint.config)[2] is not None),
         tie_word_embeddings=tied,
-        headers_only=headers_only,
     )
+    if checkpoint.shell:
+        left = f"the text model becomes a student, not {summary(checkpoint.shell)} (--keep-shell carries it along)"
+        config = replace(config, warnings=(*config.warnings, left))
+    plan = _with_adapters(checkpoint.plan, settings, checkpoint.label, tied=config.tie_word_embeddings)
+    plan, head = split_fused(plan, config), None
+    if config.tie_word_embeddings:
+        plan, head = split_tied_head(plan, checkpoint.label)
+    expected = expected_tensors(config)
+    refuse_known_gaps(checkpoint, plan, expected)
+    check(plan, expected, f"teacher {checkpoint.label}")
+    plan = {name: with_origin(plan[name], f"teacher {name}") for name in expected}
+    model = Model(config, plan, checkpoint.label, checkpoint.config, head, checkpoint)
+    return model if headers_only else checked_here(model)
 
 
 def load_student(
@@ -104,29 +120,23 @@ def load_student(
     checkpoint = _opened(name, settings, progress)
     base = _base(teacher, settings, copied, progress)
     if copied:
-        refuse_broken([checkpoint])
+        refuse_broken(checkpoint)
     if base and isinstance(base.config, StudentConfig) and not continued:
         raise HxaconvError(
             f"{base.label} is a student, the transformer that it was made of is needed here",
             hint="Give that as --teacher.",
         )
-    layer_map = map_settings(settings.layer_map) if settings.layer_map is not None else None
-    named = _layers_named(checkpoint, settings, base)
-    layers = partial.layers_of(checkpoint, base.config, named) if base else None
-    student = student_model(
-        checkpoint,
-        flags=overrules(settings),
-        teacher=base.config if base else None,
-        layer_map=layer_map,
-        layers=layers,
-    )
+    layers, notes = _layers(checkpoint, settings, base.config) if base else (None, ())
+    student = student_model(checkpoint, settings, teacher=base.config if base else None, layers=layers)
     student = replace(student, raw=student.raw or (base.raw if base else {}), base=base)
-    student = complete(student) if whole or layers else _attention_of(student)
-    if base and layers:
-        said = partial.notes(checkpoint, base.config, confirmed=bool(named))
-        student = replace(student, notes=(*said, *student.notes))
+    if whole or layers:
+        student = complete(student)
+    else:  # its attention is checked; nothing else of it is asked for
+        expected = {name: shape for name, shape in expected_tensors(student.config).items() if is_attention(name)}
+        check({name: recipe for name, recipe in student.plan.items() if is_attention(name)}, expected, student.label)
+        student = replace(student, tied_head=None)
     plan = _with_adapters(student.plan, settings, student.label, tied=student.config.tie_word_embeddings)
-    return replace(student, plan=plan, notes=(*student.notes, *_remarks(checkpoint, plan, settings)))
+    return replace(student, plan=plan, notes=(*notes, *student.notes, *_remarks(checkpoint, plan, settings)))
 
 
 def _base(name: Name | Model | None, settings: Settings, copied: bool, progress: Progress | None) -> Model | None:
@@ -138,22 +148,6 @@ def _base(name: Name | Model | None, settings: Settings, copied: bool, progress:
     if is_student(checkpoint):
         return load_student(checkpoint, replace(settings, gqa_layers=None), copied=copied)
     return load_teacher(checkpoint, settings, lenient=True, headers_only=True, copied=copied)
-
-
-def _layers_named(checkpoint: Checkpoint, settings: Settings, base: Model | None) -> list[SettingsSource]:
-    """Sources that say which layers of a student are GQA, beside its tensors; the strongest first."""
-    found = []
-    if settings.gqa_layers is not None and base is not None:
-        count = base.config.num_hidden_layers
-        layers = layer_choice.parse_layers(settings.gqa_layers, count, allow_layer_0=True, option="--gqa-layers")
-        found.append(SettingsSource("--gqa-layers", {"gqa_layers": layers}))
-    for source, raw in (("config.json", checkpoint.config), ("the sidecar", checkpoint.sidecar)):
-        if raw and raw.get("transformer_layers") is not None:
-            found.append(SettingsSource(source, {"gqa_layers": tuple(raw["transformer_layers"])}))
-    if settings.layer_map is not None:
-        chosen = layer_maps.load(settings.layer_map)
-        found.append(SettingsSource(f"layer map {chosen.name}", {"gqa_layers": chosen.gqa_layers}))
-    return found
 
 
 def load_model(
@@ -200,13 +194,114 @@ def load_other(
     if EMBEDDING in checkpoint.plan:
         # Its mixers fit whatever its MLPs and vocabulary were padded to.
         common = {key: value for key, value in common.items() if key not in ("intermediate_size", "vocab_size")}
-    facts = SettingsSource(f"SOURCE ({student.label})", common)
-    return student_model(checkpoint, flags=overrules(settings), layer_map=facts)
+    return student_model(checkpoint, settings, other=SettingsSource(f"SOURCE ({student.label})", common))
+
+
+def _opened(name: Name, settings: Settings, progress: Progress | None) -> Checkpoint:
+    if isinstance(name, Checkpoint):
+        return name
+    return open_checkpoint(name, revision=settings.revision, weights=settings.weights, progress=progress)
 
 
 def of_another(settings: Settings) -> Settings:
     """The settings without what belongs to one source alone."""
     return replace(settings, revision=None, weights=None, adapter=(), adapter_scale=())
+
+
+def may_be_student(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is a student, or says too little of itself to be a teacher."""
+    return is_student(checkpoint) or checkpoint.config is None
+
+
+def tells_nothing(checkpoint: Checkpoint) -> bool:
+    """Whether no file beside the tensors tells the settings that tensors cannot tell."""
+    return checkpoint.config is None and checkpoint.sidecar is None
+
+
+# --- layers that a trainer left out -----------------------------------------------------------------
+
+KINDS = {"gqa": "GQA", "rwkv": "RWKV"}
+
+
+def _layers(
+    checkpoint: Checkpoint, settings: Settings, base: ModelConfig
+) -> tuple[SettingsSource | None, tuple[str, ...]]:
+    """The layers of a student, some of which the checkpoint lacks, and for people what those are.
+
+    None where it has a mixer for all layers of `base`. What says which layers are GQA confirms, or contradicts, what
+    the tensors leave open.
+
+    Raises:
+        Inconsistent: for contradictions, and for RWKV layers that nothing here holds.
+    """
+    found, count = layer_kinds(checkpoint.plan), base.num_hidden_layers
+    absent = [layer for layer in range(count) if layer not in found]
+    named = _layers_named(checkpoint, settings, count)
+    if not absent or max(found, default=0) >= count:
+        return None, ()
+    how = "" if named else "; --layer-map or --gqa-layers would confirm it"
+    note = f"{numbers(absent)}: not in {checkpoint.label}, the teacher's attention (GQA){how}"
+    if isinstance(base, StudentConfig):
+        named = [*named, SettingsSource("the student that completes it", {"gqa_layers": base.gqa_layers})]
+        note = f"{numbers(absent)}: not in {checkpoint.label}, those of the student that completes it"
+    raise_all(
+        f"{checkpoint.label}: what its tensors are contradicts what the layers are said to be:",
+        _contradictions({layer: KINDS[kind] for layer, kind in found.items()}, named, count),
+        hint="One of them belongs to another run.",
+        kind=Inconsistent,
+    )
+    gqa = set(named[0].values["gqa_layers"]) if named else set(absent)
+    lost = [layer for layer in absent if layer not in gqa]
+    lacking = None
+    if lost:
+        lacking = f"holds nothing of {numbers(lost)}, RWKV by {named[0].source}, which no teacher has"
+    elif "rwkv" not in found.values():
+        lacking = f"holds {numbers(found)} as attention and no RWKV layer, which no teacher has"
+    if lacking and not isinstance(base, StudentConfig):
+        raise Inconsistent(
+            f"{checkpoint.label} {lacking}",
+            hint="If the run was continued from a student, give that student as --teacher: it completes the file."
+            " Otherwise the file is not whole.",
+        )
+    kept = gqa.intersection(absent) | {layer for layer, kind in found.items() if kind == "gqa"}
+    return SettingsSource("the layers", {"num_hidden_layers": count, "gqa_layers": tuple(sorted(kept))}), (note,)
+
+
+def _layers_named(checkpoint: Checkpoint, settings: Settings, count: int) -> list[SettingsSource]:
+    """Sources that say which layers of a student are GQA, beside its tensors; the strongest first."""
+    found = []
+    if settings.gqa_layers is not None:
+        layers = layer_choice.parse_layers(settings.gqa_layers, count, allow_layer_0=True, option="--gqa-layers")
+        found.append(SettingsSource("--gqa-layers", {"gqa_layers": layers}))
+    for source, raw in (("config.json", checkpoint.config), ("the sidecar", checkpoint.sidecar)):
+        if raw and raw.get("transformer_layers") is not None:
+            found.append(SettingsSource(source, {"gqa_layers": tuple(raw["transformer_layers"])}))
+    if settings.layer_map is not None:
+        chosen = layer_maps.load(settings.layer_map)
+        found.append(SettingsSource(f"layer map {chosen.name}", {"gqa_layers": chosen.gqa_layers}))
+    return found
+
+
+def _contradictions(given: dict[int, str], named: Iterable[SettingsSource], count: int) -> list[str]:
+    """Layers of which two sources say different kinds, a line each; `given` are those of the tensors."""
+    problems = []
+    origin = dict.fromkeys(given, "its tensors")
+    for source in named:
+        for layer in range(count):
+            kind = KINDS["gqa" if layer in source.values["gqa_layers"] else "rwkv"]
+            if given.setdefault(layer, kind) != kind:
+                problems.append(f"layer {layer} is {given[layer]} by {origin[layer]}, {kind} by {source.source}")
+            origin.setdefault(layer, source.source)
+    return problems
+
+
+def numbers(layers: Iterable[int]) -> str:
+    """`layer 3`, `layers 1, 2`."""
+    found = sorted(layers)
+    return f"layer{'s' if len(found) != 1 else ''} {', '.join(map(str, found))}"
+
+
+# --- adapters ---------------------------------------------------------------------------------------
 
 
 def _with_adapters(plan: Plan, settings: Settings, where: str, *, tied: bool) -> Plan:
@@ -244,62 +339,32 @@ def _remarks(checkpoint: Checkpoint, plan: Plan, settings: Settings) -> Iterator
         yield f"{count} tensors are merged with {shortened(settings.adapter)}"
 
 
-def _opened(name: Name, settings: Settings, progress: Progress | None) -> Checkpoint:
-    if isinstance(name, Checkpoint):
-        return name
-    return open_checkpoint(name, revision=settings.revision, weights=settings.weights, progress=progress)
-
-
-def overrules(settings: Settings) -> dict[str, Any]:
-    """What overrules every file: name -> value, None where nothing is said."""
-    named = {key: getattr(settings, key) for key in FLAGS}
-    return named | {"rwkv_architecture": settings.variant, "drop_rope_scaling": settings.drop_rope_scaling}
-
-
-def may_be_student(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is a student, or says too little of itself to be a teacher."""
-    return is_student(checkpoint) or checkpoint.config is None
-
-
-def tells_nothing(checkpoint: Checkpoint) -> bool:
-    """Whether no file beside the tensors tells the settings that tensors cannot tell."""
-    return checkpoint.config is None and checkpoint.sidecar is None
-
-
-def map_settings(layer_map: str) -> SettingsSource:
-    """What a layer map says of its model, as a named source of settings; its choice of layers is not one."""
-    chosen = layer_maps.load(layer_map)
-    values = {key: value for key, value in chosen.model.items() if key != "model_type"}
-    if chosen.variant:
-        values["rwkv_architecture"] = chosen.variant
-    return SettingsSource(f"layer map {chosen.name}", values)
-
-
-def _attention_of(student: Model) -> Model:
-    """The student, its attention checked; nothing else of it is asked for."""
-    expected = {name: shape for name, shape in expected_tensors(student.config).items() if is_attention(name)}
-    check({name: recipe for name, recipe in student.plan.items() if is_attention(name)}, expected, student.label)
-    return replace(student, tied_head=None)
+# --- the Hub ----------------------------------------------------------------------------------------
 
 
 def download(
     checkpoints: Iterable[Checkpoint],
-    needed: Sequence[SourceFile],
-    models: Iterable[Model],
-    progress: Progress | None,
+    needed: Iterable[SourceFile],
+    models: Iterable[Model] = (),
+    progress: Progress | None = None,
 ) -> None:
     """Have these files of the checkpoints here, where they come from the Hub, and compare heads that waited for it.
+
+    What has arrived of a download that fails is kept and completed by the next attempt.
 
     Raises:
         Inconsistent: when a model's tied head is not its embedding.
     """
     heads = [model.tied_head for model in models if model.tied_head is not None]
-    files = [*needed, *(file for head in heads for file in head.files)]
     remote = [checkpoint for checkpoint in checkpoints if checkpoint.handle is not None]
     if remote:
+        from hxaconv.formats import hub
+
+        files = {*needed, *(file for head in heads for file in head.files)}
         will_download(remote, files)
-    for checkpoint in remote:
-        download_weights(checkpoint, progress, needed=files)
+        for checkpoint in remote:
+            assert isinstance(checkpoint.handle, hub.Repository)
+            hub.download([f for f in checkpoint.files if f.path is None and f in files], checkpoint.handle, progress)
     for head in heads:
         head.check()
 

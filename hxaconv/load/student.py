@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError, Inconsistent, bullet_list, raise_all
-from hxaconv.load.teacher import split_fused, split_tied_head
-from hxaconv.model.config import (
-    ModelConfig,
-    StudentConfig,
-    number_problems,
-    teacher_config,
-)
+from hxaconv.load.tensors import INCOMPLETE, split_fused, split_tied_head
+from hxaconv.model import layer_maps
+from hxaconv.model.config import ModelConfig, StudentConfig, number_problems, teacher_config
 from hxaconv.model.experts import KEYS as EXPERT_KEYS
 from hxaconv.model.experts import Experts, expert_facts, expert_problems
 from hxaconv.model.families import FAMILIES
 from hxaconv.model.model import Model, checked_here
-from hxaconv.model.names import EMBEDDING, expert_index, is_attention, is_expert, layer_kinds, template_of
+from hxaconv.model.names import (
+    EMBEDDING,
+    expert_index,
+    is_attention,
+    is_expert,
+    layer_kinds,
+    mixer_prefix,
+    template_of,
+)
 from hxaconv.model.plan import Plan
 from hxaconv.model.rope import rope_of
 from hxaconv.model.variants import VARIANTS, matching, nearest
 from hxaconv.model.variants.base import MODEL_TYPE, RANK_KEYS, Ranks
+from hxaconv.options import Settings
 
 if TYPE_CHECKING:
     from hxaconv.model.model import Checkpoint
@@ -51,6 +56,8 @@ class SettingsSource:
 
     source: str
     values: Mapping[str, Any]
+    weak: frozenset[str] = frozenset()
+    """Keys that it says only where no source before it does."""
 
 
 class MissingSettings(HxaconvError):
@@ -65,6 +72,7 @@ class MissingSettings(HxaconvError):
         self.missing = missing
 
 
+VARIANT = frozenset({"rwkv_architecture"})
 TRAINER = "the published trainer's names"
 """A source of last resort: names that only the published trainer gives."""
 
@@ -81,37 +89,9 @@ def is_student(checkpoint: Checkpoint) -> bool:
 
 def parameters_found(plan: Plan) -> set[str]:
     """Names of the parameters in RWKV layers, in any of them, beside projections and norms."""
-    layers = {layer for layer, kind in layer_kinds(plan).items() if kind == "rwkv"}
-    found = set()
-    for name in plan:
-        template, layer = template_of(name)
-        short = template.rpartition(".self_attn.")[2]
-        if layer in layers and is_attention(name) and "." not in short:
-            found.add(short)
-    return found
-
-
-def variant_facts(checkpoint: Checkpoint) -> dict[str, str]:
-    """The variant, where the names of its parameters tell it: some variants have the same."""
-    candidates = matching(parameters_found(checkpoint.plan))
-    return {"rwkv_architecture": candidates[0].name} if len(candidates) == 1 else {}
-
-
-def trained_variant(checkpoint: Checkpoint) -> dict[str, str]:
-    """Of variants with the same parameters, the one that the published trainer trains, where the names are its."""
-    candidates = [variant for variant in matching(parameters_found(checkpoint.plan)) if variant.ranks is not None]
-    told = checkpoint.key_format == "training" and len(candidates) == 1
-    return {"rwkv_architecture": candidates[0].name} if told else {}
-
-
-def variant_note(sources: list[SettingsSource]) -> list[str]:
-    """What is said where nothing but the names of the published trainer tells the variant."""
-    told = [source for source in sources if "rwkv_architecture" in source.values]
-    if [source.source for source in told] != [TRAINER]:
-        return []
-    name = told[0].values["rwkv_architecture"]
-    others = [v.name for v in matching(VARIANTS[name].required) if v.name != name]
-    return [f"taken for {name}: its names are the published trainer's, which trains no {' or '.join(others)}"]
+    rwkv = {mixer_prefix(layer) for layer, kind in layer_kinds(plan).items() if kind == "rwkv"}
+    split = (name.partition(".self_attn.") for name in plan)
+    return {short for layer, dot, short in split if "." not in short and f"{layer}{dot}" in rwkv}
 
 
 def tensor_settings(plan: Plan) -> dict[str, Any]:
@@ -224,34 +204,38 @@ def student_settings(config: StudentConfig) -> dict[str, Any]:
 
 def settings_sources(
     checkpoint: Checkpoint,
+    settings: Settings,
     *,
-    flags: Mapping[str, Any] | None = None,
     teacher: ModelConfig | None = None,
-    layer_map: SettingsSource | None = None,
     layers: SettingsSource | None = None,
+    other: SettingsSource | None = None,
 ) -> list[SettingsSource]:
     """Every source that says something about a student's config, the strongest first.
 
-    `layers`, of a checkpoint that lacks some, says what all of them are.
+    `layers`, of a checkpoint that lacks some, says what all of them are; `other` is asked last, in place of the layer
+    map that the settings name.
     """
-    given = {key: value for key, value in (flags or {}).items() if value is not None}
-    if given.pop("drop_rope_scaling", False):
+    given = {key: value for key in FLAGS if (value := getattr(settings, key)) is not None}
+    if settings.drop_rope_scaling:
         given["rope_scaling"] = None
     # The other options correct a file; no option turns one variant into another.
-    variant = {key: given.pop(key) for key in ("rwkv_architecture",) if key in given}
-    found = tensor_settings(checkpoint.plan) | variant_facts(checkpoint)
-    facts = [SettingsSource("the options given", given), SettingsSource("--variant", variant)]
+    variant = {"rwkv_architecture": settings.variant} if settings.variant is not None else {}
+    candidates = matching(parameters_found(checkpoint.plan))
+    found = tensor_settings(checkpoint.plan)
+    if len(candidates) == 1:
+        found["rwkv_architecture"] = candidates[0].name
+    sources = [SettingsSource("the options given", given), SettingsSource("--variant", variant)]
     if layers is not None:
         found = {key: value for key, value in found.items() if key not in layers.values}
-        facts.append(layers)
-    facts.append(SettingsSource("the tensors", found))
+        sources.append(layers)
+    sources.append(SettingsSource("the tensors", found))
     raw, sidecar = checkpoint.config or {}, checkpoint.sidecar
     if teacher is not None and all(is_attention(name) for name in checkpoint.plan):
         # The MLPs will be the teacher's; the student that this attention is from may have had padded ones.
         raw = {key: value for key, value in raw.items() if key != "intermediate_size"}
         sidecar = sidecar and {key: value for key, value in sidecar.items() if key != "intermediate_size"}
     if raw.get("rwkv_architecture") or raw.get("model_type") == MODEL_TYPE:
-        facts += _file_settings("config.json", raw, checkpoint.label)
+        sources += _file_settings("config.json", raw, checkpoint.label)
     elif raw.get("model_type") in FAMILIES:
         beside = teacher_config(
             checkpoint.config or {},
@@ -261,25 +245,32 @@ def settings_sources(
             allow_output_bias=True,
             drop_rope_scaling=rope_of(checkpoint.config or {})[2] is not None,
         )
-        facts.append(SettingsSource("config.json", model_settings(beside)))
+        sources.append(SettingsSource("config.json", model_settings(beside)))
     if sidecar is not None:
-        facts += _file_settings("the sidecar", sidecar, f"sidecar of {checkpoint.label}")
+        sources += _file_settings("the sidecar", sidecar, f"sidecar of {checkpoint.label}")
     if isinstance(teacher, StudentConfig):
-        facts.append(SettingsSource("the student that completes it", student_settings(teacher)))
+        sources.append(SettingsSource("the student that completes it", student_settings(teacher)))
     elif teacher is not None:
         # Its scaling may have been dropped when the student was made.
-        facts.append(_without_told(SettingsSource("the teacher", model_settings(teacher)), "rope_scaling", facts))
-    facts.append(_without_told(SettingsSource(TRAINER, trained_variant(checkpoint)), "rwkv_architecture", facts))
-    if layer_map is not None:
-        # A student of another variant may have the same layers.
-        facts.append(_without_told(layer_map, "rwkv_architecture", facts))
-    return facts
+        sources.append(SettingsSource("the teacher", model_settings(teacher), frozenset({"rope_scaling"})))
+    trained = [variant for variant in candidates if variant.ranks is not None]
+    if checkpoint.key_format == "training" and len(trained) == 1:
+        # Of variants with the same parameters, the one that the published trainer trains.
+        sources.append(SettingsSource(TRAINER, {"rwkv_architecture": trained[0].name}, VARIANT))
+    if other is not None:
+        sources.append(replace(other, weak=VARIANT))  # a student of another variant may have the same layers
+    elif settings.layer_map is not None:
+        sources.append(map_settings(settings.layer_map))
+    return sources
 
 
-def _without_told(source: SettingsSource, key: str, others: list[SettingsSource]) -> SettingsSource:
-    """The source, silent on `key` where another one says it."""
-    told = any(key in other.values for other in others)
-    return replace(source, values={name: value for name, value in source.values.items() if not told or name != key})
+def map_settings(layer_map: str) -> SettingsSource:
+    """What a layer map says of its model, as a named source of settings; its choice of layers is not one."""
+    chosen = layer_maps.load(layer_map)
+    values = {key: value for key, value in chosen.model.items() if key != "model_type"}
+    if chosen.variant:
+        values["rwkv_architecture"] = chosen.variant
+    return SettingsSource(f"layer map {chosen.name}", values, VARIANT)
 
 
 def _file_settings(source: str, raw: Mapping[str, Any], where: str) -> list[SettingsSource]:
@@ -291,10 +282,10 @@ def _file_settings(source: str, raw: Mapping[str, Any], where: str) -> list[Sett
     return [SettingsSource(source, config_settings(raw, where)), *inner]
 
 
-def resolve(sources: list[SettingsSource], where: str, alike: Sequence[str] = ()) -> StudentConfig:
+def resolve(sources: list[SettingsSource], where: str, plan: Plan | None = None) -> StudentConfig:
     """One config from many sources: an option wins, everything else has to agree.
 
-    `alike` are the variants that the tensors may be of.
+    `plan` are the tensors, where there are some.
 
     Raises:
         HxaconvError: listing all contradictions, or all values that no source gives.
@@ -302,21 +293,27 @@ def resolve(sources: list[SettingsSource], where: str, alike: Sequence[str] = ()
     values: dict[str, Any] = dict(sources[0].values)
     origin: dict[str, str | None] = dict.fromkeys(values)
     problems, keys = [], set()
-    for facts in sources[1:]:
-        for key, value in facts.values.items():
+    for source in sources[1:]:
+        for key, value in source.values.items():
             if key not in values:
-                values[key], origin[key] = value, facts.source
-            elif values[key] != value and origin[key] is not None:
+                values[key], origin[key] = value, source.source
+            elif values[key] != value and origin[key] is not None and key not in source.weak:
                 keys.add(key)
-                problems.append(f"{key} is {values[key]!r} by {origin[key]}, {value!r} by {facts.source}")
+                problems.append(f"{key} is {values[key]!r} by {origin[key]}, {value!r} by {source.source}")
     hint = "Give the right value as an option."
     if not keys <= FLAGS.keys():
         hint = "One of them belongs to another model, or the checkpoint holds tensors that it should not."
     raise_all(f"{where}: its sources contradict each other:", problems, hint=hint, kind=Inconsistent)
-    _refuse_gaps(values, where, alike)
+    _refuse_gaps(values, where, plan or {})
     raise_all(f"{where}:", number_problems({key: values[key] for key in ("rope_theta", "rms_norm_eps")}))
     variant = VARIANTS[values["rwkv_architecture"]]
-    ranks = Ranks(**{name: values[RANK_KEYS[name]] for name in variant.rank_names})
+    candidates = [variant.name for variant in matching(parameters_found(plan or {}))]
+    if candidates and variant.name not in candidates:
+        raise Inconsistent(
+            f"{where}: rwkv_architecture is {variant.name!r} by {origin['rwkv_architecture']}, its tensors are those of"
+            f" {' or '.join(candidates)}",
+            hint="The file belongs to another model, or names the wrong variant.",
+        )
     sizes = {key: values[key] for key in SIZES}
     return StudentConfig(
         **sizes,
@@ -326,7 +323,7 @@ def resolve(sources: list[SettingsSource], where: str, alike: Sequence[str] = ()
         rope_scaling=values.get("rope_scaling"),
         rwkv_architecture=variant.name,
         gqa_layers=values["gqa_layers"],
-        ranks=ranks,
+        ranks=Ranks(**{name: values[RANK_KEYS[name]] for name in variant.rank_names}),
         layer_records=values.get("layer_records", False),
         qk_norm=bool(values.get("qk_norm")),
         attention_bias=bool(values.get("attention_bias")),
@@ -345,13 +342,17 @@ def _experts(values: Mapping[str, Any], where: str) -> Experts | None:
     return Experts(**facts)
 
 
-def _refuse_gaps(values: dict[str, Any], where: str, alike: Sequence[str]) -> None:
+def _refuse_gaps(values: Mapping[str, Any], where: str, plan: Plan) -> None:
+    """Stop where settings are not known; tensors that are missing are named before settings are asked for."""
     if not any(key in values for key in RANK_KEYS.values()):
         raise HxaconvError(
             f"{where} has no RWKV layers: it is a teacher or all-attention checkpoint, not a student",
             hint="`hxaconv init-from-teacher` makes a student of a teacher.",
         )
     variant = VARIANTS.get(values.get("rwkv_architecture", ""))
+    candidates = matching(parameters_found(plan)) if variant is None else [variant]
+    if not candidates and parameters_found(plan):
+        _refuse_unknown_variant(plan, where)
     if variant is not None:
         raise_all(
             f"{where} lacks low-rank tensors of its RWKV layers, and config.json does not give their sizes either:",
@@ -360,13 +361,23 @@ def _refuse_gaps(values: dict[str, Any], where: str, alike: Sequence[str]) -> No
             kind=Inconsistent,
         )
     missing = [key for key in (*SIZES, *FLAGS, "rwkv_architecture") if key not in values]
-    if missing:
-        raise MissingSettings(where, missing, [f"{key}: {_remedy(key, alike)}" for key in missing])
+    if not missing:
+        return
+    rwkv = [layer for layer, kind in layer_kinds(plan).items() if kind == "rwkv"]
+    shared = sorted(frozenset.intersection(*(variant.required for variant in candidates))) if candidates else []
+    raise_all(
+        f"{where} lacks tensors of its RWKV layers:",
+        [name for layer in rwkv for short in shared if (name := f"{mixer_prefix(layer)}{short}") not in plan],
+        hint=INCOMPLETE,
+        kind=Inconsistent,
+    )
+    alike = " and ".join(variant.name for variant in candidates)
+    raise MissingSettings(where, missing, [f"{key}: {_remedy(key, alike)}" for key in missing])
 
 
-def _remedy(key: str, alike: Sequence[str]) -> str:
+def _remedy(key: str, alike: str) -> str:
     if key == "rwkv_architecture":
-        return f"pass --variant ({' and '.join(alike)} have the same tensors, and compute different things with them)"
+        return f"pass --variant ({alike} have the same tensors, and compute different things with them)"
     if key in FLAGS:
         return f"pass {FLAGS[key]}, or --teacher, or --layer-map"
     if key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
@@ -374,23 +385,9 @@ def _remedy(key: str, alike: Sequence[str]) -> str:
     return "pass --teacher (the checkpoint holds attention only)"
 
 
-def _refuse_another_variant(name: str, facts: list[SettingsSource], checkpoint: Checkpoint) -> None:
-    """Stop where a file names a variant, and the parameters are those of others."""
-    candidates = [variant.name for variant in matching(parameters_found(checkpoint.plan))]
-    if candidates and name not in candidates:
-        source = next(one.source for one in facts if "rwkv_architecture" in one.values)
-        raise Inconsistent(
-            f"{checkpoint.label}: rwkv_architecture is {name!r} by {source}, its tensors are those of"
-            f" {' or '.join(candidates)}",
-            hint="The file belongs to another model, or names the wrong variant.",
-        )
-
-
 def _refuse_unknown_variant(plan: Plan, where: str) -> None:
     """Stop at RWKV layers whose parameters are those of no known variant."""
     found = parameters_found(plan)
-    if not found or matching(found):
-        return
     near = nearest(found)
     lacking, extra = sorted(near.required - found), sorted(found - {p.name for p in near.parameters})
     parts = [f"{', '.join(names)} {what}" for names, what in ((lacking, "missing"), (extra, "too much")) if names]
@@ -403,30 +400,31 @@ def _refuse_unknown_variant(plan: Plan, where: str) -> None:
 
 def student_model(
     checkpoint: Checkpoint,
+    settings: Settings | None = None,
     *,
-    flags: Mapping[str, Any] | None = None,
     teacher: ModelConfig | None = None,
-    layer_map: SettingsSource | None = None,
     layers: SettingsSource | None = None,
+    other: SettingsSource | None = None,
     headers_only: bool = False,
 ) -> Model:
     """The student in a checkpoint, whole or attention only; a head stored by a tied model is left out.
 
-    `teacher` is the config of the model that completes it, `layers` what `partial.layers_of` found; `headers_only`
-    leaves that head for later (see `checked_here`).
+    `teacher` is the config of the model that completes it; `layers` and `other` are those of `settings_sources`;
+    `headers_only` leaves that head for later (see `checked_here`).
 
     Raises:
         HxaconvError: for layers of no known variant, contradictions, and settings that no source gives.
     """
-    facts = settings_sources(checkpoint, flags=flags, teacher=teacher, layer_map=layer_map, layers=layers)
-    if not any("rwkv_architecture" in source.values for source in facts):
-        _refuse_unknown_variant(checkpoint.plan, checkpoint.label)
-    config = resolve(facts, checkpoint.label, [v.name for v in matching(parameters_found(checkpoint.plan))])
-    _refuse_another_variant(config.rwkv_architecture, facts, checkpoint)
+    sources = settings_sources(checkpoint, settings or Settings(), teacher=teacher, layers=layers, other=other)
+    config = resolve(sources, checkpoint.label, checkpoint.plan)
     plan, tied = checkpoint.plan, None
     if config.tie_word_embeddings and (EMBEDDING in plan or teacher is None):
         plan, tied = split_tied_head(plan, checkpoint.label)
-    plan = split_fused(plan, config)
-    raw, notes = checkpoint.config or checkpoint.sidecar or {}, tuple(variant_note(facts))
-    model = Model(config, plan, checkpoint.label, raw, tied, checkpoint, notes=notes)
+    plan, name = split_fused(plan, config), config.rwkv_architecture
+    notes = []
+    if next(source.source for source in sources if "rwkv_architecture" in source.values) == TRAINER:
+        others = " or ".join(v.name for v in matching(VARIANTS[name].required) if v.name != name)
+        notes.append(f"taken for {name}: its names are the published trainer's, which trains no {others}")
+    raw = checkpoint.config or checkpoint.sidecar or {}
+    model = Model(config, plan, checkpoint.label, raw, tied, checkpoint, notes=tuple(notes))
     return model if headers_only else checked_here(model)

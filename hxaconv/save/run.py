@@ -13,7 +13,7 @@ from hxaconv import ranks
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.files import SourceFile
 from hxaconv.formats.hub import explain, hub_utils, network_errors
-from hxaconv.load import companions
+from hxaconv.load.files import tokenizer_warnings
 from hxaconv.load.models import download, will_download
 from hxaconv.model.plan import source_files
 from hxaconv.options import Write
@@ -44,7 +44,7 @@ def save(
     """
     progress, sources = output.record.call.progress, list(output.record.sources.values())
     if output.format == "hf":
-        warnings = [*warnings, *companions.warnings(sources, copied=output.copy_code)]
+        warnings = [*warnings, *tokenizer_warnings(sources, copied=output.copy_code)]
     to_come = will_download(sources, source_files(output.tensors))
     notes = [*notes, *([to_come] if to_come else [])]
     outcome = planned(output, options.max_shard_bytes, warnings, notes)

@@ -13,8 +13,8 @@ from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats import read_contents
 from hxaconv.formats.files import SourceFile
 from hxaconv.formats.json_files import read_json
-from hxaconv.load.trained import find_trained
-from hxaconv.load.weight_files import WEIGHTS
+from hxaconv.load.checkpoint import find_trained
+from hxaconv.load.files import WEIGHTS
 from hxaconv.model.names import canonical_names, detect_key_format, unknown_names, unwrapped
 from hxaconv.model.plan import Plan, Recipe
 from hxaconv.surgery.merging import Adapter, Added, Blockwise, ColumnNormed, Delta, EmbeddingPair, LowRank, Repeated

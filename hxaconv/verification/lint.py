@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import shortened
-from hxaconv.load.companions import broken_companions, missing_code
+from hxaconv.load.files import broken_companions, missing_code
 from hxaconv.load.student import is_student
 from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.families import FAMILIES

@@ -1,79 +1,36 @@
-"""A checkpoint opened as a teacher: its config checked, fused projections split, names canonical."""
+"""The tensors of a model under the names that the architecture expects: fused ones split, missing ones completed.
+
+A trainer saves what it trained: of stage 1, with frozen attention layers, the RWKV layers alone; of a run that was
+continued, whatever that run did not freeze. A layer that such a file lacks is the one of the model that completes
+it: the teacher's attention, or the layer of the student that the run began with.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from hxaconv.errors import HxaconvError, Inconsistent, raise_all
+from hxaconv.errors import Inconsistent, raise_all
 from hxaconv.formats.dtypes import BY_NAME
 from hxaconv.formats.strided import Strided
 from hxaconv.model.architecture import expected_tensors
-from hxaconv.model.config import ModelConfig, teacher_config
+from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.experts import FUSED
-from hxaconv.model.model import Model, TiedHead, checked_here
-from hxaconv.model.names import EMBEDDING, HEAD, canonical_names, template_of
+from hxaconv.model.model import Checkpoint, Model, TiedHead, checked_here
+from hxaconv.model.names import (
+    EMBEDDING,
+    HEAD,
+    canonical_names,
+    is_attention,
+    layer_index,
+    layer_kinds,
+    template_of,
+)
 from hxaconv.model.plan import Divisible, Plan, Ranges, Recipe, check, rows
-from hxaconv.model.shells import summary
-
-if TYPE_CHECKING:
-    from hxaconv.model.model import Checkpoint
 
 GATE_UP, DOWN = (f"model.layers.{{i}}.{name}" for name in FUSED)
 """Experts as transformers 5 writes them, in one tensor."""
-
-
-def open_teacher(
-    checkpoint: Checkpoint,
-    *,
-    rope_theta: float | None = None,
-    rms_norm_eps: float | None = None,
-    allow_output_bias: bool = False,
-    drop_rope_scaling: bool = False,
-    tie_word_embeddings: bool | None = None,
-    headers_only: bool = False,
-) -> Model:
-    """The teacher in a checkpoint, its names and shapes checked against its config.
-
-    `headers_only` leaves a stored head that the config ties for later; see `checked_here`.
-
-    Raises:
-        HxaconvError: for a config that hxa079 cannot carry, and for tensors that do not fit it.
-        Inconsistent: when the config ties the head, and the stored one is another.
-    """
-    if checkpoint.config is None:
-        raise HxaconvError(
-            f"{checkpoint.label} has no config.json, so its dimensions and rope_theta are not known",
-            hint="Give the teacher's folder or Hub id, not one weight file.",
-        )
-    config = teacher_config(
-        checkpoint.config,
-        where=checkpoint.label,
-        has_head=HEAD in checkpoint.plan,
-        rope_theta=rope_theta,
-        rms_norm_eps=rms_norm_eps,
-        allow_output_bias=allow_output_bias,
-        drop_rope_scaling=drop_rope_scaling,
-        tie_word_embeddings=tie_word_embeddings,
-    )
-    if checkpoint.shell:
-        left = f"the text model becomes a student, not {summary(checkpoint.shell)} (--keep-shell carries it along)"
-        config = replace(config, warnings=(*config.warnings, left))
-    plan = split_fused(checkpoint.plan, config)
-    tied = None
-    if config.tie_word_embeddings:
-        plan, tied = split_tied_head(plan, checkpoint.label)
-    expected = expected_tensors(config)
-    refuse_known_gaps(checkpoint, plan, expected)
-    check(plan, expected, f"teacher {checkpoint.label}")
-    ordered = {name: _from_teacher(name, plan[name]) for name in expected}
-    model = Model(config, ordered, checkpoint.label, checkpoint.config, tied, checkpoint)
-    return model if headers_only else checked_here(model)
-
-
-def _from_teacher(name: str, recipe: Recipe) -> Recipe:
-    return Recipe(recipe.dtype, recipe.shape, recipe.make, f"teacher {name}")
+INCOMPLETE = "The checkpoint is incomplete: no other holds what was trained."
 
 
 def split_tied_head(plan: Plan, where: str) -> tuple[Plan, TiedHead | None]:
@@ -205,3 +162,71 @@ def _transposed(recipe: Recipe, matrix: tuple[int, int], expert: int, first: int
     make = Strided(extent.file, offset, itemsize, (number, matrix[1]), (1, matrix[0]))
     origin = f"{recipe.origin}[{expert}] columns {first}:{first + number}"
     return Recipe(recipe.dtype, (number, matrix[1]), make, origin)
+
+
+def complete(student: Model) -> Model:
+    """The whole student: a checkpoint that lacks tensors is completed by its teacher, `student.base`.
+
+    Raises:
+        HxaconvError: when tensors are missing and no teacher has them, or would end up unused.
+    """
+    config, base = student.student, student.base
+    expected = expected_tensors(config)
+    missing = [name for name in expected if name not in student.plan]
+    if missing and base is None and student.checkpoint is not None:
+        refuse_known_gaps(student.checkpoint, student.plan, expected)
+    if missing and base is None:
+        hint = "Pass --teacher FOLDER_OR_HUB_ID: a training checkpoint holds attention only, the rest is its."
+        if any(is_attention(name) and layer_index(name) in layer_kinds(student.plan) for name in missing):
+            hint = INCOMPLETE
+        raise_all(
+            f"{student.label} lacks {len(missing)} of {len(expected)} tensors:", missing, hint=hint, kind=Inconsistent
+        )
+    if not missing:
+        check(student.plan, expected, student.label)
+        return student
+    assert base is not None
+    trained, tied = student.plan, student.tied_head
+    if config.tie_word_embeddings and EMBEDDING not in trained:
+        tied, head = base.tied_head, trained.get(HEAD)
+        if head is not None and EMBEDDING in base.plan:
+            trained = {name: recipe for name, recipe in trained.items() if name != HEAD}
+            tied = TiedHead(head, base.plan[EMBEDDING], student.label)
+    student_base = isinstance(base.config, StudentConfig)
+    plan = graft(trained, base.plan, config, parts=student_base)
+    both = [name for name in plan if name in trained and name in base.plan]
+    lacked = sum(name not in trained for name in plan)
+    notes = [f"{lacked} tensors come from {base.label if student_base else 'the teacher'}"]
+    if both:
+        notes += [f"{len(both)} tensors are in both, the trained ones are taken:", *(f"  - {name}" for name in both)]
+    return checked_here(replace(student, plan=plan, tied_head=tied, notes=(*student.notes, *notes)))
+
+
+def graft(trained: Plan, teacher: Plan, config: StudentConfig, *, parts: bool = False) -> Plan:
+    """Trained tensors where there are some, the teacher's for the rest, in the architecture's order.
+
+    `parts` says that `teacher` is the student that the run began with: tensors that were frozen in a layer are its.
+
+    Raises:
+        HxaconvError: when a trained tensor would end up unused, or something is in neither.
+    """
+    expected = expected_tensors(config)
+    layers = {layer_index(name) for name in trained if is_attention(name)} if not parts else set()
+    raise_all(
+        "the trained checkpoint holds these layers' attention only in part, and the teacher's was not trained with it:",
+        [f"{n} is missing" for n in expected if is_attention(n) and layer_index(n) in layers and n not in trained],
+        hint="Is the file whole? A layer's attention comes from one checkpoint.",
+    )
+    unused = [f"{name} {trained[name].shape} ({trained[name].origin})" for name in trained if name not in expected]
+    raise_all(
+        f"{len(unused)} tensors of the trained checkpoint have no place in the result:",
+        unused,
+        hint="The layer kinds or the tied head differ between the checkpoint and the teacher's config.",
+    )
+    plan = {name: trained.get(name) or teacher.get(name) for name in expected}
+    missing = [name for name, recipe in plan.items() if recipe is None]
+    hint = "Is it the teacher that this checkpoint was trained from, and is the checkpoint complete?"
+    raise_all("neither the trained checkpoint nor the teacher holds:", missing, hint=hint)
+    whole = {name: recipe for name, recipe in plan.items() if recipe is not None}
+    check(whole, expected, "the trained checkpoint with its teacher")
+    return whole
