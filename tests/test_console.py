@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hxaconv.cli.console import Bars, Lines, Talk
+from hxaconv.cli.console import Bars, Lines, Talk, filled
 
 
 class Clock:
@@ -69,3 +69,15 @@ def test_a_bar_knows_the_time_left_of_steps_that_take_minutes() -> None:
         bars.advance(1000)
     assert bars._bars.tasks[0].time_remaining == pytest.approx(240, abs=1)
     bars.stop()
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_lines_of_a_terminal_break_between_words_and_never_inside_what_is_copied(width: int) -> None:
+    path, command = f"/data/{'long-name/' * 9}x", "`hxaconv to-hf student.pth student-hf/ --layer-map reka-flash-3`"
+    line = f"  - {path} does not exist; to write it, {command} is what has to be typed before anything else."
+    broken = filled(line, width)
+    assert path in broken and command in broken
+    others = [part for part in broken.split("\n") if path not in part and command not in part]
+    assert others and all(len(part) <= width and part.startswith("    ") for part in others)
+    assert broken.startswith("  - /data")
+    assert filled("short: a", width) == "short: a"

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 import hxaconv
-from hxaconv.cli.console import WIDTH
-from hxaconv.cli.tables import shown
+from hxaconv.cli.tables import WIDTH, shown
 from hxaconv.commands import COMMANDS
 from hxaconv.progress import Result
 
@@ -93,7 +92,7 @@ def test_the_plan_is_shown_before_the_work(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hxaconv.load.models.download", stop)
+    monkeypatch.setattr("hxaconv.save.run.download", stop)
     assert cli("init-from-teacher", tiny_teacher, tmp_path / "out", "--gqa-layers", "2,5") == 130
     assert "RRGRRG" in capsys.readouterr().out
     assert cli("init-from-teacher", tiny_teacher, tmp_path / "out", "--gqa-layers", "2,5", "--json") == 130

@@ -52,7 +52,7 @@ WRITTEN = "hxaconv.save.writer:write_provenance"
 KEPT = "hxaconv.save.writer:_Run.what_is_kept"
 SAYING = "hxaconv.cli.console:Talk.say"
 PUBLISHING = "hxaconv.save.staging:_rename_into_place"
-TELLING = "hxaconv.cli.tables:shown"
+TELLING = "hxaconv.cli.console:Talk.show"
 
 
 @pytest.fixture

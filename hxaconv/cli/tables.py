@@ -8,12 +8,8 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.cli.console import STRIP_WIDTH, WIDTH, human_bytes, human_count, strip_lines, table, visible
+from hxaconv.cli.console import visible
 from hxaconv.errors import MAX_LISTED, shortened
-from hxaconv.model.names import SPLIT, TABLE
-from hxaconv.selection.advice import fact_lines, figure_text
-from hxaconv.selection.strategies import reasons
-from hxaconv.verification.report import LayerResult, LogitResult, Report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,22 +22,18 @@ if TYPE_CHECKING:
     from hxaconv.progress import Result
     from hxaconv.save.outcome import Outcome
     from hxaconv.selection.advice import Advice
+    from hxaconv.verification.report import LayerResult, LogitResult, Report
 
-
+WIDTH = 80
+"""Columns that every table fits into: those of the narrowest usual terminal."""
+STRIP_WIDTH = 60
+"""Layers in a line of the layer strip."""
 BAR = 12
 LOWEST, HIGHEST = -8, -2
 """Bars start at a power of ten between these, as the smallest error asks for, and end at a relative error of 1."""
-
 LETTERS = {"rwkv": "R", "gqa": "G", "attention": "A"}
-
-BARS = " ▁▂▃▄▅▆▇█"
-
-SHORT = {
-    "slow convergence": "conv",
-    "slow alignment": "align",
-    "scale mismatch": "scale",
-    "instability": "unstable",
-}
+BARS = "▁▂▃▄▅▆▇█"
+SHORT = {"slow convergence": "conv", "slow alignment": "align", "scale mismatch": "scale", "instability": "unstable"}
 """What a table calls the parts of a score, where their names are too long."""
 
 
@@ -65,10 +57,44 @@ def html(result: Result) -> str:
     """A result for a notebook: what the command line shows, in the same columns."""
     from rich.console import Console
 
-    console = Console(record=True, file=io.StringIO(), width=WIDTH)
-    for renderable in shown(result, WIDTH):
-        console.print(visible(renderable) if isinstance(renderable, str) else renderable, markup=False)
+    console = Console(record=True, file=io.StringIO(), width=WIDTH, markup=False, emoji=False)
+    for part in shown(result, WIDTH):
+        console.print(visible(part) if isinstance(part, str) else part)
     return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: int = 1) -> RenderableType:
+    """A plain table; columns from number `right` on are aligned to the right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    result = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, column in enumerate(columns):
+        result.add_column(column, justify="right" if position >= right else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*(Text(visible(str(cell))) for cell in row))
+    return result
+
+
+def strip_lines(letters: str, width: int = STRIP_WIDTH) -> list[str]:
+    """The layer strip in lines of `width`, each with the number of its first layer."""
+    return [f"{start:>4}  {letters[start : start + width]}" for start in range(0, len(letters), width)]
+
+
+def human_bytes(count: float) -> str:
+    """`41.8 GB`: decimal units, as the Hub shows sizes."""
+    from rich.filesize import decimal
+
+    return decimal(int(count))
+
+
+def human_count(count: float) -> str:
+    """`20.9B` parameters."""
+    from rich.filesize import pick_unit_and_suffix
+
+    unit, suffix = pick_unit_and_suffix(int(count), ["", "K", "M", "B", "T"], 1000)
+    return f"{count / unit:.1f}{suffix}" if suffix else f"{count}"
 
 
 def plan_tables(outcome: Outcome) -> list[RenderableType]:
@@ -95,21 +121,22 @@ def plan_tables(outcome: Outcome) -> list[RenderableType]:
     ]
 
 
+def _strip_block(letters: str) -> list[str]:
+    return ["", "Layers (R = RWKV, G = GQA):", *strip_lines(letters), ""]
+
+
 def done_tables(outcome: Outcome, width: int) -> list[RenderableType]:
     """What came of a plan: the choice of layers, the calibration, the verification, and where it stands."""
-    shown: list[RenderableType] = []
-    if outcome.advice is not None:
-        shown += advice_tables(outcome.advice, width)
+    parts = advice_tables(outcome.advice, width) if outcome.advice else []
     if outcome.calibration is not None:
-        shown += _calibrated(outcome.calibration)
+        parts += _calibrated(outcome.calibration)
     if outcome.report is not None:
-        rows = [("ok" if check.passed else "FAILED", check.name, check.detail) for check in outcome.report.checks]
-        shown += [table("", ("", "verified", "found"), rows, right=3), *outcome.report.notes]
-    return shown
+        parts += [_checks(outcome.report, "verified"), *outcome.report.notes]
+    return parts
 
 
 def _calibrated(report: CalibrationReport) -> list[RenderableType]:
-    """How the fit of every layer went, on tokens that were not fitted."""
+    """How the fit of every layer went, on validation tokens."""
 
     def spread(values: tuple[float, ...]) -> str:
         return f"{min(values):.3g} .. {max(values):.3g}" if values else ""
@@ -130,54 +157,46 @@ def _calibrated(report: CalibrationReport) -> list[RenderableType]:
     return ["Mixer error on held-out tokens, as a share of the teacher's energy:", table("", columns, rows, right=2)]
 
 
-def _strip_block(letters: str) -> list[str]:
-    return ["", "Layers (R = RWKV, G = GQA):", *strip_lines(letters), ""]
-
-
 def inspection_tables(inspection: Inspection) -> list[RenderableType]:
     """What `inspect` shows."""
-    report = inspection.facts
-    rows = [
-        (part, entry["tensors"], human_count(entry["parameters"]), human_bytes(entry["bytes"]))
-        for part, entry in report["parts"].items()
-    ]
-    known = report["dimensions"]
-    settings = [(key, "not known" if value is None else value) for key, value in known.items()]
-    lines: list[RenderableType] = [f"{report['path']}: {report['kind']}", *report["advice"]]
-    if not report["files"]:
+    facts = inspection.facts
+    lines: list[RenderableType] = [f"{facts['path']}: {facts['kind']}", *facts["advice"]]
+    if not facts["files"]:
         return lines
+    parts = [
+        (part, entry["tensors"], human_count(entry["parameters"]), human_bytes(entry["bytes"]))
+        for part, entry in facts["parts"].items()
+    ]
+    settings = [(key, "not known" if value is None else value) for key, value in facts["dimensions"].items()]
+    size = f"{facts['bytes']:,} bytes ({human_bytes(facts['bytes'])})"
+    dtypes = ", ".join(f"{count} x {dtype}" for dtype, count in facts["dtypes"].items())
     lines += [
-        f"{report['format']}, {report['key_format']} names, {report['variant']}",
-        f"{report['tensors']} tensors, {human_count(report['parameters'])} parameters,"
-        f" {report['bytes']:,} bytes ({human_bytes(report['bytes'])}), "
-        + ", ".join(f"{count} x {dtype}" for dtype, count in report["dtypes"].items()),
-        *_strip_block(report["layers"]),
-        table("", ("part", "tensors", "parameters", "size"), rows),
+        f"{facts['format']}, {facts['key_format']} names, {facts['variant']}",
+        f"{facts['tensors']} tensors, {human_count(facts['parameters'])} parameters, {size}, {dtypes}",
+        *_strip_block(facts["layers"]),
+        table("", ("part", "tensors", "parameters", "size"), parts),
         table("", ("setting", "value"), settings),
     ]
-    memory = report["memory"]
-    if memory:
+    if facts["memory"]:
+        memory = facts["memory"]
         lines.append(
             f"KV cache {memory['kv_cache_bytes_per_token']:,} bytes per token in bf16"
             f" (teacher: {memory['teacher_kv_cache_bytes_per_token']:,}),"
             f" recurrent state {human_bytes(memory['state_bytes_per_sequence'])} per sequence in float32"
         )
-    if report["left_behind"]:
-        lines.append(f"Known and left behind: {len(report['left_behind'])} rotary buffers or layers of no use here")
-    if report["not_opened"]:
-        lines.append(f"Other weight files, not opened: {', '.join(report['not_opened'])}")
-    if report["unknown_names"]:
-        lines.append(f"Names that are not known: {len(report['unknown_names'])}, such as {report['unknown_names'][0]}")
-    if report["nested_under"]:
-        lines.append(f"The tensors are nested under {report['nested_under']!r}")
-    if report["not_tensors"]:
-        lines.append(f"No tensors, and left behind: {shortened(report['not_tensors'])}")
-    lines += [f"One tensor under {len(names)} names: {' = '.join(names)}" for names in report["one_tensor"]]
-    if report["problem"]:
-        lines += ["", f"Remark: {report['problem']}"]
-    if "statistics" in report:
-        lines += _statistics_lines(report["statistics"])
-    return lines
+    left, unknown = facts["left_behind"], facts["unknown_names"]
+    remarks = {
+        "left_behind": f"Known and left behind: {len(left)} rotary buffers or layers of no use here",
+        "not_opened": f"Other weight files, not opened: {', '.join(facts['not_opened'])}",
+        "unknown_names": f"Names that are not known: {len(unknown)}, such as {next(iter(unknown), '')}",
+        "nested_under": f"The tensors are nested under {facts['nested_under']!r}",
+        "not_tensors": f"No tensors, and left behind: {shortened(facts['not_tensors'])}",
+    }
+    lines += [text for fact, text in remarks.items() if facts[fact]]
+    lines += [f"One tensor under {len(names)} names: {' = '.join(names)}" for names in facts["one_tensor"]]
+    if facts["problem"]:
+        lines += ["", f"Remark: {facts['problem']}"]
+    return [*lines, *_statistics_lines(facts.get("statistics", {}))]
 
 
 def _statistics_lines(statistics: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -186,7 +205,7 @@ def _statistics_lines(statistics: Mapping[str, Mapping[str, Any]]) -> list[str]:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4g}"
 
-    lines = ["", "Tensors: dtype, range, mean, and how many values are NaN or Inf"]
+    lines = ["", "Tensors: dtype, range, mean, and how many values are NaN or Inf"] if statistics else []
     for name, s in statistics.items():
         figures = f"{number(s['min'])} .. {number(s['max'])}, mean {number(s['mean'])}, {s['nan']} NaN, {s['inf']} Inf"
         lines += [name, f"    {s['dtype']} {figures}"]
@@ -196,6 +215,8 @@ def _statistics_lines(statistics: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def maps_tables(result: Maps) -> list[RenderableType]:
     """The shipped layer maps, one of them whole, or the table of names."""
     if result.names:
+        from hxaconv.model.names import SPLIT, TABLE
+
         never = {row.hf: "split on opening" if row.hf in SPLIT else "in no .pth" for row in TABLE}
         return [
             "HF safetensors, and below each the name in an RWKV .pth",
@@ -244,86 +265,45 @@ def demo_lines(demo: Demo) -> list[RenderableType]:
 
 def report_tables(report: Report) -> list[RenderableType]:
     """The report in parts that fit WIDTH columns, in reading order."""
-    parts: list[RenderableType] = [_headline(report), _checks(report)]
-    parts += _tensors(report)
+    verdict = "PASSED" if report.passed else "FAILED"
+    against = f" against {report.other}, expected: {report.expect}" if report.other else ""
+    parts: list[RenderableType] = [f"{verdict}  {report.source}{against}", _checks(report, "check")]
+    if report.tensors:
+        parts += _tensors(report)
     if report.layers:
-        parts += [_strip(report), _layers(report)]
+        parts += [*_strip(report), _layers(report)]
     if report.logits is not None:
         parts.append(_logits(report.logits))
-    parts += render_loaders(report.findings)
-    parts += [_wrapped(f"Note: {note}") for note in report.notes]
-    return parts
+    return [*parts, *render_loaders(report.findings), *(f"Note: {note}" for note in report.notes)]
 
 
-def render_loaders(verdicts: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
-    """For each verdict of the lint: whether the loader takes the checkpoint, with what settings, and why not."""
-    parts: list[RenderableType] = []
-    for verdict in verdicts:
-        settings = f", with {', '.join(verdict['settings'])}" if verdict["settings"] else ""
-        takes = "takes it" if verdict["takes"] else "does not take it"
-        releases = f" ({'; '.join(verdict['releases'])})" if verdict["takes"] and verdict["releases"] else ""
-        parts.append(_wrapped(f"{verdict['loader']}: {takes}{settings}{releases}"))
-        rows = [("no" if f["blocks"] else "note", f["what"], f["where"], f["do"]) for f in verdict["findings"]]
-        if rows:
-            parts.append(table("", ("", "what", "where", "what to do"), rows, right=4))
-    return parts
-
-
-def error_bar(error: float, lowest: int) -> str:
-    """A relative error on a logarithmic scale: one cell at 10**lowest, BAR cells at 1; empty for 0."""
-    if not math.isfinite(error):
-        return "not finite"
-    if error == 0:
-        return ""
-    cells = round(BAR * (1 - math.log10(error) / lowest))
-    return "█" * min(BAR, max(1, cells))
-
-
-def error_bar_start(errors: list[float]) -> int:
-    """The power of ten below all errors, within LOWEST and HIGHEST."""
-    seen = [error for error in errors if math.isfinite(error) and error > 0]
-    return max(LOWEST, min(HIGHEST, math.floor(math.log10(min(seen))) - 1)) if seen else LOWEST
-
-
-def _headline(report: Report) -> str:
-    against = f" against {report.other}" if report.other else ""
-    verdict = "PASSED" if report.passed else "FAILED"
-    expected = f", expected: {report.expect}" if report.other else ""
-    return _wrapped(f"{verdict}  {report.source}{against}{expected}")
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ")
-
-
-def _checks(report: Report) -> RenderableType:
+def _checks(report: Report, title: str) -> RenderableType:
     rows = [("ok" if check.passed else "FAILED", check.name, check.detail) for check in report.checks]
-    return table("", ("", "check", "found"), rows, right=3)
+    return table("", ("", title, "found"), rows, right=3)
 
 
 def _tensors(report: Report) -> list[RenderableType]:
-    if not report.tensors:
-        return []
     counts = ", ".join(f"{count} {status}" for status, count in report.tensor_counts().items())
-    lines: list[RenderableType] = [_wrapped(f"Tensors: {counts}")]
-    lines += [_wrapped(f"Config: {text}") for text in report.config_differences]
-    changed = [r for r in report.tensors if r.status in ("different", "misshapen")]
-    if changed:
-        rows = [(r.name, r.status, "" if r.max_difference is None else f"{r.max_difference:.3g}") for r in changed]
+    lines: list[RenderableType] = [f"Tensors: {counts}", *(f"Config: {text}" for text in report.config_differences)]
+    rows = [
+        (r.name, r.status, "" if r.max_difference is None else f"{r.max_difference:.3g}")
+        for r in report.tensors
+        if r.status in ("different", "misshapen")
+    ]
+    if rows:
         title = "Tensors that differ" + (f", first {MAX_LISTED} of {len(rows)}" if len(rows) > MAX_LISTED else "")
         lines.append(table(title, ("name", "", "max |d|"), rows[:MAX_LISTED], right=2))
     return lines
 
 
-def _strip(report: Report) -> str:
+def _strip(report: Report) -> list[str]:
     letters = "".join(LETTERS[result.kind] for result in report.layers)
     marks = "".join("x" if result.differs else "." for result in report.layers)
-    lines = ["Layers (R RWKV, G GQA, A attention); below, x where a layer differs on equal input"]
+    lines = ["Layers (R RWKV, G GQA, A attention); x where one differs on equal input"]
     for kinds, differs in zip(strip_lines(letters), strip_lines(marks), strict=True):
         lines += [kinds, " " * 6 + differs[6:]]
     first = report.first_difference
-    lines.append("No layer differs." if first is None else f"The first layer that differs is {first}.")
-    return "\n".join(lines)
+    return [*lines, "No layer differs." if first is None else f"The first layer that differs is {first}."]
 
 
 def _layers(report: Report) -> RenderableType:
@@ -335,15 +315,27 @@ def _layers(report: Report) -> RenderableType:
 
 def _layer_row(result: LayerResult, lowest: int) -> tuple[object, ...]:
     kinds = LETTERS[result.kind] + ("" if result.kind == result.other_kind else f"/{LETTERS[result.other_kind]}")
-    apart = 1 - result.cosine
-    numbers = (result.output_error, result.mixer_error, apart, result.firsts_error, result.nope_error)
-    return (result.layer, kinds, error_bar(result.output_error, lowest), *(_number(number) for number in numbers))
+    numbers = (result.output_error, result.mixer_error, 1 - result.cosine, result.firsts_error, result.nope_error)
+    return (result.layer, kinds, error_bar(result.output_error, lowest), *map(_number, numbers))
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return ""
     return "0" if abs(value) < 1e-15 else f"{value:.1e}"
+
+
+def error_bar(error: float, lowest: int) -> str:
+    """A relative error on a logarithmic scale: one cell at 10**lowest, BAR cells at 1; empty for 0."""
+    if not math.isfinite(error):
+        return "not finite"
+    return "█" * min(BAR, max(1, round(BAR * (1 - math.log10(error) / lowest)))) if error else ""
+
+
+def error_bar_start(errors: Sequence[float]) -> int:
+    """The power of ten below all errors, within LOWEST and HIGHEST."""
+    seen = [error for error in errors if math.isfinite(error) and error > 0]
+    return max(LOWEST, min(HIGHEST, math.floor(math.log10(min(seen))) - 1)) if seen else LOWEST
 
 
 def _logits(logits: LogitResult) -> RenderableType:
@@ -356,13 +348,23 @@ def _logits(logits: LogitResult) -> RenderableType:
         ("same most likely token", f"{logits.top1_agreement:.1%}"),
     ]
     if logits.kl_attention_zeroed is not None:
-        rows.append(
-            (
-                "zero-ablation baseline: KL(teacher || teacher with attention zeroed)",
-                f"{logits.kl_attention_zeroed:.4g}",
-            )
-        )
+        baseline = "zero-ablation baseline: KL(teacher || teacher with attention zeroed)"
+        rows.append((baseline, f"{logits.kl_attention_zeroed:.4g}"))
     return table("", ("end to end", ""), rows)
+
+
+def render_loaders(verdicts: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """For each verdict of the lint: whether the loader takes the checkpoint, with what settings, and why not."""
+    parts: list[RenderableType] = []
+    for verdict in verdicts:
+        settings = f", with {', '.join(verdict['settings'])}" if verdict["settings"] else ""
+        takes = "takes it" if verdict["takes"] else "does not take it"
+        releases = f" ({'; '.join(verdict['releases'])})" if verdict["takes"] and verdict["releases"] else ""
+        parts.append(f"{verdict['loader']}: {takes}{settings}{releases}")
+        rows = [("no" if f["blocks"] else "note", f["what"], f["where"], f["do"]) for f in verdict["findings"]]
+        if rows:
+            parts.append(table("", ("", "what", "where", "what to do"), rows, right=4))
+    return parts
 
 
 def advice_tables(advice: Advice, width: int = WIDTH) -> list[RenderableType]:
@@ -382,32 +384,29 @@ def _advice_columns(advice: Advice, width: int) -> tuple[dict[str, Sequence[str]
 
     Scores are left out where they would make it wider than `width`, the later ones first.
     """
-    pick, layers = advice.pick, range(advice.num_layers)
+    from hxaconv.selection.advice import figure_text
+
+    pick, decider, layers = advice.pick, advice.decider, range(advice.num_layers)
     columns: dict[str, Sequence[str]] = {
         "layer": [str(layer) for layer in layers],
         "": ["G" if layer in pick.layers else "R" for layer in layers],
         "even": ["•" if layer in pick.uniform else "" for layer in layers],
     }
-    last = {"margin": [figure_text(margin) for margin in pick.choice.margins]} if pick.choice else {}
-    left_out = []
-    decider = advice.decider
     scores = {decider.strategy: decider.values} if decider else {}
     if pick.choice and pick.strategy != "log":  # whose score is within 0..1 as it is
         scores["0..1"] = pick.scores
     scores |= {column.strategy: column.values for column in advice.columns}
-    parts = decider.parts if decider else {}
-    scores |= {SHORT.get(part, part): values for part, values in parts.items()}
+    scores |= {SHORT.get(part, part): values for part, values in decider.parts.items()} if decider else {}
+    last = {"margin": [figure_text(margin) for margin in pick.choice.margins]} if pick.choice else {}
+    left_out = []
     for name, values in scores.items():
-        wider = columns | {name: [figure_text(value) for value in values]}
-        if _width(wider | last) <= width:
-            columns = wider
+        figures = [figure_text(value) for value in values]
+        wider = columns | {name: figures} | last
+        if sum(max(map(len, (title, *cells))) + 3 for title, cells in wider.items()) <= width:
+            columns[name] = figures
         else:
             left_out.append(name)
     return columns | last, left_out
-
-
-def _width(columns: Mapping[str, Sequence[str]]) -> int:
-    return sum(max(map(len, (name, *cells))) + 3 for name, cells in columns.items())
 
 
 def strip(advice: Advice, width: int = STRIP_WIDTH) -> list[str]:
@@ -416,21 +415,21 @@ def strip(advice: Advice, width: int = STRIP_WIDTH) -> list[str]:
     24  ▂▁▃▅▁▂▁▁▄
         RRRRRGRRR
     """
-    scores = advice.pick.scores or tuple(1.0 if i in advice.pick.layers else 0.0 for i in range(advice.num_layers))
+    layers = advice.pick.layers
+    scores = advice.pick.scores or tuple(float(i in layers) for i in range(advice.num_layers))
     known = [score for score in scores if score is not None]
-    low, high = min(known), max(known)
-    bars = "".join(" " if score is None else _bar((score - low) / (high - low or 1.0)) for score in scores)
-    letters = "".join("G" if i in advice.pick.layers else "R" for i in range(advice.num_layers))
+    scale = (len(BARS) - 1) / (max(known) - min(known) or 1.0)
+    bars = "".join(" " if score is None else BARS[round((score - min(known)) * scale)] for score in scores)
+    letters = "".join("G" if i in layers else "R" for i in range(advice.num_layers))
     numbered = zip(strip_lines(bars, width), strip_lines(letters, width), strict=True)
     return [line for over, under in numbered for line in (over, f"      {under[6:]}")]
 
 
-def _bar(share: float) -> str:
-    return BARS[1 + round(share * (len(BARS) - 2))]
-
-
 def summary(advice: Advice, width: int = WIDTH) -> list[str]:
     """What the columns say, the pick, its overlap with uniform, and why."""
+    from hxaconv.selection.advice import fact_lines
+    from hxaconv.selection.strategies import reasons
+
     pick, parts = advice.pick, bool(advice.decider and advice.decider.parts)
     lines = [
         "G: stays attention; even: what uniform takes"
