@@ -20,6 +20,8 @@ from models import conversion, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from hxaconv.commands import COMMANDS, SUMMARIES
+
 Cli = Callable[..., int]
 
 
@@ -306,17 +308,12 @@ def test_a_users_mistake_is_one_message_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
-COMMANDS = (
-    *("init-from-teacher", "calibrate", "pick-gqa-layers", "to-hf", "to-pth", "to-training"),
-    *("verify", "inspect", "maps", "demo"),
-)
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(cli: Cli, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(command, "--help") == 0
     shown = capsys.readouterr().out
     assert "Usage" in shown
+    assert COMMANDS[command].__doc__.startswith(SUMMARIES[command])
 
 
 def imported(arguments: list[str], names: list[str]) -> list[str]:
@@ -338,7 +335,9 @@ HEAVY = ["torch", "numpy", "transformers", "huggingface_hub", "safetensors", "ma
 
 
 def test_help_imports_nothing_heavy() -> None:
-    assert imported(["--help"], HEAVY) == []
+    own = ["hxaconv.load", "hxaconv.model.names", "hxaconv.save.staging", "hxaconv.commands.init"]
+    assert imported(["--help"], [*HEAVY, *own]) == []
+    assert imported(["init-from-teacher", "--help"], own)[-1] == own[-1], "the negative control"
     assert imported(["init-from-teacher", "--help"], HEAVY) == []
 
 

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import inspect
 import io
+import os
 import re
 import sys
 import traceback
@@ -19,19 +20,11 @@ import typer
 from hxaconv import ranks
 from hxaconv.calls import MISSING, Parameter, invoke, parameters_of
 from hxaconv.cli.console import Talk, render_error
-from hxaconv.commands import COMMANDS
+from hxaconv.commands import COMMANDS, SUMMARIES
 from hxaconv.errors import HxaconvError, out_of_memory
 from hxaconv.options import Option, WrongOption
 from hxaconv.save.interruption import NOTHING_PUBLISHED, ignore_from_now
 
-app = typer.Typer(
-    name="hxaconv",
-    help="Turn Llama-style transformers into RWKV-7/GQA hybrids (hxa079), convert them, and prove it.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 DISPLAY = (
     Parameter("json", bool, False, Option("Print the result as JSON.", panel="Display")),
     Parameter(
@@ -44,8 +37,49 @@ DISPLAY = (
 """What every command takes beside the options of its function."""
 
 
-@app.callback(invoke_without_command=True)
-def root(
+def app() -> None:
+    """Run the command line that sys.argv is; only the command that it names is made."""
+    typer_app = typer.Typer(
+        name="hxaconv",
+        help="Turn Llama-style transformers into RWKV-7/GQA hybrids (hxa079), convert them, and prove it.",
+        no_args_is_help=True,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    typer_app.callback(invoke_without_command=True)(_root)
+    named = _named(sys.argv[1:])
+    for name in [named] if named else SUMMARIES:
+        if named or COMPLETING in os.environ:
+            make, needed = _command(name, COMMANDS[name])
+            typer_app.command(name, no_args_is_help=needed)(make)
+        else:
+            typer_app.command(name, help=SUMMARIES[name])(lambda: None)
+    typer_app()
+
+
+COMPLETING = "_HXACONV_COMPLETE"
+"""The variable by which a shell asks for completions: of all commands and their options."""
+
+
+def _named(words: Sequence[str]) -> str | None:
+    """The command among the words of a command line, if there is one.
+
+    Raises:
+        HxaconvError: where there is no such command, with those that were meant.
+    """
+    word = next((word for word in words if not word.startswith("-")), None)
+    if word is None or word in SUMMARIES:
+        return word
+    near = [name for name in SUMMARIES if name.startswith(word)]
+    near = near or difflib.get_close_matches(word, SUMMARIES, n=2, cutoff=0.5)
+    meant, known = " or ".join(f"hxaconv {name}" for name in near), ", ".join(SUMMARIES)
+    raise HxaconvError(
+        f"there is no command {word!r}", hint=f"Did you mean {meant}?" if near else f"Commands: {known}."
+    )
+
+
+def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; goes anywhere.")] = False,
 ) -> None:
@@ -57,8 +91,8 @@ def root(
         raise typer.Exit
 
 
-def command(name: str, function: Callable[..., Any]) -> None:
-    """Make `hxaconv NAME` of a function: its arguments and options, and those of its groups, with their help."""
+def _command(name: str, function: Callable[..., Any]) -> tuple[Callable[..., None], bool]:
+    """What Typer makes `hxaconv NAME` of: arguments and options, those of groups too; whether any has to be given."""
     found = [*parameters_of(function), *DISPLAY]
 
     def run(**values: Any) -> None:
@@ -74,7 +108,7 @@ def command(name: str, function: Callable[..., Any]) -> None:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = _help(inspect.getdoc(function) or "")
-    app.command(name, no_args_is_help=any(parameter.default is MISSING for parameter in found))(run)
+    return run, any(parameter.default is MISSING for parameter in found)
 
 
 def _typer_parameter(parameter: Parameter) -> inspect.Parameter:
@@ -107,10 +141,6 @@ def _help(doc: str) -> str:
     return "\n\n".join([described, *title, *lines])
 
 
-for _name, _function in COMMANDS.items():
-    command(_name, _function)
-
-
 class Stopped(Exception):
     """Ctrl-C or SIGTERM, carried past Typer, which would swallow the message and the exit code."""
 
@@ -130,31 +160,9 @@ def stopping() -> Iterator[None]:
         raise Stopped(message, getattr(stop, "exit_code", 130)) from None
 
 
-def refuse_unknown(words: Sequence[str]) -> None:
-    """Refuse a command that there is not, with the ones that were meant.
-
-    Raises:
-        HxaconvError: naming them.
-    """
-    word = next((word for word in words if not word.startswith("-")), None)
-    if word is None or word in COMMANDS:
-        return
-    near = [name for name in COMMANDS if name.startswith(word)]
-    near = near or difflib.get_close_matches(word, COMMANDS, n=2, cutoff=0.5)
-    meant, known = " or ".join(f"hxaconv {name}" for name in near), ", ".join(COMMANDS)
-    raise HxaconvError(
-        f"there is no command {word!r}", hint=f"Did you mean {meant}?" if near else f"Commands: {known}."
-    )
-
-
 def run() -> int:
     """Run the command that sys.argv names; returns its exit code."""
-
-    def called() -> None:
-        refuse_unknown(sys.argv[1:])
-        app()
-
-    return guarded(called)
+    return guarded(app)
 
 
 def guarded(run: Callable[[], Any]) -> int:

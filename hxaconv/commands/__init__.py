@@ -3,29 +3,48 @@
 A command reads as its own explanation; how models are loaded, computed and written stands in the folders beside.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
-from hxaconv.commands.calibrate import calibrate as _calibrate
-from hxaconv.commands.convert import to_hf, to_pth, to_training
-from hxaconv.commands.demo import demo as _demo
-from hxaconv.commands.init import init_from_teacher
-from hxaconv.commands.inspect import inspect as _inspect
-from hxaconv.commands.maps import maps as _maps
-from hxaconv.commands.pick import pick_gqa_layers
-from hxaconv.commands.verify import verify as _verify
-
-# Functions called like their modules have an underscore here, so that both can be imported from this package.
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "init-from-teacher": init_from_teacher,
-    "calibrate": _calibrate,
-    "to-hf": to_hf,
-    "to-pth": to_pth,
-    "to-training": to_training,
-    "pick-gqa-layers": pick_gqa_layers,
-    "verify": _verify,
-    "inspect": _inspect,
-    "maps": _maps,
-    "demo": _demo,
+SUMMARIES = {
+    "init-from-teacher": (
+        "Make an hxa079 student of a teacher: RWKV layers initialised from its attention, the rest copied."
+    ),
+    "calibrate": (
+        "Fit the RWKV layers of an untrained student to its teacher, layer by layer, on a few hundred tokens of text."
+    ),
+    "to-hf": "Write a student as a Hugging Face folder that transformers and RWKV-Infer load.",
+    "to-pth": "Write a student as a .pth for RWKV-Infer, with a sidecar of the settings it cannot carry.",
+    "to-training": "Write a student under the names that published trainers load, to train it further.",
+    "pick-gqa-layers": "Choose the layers that stay attention: change the choice, or get advice on it.",
+    "verify": "Check a checkpoint with an independent reference forward, alone or against another.",
+    "inspect": "Say what a checkpoint is, from its headers alone.",
+    "maps": "List the shipped layer maps, or show one.",
+    "demo": "Run the whole main job on a small embedded teacher, every step an ordinary command; no network needed.",
 }
-"""Name on the command line -> function, in the order of `hxaconv --help`."""
+"""Name on the command line -> what `hxaconv --help` says, in its order: the first line of the function's docstring."""
+
+_MODULES = {"init-from-teacher": "init", "pick-gqa-layers": "pick"} | dict.fromkeys(
+    ("to-hf", "to-pth", "to-training"), "convert"
+)
+
+
+class _Commands(Mapping[str, Callable[..., Any]]):
+    """Name on the command line -> function, imported when it is asked for: `hxaconv --help` needs none."""
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        module = import_module(f"hxaconv.commands.{_MODULES.get(name, name)}")
+        function: Callable[..., Any] = getattr(module, name.replace("-", "_"))
+        return function
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(SUMMARIES)
+
+    def __len__(self) -> int:
+        return len(SUMMARIES)
+
+
+COMMANDS = _Commands()
