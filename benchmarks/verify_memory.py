@@ -122,8 +122,7 @@ def measure(paths: list[str], num_layers: int, tokens: int, threads: int, queue:
     from hxaconv.forward.tokens import probe_tokens
     from hxaconv.load.checkpoint import open_checkpoint
     from hxaconv.model.model import Model
-    from hxaconv.verification.compare import compare_models
-    from hxaconv.verification.single import verify_model
+    from hxaconv.verification.compare import compare_models, verify_model
 
     torch.set_num_threads(threads)
     watch = Stopwatch()

@@ -29,7 +29,7 @@ from hxaconv.model.plan import Literal, Recipe, check
 from hxaconv.model.rope import Rope
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
-from hxaconv.verification.values import untouched_layers
+from hxaconv.verification.claims import untouched_layers
 
 
 @pytest.fixture(scope="module", autouse=True)

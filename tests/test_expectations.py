@@ -68,8 +68,8 @@ def test_after_training_only_attention_may_have_changed(made: Path, tmp_path: Pa
     change(folder, "model.layers.4.self_attn.q_proj.weight", lambda values: values * 1.01)
     report = verify(folder, expect="attention-trained")
     assert report.passed, report.reason
-    assert report.attention == {0: "untrained", 1: "trained", 2: "kept", 3: "calibrated", 4: "calibrated"}
-    assert "trained: layer 1;" in next(check.detail for check in report.checks if check.name == "attention")
+    assert report.attention == {0: "untrained", 1: "trained", 2: "kept", 3: "trained", 4: "trained"}
+    assert "trained: layers 1, 3-4;" in next(check.detail for check in report.checks if check.name == "attention")
     assert {"as untrained", "initial values", "copied tensors"} <= failing(verify(folder))
     for name in (
         "model.norm.weight",

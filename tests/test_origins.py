@@ -11,17 +11,16 @@ from torch import Tensor
 
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
-from hxaconv.model.plan import Recipe
-from hxaconv.surgery.arithmetic import computed, scaled
+from hxaconv.surgery.arithmetic import computed, scaled, tensor, torch_dtype
 from hxaconv.surgery.init import InitSettings, init_from_teacher
 from hxaconv.surgery.reshape import pad_ffn
-from hxaconv.verification.values import foreign_tensors, is_multiple, touched_tensors, untouched_layers
+from hxaconv.verification.claims import foreign_tensors, is_multiple, touched_tensors, untouched_layers
 
 PREFIX = "model.layers.0.self_attn."
 
 
-def stored(values: Tensor, dtype: str) -> Recipe:
-    return computed(lambda: values, dtype, tuple(values.shape), "made for a test")
+def stored(values: Tensor, dtype: str) -> Tensor:
+    return values.to(torch_dtype(dtype))
 
 
 def moved(values: Tensor) -> Tensor:
@@ -38,7 +37,8 @@ def test_a_multiple_is_one_by_any_factor(dtype: str, factor: float) -> None:
     origin = stored(values, "BF16")
     made = stored(values.float() * factor, dtype)
     assert is_multiple(made, origin)
-    assert is_multiple(scaled(origin, factor, dtype, ""), origin)
+    recipe = computed(lambda: values, "BF16", tuple(values.shape), "made for a test")
+    assert is_multiple(tensor(scaled(recipe, factor, dtype, "")), origin)
     assert not is_multiple(stored(moved(values.float() * factor), dtype), origin)
     assert not is_multiple(stored(values.float().T.contiguous() * factor, dtype), origin)
     assert not is_multiple(stored(values.float().flip(0) * 0.3, dtype), origin)

@@ -14,9 +14,8 @@ from rich.console import Console
 from hxaconv.cli.tables import error_bar as bar
 from hxaconv.cli.tables import report_tables as render
 from hxaconv.errors import HxaconvError
-from hxaconv.verification.compare import compare_models
+from hxaconv.verification.compare import compare_models, verify_model
 from hxaconv.verification.report import Report
-from hxaconv.verification.single import verify_model
 
 
 def text_of(report: Report, width: int = 80) -> str:

@@ -27,7 +27,7 @@ from hxaconv.selection.strategies import Column, check_finite, pick
 from hxaconv.selection.sweep import Sweep
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
-from hxaconv.verification.values import untouched_layers
+from hxaconv.verification.claims import untouched_layers
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 EXACT = torch.float64

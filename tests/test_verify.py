@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults import FAULTS, Fault, measure
-from models import AGREEMENT, CASES, changed, expected, failed, fresh, ids, student, teacher
+from models import AGREEMENT, CASES, FACTORS, changed, expected, failed, fresh, ids, student, teacher
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,9 +24,9 @@ from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
 from hxaconv.model.plan import Literal, Recipe
 from hxaconv.surgery.arithmetic import cast
-from hxaconv.verification.compare import compare_models
-from hxaconv.verification.report import Thresholds, judge
-from hxaconv.verification.single import verify_model
+from hxaconv.verification.compare import Thresholds, compare_models, verify_model
+from hxaconv.verification.invariants import History, Made, check_against
+from hxaconv.verification.report import Report
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "NEGATIVE_CONTROLS.md"
 
@@ -130,8 +130,12 @@ def test_models_of_other_sizes_are_refused() -> None:
 
 def test_teacher_and_student_are_reported_beside_the_yardstick() -> None:
     base, made = fresh()
-    report = compare_models(made, base, ids=ids(base, 40))
-    assert report.expect == "report" and report.passed
+    report = check_against(made, base, expect="report", ids=ids(base, 40))
+    assert report.passed and report.outcome == "only reported" and "passed" not in report.headline
+    seed = History([Made(layers=frozenset(made.student.rwkv_layers), factors=FACTORS, seed=0)])
+    assert check_against(made, base, history=seed, ids=ids(base, 40)).outcome == "passed"
+    limited = check_against(made, base, expect="report", ids=ids(base, 40), thresholds=Thresholds(kl=100.0))
+    assert limited.outcome == "passed"
     assert report.logits is not None and report.logits.kl_attention_zeroed is not None
     assert report.logits.kl_other_source > 0
     assert any("plain initialisation" in note for note in report.notes)
@@ -144,14 +148,10 @@ def test_only_a_plain_student_is_excused_as_one() -> None:
     learned = changed(made, "model.layers.0.self_attn.g1", lambda values: values + 0.01)
     _, attention = fresh(gqa_layers=(0, 1, 2, 3))
     for student_of_base in (learned, attention):
-        report = compare_models(student_of_base, base, ids=ids(base, 40))
+        report = check_against(student_of_base, base, ids=ids(base, 40))
         assert report.logits is not None and report.logits.kl_attention_zeroed is not None
-        # Near the zero-ablation baseline, or beyond it, which a plain student would be excused for.
-        report.notes.clear()
-        far = dataclasses.replace(report.logits, kl_other_source=9.0, kl_attention_zeroed=1.0)
-        judge(dataclasses.replace(report, logits=far), Thresholds(), student_of_base)
         assert not any("plain initialisation" in note for note in report.notes)
-        assert any("9 nats" in note for note in report.notes)
+        assert any("nats per token" in note for note in report.notes)
 
 
 def test_kl_and_agreement_are_what_they_say() -> None:
@@ -249,7 +249,24 @@ def test_values_that_are_not_finite_are_found(value: float) -> None:
     unread = changed(model, record, lambda values: torch.full_like(values, value))
     assert set(failed(verify_model(unread, ids=ids(model)))) == {"finite weights"}
     against = compare_models(changed(model, name, spoil), model, ids=ids(model), expect="report")
-    assert "first in layer 1" in failed(against)["finite"]
+    assert failed(against)["finite weights"] == name
+    assert "lost in layer 1" in failed(against)["finite logits"]
+    # A value that no forward reads, on either side, and on both.
+    theirs = f"{record} of the other"
+    for one, two, said in ((unread, model, record), (model, unread, theirs), (unread, unread, record)):
+        for tokens in (ids(model), None):
+            found = failed(compare_models(one, two, ids=tokens, expect="report"))
+            assert found == {"finite weights": said}
+    assert compare_models(model, model, ids=None, expect="report").passed
+
+
+def test_a_report_without_any_check_has_not_passed() -> None:
+    report = Report(source="nothing")
+    assert not report.passed
+    with pytest.raises(CheckFailed, match="nothing was checked"):
+        report.raise_if_failed()
+    report.check("something", True, "fine")
+    assert report.passed
 
 
 def test_a_config_that_contradicts_itself_is_found() -> None:

@@ -108,8 +108,8 @@ def check_calibrated(
         )
     ]
     if factors is not None:
-        claims.append(copied(output.student, without=replaced))
-        claims += initial_claims(output.student, factors, without=replaced)
+        claims.append(copied(output.student, without=replaced.__contains__))
+        claims += initial_claims(output.student, factors, without=replaced.__contains__)
     changed = {layer_index(name) for name in replaced}
     report = against_teacher(
         output,

@@ -28,7 +28,7 @@ from hxaconv.model.plan import Buffers, Plan, Recipe, layer_bytes, total_bytes
 from hxaconv.progress import Progress, bar
 from hxaconv.save.checksums import count_nonfinite
 from hxaconv.surgery.arithmetic import Computed, tensor, torch_dtype
-from hxaconv.verification.values import foreign_tensors, touched_tensors
+from hxaconv.verification.claims import foreign_tensors, touched_tensors
 
 TEACHER, STUDENT = "teacher", "student"
 FEWEST_TO_JUDGE = 8

@@ -265,9 +265,8 @@ def demo_lines(demo: Demo) -> list[RenderableType]:
 
 def report_tables(report: Report) -> list[RenderableType]:
     """The report in parts that fit WIDTH columns, in reading order."""
-    verdict = "PASSED" if report.passed else "FAILED"
     against = f" against {report.other}, expected: {report.expect}" if report.other else ""
-    parts: list[RenderableType] = [f"{verdict}  {report.source}{against}", _checks(report, "check")]
+    parts: list[RenderableType] = [f"{report.outcome.upper()}  {report.source}{against}", _checks(report, "check")]
     if report.tensors:
         parts += _tensors(report)
     if report.layers:

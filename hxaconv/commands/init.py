@@ -109,6 +109,6 @@ def init_from_teacher(
     def verify(written: Model, progress: Progress | None) -> Report:
         from hxaconv.verification.invariants import check_initialised
 
-        return check_initialised(source, written, factors=initial.factors, progress=progress)
+        return check_initialised(source, written, factors=initial.factors, seed=initial.seed, progress=progress)
 
     return save(output, write, check=OutputCheck(verify), warnings=warnings, notes=notes)

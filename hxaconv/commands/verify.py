@@ -99,11 +99,9 @@ def _forward(
 ) -> Report:
     """Run one model, or both on the same tokens."""
     from hxaconv.forward.tokens import checked_device, tokens_of
-    from hxaconv.verification.compare import compare_models
-    from hxaconv.verification.invariants import check_against, made_by
+    from hxaconv.verification.compare import Thresholds, compare_models, verify_model
+    from hxaconv.verification.invariants import History, check_against
     from hxaconv.verification.lint import lint
-    from hxaconv.verification.report import Thresholds
-    from hxaconv.verification.single import verify_model
 
     checked_device(probe.device)
     tokenizer = next((found for found in opened if "tokenizer.json" in found.companions), checkpoint)
@@ -130,14 +128,12 @@ def _forward(
             hint="Name the student as SOURCE and the teacher with --against.",
         )
     if of_teacher and check.expect in (None, *STAGES, "report"):
-        made, folded = made_by(history_of(checkpoint))
         return check_against(
             model,
             other,
             ids=ids,
             expect=check.expect,
-            made=made,
-            folded=folded,
+            history=History.read(history_of(checkpoint)),
             thresholds=limits,
             dtype=probe.dtype,
             device=probe.device,

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, cast
 
@@ -24,14 +23,13 @@ from torch import Tensor
 
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.dtypes import parse_dtype
-from hxaconv.formats.files import SourceFile
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
 from hxaconv.forward.pool import BLOCK_BYTES, Matrix, Pool
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, expert_index, is_expert, layer_index
-from hxaconv.model.plan import Buffers, Bytes, Plan, Ranges, Recipe, has_rows, rows
+from hxaconv.model.plan import Buffers, Plan, Ranges, Recipe, has_rows, rows
 from hxaconv.save.checksums import count_nonfinite
 from hxaconv.surgery.arithmetic import SERIAL_BYTES, tensor, tensor_rows, torch_dtype
 
@@ -89,26 +87,6 @@ class Held:
     values: Tensor = field(default_factory=lambda: torch.empty(0))
     nonfinite: int = 0
     """How many of its values are NaN or infinite."""
-
-    @cached_property
-    def at_hand(self) -> Recipe:
-        """The recipe, but that its bytes are already here; as long as the layer is."""
-        flat = self.values.reshape(-1).view(torch.uint8)
-        return replace(self.recipe, make=_AtHand(memoryview(flat.numpy()), self.recipe.make))  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _AtHand:
-    data: memoryview
-    origin: Bytes
-    kind: str = "copy"
-
-    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
-        for start in range(0, len(self.data), len(buffers.read)):
-            yield self.data[start : start + len(buffers.read)]
-
-    def sources(self) -> Iterable[SourceFile]:
-        return self.origin.sources()
 
 
 class Walk:
@@ -258,12 +236,8 @@ class Walk:
         self._held = {role: {} for role in self._tracks}
 
     def held(self, role: str) -> Mapping[str, Held]:
-        """What is in memory of a model now."""
-        return self._held[role]
-
-    def at_hand(self) -> dict[str, Plan]:
-        """Role -> plan of the tensors that are in memory now; a tensor held once is one recipe."""
-        return {role: {name: held.at_hand for name, held in plan.items()} for role, plan in self._held.items()}
+        """What is in memory of a model now; nothing of one that is not there. What two have alike is one `Held`."""
+        return self._held.get(role, {})
 
     def product(self, x: Tensor, stored: Tensor) -> Tensor:
         """x (tokens, columns) times some rows of a weight as it is stored -> (tokens, rows)."""
@@ -280,7 +254,7 @@ class Track:
     def __init__(self, walk: Walk, role: str, model: Model) -> None:
         self.model, self.config = model, model.config
         self.reference = reference_of(model)
-        self._walk, self._role = walk, role
+        self._walk, self.role = walk, role
         self._cast: dict[str, Tensor] = {}
 
     def forget(self) -> None:
@@ -291,7 +265,7 @@ class Track:
         """A weight for the reference forward: in the compute dtype, a large one as a Matrix."""
         if name in self._cast:
             return self._cast[name]
-        held = self._walk.held(self._role).get(name)
+        held = self._walk.held(self.role).get(name)
         stored = (tensor(self.model.plan[name]) if held is None else held.values).to(self._walk.device)
         if stored.dim() == 2 and stored.numel() > SMALL:
             return cast(Tensor, Matrix(stored, self._walk.dtype, self._walk.pool))

@@ -219,7 +219,7 @@ def _swept(
     import torch
 
     from hxaconv.selection.sweep import Sweep
-    from hxaconv.verification.values import untouched_layers
+    from hxaconv.verification.claims import untouched_layers
 
     along = {name for name in BY_THE_WAY if student is not None or "student" not in needs(name)}
     names = sorted(along | {request.strategy}, key=lambda name: (name != request.strategy, name))

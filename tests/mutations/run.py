@@ -20,9 +20,9 @@ from hxaconv.options import Settings
 from hxaconv.save.documents import student_json
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
-from hxaconv.verification.invariants import Made, check_against, check_converted, check_initialised
+from hxaconv.verification.compare import verify_model
+from hxaconv.verification.invariants import History, Made, check_against, check_converted, check_initialised
 from hxaconv.verification.report import Report
-from hxaconv.verification.single import verify_model
 from hxaconv.verification.written import check_output, check_own
 from mutations.kinds import Case, Kind
 
@@ -101,7 +101,7 @@ class Student:
 
         def against(made: list[Made]) -> Report:
             model = load_student(str(folder), Settings())
-            report = check_against(model, self.teacher, made=made, ids=ids)
+            report = check_against(model, self.teacher, history=History(made), ids=ids)
             check_own(report, open_checkpoint(str(folder)), {})
             return report
 
@@ -111,7 +111,7 @@ class Student:
             return report
 
         runs: Mapping[str, Callable[[], Report]] = {
-            "after init": lambda: written(lambda m: check_initialised(self.teacher, m, factors=FACTORS)),
+            "after init": lambda: written(lambda m: check_initialised(self.teacher, m, factors=FACTORS, seed=0)),
             "after a conversion": lambda: written(lambda m: check_converted(self.right, m)),
             "--against, record": lambda: against(self.made),
             "--against": lambda: against([]),
