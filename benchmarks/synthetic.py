@@ -24,10 +24,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from hxaconv.formats import safetensors_layout, torchzip_layout
+from hxaconv.formats import FileLayout, safetensors, torchzip
 from hxaconv.formats.dtypes import BY_NAME, num_bytes, parse_dtype
-from hxaconv.formats.layout import FileLayout
-from hxaconv.formats.torch_pickle import contiguous_strides
+from hxaconv.formats.gathered import contiguous_strides
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, TeacherConfig, student_of, teacher_config
 from hxaconv.model.layer_choice import uniform
@@ -246,16 +245,16 @@ def make(target: Path, wanted: Wanted) -> int:
     text = json.dumps(document, indent=2) + "\n"
     if wanted.container == "hf":
         target.mkdir(parents=True, exist_ok=True)
-        layouts = safetensors_layout.shard_layouts(plan, wanted.max_shard_bytes)
+        layouts = safetensors.shard_layouts(plan, wanted.max_shard_bytes)
         for layout in layouts:
             write_layout(layout, target, fill)
         if len(layouts) > 1:
-            (target / safetensors_layout.INDEX_NAME).write_bytes(safetensors_layout.index_json(plan, layouts))
+            (target / safetensors.INDEX_NAME).write_bytes(safetensors.index_json(plan, layouts))
         (target / "config.json").write_text(text)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         if wanted.container == "pth":
-            write_layout(torchzip_layout.file_layout(target.name, plan), target.parent, fill)
+            write_layout(torchzip.file_layout(target.name, plan), target.parent, fill)
         else:
             write_legacy(target, plan, fill)
         target.with_suffix(".json").write_text(text)

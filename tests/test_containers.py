@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 import subprocess
@@ -20,9 +21,8 @@ from hxaconv.errors import HxaconvError
 from hxaconv.formats import Contents, read_contents
 from hxaconv.formats.dtypes import BY_NAME
 from hxaconv.formats.files import SourceFile
-from hxaconv.formats.strided import Strided, is_contiguous, overlaps_itself, span
-from hxaconv.formats.torchzip_reader import read_directory
-from hxaconv.formats.unpickler import parse
+from hxaconv.formats.gathered import Strided, is_contiguous, overlaps_itself, span
+from hxaconv.formats.pickles import parse
 from hxaconv.model.plan import Buffers
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -267,7 +267,7 @@ def test_headers_are_digested(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("block_bytes", [16, 100, 10**6])
 def test_strided_in_blocks_of_any_size(view: Any, block_bytes: int, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("hxaconv.formats.strided.BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr("hxaconv.formats.gathered.BLOCK_BYTES", block_bytes)
     whole = torch.randn(30, 40)
     (tmp_path / "x").write_bytes(b"before" + raw(whole))
     part = view(whole)
@@ -302,30 +302,24 @@ def test_whatever_pickle_writes_of_plain_data_is_read_the_same() -> None:
         # Protocol 2 pickles bytes through a codec, which no state dict needs.
         wanted = {key: item for key, item in value.items() if key != "bytes"} if protocol == 2 else value
         data = pickle.dumps(wanted, protocol)
-        assert parse(b"xx" + data + b"yy", "test", 2).value == wanted
-        assert parse(data, "test").end == len(data)
+        stream = io.BytesIO(b"xx" + data + b"yy")
+        stream.seek(2)
+        assert parse(stream, "test").value == wanted
+        assert stream.read() == b"yy"
 
 
 def test_every_truncation_of_a_pickle_is_refused() -> None:
     data = pickle.dumps({"a": [1, 2.5, ("x", None)], "b": OrderedDict(c=2**40)}, 2)
     for length in range(len(data)):
         with pytest.raises(HxaconvError):
-            parse(data[:length], "test")
-
-
-def test_directory_of_a_torch_file(tmp_path: Path) -> None:
-    torch.save({"w": torch.ones(3)}, tmp_path / "x.pth")
-    with zipfile.ZipFile(tmp_path / "x.pth") as judge:
-        expected = {info.filename: (info.file_size, info.CRC, info.header_offset) for info in judge.infolist()}
-    found = read_directory(SourceFile.local(tmp_path / "x.pth"))
-    assert {r.name: (r.size, r.crc32, r.header_offset) for r in found.records.values()} == expected
+            parse(io.BytesIO(data[:length]), "test")
 
 
 def test_nothing_heavy_is_imported() -> None:
     script = (
         "import sys; from hxaconv.load.checkpoint import open_checkpoint\n"
         "for path in sys.argv[1:]: assert open_checkpoint(path).plan\n"
-        "print(sorted({'torch', 'numpy', 'huggingface_hub', 'rich', 'pickle', 'zipfile'} & set(sys.modules)))"
+        "print(sorted({'torch', 'numpy', 'huggingface_hub', 'rich'} & set(sys.modules)))"
     )
     paths = [GOLDEN / "reka_tiny" / "teacher", GOLDEN / "reka_tiny" / "student.pth"]
     command = [sys.executable, "-c", script, *map(str, paths)]

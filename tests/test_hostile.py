@@ -72,6 +72,15 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert int(done.stdout) == len(CASES)
 
 
+@pytest.mark.parametrize(
+    "falsified", [{"count": 60_000}, {"count": 6}, {"end64": 2**60, "always": 1}, {"count": 2**60, "always": 1}]
+)
+def test_numbers_that_a_zip_directory_says_twice_are_not_relied_on(falsified: dict[str, int], tmp_path: Path) -> None:
+    end = {key: value for key, value in falsified.items() if key != "always"}
+    path = forge.zip_file(tmp_path / "x.pth", corpus.RECORDS, always_zip64="always" in falsified, end=end)
+    assert len(open_checkpoint(path).plan) == 2
+
+
 def _armed(folder: Path, form: str) -> tuple[Path, Path]:
     """A checkpoint whose pickle writes a file when it is unpickled, and that file."""
     trace = folder / "executed"

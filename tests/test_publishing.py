@@ -14,7 +14,7 @@ import pytest
 from writing import TARGETS, leftovers, output, partials, plan_over, reference, source, tree, verified, write
 
 from hxaconv.errors import CheckFailed, HxaconvError
-from hxaconv.formats import safetensors_layout, torchzip_layout
+from hxaconv.formats import safetensors, torchzip
 from hxaconv.options import Write
 from hxaconv.save import diskio, documents, fill, staging, writer
 from hxaconv.save import output as outputs
@@ -106,13 +106,13 @@ def test_a_command_without_an_output_says_no_success(
 
 
 def wrong_crc(patch: pytest.MonkeyPatch) -> None:
-    real = torchzip_layout._central_entry
-    patch.setattr(torchzip_layout, "_central_entry", lambda record, crc: real(record, crc ^ (record.size > 1000)))
+    real = torchzip._central_entry
+    patch.setattr(torchzip, "_central_entry", lambda record, crc: real(record, crc ^ (record.size > 1000)))
 
 
 def header(change: Callable[[dict[str, Any]], None]) -> Callable[[pytest.MonkeyPatch], None]:
     def plant(patch: pytest.MonkeyPatch) -> None:
-        real = safetensors_layout._header
+        real = safetensors._header
 
         def changed(tensors: Any) -> tuple[bytes, int]:
             text, end = real(tensors)
@@ -121,7 +121,7 @@ def header(change: Callable[[dict[str, Any]], None]) -> Callable[[pytest.MonkeyP
             data = json.dumps(entries, separators=(",", ":")).encode().ljust(len(text) - 8)
             return struct.pack("<Q", len(data)) + data, end
 
-        patch.setattr(safetensors_layout, "_header", changed)
+        patch.setattr(safetensors, "_header", changed)
 
     return plant
 

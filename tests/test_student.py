@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from hxaconv.errors import HxaconvError, Inconsistent
-from hxaconv.formats.dtypes import num_elements
 from hxaconv.formats.json_files import as_bytes
 from hxaconv.load import load_teacher
 from hxaconv.load.checkpoint import open_checkpoint
@@ -87,7 +87,7 @@ def test_a_config_that_lies_about_its_layers_is_caught(golden: Path, tmp_path: P
 
 
 def reshaped(recipe: Recipe, shape: tuple[int, ...]) -> Recipe:
-    assert num_elements(shape)
+    assert math.prod(shape)
     return Recipe(recipe.dtype, shape, recipe.make, recipe.origin)
 
 

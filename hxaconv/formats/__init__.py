@@ -1,13 +1,54 @@
-"""Containers: how tensors stand in files. Readers find them without torch; layouts say how to write them."""
+"""Containers: how tensors stand in files. Readers find them without torch, layouts say how to write them."""
 
 from __future__ import annotations
 
-from hxaconv.errors import HxaconvError
-from hxaconv.formats.contents import Contents, broken
-from hxaconv.formats.files import SourceFile
-from hxaconv.formats.pickle_machine import Refused
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Contents", "read_contents"]
+from hxaconv.errors import HxaconvError
+from hxaconv.formats.files import SourceFile, broken
+
+if TYPE_CHECKING:
+    from hxaconv.model.plan import Plan, Recipe
+
+Segment = tuple[int, bytes]
+"""Offset and bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What a reader finds: the tensors of one file by the names it gives them, and facts about the container."""
+
+    container: str
+    """`safetensors`, `pth` (zip), `legacy` (pickles before the zip form), or a trainer's: `zero`, `dcp`, `dtensor`."""
+    tensors: Plan
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Of pickles: `nested_under`, `ignored` (names of what is no tensor), `aliases` (groups of names that are one)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """One tensor's place in a file."""
+
+    name: str
+    offset: int
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """A file laid out before its first byte: `segments` are known, `fills` to be made, `seal` depends on them."""
+
+    name: str
+    size: int
+    segments: tuple[Segment, ...]
+    fills: tuple[Fill, ...]
+    seal: Callable[[Mapping[str, int]], list[Segment]] | None = None
+    """CRC-32 by tensor name -> the bytes that hold checksums; None where the format has none."""
+    hard_link: SourceFile | None = None
+    """A source file that is this file already: linked or copied whole, not written."""
+
 
 _NOT_A_CHECKPOINT = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "Run `git lfs pull` in that folder."),
@@ -25,26 +66,25 @@ def read_contents(file: SourceFile) -> Contents:
     Raises:
         HxaconvError: when it is no checkpoint, or a damaged one.
     """
+    from hxaconv.formats.pickles import Refused
+    from hxaconv.formats.state_dict import advised
+
     try:
         return _read(file, file.read(0, min(file.size, 512)))
     except Refused as refused:
-        from hxaconv.formats.state_dict import advised
-
         raise advised(refused, file) from None
 
 
 def _read(file: SourceFile, start: bytes) -> Contents:
     # Not above: readers make plans, and plans stand on this package.
-    from hxaconv.formats.legacy_reader import MAGIC, read_legacy
-    from hxaconv.formats.safetensors_reader import read_safetensors
-    from hxaconv.formats.torchzip_reader import read_torchzip
+    from hxaconv.formats import legacy, safetensors, torchzip
 
     if start[:4] == b"PK\x03\x04":
-        return read_torchzip(file)
+        return torchzip.read_torchzip(file)
     if start[8:9] == b"{":  # before pickles: the length in front may begin with any byte
-        return read_safetensors(file)
-    if start[:1] == b"\x80" or start.startswith(b"L%dL\n" % MAGIC):  # protocols 2 and up, and 1
-        return read_legacy(file)
+        return safetensors.read_safetensors(file)
+    if start[:1] == b"\x80" or start.startswith(legacy.PROTOCOL_1):
+        return legacy.read_legacy(file)
     for magic, what, hint in _NOT_A_CHECKPOINT:
         if start.startswith(magic):
             raise HxaconvError(f"{file.label} {what}", hint=hint)

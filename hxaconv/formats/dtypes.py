@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hxaconv.errors import HxaconvError
@@ -60,14 +61,6 @@ def parse_dtype(text: str) -> str:
     return name
 
 
-def num_elements(shape: tuple[int, ...]) -> int:
-    """Elements of a tensor of this shape (1 for a 0-dim tensor)."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a contiguous tensor."""
-    return BY_NAME[dtype].itemsize * num_elements(shape)
+    return BY_NAME[dtype].itemsize * math.prod(shape)

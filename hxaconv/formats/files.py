@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hxaconv.errors import HxaconvError
+from hxaconv.errors import HxaconvError, raise_all
 
 TEMPLATES = "additional_chat_templates"
 """The one folder inside a checkpoint whose files belong to it: chat templates of transformers, one per file."""
 PIECE_BYTES = 1024 * 1024
 """Bytes moved per read and write. With smaller ones, workers that cast wait for the interpreter's lock; writes of
 2 MiB and more take Linux twice the time."""
+MAX_NAME_LENGTH = 512
 
 
 def read_into(fd: int, buffer: memoryview, offset: int) -> int:
@@ -60,6 +61,27 @@ def kind_of(path: Path) -> str:
         return f"a link to {os.readlink(path)}, which does not exist"
     kinds = ((path.is_dir, "a folder"), (path.is_fifo, "a named pipe"), (path.is_socket, "a socket"))
     return next((word for is_one, word in kinds if is_one()), "a device")
+
+
+def show(text: str) -> str:
+    """Text from a file as a message may print it: short, and without control characters."""
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    return text if text.isprintable() else repr(text)
+
+
+def broken(where: str, what: str) -> HxaconvError:
+    """The error for a file whose structure contradicts itself."""
+    return HxaconvError(f"{where}: {what}", hint="The file is damaged or truncated; download or copy it again.")
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Refuse names of tensors that no reader could print or look up.
+
+    Raises:
+        HxaconvError: listing names that are empty, longer than 512 characters or not printable.
+    """
+    odd = [show(name) for name in names if not (0 < len(name) <= MAX_NAME_LENGTH and name.isprintable())]
+    raise_all(f"{where}: tensor names must be printable text of at most {MAX_NAME_LENGTH} characters:", odd)
 
 
 @dataclass(eq=False, slots=True)
@@ -162,39 +184,35 @@ class SourceFile:
             HxaconvError: when the file ends before.
         """
         buffer = bytearray(count)
-        for _ in self.pieces(offset, count, memoryview(buffer), advance=True):
-            pass
+        self._fill(memoryview(buffer), offset)
         return bytes(buffer)
 
-    def pieces(self, offset: int, count: int, buffers: memoryview, *, advance: bool = False) -> Iterator[memoryview]:
-        """The bytes [offset, offset + count) in pieces of at most len(buffers), each in `buffers`.
-
-        With `advance`, pieces fill `buffers` one after the other instead of overwriting its start.
-        """
-        fd = self.open()
-        end, position = offset + count, 0
+    def pieces(self, offset: int, count: int, buffer: memoryview) -> Iterator[memoryview]:
+        """The bytes [offset, offset + count), one piece after the other in `buffer`."""
+        end = offset + count
         while offset < end:
-            room = buffers[position:] if advance else buffers
-            want = min(len(room), end - offset, PIECE_BYTES if advance else len(room))
-            filled = 0
-            while filled < want:
-                try:
-                    got = read_into(fd, room[filled:want], offset + filled)
-                except OSError as error:
-                    raise HxaconvError(
-                        f"{self.label}: reading {want} bytes at {offset} failed: {error.strerror}",
-                        hint="The disk or the network file system reports an error; check it, then use --resume.",
-                    ) from None
-                if got == 0:
-                    self._check_unchanged(fd)
-                    raise HxaconvError(
-                        f"{self.label} ends at byte {offset + filled}, expected {end}",
-                        hint="The file is truncated; download or copy it again.",
-                    )
-                filled += got
-            yield room[:want]
-            offset += want
-            position += want if advance else 0
+            piece = buffer[: end - offset]
+            self._fill(piece, offset)
+            yield piece
+            offset += len(piece)
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        fd, filled = self.open(), 0
+        while filled < len(buffer):
+            try:
+                got = read_into(fd, buffer[filled:], offset + filled)
+            except OSError as error:
+                raise HxaconvError(
+                    f"{self.label}: reading {len(buffer)} bytes at {offset} failed: {error.strerror}",
+                    hint="The disk or the network file system reports an error; check it, then use --resume.",
+                ) from None
+            if got == 0:
+                self._check_unchanged(fd)
+                raise HxaconvError(
+                    f"{self.label} ends at byte {offset + filled}, expected {offset + len(buffer)}",
+                    hint="The file is truncated; download or copy it again.",
+                )
+            filled += got
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,10 +231,7 @@ class Section:
             HxaconvError: when the section or the file ends before.
         """
         if offset < 0 or offset + count > self.size:
-            raise HxaconvError(
-                f"{self.label} ends at byte {self.size}, expected {offset + count}",
-                hint="The file is damaged or truncated; download or copy it again.",
-            )
+            raise broken(self.label, f"it ends at byte {self.size}, expected {offset + count}")
         return self.file.read(self.start + offset, count)
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hxaconv.errors import HxaconvError
 from hxaconv.formats import Contents, read_contents
 from hxaconv.formats.files import TEMPLATES, SourceFile
-from hxaconv.formats.safetensors_reader import header_length, parse_header
+from hxaconv.formats.safetensors import header_length, parse_header
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.formats.contents import show
-from hxaconv.formats.files import SourceFile
+from hxaconv.formats.files import SourceFile, show
 
 PROVENANCE_NAME = "hxaconv.json"
 """In a folder that this package wrote: how it was made."""

@@ -9,9 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import MAX_LISTED, HxaconvError, bullet_list
-from hxaconv.formats import Contents, dcp, dtensor, read_contents, zero
-from hxaconv.formats.contents import show
-from hxaconv.formats.files import SourceFile
+from hxaconv.formats import Contents, read_contents, sharded, zero
+from hxaconv.formats.files import SourceFile, show
 from hxaconv.formats.json_files import PROVENANCE_NAME, read_config, read_sidecar
 from hxaconv.load.files import (
     SHARD,
@@ -188,7 +187,7 @@ class Trained:
             return zero.read_zero(self.folder, label=self.label, weights=weights)
         if weights is not None:
             raise HxaconvError(f"{self.label} has one set of weights", hint="Leave --weights out.")
-        read = dcp.read_dcp if self.kind == "dcp" else dtensor.read_dtensors
+        read = sharded.read_dcp if self.kind == "dcp" else sharded.read_dtensors
         return read(self.folder, label=self.label)
 
 
@@ -205,10 +204,10 @@ def find_trained(root: Path, label: str) -> Trained | None:
     step = zero.step_folder(root)
     if step is not None:
         return at(step, "zero")
-    if dcp.holds_dcp(root) or dtensor.holds_dtensors(root):
-        return at(root, "dcp" if dcp.holds_dcp(root) else "dtensor")
-    sharded = [path for path in sorted(root.iterdir()) if _SHARDED.match(path.name) and path.is_dir()]
-    found = [path for path in sharded if dcp.holds_dcp(path)]
+    if sharded.holds_dcp(root) or sharded.holds_dtensors(root):
+        return at(root, "dcp" if sharded.holds_dcp(root) else "dtensor")
+    inner = [path for path in sorted(root.iterdir()) if _SHARDED.match(path.name) and path.is_dir()]
+    found = [path for path in inner if sharded.holds_dcp(path)]
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise HxaconvError(f"{label} holds several models: {names}", hint="Give one of these folders.")

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats import Contents, read_contents
-from hxaconv.formats.contents import show
-from hxaconv.formats.files import TEMPLATES, SourceFile, kind_of
+from hxaconv.formats.files import TEMPLATES, SourceFile, kind_of, show
 from hxaconv.formats.json_files import MAX_JSON_BYTES, parse_json, read_json
 from hxaconv.load.kinds import kind_of_files
 from hxaconv.model.model import Checkpoint

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from hxaconv.errors import Inconsistent, raise_all
 from hxaconv.formats.dtypes import BY_NAME
-from hxaconv.formats.strided import Strided
+from hxaconv.formats.gathered import Strided
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.experts import FUSED

@@ -6,13 +6,14 @@ operation is a function from plans to plans. Insertion order is the order on dis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
-from hxaconv.formats.dtypes import BY_NAME, FLOATS, num_bytes, num_elements
+from hxaconv.formats.dtypes import BY_NAME, FLOATS, num_bytes
 from hxaconv.formats.files import PIECE_BYTES, Extent, SourceFile
 from hxaconv.model.names import is_attention, layer_prefix
 
@@ -72,7 +73,7 @@ class Recipe:
     @property
     def numel(self) -> int:
         """Elements."""
-        return num_elements(self.shape)
+        return math.prod(self.shape)
 
     def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
         """The tensor's bytes in pieces, checked to be as many as promised."""

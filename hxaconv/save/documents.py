@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import CheckFailed, raise_all
+from hxaconv.formats import FileLayout
 from hxaconv.formats.dtypes import BY_NAME
 from hxaconv.formats.json_files import PROVENANCE_NAME, as_bytes
-from hxaconv.formats.layout import FileLayout
-from hxaconv.formats.safetensors_layout import INDEX_NAME, index_json
+from hxaconv.formats.safetensors import INDEX_NAME, index_json
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.plan import Buffers
 from hxaconv.model.variants.base import MODEL_TYPE, RANK_KEYS

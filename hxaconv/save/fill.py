@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hxaconv.errors import HxaconvError
+from hxaconv.formats import FileLayout, Fill
 from hxaconv.formats.files import SourceFile, read_into, write_from
-from hxaconv.formats.layout import FileLayout, Fill
 from hxaconv.model.plan import Buffers
 from hxaconv.progress import Progress
 from hxaconv.save import diskio

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 from hxaconv import __version__
 from hxaconv.calls import Call
 from hxaconv.errors import HxaconvError
-from hxaconv.formats import safetensors_layout, torchzip_layout
+from hxaconv.formats import FileLayout, safetensors, torchzip
 from hxaconv.formats.dtypes import FLOATS
 from hxaconv.formats.files import SourceFile
 from hxaconv.formats.json_files import as_bytes
-from hxaconv.formats.layout import FileLayout
-from hxaconv.formats.safetensors_layout import Shard, shard_layouts
+from hxaconv.formats.safetensors import Shard, shard_layouts
 from hxaconv.model.experts import PTH_REASON
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, is_attention, stored_name
@@ -28,7 +27,7 @@ from hxaconv.save.documents import model_card, student_json
 from hxaconv.save.records import history_of
 
 if TYPE_CHECKING:
-    from hxaconv.formats.safetensors_layout import Shard
+    from hxaconv.formats.safetensors import Shard
     from hxaconv.model.model import Checkpoint
 
 FORMATS = {"hf": "hf", "pth": "rwkv", "training": "training"}
@@ -194,10 +193,10 @@ def layouts(
     """
     if format != "hf":
         # Trainers save a plain dict; what RWKV-Infer loads is an OrderedDict.
-        return (torchzip_layout.file_layout(target.name, tensors, ordered=format != "training"),)
+        return (torchzip.file_layout(target.name, tensors, ordered=format != "training"),)
     if shards is not None:
-        return safetensors_layout.given_layouts(tensors, shards)
-    return safetensors_layout.shard_layouts(tensors, max_shard_bytes)
+        return safetensors.given_layouts(tensors, shards)
+    return safetensors.shard_layouts(tensors, max_shard_bytes)
 
 
 def stored_plan(plan: Plan, format: str, *, whole: bool = True) -> Plan:

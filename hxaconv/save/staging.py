@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from hxaconv.errors import HxaconvError, bullet_list, raise_all
+from hxaconv.formats import FileLayout
 from hxaconv.formats.files import SourceFile, write_from
-from hxaconv.formats.layout import FileLayout
 from hxaconv.save import diskio
 from hxaconv.save.checksums import Finished
 from hxaconv.save.output import Output

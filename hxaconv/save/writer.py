@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hxaconv import ranks
 from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, raise_all
+from hxaconv.formats import FileLayout, Fill
 from hxaconv.formats.files import SourceChanged, SourceFile
 from hxaconv.formats.json_files import plain_data
-from hxaconv.formats.layout import FileLayout, Fill
 from hxaconv.options import Write
 from hxaconv.progress import Progress, bar
 from hxaconv.save import diskio, preflight

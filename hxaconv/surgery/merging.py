@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hxaconv.errors import raise_all
-from hxaconv.formats.dtypes import BY_NAME, FLOATS, num_elements
+from hxaconv.formats.dtypes import BY_NAME, FLOATS
 from hxaconv.formats.files import SourceFile
 from hxaconv.model.plan import Buffers, Divisible, Plan, Recipe
 from hxaconv.surgery.arithmetic import cast, one_thread, tensor, torch_dtype
@@ -263,7 +263,7 @@ class Merged:
 
     def part(self, start: int, nbytes: int) -> Merged:
         """The rows that these bytes are."""
-        row = num_elements(self.base.shape[1:]) * BY_NAME[self.dtype].itemsize
+        row = math.prod(self.base.shape[1:]) * BY_NAME[self.dtype].itemsize
         first = self.rows[0] + start // row
         return replace(self, rows=(first, first + nbytes // row))
 
@@ -310,7 +310,7 @@ class Merged:
         The blocks are the same whichever rows are wanted: the product of a single row may be rounded otherwise.
         """
         compute, base = torch_dtype(self.exact()[1]), self.base
-        columns = max(1, num_elements(base.shape[1:]))
+        columns = max(1, math.prod(base.shape[1:]))
         multiple = math.lcm(*(delta.multiple for delta in self.deltas))
         step = max(1, BLOCK_ELEMENTS // columns // multiple) * multiple
         whole = None if isinstance(base.make, Divisible) else tensor(base, dtype=compute)

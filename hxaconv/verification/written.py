@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import CheckFailed, HxaconvError, bullet_list
-from hxaconv.formats.contents import show
+from hxaconv.formats.files import show
 from hxaconv.load import open_checkpoint
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Checkpoint, Model

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hxaconv.errors import HxaconvError
-from hxaconv.formats.pickle_machine import Machine
+from hxaconv.formats.pickles import Machine
 from tests.field import builder
 from tests.field.cases import CASES, INIT, Case
 
@@ -153,7 +153,7 @@ def test_code_that_the_tokenizer_needs_is_named_before_anything_is_written(
 
 def test_everything_that_torch_lets_through_is_passed_over() -> None:
     unpickler = pytest.importorskip("torch._weights_only_unpickler")
-    machine = Machine(b"", "x", 0)
+    machine = Machine("x")
     refused = []
     for name in unpickler._get_allowed_globals():
         module, _, last = name.rpartition(".")

@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
 
 from hxaconv.errors import HxaconvError
-from hxaconv.formats.contents import Contents, broken
+from hxaconv.formats import Contents
 from hxaconv.formats.dtypes import BY_NAME
-from hxaconv.formats.files import SourceFile
-from hxaconv.formats.pickle_machine import MAX_PICKLE_BYTES, Pickled, Storage, Truncated
+from hxaconv.formats.files import SourceFile, broken
+from hxaconv.formats.pickles import MAX_PICKLE_BYTES, Machine, Storage, parse
 from hxaconv.formats.state_dict import find_state_dict, recipes
-from hxaconv.formats.unpickler import parse
 
-MAGIC = 0x1950A86A20F9469CFC6C
-PROTOCOL = 1001
-_FIRST_WINDOW = 1024 * 1024
-
-
-class _Pickles:
-    """The pickles at the start of a file, read as far as they reach."""
-
-    def __init__(self, file: SourceFile) -> None:
-        self.file, self.position = file, 0
-        self.data = file.read(0, min(file.size, _FIRST_WINDOW))
-
-    def next(self) -> Pickled:
-        while True:
-            try:
-                found = parse(self.data, self.file.label, self.position)
-                self.position = found.end
-                return found
-            except Truncated:
-                if len(self.data) == self.file.size:
-                    raise
-                if len(self.data) >= MAX_PICKLE_BYTES:
-                    raise HxaconvError(
-                        f"{self.file.label}: its pickle is longer than {MAX_PICKLE_BYTES} bytes"
-                    ) from None
-                # Eightfold, so that all attempts together cost little more than the last.
-                more = min(8 * len(self.data), MAX_PICKLE_BYTES, self.file.size)
-                self.data = self.file.read(0, more)
+MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
+PROTOCOL_1 = b"L%dL\n" % MAGIC
+"""How such a file begins in pickle's protocol 1; later ones begin with 0x80."""
+BIG_ENDIAN = "was written on a big-endian machine"
+_WINDOW_BYTES = 1024 * 1024
+"""Enough for the pickles of most files."""
 
 
 def read_legacy(file: SourceFile) -> Contents:
@@ -48,22 +26,34 @@ def read_legacy(file: SourceFile) -> Contents:
     Raises:
         HxaconvError: for big-endian files, globals outside the allow-list, and a damaged structure.
     """
-    pickles = _Pickles(file)
-    if pickles.next().value != MAGIC:
+    try:
+        return _read(file, file.read(0, min(file.size, _WINDOW_BYTES)))
+    except HxaconvError:
+        if file.size <= _WINDOW_BYTES:
+            raise
+    return _read(file, file.read(0, min(file.size, MAX_PICKLE_BYTES)))
+
+
+def _read(file: SourceFile, data: bytes) -> Contents:
+    stream = io.BytesIO(data)
+
+    def read_next() -> Machine:
+        return parse(stream, file.label)
+
+    if read_next().value != MAGIC:
         raise HxaconvError(f"{file.label} is a pickle, but not one that torch.save wrote", hint="Save a state dict.")
-    if pickles.next().value != PROTOCOL:
-        raise broken(file.label, f"its format is not version {PROTOCOL}")
-    system = pickles.next().value
+    if read_next().value != VERSION:
+        raise broken(file.label, f"its format is not version {VERSION}")
+    system = read_next().value
     if isinstance(system, dict) and system.get("little_endian") is False:
-        raise HxaconvError(
-            f"{file.label} was written on a big-endian machine", hint="Load and save it again with torch here."
-        )
-    pickled = pickles.next()
-    state = find_state_dict(pickled.value, file.label)
-    keys = pickles.next().value
+        raise HxaconvError(f"{file.label} {BIG_ENDIAN}", hint="Load and save it again with torch here.")
+    whole = read_next()
+    tensors, facts = find_state_dict(whole.value, file.label)
+    keys = read_next().value
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise broken(file.label, "its list of storages is not one")
-    places = _places(file, keys, pickled.storages, pickles.position)
+    end = stream.tell()
+    places = _places(file, keys, whole.storages, end)
 
     def place(storage: Storage) -> tuple[int, int]:
         start, nbytes = places[storage.key]
@@ -73,11 +63,9 @@ def read_legacy(file: SourceFile) -> Contents:
         skipped = storage.view[1] * itemsize
         return start + skipped, min(storage.view[2] * itemsize, nbytes - skipped)
 
-    plan, aliases = recipes(state, place, file)
-    digest = hashlib.sha256(pickles.data[: pickles.position])
-    digest.update(repr(sorted(places.items())).encode())
-    file.header_digest = digest.hexdigest()
-    return Contents(container="legacy", tensors=plan, extra={**state.facts, "aliases": aliases})
+    plan, aliases = recipes(tensors, place, file)
+    file.header_digest = hashlib.sha256(data[:end] + repr(sorted(places.items())).encode()).hexdigest()
+    return Contents(container="legacy", tensors=plan, extra={**facts, "aliases": aliases})
 
 
 def _places(

@@ -1,0 +1,498 @@
+"""Reads pickles of torch.save and of trainers without executing anything of them.
+
+`pickletools.genops` of the standard library decodes the opcodes; what they do is done here, on lists, dictionaries and
+the few records below. The globals that a pickle names stay names, its calls become records or descriptions of tensors:
+there is no way from a file to code. The number of steps bounds time and memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickletools
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hxaconv.errors import HxaconvError
+from hxaconv.formats.dtypes import BY_NAME, BY_STORAGE_CLASS, BY_TORCH_NAME
+from hxaconv.formats.files import broken, show
+
+MAX_PICKLE_BYTES = 64 * 1024 * 1024
+MAX_STEPS = 1_000_000
+"""A tensor takes about 25 opcodes and an opcode at most about 100 bytes of memory."""
+MAX_DIMS = 16
+_MAX_BITS = 128
+_MAX_ARGUMENTS = 9
+"""More than any builder takes: the same long tuple could be handed over again and again."""
+_MAX_SIZE = 2**62
+_MAX_KEY = 2**31
+"""Numbers from 2**61 on can be chosen to hash alike, and a dictionary of such keys takes quadratic time."""
+
+
+class Refused(HxaconvError):
+    """The pickle asks for something that neither a state dict nor torch.load(weights_only=True) knows."""
+
+    value: Any = None
+    """What the pickle holds otherwise, the unknown objects as they were written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A class, function or constant that a pickle names: its dotted name, and nothing else."""
+
+    name: str
+
+
+@dataclass(eq=False, slots=True)
+class Record:
+    """What an object that is passed over was written with: its class, arguments and state. It is never made."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    state: Any = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The object's attributes, where it was written with some."""
+        return self.state if isinstance(self.state, dict) else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of elements somewhere else in the file: a zip record or a part of a legacy file."""
+
+    dtype: str
+    key: str
+    numel: int
+    view: tuple[str, int, int] | None = None
+    """Of legacy files: the view's own key, its first element and its number of elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A view of a storage; offset and strides count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+_PLAIN_TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
+OTHER_DTYPE = "torch._utils._rebuild_tensor_v3"
+OPAQUE_TENSORS = frozenset(
+    f"torch._utils._rebuild_{kind}"
+    for kind in (
+        *("qtensor", "sparse_tensor", "nested_tensor", "wrapper_subclass", "meta_tensor_no_storage"),
+        *("device_tensor_from_numpy", "device_tensor_from_cpu_tensor"),
+    )
+)
+"""What makes tensors that are more, or less, than bytes and a shape: no weights, but they may lie beside some."""
+_ALLOWED = OPAQUE_TENSORS | {
+    *("collections.Counter", "_codecs.encode", "builtins.bytearray", "builtins.set", "builtins.complex"),
+    *("torch.Tensor", "torch.device", "torch.nn.parameter.Parameter", "torch.serialization._get_layout"),
+    *("torch.storage.TypedStorage", "torch.per_tensor_affine", "torch.per_tensor_symmetric"),
+    *("torch.per_channel_affine", "torch.per_channel_symmetric", "torch.per_channel_affine_float_qparams"),
+}
+"""What torch.load(weights_only=True) lets through beside state dicts. Its dtypes, typed tensors and storages follow a
+pattern."""
+_ALLOWED_PATTERN = re.compile(
+    r"torch\.(cuda\.)?(sparse\.)?(Byte|Char|Short|Int|Long|Half|Float|Double|Bool|BFloat16)Tensor"
+    r"|torch\.(cuda\.)?\w+Storage"
+    r"|torch\.(q?u?int\d+(x\d+)?|quint\dx\d|bits\d+(x\d+)?|b?float\d+\w*|complex\d+|bool)"
+)
+TRAINER_OBJECTS = (
+    *("deepspeed.*", "lightning.*", "pytorch_lightning.*", "lightning_fabric.*", "accelerate.*", "omegaconf.*"),
+    *("argparse.Namespace", "pathlib.PosixPath", "pathlib.Path", "datetime.timedelta", "collections.defaultdict"),
+    *("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"),
+    *("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar"),
+)
+"""What trainers put into their own folders besides (stages, loss scalers, random states): for `inert` of `parse`."""
+_DANGEROUS = frozenset(
+    {
+        *("os", "posix", "nt", "subprocess", "sys", "builtins", "runpy", "shutil", "socket", "importlib", "pty"),
+        *("code", "ctypes"),
+    }
+)
+"""Modules that no training state needs and that malware asks for."""
+_STORAGES = {f"torch.{name}": dtype.name for name, dtype in BY_STORAGE_CLASS.items()}
+_STORAGES["torch.storage.UntypedStorage"] = "U8"  # counts bytes; the tensors on it say their dtype
+_KEY_TYPES = frozenset({str, int, float, bool, bytes, type(None), Record})
+"""Others could be hashed only by recursion, which has no bound here; Records are told apart by identity."""
+
+
+def parse(stream: io.BytesIO, where: str, *, inert: Sequence[str] = (), max_steps: int = MAX_STEPS) -> Machine:
+    """Interpret the pickle at the stream's position, and stop behind it; nothing is executed.
+
+    `inert` names classes and constants (`package.module.Class`, `package.*`, or `*`) beside those of a state dict
+    that are expected and become records of what they were written with.
+
+    Raises:
+        Refused: for a global that a state dict does not need.
+        HxaconvError: for a malformed, truncated or oversized pickle.
+    """
+    start = stream.tell()
+    machine = Machine(where, inert, max_steps)
+    try:
+        machine.run(stream)
+    except Refused as refused:
+        if "*" not in inert:  # what it holds besides tells what can be done about it
+            stream.seek(start)
+            with contextlib.suppress(HxaconvError):
+                refused.value = parse(stream, where, inert=("*",), max_steps=max_steps).value
+        raise
+    return machine
+
+
+class Machine:
+    """Stack, marks and memo of one pickle; `value` is what it holds, once it has run."""
+
+    def __init__(self, where: str, inert: Sequence[str] = (), max_steps: int = MAX_STEPS) -> None:
+        self.where, self.inert, self.max_steps = where, inert, max_steps
+        self.value: Any = None
+        self.storages: dict[str, Storage] = {}
+        """Every storage that is referred to, by key, as it was first seen."""
+        self.stack: list[Any] = []
+        self.marked: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self._steps, self._position = 0, 0
+
+    def run(self, stream: io.BytesIO) -> None:
+        """Interpret up to STOP."""
+        try:
+            for opcode, argument, position in pickletools.genops(stream):
+                self._position = position or 0
+                self.charge(1)
+                step = _STEPS.get(opcode.name)
+                if step is None:
+                    raise self.fail(f"uses opcode {opcode.name}, which torch.save does not write")
+                if type(argument) is int and argument.bit_length() > _MAX_BITS:
+                    raise self.fail(f"holds a number of {argument.bit_length()} bits")
+                step(self, argument)
+        except IndexError:
+            raise self.fail("takes from an empty stack") from None
+        except ValueError as error:  # of genops, also at the end of the data
+            raise self.fail(f"is malformed or cut short: {show(str(error))}") from None
+        if self.marked or len(self.stack) != 1:
+            raise self.fail("leaves more or less than one value")
+        self.value = self.stack[0]
+
+    def fail(self, what: str) -> HxaconvError:
+        """The error for a pickle that no torch.save writes: what it does, and where."""
+        return broken(self.where, f"its pickle {what} (at byte {self._position})")
+
+    def charge(self, count: int) -> None:
+        """Count steps.
+
+        Raises:
+            HxaconvError: for too many of them.
+        """
+        self._steps += count
+        if self._steps > self.max_steps:
+            raise HxaconvError(
+                f"{self.where}: its pickle takes more than {self.max_steps} steps, which no state dict needs"
+            )
+
+    def items_above_mark(self) -> list[Any]:
+        """What was pushed since the last MARK, which goes with it."""
+        items, self.stack = self.stack, self.marked.pop()
+        return items
+
+    def top(self, *kinds: type) -> Any:
+        """The value on top of the stack, of one of these types, or HxaconvError is raised."""
+        if not isinstance(self.stack[-1], kinds):
+            raise self.fail(f"adds items to a {type(self.stack[-1]).__name__}")
+        return self.stack[-1]
+
+    def store_items(self, target: dict[Any, Any], flat: list[Any]) -> None:
+        """Put keys and values, which alternate in `flat`, into a dictionary.
+
+        Raises:
+            HxaconvError: for keys that are no text or small numbers.
+        """
+        if len(flat) % 2:
+            raise self.fail("has a key without a value")
+        keys = flat[::2]
+        if not all(type(key) in _KEY_TYPES for key in keys):
+            raise self.fail("has dictionary keys that are neither text nor numbers")
+        if not all(-_MAX_KEY < key < _MAX_KEY for key in keys if type(key) in (int, float)):
+            raise self.fail(f"has dictionary keys beyond {_MAX_KEY}, which no state dict needs")
+        target.update(zip(keys, flat[1::2], strict=True))
+
+    def find_global(self, module: str, name: str) -> Global:
+        """What stands for a name of the allow-list, which is that of torch.load(weights_only=True).
+
+        Raises:
+            Refused: for every other name.
+        """
+        module = "builtins" if module == "__builtin__" else module  # protocol 2 has Python 2's name
+        full, package = f"{module}.{name}", module.partition(".")[0]
+        known = full in _BUILDERS or full in _STORAGES or full in _ALLOWED or _ALLOWED_PATTERN.fullmatch(full)
+        if known or not {full, f"{package}.*", "*"}.isdisjoint(self.inert):
+            return Global(full)
+        hint = f"Load and save it again as a state dict where {package} is installed."
+        if package in _DANGEROUS:
+            hint = "Do not load this file with torch: take the weights as safetensors, from whom you trust."
+        raise Refused(
+            f"{self.where}: its pickle asks for {show(full)}, which a state dict does not need;"
+            " nothing of it was executed",
+            hint=hint,
+        )
+
+    def call(self, callee: Any, arguments: Any) -> Any:
+        """What stands for a call: a tensor, a dictionary, or a record of the call."""
+        if not isinstance(arguments, tuple):
+            raise self.fail("calls with arguments that are no tuple")
+        if not isinstance(callee, Global):
+            raise self.fail(f"calls a {type(callee).__name__}")
+        builder = _BUILDERS.get(callee.name)
+        if builder is None:
+            return Record(callee.name, arguments)
+        return builder(self, *arguments[:_MAX_ARGUMENTS])
+
+    def storage(self, ident: Any) -> Storage | Record:
+        """The storage that a persistent id names.
+
+        Raises:
+            HxaconvError: for ids of another form, and for a whole module.
+        """
+        if not isinstance(ident, tuple) or not ident or ident[0] not in ("storage", "module"):
+            raise self.fail("refers to something else than a storage")
+        if ident[0] == "module":
+            raise HxaconvError(
+                f"{self.where} holds a whole module with its code, not a state dict",
+                hint="Save module.state_dict() instead, where you trust the module's code.",
+            )
+        if len(ident) not in (5, 6) or not isinstance(ident[1], Global) or not isinstance(ident[2], str):
+            raise self.fail("refers to a storage of unknown form")
+        kind, key, _device, numel, view = (*ident[1:], None)[:5]
+        if kind.name not in _STORAGES:
+            return Record(kind.name, (key,))
+        if not _are_sizes(numel):
+            raise self.fail("refers to a storage with an impossible number of elements")
+        if view is not None and not (
+            isinstance(view, tuple) and len(view) == 3 and isinstance(view[0], str) and _are_sizes(*view[1:])
+        ):
+            raise self.fail("refers to a storage view of unknown form")
+        made = Storage(_STORAGES[kind.name], key, numel, view)
+        self.storages.setdefault(key, made)
+        return made
+
+
+def _are_sizes(*values: Any) -> bool:
+    return all(type(value) is int and 0 <= value < _MAX_SIZE for value in values)
+
+
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """The sizes (or offsets) of a tensor; None for what is none."""
+    return value if isinstance(value, tuple) and len(value) <= MAX_DIMS and _are_sizes(*value) else None
+
+
+# --- what is built, by the name that the pickle calls ---------------------------------------------------
+
+
+def _ordered_dict(machine: Machine, pairs: Any = None, *more: Any) -> OrderedDict[Any, Any]:
+    # Python 2 hands the items over as one list of two-item lists.
+    pairs = [] if pairs is None else pairs
+    if not isinstance(pairs, list) or more:
+        raise machine.fail("builds a dictionary from something else than a list")
+    machine.charge(len(pairs))  # the list may be shared: what it costs is not bounded by the pickle's length
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise machine.fail("builds a dictionary from something else than pairs")
+    made: OrderedDict[Any, Any] = OrderedDict()
+    machine.store_items(made, [item for pair in pairs for item in pair])
+    return made
+
+
+def _tensor(machine: Machine, *arguments: Any) -> Tensor | Record:
+    """What `_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks, flags)` would view."""
+    if arguments and isinstance(arguments[0], Record):
+        return Record("torch._utils._rebuild_tensor_v2", arguments)  # on a storage of quantized elements
+    if len(arguments) not in (4, 6, 7) or not isinstance(arguments[0], Storage):
+        raise machine.fail("builds a tensor from something else than a storage")
+    storage, offset, shape, strides = arguments[:4]
+    if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= MAX_DIMS):
+        raise machine.fail("builds a tensor whose shape and strides do not fit together")
+    if not _are_sizes(offset, *shape, *strides):
+        raise machine.fail("builds a tensor with a size, stride or offset that is no whole number from 0 to 2**62")
+    if len(arguments) == 7 and arguments[6]:
+        raise machine.fail("marks a tensor as conjugated or negated, which is not supported")
+    return Tensor(storage, offset, shape, strides)
+
+
+def _tensor_of_dtype(machine: Machine, *arguments: Any) -> Tensor | Record:
+    """What `_rebuild_tensor_v3` would view: a tensor on bytes, its dtype named beside it."""
+    if len(arguments) < 7 or not (isinstance(arguments[0], Storage) and isinstance(arguments[6], Global)):
+        raise machine.fail("builds a tensor from something else than a storage and a dtype")
+    known, whole = BY_TORCH_NAME.get(arguments[6].name.removeprefix("torch.")), arguments[0]
+    if known is None:
+        return Record(OTHER_DTYPE, arguments)
+    numel = whole.numel * BY_NAME[whole.dtype].itemsize // known.itemsize
+    return _tensor(machine, Storage(known.name, whole.key, numel, whole.view), *arguments[1:6])
+
+
+def _parameter(machine: Machine, *arguments: Any) -> Any:
+    if len(arguments) not in (3, 4) or not isinstance(arguments[0], Tensor | Record):
+        raise machine.fail("builds a parameter from something else than a tensor")
+    return arguments[0]
+
+
+def _typed(machine: Machine, *arguments: Any) -> Tensor | Record:
+    """`_rebuild_from_type_v2(function, class, arguments, state)`: a tensor with attributes, which are passed over."""
+    if len(arguments) != 4 or not isinstance(arguments[0], Global) or not isinstance(arguments[2], tuple):
+        raise machine.fail("builds a typed tensor from something else than a function and its arguments")
+    if arguments[0].name in _PLAIN_TENSORS:
+        return _tensor(machine, *arguments[2][:_MAX_ARGUMENTS])
+    return Record(arguments[0].name, arguments)
+
+
+def _size(machine: Machine, *arguments: Any) -> Any:
+    if len(arguments) != 1 or not isinstance(arguments[0], tuple):
+        raise machine.fail("builds a shape from something else than a tuple")
+    return arguments[0]
+
+
+_BUILDERS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    **dict.fromkeys(_PLAIN_TENSORS, _tensor),
+    OTHER_DTYPE: _tensor_of_dtype,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _typed,
+    "torch.Size": _size,
+}
+
+
+# --- what each opcode does ------------------------------------------------------------------------------
+
+
+def _nothing(machine: Machine, argument: Any) -> None:
+    """FRAME, and STOP, behind which genops ends."""
+
+
+def _push(value: Callable[[Machine, Any], Any]) -> Callable[[Machine, Any], None]:
+    def step(machine: Machine, argument: Any) -> None:
+        made = value(machine, argument)  # first: it may exchange the stack
+        machine.stack.append(made)
+
+    return step
+
+
+def _protocol(machine: Machine, version: int) -> None:
+    if version > 5:
+        raise machine.fail(f"is of protocol {version}, expected at most 5")
+
+
+def _mark(machine: Machine, argument: Any) -> None:
+    machine.marked.append(machine.stack)
+    machine.stack = []
+
+
+def _tuple_of(count: int) -> Callable[[Machine, Any], None]:
+    def step(machine: Machine, argument: Any) -> None:
+        if len(machine.stack) < count:
+            raise IndexError
+        machine.stack[-count:] = [tuple(machine.stack[-count:])]
+
+    return step
+
+
+def _put(machine: Machine, index: int) -> None:
+    machine.memo[index] = machine.stack[-1]
+
+
+def _memoize(machine: Machine, argument: Any) -> None:
+    machine.memo[len(machine.memo)] = machine.stack[-1]
+
+
+def _recall(machine: Machine, index: int) -> Any:
+    if index not in machine.memo:
+        raise machine.fail(f"recalls value {index}, which it never stored")
+    return machine.memo[index]
+
+
+def _append(machine: Machine, argument: Any) -> None:
+    value = machine.stack.pop()
+    machine.top(list).append(value)
+
+
+def _appends(machine: Machine, argument: Any) -> None:
+    items = machine.items_above_mark()
+    machine.top(list).extend(items)
+
+
+def _dict(machine: Machine, argument: Any) -> dict[Any, Any]:
+    made: dict[Any, Any] = {}
+    machine.store_items(made, machine.items_above_mark())
+    return made
+
+
+def _setitem(machine: Machine, argument: Any) -> None:
+    value, key = machine.stack.pop(), machine.stack.pop()
+    machine.store_items(machine.top(dict), [key, value])
+
+
+def _setitems(machine: Machine, argument: Any) -> None:
+    items = machine.items_above_mark()
+    machine.store_items(machine.top(dict), items)
+
+
+def _call(machine: Machine, argument: Any) -> Any:
+    arguments, callee = machine.stack.pop(), machine.stack.pop()
+    return machine.call(callee, arguments)
+
+
+def _build(machine: Machine, argument: Any) -> None:
+    state = machine.stack.pop()
+    target = machine.top(OrderedDict, Record)
+    if isinstance(target, Record):  # else `_metadata` of a module's state dict: versions of modules, of no use here
+        target.state = state
+
+
+def _global(machine: Machine, names: str) -> Global:
+    module, _, name = names.partition(" ")
+    return machine.find_global(module, name)
+
+
+def _stack_global(machine: Machine, argument: Any) -> Global:
+    name, module = machine.stack.pop(), machine.stack.pop()
+    if not (isinstance(name, str) and isinstance(module, str)):
+        raise machine.fail("names a global by something else than text")
+    return machine.find_global(module, name)
+
+
+_CONSTANTS = (
+    *("INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+)
+_STEPS: dict[str, Callable[[Machine, Any], None]] = {
+    **dict.fromkeys(_CONSTANTS, _push(lambda machine, value: value)),
+    **dict.fromkeys(("FRAME", "STOP"), _nothing),
+    "PROTO": _protocol,
+    "NONE": _push(lambda machine, _: None),
+    "NEWTRUE": _push(lambda machine, _: True),
+    "NEWFALSE": _push(lambda machine, _: False),
+    "MARK": _mark,
+    "EMPTY_TUPLE": _push(lambda machine, _: ()),
+    "TUPLE": _push(lambda machine, _: tuple(machine.items_above_mark())),
+    **{f"TUPLE{count}": _tuple_of(count) for count in (1, 2, 3)},
+    "EMPTY_LIST": _push(lambda machine, _: []),
+    "LIST": _push(lambda machine, _: machine.items_above_mark()),
+    "APPEND": _append,
+    "APPENDS": _appends,
+    "EMPTY_DICT": _push(lambda machine, _: {}),
+    "DICT": _push(_dict),
+    "SETITEM": _setitem,
+    "SETITEMS": _setitems,
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _put),
+    "MEMOIZE": _memoize,
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), _push(_recall)),
+    "GLOBAL": _push(_global),
+    "STACK_GLOBAL": _push(_stack_global),
+    "BINPERSID": _push(lambda machine, _: machine.storage(machine.stack.pop())),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), _push(_call)),
+    "BUILD": _build,
+}

@@ -1,0 +1,400 @@
+"""`.pth` files: the zip archive of torch.save, a pickle that describes the tensors and one record per storage.
+
+Records are stored uncompressed. What is written here has each padded so that its bytes start at a multiple of 64; as
+torch has it, sizes and CRC-32 follow the data in a descriptor and stand again in the central directory at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.formats import Contents, FileLayout, Fill, Segment
+from hxaconv.formats.dtypes import BY_NAME
+from hxaconv.formats.files import Section, SourceFile, broken, show
+from hxaconv.formats.gathered import contiguous_strides, is_contiguous
+from hxaconv.formats.legacy import BIG_ENDIAN
+from hxaconv.formats.pickles import MAX_PICKLE_BYTES, Storage, Tensor, parse
+from hxaconv.formats.state_dict import find_state_dict, recipes
+from hxaconv.model.plan import Plan, Recipe, stored
+
+MAX_DIRECTORY_BYTES = 16 * 1024 * 1024
+"""About 150,000 records."""
+_LOCAL_SIZE = 30
+_ENCRYPTED = 0x2041
+ALIGNMENT = 64
+_ID_RECORD = ".data/serialization_id"
+_ID_BYTES = 40
+_LIMIT_32 = 0xFFFFFFFF
+_LIMIT_16 = 0xFFFF
+_UTF8_NAME = 0x0800
+_DESCRIPTOR_FOLLOWS = 0x0008
+
+
+class _Stream:
+    """A file as zipfile reads one: never more at once than a directory may have."""
+
+    def __init__(self, file: Section) -> None:
+        self.file, self.position = file, 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.position = (0, self.position, self.file.size)[whence] + offset
+        if self.position < 0:
+            raise OSError("a position before the file")
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self.file.size - self.position)
+        count = left if count < 0 else min(count, left)
+        if count > MAX_DIRECTORY_BYTES:
+            raise HxaconvError(
+                f"{self.file.label}: a zip directory of {count} bytes, expected at most {MAX_DIRECTORY_BYTES}"
+            )
+        data = self.file.read(self.position, count)
+        self.position += count
+        return data
+
+
+def read_directory(file: Section) -> dict[str, zipfile.ZipInfo]:
+    """The records by their names, in the order of the file, from the central directory.
+
+    Raises:
+        HxaconvError: for a damaged directory, and for compressed, encrypted or overlapping records.
+    """
+    try:
+        archive = zipfile.ZipFile(_Stream(file))
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, OverflowError, struct.error) as error:
+        raise broken(
+            file.label, f"the zip directory at the end of the file is missing or damaged ({show(str(error))})"
+        ) from None
+    found = sorted(archive.infolist(), key=lambda info: info.header_offset)
+    locked = [show(info.filename) for info in found if info.flag_bits & _ENCRYPTED]
+    raise_all(f"{file.label}: encrypted zip records:", locked, hint="Decrypt the file first.")
+    raise_all(
+        f"{file.label}: compressed zip records, where torch.save stores them plain:",
+        [show(info.filename) for info in found if info.compress_type != zipfile.ZIP_STORED],
+        hint="Unpack the archive if it merely contains the checkpoint; otherwise save it again with torch.save.",
+    )
+    odd = [
+        f"{show(info.filename)}: {info.compress_size} bytes for {info.file_size} at {info.header_offset}"
+        for info, following in zip(found, [*(info.header_offset for info in found[1:]), file.size], strict=False)
+        if info.compress_size != info.file_size
+        or not 0 <= info.header_offset <= following - _LOCAL_SIZE - info.file_size
+    ]
+    raise_all(f"{file.label}: zip records that overlap or leave the file:", odd, hint="The file is damaged.")
+    by_name = {info.filename: info for info in found}
+    if len(by_name) != len(found):
+        raise broken(file.label, "the zip directory names a record twice")
+    return by_name
+
+
+class TorchZip:
+    """A file of torch.save, or a section of a file that is one: what its pickle says, and where its storages stand."""
+
+    def __init__(self, file: SourceFile | Section, *, inert: Sequence[str] = ()) -> None:
+        """Read directory and pickle; `inert` as in `parse`.
+
+        Raises:
+            HxaconvError: for anything that torch.save does not write, big-endian files, and damage.
+        """
+        self._section = file if isinstance(file, Section) else Section(file, 0, file.size, file.label)
+        self.file, self.label = self._section.file, file.label
+        self._records = read_directory(self._section)
+        starts = [record.header_offset for record in self._records.values()]
+        self._ends = dict(zip(starts, [*starts[1:], self._section.size], strict=False))
+        self._prefix = self._folder()
+        if f"{self._prefix}/byteorder" in self._records and self._read("byteorder", 32).strip() == b"big":
+            raise HxaconvError(f"{self.label} {BIG_ENDIAN}", hint="Load and save it again with torch here.")
+        self._pickled = self._read("data.pkl", MAX_PICKLE_BYTES)
+        self.value = parse(io.BytesIO(self._pickled), self.label, inert=inert).value
+        self._places: dict[str, int] = {}
+
+    def _folder(self) -> str:
+        """The folder inside the archive that holds data.pkl."""
+        if any(name.endswith("/constants.pkl") for name in self._records):
+            raise HxaconvError(f"{self.label} is a TorchScript program", hint="Save its state_dict().")
+        found = [name.removesuffix("/data.pkl") for name in self._records if name.endswith("/data.pkl")]
+        if len(found) != 1:
+            names = ", ".join(show(name) for name in list(self._records)[:4])
+            raise HxaconvError(
+                f"{self.label} is a zip archive, but not one that torch.save wrote:"
+                f" it has {len(found)} data.pkl ({names}, ...)",
+                hint="Unpack it if it merely contains the checkpoint.",
+            )
+        return found[0]
+
+    def _read(self, name: str, limit: int) -> bytes:
+        record = self._records[f"{self._prefix}/{name}"]
+        if record.file_size > limit:
+            raise HxaconvError(f"{self.label}: record {name} has {record.file_size} bytes, expected at most {limit}")
+        return self._section.read(self._data_offset(record), record.file_size)
+
+    def _data_offset(self, record: zipfile.ZipInfo) -> int:
+        """Where the data of a record stands: its local header has a name and extra field of its own lengths."""
+        local = self._section.read(record.header_offset, _LOCAL_SIZE)
+        signature, flags, method, name_length, extra_length = struct.unpack("<4s2x2H16x2H", local)
+        if signature != b"PK\x03\x04" or method != 0 or flags & _ENCRYPTED:
+            raise broken(
+                self.label, f"record {show(record.filename)} has no plain local header at {record.header_offset}"
+            )
+        start = int(record.header_offset + _LOCAL_SIZE + name_length + extra_length)
+        if start + record.file_size > self._ends[record.header_offset]:
+            raise broken(self.label, f"record {show(record.filename)} reaches into what follows it")
+        return start
+
+    def place(self, storage: Storage) -> tuple[int, int]:
+        """Where a storage begins, in the file that holds the section, and its bytes.
+
+        Raises:
+            HxaconvError: when its record is missing or of another size.
+        """
+        record = self._records.get(f"{self._prefix}/data/{storage.key}")
+        itemsize = BY_NAME[storage.dtype].itemsize
+        nbytes = storage.numel * itemsize
+        if record is None or not 0 <= record.file_size - nbytes < itemsize:
+            has = "is missing" if record is None else f"has {record.file_size} bytes"
+            raise broken(self.label, f"record data/{show(storage.key)} {has}, its tensors need {nbytes}")
+        if storage.key not in self._places:
+            self._places[storage.key] = self._section.start + self._data_offset(record)
+        return self._places[storage.key], nbytes
+
+    def recipe(self, tensor: Any, name: str) -> Recipe:
+        """A tensor of the file that is contiguous.
+
+        Raises:
+            HxaconvError: when it is none, or leaves its storage.
+        """
+        if not isinstance(tensor, Tensor) or not is_contiguous(tensor.shape, tensor.strides):
+            raise broken(self.label, f"{show(name)} is no contiguous tensor")
+        (start, available), dtype = self.place(tensor.storage), tensor.storage.dtype
+        begin = tensor.offset * BY_NAME[dtype].itemsize
+        made = stored(dtype, tensor.shape, self.file, start + begin, f"{name} in {self.file.name}")
+        if begin + made.nbytes > available:
+            raise broken(self.label, f"{show(name)} needs {begin + made.nbytes} bytes of a storage of {available}")
+        return made
+
+    def digest(self) -> str:
+        """sha256 of what says where the tensors are that were asked for so far, and of the records' checksums."""
+        records = [(info.filename, info.header_offset, info.file_size, info.CRC) for info in self._records.values()]
+        return hashlib.sha256(self._pickled + f"{records} {sorted(self._places.items())}".encode()).hexdigest()
+
+
+def read_torchzip(file: SourceFile) -> Contents:
+    """The tensors of a `.pth`, `.pt` or `.bin` that torch.save wrote.
+
+    Raises:
+        HxaconvError: for anything that torch.save does not write, big-endian files, and damage.
+    """
+    archive = TorchZip(file)
+    tensors, facts = find_state_dict(archive.value, file.label)
+    plan, aliases = recipes(tensors, archive.place, file)
+    file.header_digest = archive.digest()
+    return Contents(container="pth", tensors=plan, extra={**facts, "aliases": aliases})
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """One entry: `body` is its bytes, the tensor that will be its bytes, or None for the id."""
+
+    name: str
+    path: bytes
+    header_offset: int
+    data_offset: int
+    size: int
+    body: bytes | Fill | None
+
+    @property
+    def large(self) -> bool:
+        """Whether its header needs 64-bit fields."""
+        return self.size >= _LIMIT_32 or self.header_offset >= _LIMIT_32
+
+    @property
+    def flags(self) -> int:
+        return _UTF8_NAME | (_DESCRIPTOR_FOLLOWS if self.size else 0)
+
+    @property
+    def end(self) -> int:
+        return self.data_offset + self.size + (0 if self.size == 0 else 24 if self.large else 16)
+
+    def descriptor(self, crc: int) -> bytes:
+        """Checksum and sizes; an empty record has none."""
+        if self.size == 0:
+            return b""
+        return struct.pack("<4sIQQ" if self.large else "<4sIII", b"PK\7\x08", crc, self.size, self.size)
+
+
+def archive_root(file_name: str) -> str:
+    """The folder inside the archive: torch takes the file's stem, and `archive` if that is not ASCII."""
+    stem = file_name.rpartition(".")[0] or file_name
+    return stem if file_name.isascii() else "archive"
+
+
+def file_layout(file_name: str, plan: Plan, *, ordered: bool = True) -> FileLayout:
+    """The `.pth` file that `torch.save` would write of `plan` (an OrderedDict, or a plain dict).
+
+    Raises:
+        HxaconvError: when the plan has element types that torch keeps in no typed storage.
+    """
+    _check_storable(file_name, plan)
+    records = _records(archive_root(file_name), plan, ordered)
+    segments = [_local_header(record) for record in records]
+    segments += [(record.data_offset, record.body) for record in records if isinstance(record.body, bytes)]
+    directory = _central_directory(records, dict.fromkeys((record.name for record in records), 0))
+
+    def seal(crcs: Mapping[str, int]) -> list[Segment]:
+        return _seal(records, crcs)
+
+    fills = tuple(record.body for record in records if isinstance(record.body, Fill))
+    return FileLayout(file_name, records[-1].end + len(directory), tuple(segments), fills, seal)
+
+
+def _check_storable(file_name: str, plan: Plan) -> None:
+    raise_all(
+        f"{file_name}: a .pth file cannot hold these tensors:",
+        [f"{name} ({recipe.dtype})" for name, recipe in plan.items() if not BY_NAME[recipe.dtype].storage_class],
+        hint="Write safetensors instead, or cast with --dtype.",
+    )
+
+
+def _records(root: str, plan: Plan, ordered: bool) -> list[_Record]:
+    bodies: list[tuple[str, bytes | tuple[str, Recipe] | None]] = [
+        ("data.pkl", _pickled(plan, ordered)),
+        (".format_version", b"1"),
+        (".storage_alignment", str(ALIGNMENT).encode()),
+        ("byteorder", b"little"),
+        *((f"data/{index}", item) for index, item in enumerate(plan.items())),
+        ("version", b"3\n"),
+        (_ID_RECORD, None),
+    ]
+    records: list[_Record] = []
+    for name, body in bodies:
+        offset = records[-1].end if records else 0
+        records.append(_place(name, f"{root}/{name}".encode(), offset, body))
+    return records
+
+
+def _place(name: str, path: bytes, offset: int, body: bytes | tuple[str, Recipe] | None) -> _Record:
+    size = _ID_BYTES if body is None else len(body) if isinstance(body, bytes) else body[1].nbytes
+    start = offset + 30 + len(path) + len(_local_zip64(size, offset)) + 4
+    data_offset = start + -start % ALIGNMENT
+    if isinstance(body, tuple):
+        return _Record(name, path, offset, data_offset, size, Fill(body[0], data_offset, body[1]))
+    return _Record(name, path, offset, data_offset, size, body)
+
+
+def _local_zip64(size: int, offset: int) -> bytes:
+    # The stored size is not known to torch's zip writer when it writes this field, so it says 0.
+    return _zip64_field([size, 0] if size >= _LIMIT_32 else [], offset)
+
+
+def _zip64_field(sizes: list[int], offset: int) -> bytes:
+    values = sizes + ([offset] if offset >= _LIMIT_32 else [])
+    return struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values) if values else b""
+
+
+def _local_header(record: _Record) -> Segment:
+    zip64 = _local_zip64(record.size, record.header_offset)
+    padding = record.data_offset - (record.header_offset + 30 + len(record.path) + len(zip64) + 4)
+    extra = zip64 + b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    header = struct.pack("<4sHHHHHIIIHH", b"PK\3\4", 0, record.flags, 0, 0, 0, 0, 0, 0, len(record.path), len(extra))
+    return record.header_offset, header + record.path + extra
+
+
+def _seal(records: list[_Record], tensor_crcs: Mapping[str, int]) -> list[Segment]:
+    """The serialization id, every data descriptor, and the central directory."""
+    crcs: dict[str, int] = {}
+    for record in records[:-1]:
+        body = record.body
+        assert body is not None
+        crcs[record.name] = zlib.crc32(body) if isinstance(body, bytes) else tensor_crcs[body.name]
+    identity = _serialization_id(crcs)
+    crcs[_ID_RECORD] = zlib.crc32(identity)
+    segments = [(records[-1].data_offset, identity)]
+    for record in records:
+        segments.append((record.data_offset + record.size, record.descriptor(crcs[record.name])))
+    return [*segments, (records[-1].end, _central_directory(records, crcs))]
+
+
+def _serialization_id(crcs: Mapping[str, int]) -> bytes:
+    """40 digits that depend on the names of the records and their bytes alone; torch stores a hash of its own."""
+    known = "\n".join(f"{crc:08x} {name}" for name, crc in crcs.items())
+    digits = int.from_bytes(hashlib.sha256(known.encode("utf-8", "surrogatepass")).digest()) % 10**_ID_BYTES
+    return f"{digits:0{_ID_BYTES}d}".encode()
+
+
+def _central_directory(records: list[_Record], crcs: Mapping[str, int]) -> bytes:
+    start = records[-1].end
+    entries = b"".join(_central_entry(record, crcs[record.name]) for record in records)
+    count, size = len(records), len(entries)
+    zip64_end = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 0x031E, 45, 0, 0, count, count, size, start)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, start + size, 1)
+    shown = min(count, _LIMIT_16)
+    end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, shown, shown, min(size, _LIMIT_32), min(start, _LIMIT_32), 0)
+    return entries + zip64_end + locator + end
+
+
+def _central_entry(record: _Record, crc: int) -> bytes:
+    extra = _zip64_field([record.size] * 2 if record.size >= _LIMIT_32 else [], record.header_offset)
+    size, offset = min(record.size, _LIMIT_32), min(record.header_offset, _LIMIT_32)
+    head = struct.pack("<4sHHHHHHIII", b"PK\1\2", 0, 0, record.flags, 0, 0, 0, crc, size, size)
+    tail = struct.pack("<HHHHHII", len(record.path), len(extra), 0, 0, 0, 0, offset)
+    return head + tail + record.path + extra
+
+
+def _pickled(plan: Plan, ordered: bool) -> bytes:
+    """`data.pkl` of a dict, or OrderedDict, of contiguous tensors on the CPU, the n-th of them on storage `n`.
+
+    There is no object to pickle: the opcodes are written one by one, as torch.save writes them, but without its memo.
+    """
+    made = [pickle.PROTO + b"\x02", _EMPTY_ORDERED_DICT if ordered else pickle.EMPTY_DICT, pickle.MARK]
+    for index, (name, recipe) in enumerate(plan.items()):
+        made += [_text(name), _tensor(index, recipe)]
+    return b"".join([*made, pickle.SETITEMS, pickle.STOP])
+
+
+_EMPTY_ORDERED_DICT = pickle.GLOBAL + b"collections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE
+
+
+def _tensor(index: int, recipe: Recipe) -> bytes:
+    """`_rebuild_tensor_v2(storage, storage_offset, size, stride, requires_grad, backward_hooks)`."""
+    storage_class = f"torch\n{BY_NAME[recipe.dtype].storage_class}\n".encode()
+    storage = [_text("storage"), pickle.GLOBAL + storage_class, _text(str(index)), _text("cpu"), _number(recipe.numel)]
+    arguments = [
+        _tuple(storage) + pickle.BINPERSID,
+        _number(0),
+        _tuple(map(_number, recipe.shape)),
+        _tuple(map(_number, contiguous_strides(recipe.shape))),
+        pickle.NEWFALSE,
+        _EMPTY_ORDERED_DICT,
+    ]
+    return pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n" + _tuple(arguments) + pickle.REDUCE
+
+
+def _tuple(items: Iterable[bytes]) -> bytes:
+    return pickle.MARK + b"".join(items) + pickle.TUPLE
+
+
+def _text(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogatepass")
+    return pickle.BINUNICODE + struct.pack("<I", len(data)) + data
+
+
+def _number(value: int) -> bytes:
+    if value < 1 << 31:
+        return pickle.BININT + struct.pack("<i", value)
+    data = pickle.encode_long(value)
+    return pickle.LONG1 + bytes([len(data)]) + data
