@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 import torch
 
-from hxaconv.calibration import Settings
 from hxaconv.calibration.streaming import calibrate
 from hxaconv.formats.files import SourceFile
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import TeacherConfig, student_of
 from hxaconv.model.model import Model
 from hxaconv.model.plan import Buffers, Recipe
+from hxaconv.options import Fit
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     ids = torch.randint(0, 512, (1, options.tokens), generator=torch.Generator().manual_seed(0))
     before = resource.getrusage(resource.RUSAGE_SELF)
     wall, cpu = time.perf_counter(), time.process_time()
-    done = calibrate(model, student, ids, Settings(refine_steps=options.steps, workers=options.workers))
+    done = calibrate(model, student, ids, Fit(refine_steps=options.steps), workers=options.workers)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hxaconv.calibration import Settings
 from hxaconv.calibration.streaming import calibrate
 from hxaconv.load import load_teacher
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
+from hxaconv.options import Fit
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.compare import compare_models
 
@@ -73,7 +73,7 @@ def measure(case: str, workers: int) -> dict[str, Any]:
     settings = InitSettings(PRESETS["openmose-stage1"], 0, "BF16")
     plain = Model(config, init_from_teacher(teacher.plan, config, settings), "student")
     begin = time.perf_counter()
-    done = calibrate(teacher, plain, read("calibration")[: tokens // 512], Settings(**SETTINGS[how], workers=workers))
+    done = calibrate(teacher, plain, read("calibration")[: tokens // 512], Fit(**SETTINGS[how]), workers=workers)
     seconds = time.perf_counter() - begin
     before = distances(teacher, plain)
     after = distances(teacher, replace(plain, plan=plain.plan | done.replaced))

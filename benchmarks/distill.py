@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hxaconv.calibration import Settings
 from hxaconv.calibration.streaming import calibrate
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
@@ -28,6 +27,7 @@ from hxaconv.model.config import StudentConfig, student_of
 from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention
 from hxaconv.model.plan import Plan
+from hxaconv.options import Fit
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 
@@ -35,11 +35,11 @@ TEACHER = Path(__file__).parents[1] / "hxaconv" / "commands" / "embedded" / "tea
 BATCH, LENGTH, PROMPT = 4, 512, 64
 JUDGED = 6
 POINTS = 8
-INITS: dict[str, tuple[int, Settings] | None] = {
+INITS: dict[str, tuple[int, Fit] | None] = {
     "published": None,
-    "closed form, 1024 tokens": (2, Settings(refine_steps=0)),
-    "calibrated, 1024 tokens": (2, Settings()),
-    "calibrated, 8192 tokens": (16, Settings()),
+    "closed form, 1024 tokens": (2, Fit(refine_steps=0)),
+    "calibrated, 1024 tokens": (2, Fit()),
+    "calibrated, 8192 tokens": (16, Fit()),
 }
 STYLES = {"published": "k:s", "closed form, 1024 tokens": "k-.^", "calibrated, 1024 tokens": "k-o"}
 Get = Callable[[str], Tensor]

@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, TINY_TEACHER
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import hxaconv
-from hxaconv.calibration.cache import Cache, Done, State
 from hxaconv.calibration.report import CalibrationReport, Distances, LayerReport
+from hxaconv.calibration.store import Store
 from hxaconv.commands.plots import check_plot
 from hxaconv.commands.plots import draw_calibration as plot
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.json_files import plain_data
-from hxaconv.forward.state import StateFile
 from hxaconv.save.documents import calibration_section
 
 Cli = Callable[..., int]
@@ -196,7 +196,7 @@ def test_the_plot_is_drawn_though_nobody_reads_the_output(
 
 
 def test_a_second_run_is_refused_while_the_first_calibrates(cli: Cli, tmp_path: Path) -> None:
-    from hxaconv.calibration.cache import locked
+    from hxaconv.calibration.store import locked
 
     out = tmp_path / "student"
     with locked(Path(f"{out}.calibration")):
@@ -237,9 +237,11 @@ def test_divergences_are_measured_once(cli: Cli, tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr("hxaconv.commands.calibrated.save", die)
         assert cli(*words) == 130
-    distances = json.loads((tmp_path / "student.calibration" / "distances.json").read_text())
-    distances["distances"]["calibrated"] = 0.777
-    (tmp_path / "student.calibration" / "distances.json").write_text(json.dumps(distances))
+    path = tmp_path / "student.calibration" / "distances.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata["state"] = json.dumps({**json.loads(metadata["state"]), "calibrated": 0.777})
+    save_file({"": torch.zeros(1)}, path, metadata)
     assert cli(*words) == 0
     assert "| calibrated | 0.777 |" in (tmp_path / "student" / "README.md").read_text()
     assert "0.777" not in (whole / "README.md").read_text()
@@ -300,24 +302,13 @@ def test_a_calibrated_student_in_transformers_is_as_near_as_the_report_says(
     assert found["c"] < 0.4 * found["p"]
 
 
-@pytest.mark.parametrize("polished", [False, True])
-def test_what_another_machine_has_begun_is_not_continued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, polished: bool
-) -> None:
-    def load() -> object:
-        return StateFile(tmp_path / "state", "key").load() if polished else Cache(tmp_path, "key").load("cpu")
-
-    if polished:
-        StateFile(tmp_path / "state", "key").save({"x": torch.zeros(2)}, {})
-    else:
-        Cache(tmp_path, "key").save(State(0, torch.zeros(1, 2, 4), done=[Done(0, {}, None)]))
-        monkeypatch.setattr(Cache, "_load_layer", lambda cache, layer: Done(layer, {}, None))
-    assert load() is not None
-    told = {"torch": "2.0", "instructions": "AVX9"}
-    for module in ("forward.state",):
-        monkeypatch.setattr(f"hxaconv.{module}.computed_with", lambda *_: told)
+def test_what_another_machine_has_begun_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path, "key")
+    store.save("stream-0", {"x": torch.zeros(2)}, {"layer": 1})
+    assert store.facts("stream-0") == {"layer": 1}
+    monkeypatch.setattr("hxaconv.forward.state.computed_with", lambda *_: {"torch": "2.0", "instructions": "AVX9"})
     with pytest.raises(HxaconvError, match=r"was begun with .*; here it is 2\.0, AVX9, and sums differ"):
-        load()
+        store.load("stream-0")
 
 
 def test_a_record_tells_what_calibrated_values_depend_on(whole: Path) -> None:

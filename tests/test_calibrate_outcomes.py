@@ -13,7 +13,7 @@ import torch
 from conftest import TINY_TEACHER
 from safetensors.torch import load_file, save_file
 
-from hxaconv.calibration import output_matrix
+from hxaconv.calibration import time_mix
 from hxaconv.calibration.report import Distances
 
 Cli = Callable[..., int]
@@ -82,8 +82,8 @@ def test_a_student_that_is_nearer_is_taken_as_before(
 def test_a_student_without_a_fitted_layer_is_not_called_calibrated(
     cli: Cli, tmp_path: Path, plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(output_matrix, "fit_gate", lambda y, target, weight, pool: torch.full((y.shape[1],), 50.0))
-    monkeypatch.setattr(output_matrix, "restoring", lambda said, target: 1.0)
+    monkeypatch.setattr(time_mix, "fit_gate", lambda y, target, weight, pool: torch.full((y.shape[1],), 50.0))
+    monkeypatch.setattr(time_mix, "restoring", lambda said, target: 1.0)
     assert cli("calibrate", plain, tmp_path / "o", "--teacher", TINY_TEACHER, *FIT) == 0
     told = capsys.readouterr().err
     assert told.count("plain values") == told.count("6 of 6 layers keep the plain values") == 1

@@ -8,7 +8,6 @@ import torch
 from conftest import TINY_TEACHER
 from models import GOLDEN
 
-from hxaconv.calibration import Settings
 from hxaconv.calibration import polish as module
 from hxaconv.calibration.polish import orthogonal, polish, sequences
 from hxaconv.calibration.streaming import calibrate
@@ -18,6 +17,7 @@ from hxaconv.forward.chunked import chunked
 from hxaconv.load import load_teacher
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
+from hxaconv.options import Fit
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 
@@ -69,21 +69,21 @@ def test_the_student_gets_nearer_on_tokens_it_was_not_trained_on(monkeypatch):
     monkeypatch.setattr(module, "LENGTH", 128)
     teacher, student = pair(TINY_TEACHER)
     ids = torch.from_numpy(np.load(TINY_TEACHER / "calibration_tokens.npy").astype(np.int64))
-    fitted = calibrate(teacher, student, ids[:1], Settings(refine_steps=0)).replaced
+    fitted = calibrate(teacher, student, ids[:1], Fit(refine_steps=0)).replaced
     student = replace(student, plan={**student.plan, **fitted})
-    found = polish(teacher, student, ids, 128 * 9)
-    curve = dict(found.report.curve)
-    assert (found.report.trained_sequences, found.report.held_out_sequences) == (8, 1)
-    assert curve[found.report.best_step] == min(curve.values()) < 0.8 * curve[0]
-    assert {name.partition("self_attn.")[2] for name in found.replaced} == {
+    replaced, report = polish(teacher, student, ids, 128 * 9)
+    curve = dict(report.curve)
+    assert (report.trained_sequences, report.held_out_sequences) == (8, 1)
+    assert curve[report.best_step] == min(curve.values()) < 0.8 * curve[0]
+    assert {name.partition("self_attn.")[2] for name in replaced} == {
         f"{part}.weight" for part in ("receptance", "key", "value", "output")
     }
-    assert all(found.replaced[name].dtype == student.plan[name].dtype for name in found.replaced)
+    assert all(replaced[name].dtype == student.plan[name].dtype for name in replaced)
     held_out = sequences(ids, 128 * 9)[1]
     with torch.no_grad():
         assert divergence(teacher, student, {}, held_out) == pytest.approx(curve[0], rel=1e-3)
-        best = divergence(teacher, student, found.replaced, held_out)
-    assert best == pytest.approx(curve[found.report.best_step], rel=1e-3)
+        best = divergence(teacher, student, replaced, held_out)
+    assert best == pytest.approx(curve[report.best_step], rel=1e-3)
 
 
 def test_gradients_are_those_of_the_whole_model(small, monkeypatch):
@@ -91,16 +91,16 @@ def test_gradients_are_those_of_the_whole_model(small, monkeypatch):
     teacher, student = small
     ids, seen = some_ids(teacher), {}
     monkeypatch.setattr(module, "BATCH", 2)
-    original = module._Work._backward
+    original = module._Polish._keep
 
-    def spy(self, layer, some, rate):
-        original(self, layer, some, 0.0)
-        kept = self.store.load(self._name(layer, later=1))
-        seen.update({name: kept[f"momentum {name}"] / (1 - module.MOMENTUM) for name in self.trained[layer]})
-        if layer == 0:
+    def spy(self, name, weight, momentum, later=0):
+        original(self, name, weight, momentum, later)
+        if later:
+            seen[name] = momentum / (1 - module.MOMENTUM)
+        if len(seen) == 4 * student.config.num_hidden_layers:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Work, "_backward", spy)
+    monkeypatch.setattr(module._Polish, "_keep", spy)
     with pytest.raises(KeyboardInterrupt):
         polish(teacher, student, ids, ids.numel())
     weights = {name: tensor(recipe, dtype=torch.float32) for name, recipe in student.plan.items()}
@@ -128,9 +128,9 @@ def test_gradients_are_those_of_the_whole_model(small, monkeypatch):
 def test_same_bytes_on_any_number_of_threads_and_after_an_interruption(small, tmp_path):
     teacher, student = small
     ids = some_ids(teacher)
-    one = polish(teacher, student, ids, ids.numel(), workers=1)
-    assert one.report.best_step, "nothing was learned: the test says nothing"
-    assert stored(polish(teacher, student, ids, ids.numel(), workers=2).replaced) == stored(one.replaced)
+    one, report = polish(teacher, student, ids, ids.numel(), workers=1)
+    assert report.best_step, "nothing was learned: the test says nothing"
+    assert stored(polish(teacher, student, ids, ids.numel(), workers=2)[0]) == stored(one)
 
     class Stopping:
         def start(self, title, total):
@@ -146,11 +146,10 @@ def test_same_bytes_on_any_number_of_threads_and_after_an_interruption(small, tm
 
     with pytest.raises(KeyboardInterrupt):
         polish(teacher, student, ids, ids.numel(), folder=tmp_path, progress=Stopping())
-    went_on = polish(teacher, student, ids, ids.numel(), folder=tmp_path)
-    assert went_on.report == one.report
-    assert stored(went_on.replaced) == stored(one.replaced)
-    other = polish(teacher, student, some_ids(teacher, seed=1), ids.numel())
-    assert stored(other.replaced) != stored(one.replaced)
+    went_on, report_then = polish(teacher, student, ids, ids.numel(), folder=tmp_path)
+    assert report_then == report
+    assert stored(went_on) == stored(one)
+    assert stored(polish(teacher, student, some_ids(teacher, seed=1), ids.numel())[0]) != stored(one)
 
 
 def test_directions_are_orthogonal_head_by_head():
@@ -170,6 +169,6 @@ def test_too_few_tokens_are_refused(small):
 
 def test_a_start_that_cannot_be_bettered_is_left(small, monkeypatch):
     monkeypatch.setattr(module, "RATE", 1000.0)
-    found = polish(*small, some_ids(small[0]), 48 * 5)
-    assert found.report.best_step == 0 and not found.replaced
-    assert replace(found.report, curve=()) != found.report
+    replaced, report = polish(*small, some_ids(small[0]), 48 * 5)
+    assert report.best_step == 0 and not replaced
+    assert report.curve[-1][1] > report.curve[0][1]

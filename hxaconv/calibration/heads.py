@@ -1,4 +1,4 @@
-"""The heads that share one key and value, and how their few parameters are fitted.
+"""The recipe for the heads that share one key and value: what is free, where it starts, the loss, the steps.
 
 B batch      R = H/G heads of the group      N head_dim      T tokens
 
@@ -12,13 +12,18 @@ mix    (.., N, N)     what the channels of a head give to each other beside that
                       Both act before norm and RoPE, where the weights of receptance and key absorb them.
 
 Everything is fitted to A in the metric of the output matrix, head by head: |(A - gain * Y) W_h'|^2.
+
+    fit     1. `start`        no rotation, no bonus, gain 1, one decay and iclr for all channels
+            2. `choose`       the best decay for each head, then the best iclr, of a few
+            3. `fit_bonus`    bonus and gain by least squares
+            4. `refine`       Adam on everything in STEPS, kept where the validation tokens agree
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,30 +31,42 @@ from torch.nn.functional import normalize, softplus
 
 from hxaconv.forward.chunked import chunked
 from hxaconv.forward.hxa079 import rmsnorm, rotate
-from hxaconv.model.rope import Rope
+from hxaconv.model.config import StudentConfig
 
 DECAYS = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.996)
 LONG_DECAYS = (0.998, 0.9995)
 """Tried beside the others when sequences are at least 1024 tokens long."""
 ICLRS = (0.02, 0.1, 0.3, 0.6, 0.9)
+FIRST_DECAY = 0.9
 FIRST_ICLR = 0.1
 BONUS_LIMIT = 4.0
 MIN_GAIN = 1e-4
 DAMPING = 1e-4
 """Of the mean diagonal, in every least-squares system: dead channels give 0, not infinity."""
+STEPS = {
+    "decay_bias": 1.0,
+    "iclr_bias": 1.0,
+    "bonus": 1.0,
+    "gain": 1.0,
+    "turn_q": 1.0,
+    "turn_k": 1.0,
+    "mix_q": 0.1,
+    "mix_k": 0.1,
+}
+"""The parameters that `refine` moves, and how far a step goes, in units of STEP_SIZE; the gain's is of its own mean,
+whose size depends on the factors of the projections."""
 STEP_SIZE = 0.1
-MIX_STEP = 0.1
-"""Of STEP_SIZE, for the N*N numbers of a mix."""
-MIX_PENALTY = 8.0
-"""Of a head's squared mix, in units of what it has to say on one token: keeps it small where tokens are few."""
 LAST_STEP_SIZE = 0.05
 """Of STEP_SIZE, where the cosine schedule ends."""
+MIX_PENALTY = 8.0
+"""Of a head's squared mix, in units of what it has to say on one token: keeps it small where tokens are few."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """What the fit of one group of heads starts from."""
 
+    config: StudentConfig
     q: Tensor
     k: Tensor
     v: Tensor
@@ -57,10 +74,8 @@ class Group:
     """A, in units of the student's output matrix."""
     metric: Tensor
     """W_h' W_h, (R, N, N)."""
-    fitted: Tensor
-    """1.0 for tokens to fit, 0.0 for those to judge by, (B, T)."""
-    rope: Rope
-    eps: float
+    training: Tensor
+    """1.0 for training tokens, 0.0 for validation tokens, (B, T)."""
     norms: tuple[Tensor, Tensor] | None = None
     """Weights of r_norm and k_norm, (N) each."""
     k_first: Tensor | None = None
@@ -71,8 +86,6 @@ class Group:
     """What the input adds to w0, (B, T, R, N); None where the low-rank pair is zero."""
     iclr_shift: Tensor | None = None
     """The same of a0."""
-    by_decay: bool = False
-    """Whether k is scaled by 1 - decay + iclr, instead of 1 - w + iclr."""
     has_bonus: bool = True
     """Whether there is an r_k to fit."""
 
@@ -101,10 +114,6 @@ class Parameters:
     mix_k: Tensor
     """(1, N, N)."""
 
-    def tensors(self) -> list[Tensor]:
-        """All of them, in order."""
-        return [getattr(self, f.name) for f in fields(self)]
-
     def matrix_q(self) -> Tensor:
         """What the heads' rows of receptance are multiplied by, (R, N, N)."""
         return rotation(self.turn_q, self.mix_q)
@@ -114,132 +123,49 @@ class Parameters:
         return rotation(self.turn_k, self.mix_k)
 
 
-def rotation(turn: Tensor, mix: Tensor | None = None) -> Tensor:
-    """The matrix (heads, N, N) that mixes channels, then turns pairs of them."""
-    columns = torch.eye(2 * turn.shape[2], device=turn.device).expand(turn.shape[1], -1, -1)
-    if mix is not None:
-        columns = columns + mix
-    return turned(columns.permute(2, 0, 1), turn).permute(1, 2, 0)
-
-
 def start(group: Group) -> Parameters:
     """No rotation, no bonus, gain 1 and one decay and iclr for everybody."""
     heads, size = group.q.shape[2:]
-    plain = torch.zeros(heads, size, device=group.q.device)
+    zeros = torch.zeros(heads, size, device=group.q.device)
     still = torch.tensor([1.0, 0.0], device=group.q.device).view(2, 1, 1)
     return Parameters(
-        plain + decay_bias_of(0.9),
-        plain + math.log(FIRST_ICLR / (1 - FIRST_ICLR)),
-        plain,
-        plain + 1.0,
-        still.repeat(1, heads, size // 2),
-        still.repeat(1, 1, size // 2),
-        plain.new_zeros(heads, size, size),
-        plain.new_zeros(1, size, size),
+        decay_bias=zeros + decay_bias_of(FIRST_DECAY),
+        iclr_bias=zeros + _logit(FIRST_ICLR),
+        bonus=zeros,
+        gain=zeros + 1.0,
+        turn_q=still.repeat(1, heads, size // 2),
+        turn_k=still.repeat(1, 1, size // 2),
+        mix_q=zeros.new_zeros(heads, size, size),
+        mix_k=zeros.new_zeros(1, size, size),
     )
 
 
-def decay_bias_of(decay: float) -> float:
-    """The w0 whose decay, with nothing added, is this one, 0.5453 < decay < 1."""
-    log_neg_log_decay = math.log(-math.log(decay))
-    return -math.log(math.exp(-log_neg_log_decay - 0.5) - 1)
+def fit(group: Group, steps: int, check: Callable[[], None]) -> Parameters:
+    """The whole recipe; `check` is called before each step, and raises where the work is to end."""
+    p = start(group)
+    decays = DECAYS + LONG_DECAYS * (group.q.shape[1] >= 1024)
+    p = replace(p, decay_bias=choose(group, p, "decay_bias", [decay_bias_of(decay) for decay in decays]))
+    p = replace(p, iclr_bias=choose(group, p, "iclr_bias", [_logit(iclr) for iclr in ICLRS]))
+    return refine(group, fit_bonus(group, p), steps, check)
 
 
-def decay_of(decay_bias: Tensor) -> Tensor:
-    """The inverse of `decay_bias_of`, elementwise."""
-    return torch.exp(-torch.exp(-softplus(-decay_bias) - 0.5))
-
-
-def turned(x: Tensor, turn: Tensor) -> Tensor:
-    """Pairs of channels (n, n + N/2) rotated and scaled; x (..., heads, N), turn (2, heads, N/2)."""
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * turn[0] - second * turn[1], second * turn[0] + first * turn[1]], dim=-1)
-
-
-def _placed(x: Tensor, matrix: Tensor, norm: Tensor | None, group: Group) -> Tensor:
-    x = torch.einsum("btrn,rmn->btrm", x, matrix)
-    if norm is not None:
-        x = rmsnorm(x, norm, group.eps)
-    return rotate(x, torch.arange(x.shape[1], device=x.device), group.rope)
-
-
-def answer(group: Group, p: Parameters) -> tuple[Tensor, Tensor, Tensor]:
-    """Y without the bonus, the bonus' r*k, (B, T, R, N) each, and k as later layers see it, (B, T, N)."""
-    norm_q, norm_k = group.norms or (None, None)
-    r = _placed(group.q, p.matrix_q(), norm_q, group)
-    k = own = _placed(group.k[:, :, None], p.matrix_k(), norm_k, group)
-    if group.k_first is not None and group.k_mix is not None:
-        k = k + (group.k_first[:, :, None] - k) * group.k_mix
-    w = -softplus(-_shifted(p.decay_bias, group.decay_shift)) - 0.5
-    iclr = _shifted(p.iclr_bias, group.iclr_shift).sigmoid()
-    kk = normalize(k, dim=-1, eps=1e-12).expand_as(r)
-    k = k * (1 - (torch.exp(-torch.exp(w)) if group.by_decay else w) + iclr)
-    v = group.values().expand_as(r)
-    state = r.new_zeros(r.shape[0], r.shape[2], r.shape[3], r.shape[3])
-    y, _ = chunked(r, w, k, v, kk, iclr, state)
-    return y * r.shape[3] ** -0.5, r * k, own[:, :, 0]
-
-
-def _shifted(bias: Tensor, shift: Tensor | None) -> Tensor:
-    """(1, 1, R, N), or what it is for every token, (B, T, R, N)."""
-    return bias[None, None] if shift is None else bias + shift
-
-
-def with_bonus(group: Group, p: Parameters) -> Tensor:
-    """Y, (B, T, R, N)."""
-    y, rk, _ = answer(group, p)
-    return y + (rk * p.bonus).sum(dim=-1, keepdim=True) * group.values()
-
-
-def error(group: Group, gained: Tensor, tokens: Tensor) -> Tensor:
-    """|A - gained|^2 in the metric, over the tokens (B, T) that count, for each head (R)."""
-    missing = (group.target - gained) * tokens[:, :, None, None]
-    return (torch.einsum("btrn,rnm->btrm", missing, group.metric) * missing).sum(dim=(0, 1, 3))
-
-
-def solve(gram: Tensor, right: Tensor) -> Tensor:
-    """Damped least squares in float64: (..., n, n), (..., n) -> (..., n); zeros where there is nothing to fit."""
-    gram, right = gram.double(), right.double()
-    mean = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
-    damped = gram + torch.diag_embed((mean * DAMPING + 1e-30)[..., None].expand_as(right))
-    found: Tensor = torch.linalg.solve(damped, right)
-    return found.float()
-
-
-def fit_gain(group: Group, y: Tensor) -> Tensor:
-    """The gain (R, N) that brings Y nearest to A in the metric."""
-    kept = y * group.fitted[:, :, None, None]
-    gram = group.metric * torch.einsum("btrn,btrm->rnm", kept, kept)
-    # A sum over a product: one einsum of all three goes a way 100 times as long.
-    right = (kept * torch.einsum("btrm,rnm->btrn", group.target, group.metric)).sum(dim=(0, 1))
-    return solve(gram, right)
-
-
-def fit_grid(group: Group) -> Parameters:
-    """The best decay for each head at one iclr, then the best iclr; all heads share each recurrence."""
-    p, long = start(group), group.q.shape[1] >= 1024
-
-    def choose(candidates: tuple[float, ...], bias: Callable[[float], float], field: str) -> Tensor:
-        errors = []
-        for candidate in candidates:
-            y, _, _ = answer(group, replace(p, **{field: torch.full_like(p.bonus, bias(candidate))}))
-            errors.append(error(group, fit_gain(group, y) * y, group.fitted))
-        # A head whose errors are not numbers takes the first candidate; its layer is judged later.
-        best = torch.stack(errors).nan_to_num(nan=torch.inf).argmin(dim=0)
-        biases = torch.tensor([bias(c) for c in candidates], device=best.device)
-        return biases[best][:, None].expand_as(p.bonus).clone()
-
-    p = replace(p, decay_bias=choose(DECAYS + LONG_DECAYS * long, decay_bias_of, "decay_bias"))
-    return replace(p, iclr_bias=choose(ICLRS, lambda a: math.log(a / (1 - a)), "iclr_bias"))
+def choose(group: Group, p: Parameters, name: str, candidates: list[float]) -> Tensor:
+    """The best of a few biases for each head, (R, N); all heads share each recurrence."""
+    errors = []
+    for candidate in candidates:
+        y, _ = answer(group, replace(p, **{name: torch.full_like(p.bonus, candidate)}))
+        errors.append(error(group, fit_gain(group, y) * y, group.training))
+    # A head whose errors are not numbers takes the first candidate; its layer is validated later.
+    best = torch.stack(errors).nan_to_num(nan=torch.inf).argmin(dim=0)
+    return torch.tensor(candidates, device=best.device)[best][:, None].expand_as(p.bonus).clone()
 
 
 def fit_bonus(group: Group, p: Parameters) -> Parameters:
     """A ~ gamma*Y + (rk.rho) v for each head, then the gain that goes with the bonus r_k = rho/gamma."""
-    y, rk, _ = answer(group, p)
+    y, rk = answer(group, p)
     if not group.has_bonus:
         return replace(p, gain=fit_gain(group, y))
-    tokens = group.fitted[:, :, None]
+    tokens = group.training[:, :, None]
     v = group.values().expand_as(y)
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -264,41 +190,129 @@ def fit_bonus(group: Group, p: Parameters) -> Parameters:
 
 
 def refine(group: Group, begin: Parameters, steps: int, check: Callable[[], None]) -> Parameters:
-    """Adam on all parameters of the group, on its own error alone; the start where that came out no better.
-
-    `check` is called before each step, and raises where the work is to end.
-    """
-    scale = error(group, torch.zeros_like(group.target), group.fitted).sum()
+    """Adam on all parameters of the group, on its own error alone; the start where that came out no better."""
+    scale = error(group, torch.zeros_like(group.target), group.training).sum()
     if not bool(scale > 0) or steps == 0:
         return begin
-    # Steps are relative for the gain, whose size depends on the factors of the projections.
-    size = float(begin.gain.abs().mean().clamp_min(MIN_GAIN))
-    penalty = MIX_PENALTY / float(group.fitted.sum()) / group.q.shape[2]
-    units = (1.0, 1.0, 1.0 if group.has_bonus else 0.0, size, 1.0, 1.0, MIX_STEP, MIX_STEP)
-    moved = [torch.zeros_like(x).requires_grad_() for x in begin.tensors()]
+    penalty = MIX_PENALTY / float(group.training.sum()) / group.q.shape[2]
+    units = STEPS | {"gain": STEPS["gain"] * float(begin.gain.abs().mean().clamp_min(MIN_GAIN))}
+    if not group.has_bonus:
+        del units["bonus"]
+    moved = {name: torch.zeros_like(getattr(begin, name)).requires_grad_() for name in units}
 
     def current() -> Parameters:
-        return Parameters(*(x + m * u for x, m, u in zip(begin.tensors(), moved, units, strict=True)))
+        return replace(begin, **{name: getattr(begin, name) + x * units[name] for name, x in moved.items()})
 
-    optimizer = torch.optim.Adam(moved, lr=STEP_SIZE)
+    def loss(p: Parameters) -> Tensor:
+        missing = error(group, p.gain * with_bonus(group, p), group.training).sum() / scale
+        return missing + penalty * (p.mix_q.square().sum() + p.mix_k.square().sum())
+
+    optimizer = torch.optim.Adam(moved.values(), lr=STEP_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, STEP_SIZE * LAST_STEP_SIZE)
     with torch.enable_grad():
         for _ in range(steps):
             check()
-            p = current()
-            loss = error(group, p.gain * with_bonus(group, p), group.fitted).sum() / scale
-            loss = loss + penalty * (p.mix_q.square().sum() + p.mix_k.square().sum())
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss(current()).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-    p = Parameters(*(x.detach() for x in current().tensors()))
+    with torch.no_grad():
+        p = current()
     p = replace(p, bonus=p.bonus.clamp(-BONUS_LIMIT, BONUS_LIMIT))
-    return _better(group, p, begin)
-
-
-def _better(group: Group, one: Parameters, other: Parameters) -> Parameters:
-    judged = 1 - group.fitted
-    errors = [float(error(group, p.gain * with_bonus(group, p), judged).sum()) for p in (one, other)]
+    errors = [float(error(group, q.gain * with_bonus(group, q), 1 - group.training).sum()) for q in (p, begin)]
     # Not <: a comparison with NaN is false.
-    return one if errors[0] <= errors[1] else other
+    return p if errors[0] <= errors[1] else begin
+
+
+def answer(group: Group, p: Parameters) -> tuple[Tensor, Tensor]:
+    """Y without the bonus, and the bonus' r*k, (B, T, R, N) each."""
+    norm_q, norm_k = group.norms or (None, None)
+    r = _placed(group.q, p.matrix_q(), norm_q, group.config)
+    k = _placed(group.k[:, :, None], p.matrix_k(), norm_k, group.config)
+    if group.k_first is not None and group.k_mix is not None:
+        k = k + (group.k_first[:, :, None] - k) * group.k_mix
+    w = -softplus(-_shifted(p.decay_bias, group.decay_shift)) - 0.5
+    iclr = _shifted(p.iclr_bias, group.iclr_shift).sigmoid()
+    kk = normalize(k, dim=-1, eps=1e-12).expand_as(r)
+    k = k * (1 - (torch.exp(-torch.exp(w)) if group.config.variant.key_by_decay else w) + iclr)
+    v = group.values().expand_as(r)
+    state = r.new_zeros(r.shape[0], r.shape[2], r.shape[3], r.shape[3])
+    y, _ = chunked(r, w, k, v, kk, iclr, state)
+    return y * r.shape[3] ** -0.5, r * k
+
+
+def with_bonus(group: Group, p: Parameters) -> Tensor:
+    """Y, (B, T, R, N)."""
+    y, rk = answer(group, p)
+    return y + (rk * p.bonus).sum(dim=-1, keepdim=True) * group.values()
+
+
+def error(group: Group, gained: Tensor, tokens: Tensor) -> Tensor:
+    """|A - gained|^2 in the metric, over the tokens (B, T) that count, for each head (R)."""
+    missing = (group.target - gained) * tokens[:, :, None, None]
+    return (torch.einsum("btrn,rnm->btrm", missing, group.metric) * missing).sum(dim=(0, 1, 3))
+
+
+def fit_gain(group: Group, y: Tensor) -> Tensor:
+    """The gain (R, N) that brings Y nearest to A in the metric."""
+    kept = y * group.training[:, :, None, None]
+    gram = group.metric * torch.einsum("btrn,btrm->rnm", kept, kept)
+    # A sum over a product: one einsum of all three goes a way 100 times as long.
+    right = (kept * torch.einsum("btrm,rnm->btrn", group.target, group.metric)).sum(dim=(0, 1))
+    return solve(gram, right)
+
+
+def solve(gram: Tensor, right: Tensor) -> Tensor:
+    """Damped least squares in float64: (..., n, n), (..., n) -> (..., n); zeros where there is nothing to fit."""
+    gram, right = gram.double(), right.double()
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
+    damped = gram + torch.diag_embed((mean * DAMPING + 1e-30)[..., None].expand_as(right))
+    found: Tensor = torch.linalg.solve(damped, right)
+    return found.float()
+
+
+def rotation(turn: Tensor, mix: Tensor | None = None) -> Tensor:
+    """The matrix (heads, N, N) that mixes channels, then turns pairs of them."""
+    columns = torch.eye(2 * turn.shape[2], device=turn.device).expand(turn.shape[1], -1, -1)
+    if mix is not None:
+        columns = columns + mix
+    return turned(columns.permute(2, 0, 1), turn).permute(1, 2, 0)
+
+
+def turned(x: Tensor, turn: Tensor) -> Tensor:
+    """Pairs of channels (n, n + N/2) rotated and scaled; x (..., heads, N), turn (2, heads, N/2)."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * turn[0] - second * turn[1], second * turn[0] + first * turn[1]], dim=-1)
+
+
+def mixed_rows(weight: Tensor, matrix: Tensor) -> Tensor:
+    """A projection (heads * N, C), or its bias (heads * N), whose heads are multiplied by matrix (heads, N, N)."""
+    return (matrix @ weight.view(*matrix.shape[:2], -1)).view(weight.shape)
+
+
+def decay_bias_of(decay: float) -> float:
+    """The w0 whose decay, with nothing added, is this one, 0.5453 < decay < 1."""
+    log_neg_log_decay = math.log(-math.log(decay))
+    return -math.log(math.exp(-log_neg_log_decay - 0.5) - 1)
+
+
+def decay_of(decay_bias: Tensor) -> Tensor:
+    """The inverse of `decay_bias_of`, elementwise."""
+    return torch.exp(-torch.exp(-softplus(-decay_bias) - 0.5))
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
+
+
+def _shifted(bias: Tensor, shift: Tensor | None) -> Tensor:
+    """(1, 1, R, N), or what it is for every token, (B, T, R, N)."""
+    return bias[None, None] if shift is None else bias + shift
+
+
+def _placed(x: Tensor, matrix: Tensor, norm: Tensor | None, config: StudentConfig) -> Tensor:
+    x = torch.einsum("btrn,rmn->btrm", x, matrix)
+    if norm is not None:
+        x = rmsnorm(x, norm, config.rms_norm_eps)
+    return rotate(x, torch.arange(x.shape[1], device=x.device), config.rope)

@@ -18,24 +18,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hxaconv.calibration.report import PolishReport
+from hxaconv.calibration.store import Store
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079
 from hxaconv.forward.chunked import chunked
-from hxaconv.forward.state import StateFile, fingerprint
-from hxaconv.forward.walk import Stream, Walk
-from hxaconv.model.config import StudentConfig
+from hxaconv.forward.state import fingerprint
+from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention, layer_index
-from hxaconv.model.plan import Plan, Recipe
+from hxaconv.model.plan import Plan
 from hxaconv.progress import Progress, bar
-from hxaconv.surgery.arithmetic import Computed, tensor, torch_dtype
+from hxaconv.surgery.arithmetic import tensor, torch_dtype
 
 LENGTH = 512
 """Tokens of a sequence: longer ones cost steps, and the state forgets most of what is farther back."""
@@ -55,48 +55,18 @@ LOOKS = 4
 """How often the held-out sequences are looked at on the way."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 TRAINED = ("receptance", "key", "value", "output", "q_proj", "k_proj", "v_proj", "o_proj")
+WEIGHTS = tuple(f".{part}.weight" for part in TRAINED)
 OUTPUTS = ("output", "o_proj")
 STUDENT, TEACHER = "student", "teacher"
+BEST = "polish-best"
+TOGETHER = 64
+"""Tokens whose probabilities are made at once."""
 OPERATIONS_PER_SECOND = 6e10
 """Of two cores, at SmolLM2's shape."""
-FORMAT = 1
-
+RECIPE = {"format": 2, "batch": BATCH, "passes": PASSES, "rate": RATE, "momentum": MOMENTUM, "looks": LOOKS}
 
 First = tuple[Tensor | None, Tensor | None]
 """v_first and k_first, or gradients of theirs; None before the first RWKV layer, and where a variant has none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolishReport:
-    """How a polish went. KL in nats per token on sequences that nothing was fitted to."""
-
-    tokens: int
-    """All of them, with those held out."""
-    trained_sequences: int
-    held_out_sequences: int
-    length: int
-    curve: tuple[tuple[int, float], ...]
-    """(steps, KL on held-out sequences), beginning with 0 steps."""
-    best_step: int
-    """The weights of this step are taken; 0 where none was better than the start."""
-
-    @property
-    def sentence(self) -> str:
-        """For people."""
-        kl = dict(self.curve)
-        steps = ", ".join(f"{value:.3g} after {step}" for step, value in self.curve if step)
-        taken = (
-            f"those of step {self.best_step} are taken" if self.best_step else "nothing is taken: no step was better"
-        )
-        return f"Polish: KL on the held-out sequences {kl[0]:.3g} before, {steps} steps; {taken}"
-
-
-@dataclass(frozen=True, slots=True)
-class Polish:
-    """The tensors that replace those of the student, and how that went."""
-
-    replaced: Plan
-    report: PolishReport
 
 
 def sequences(ids: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -133,36 +103,33 @@ def polish(
     device: str = "cpu",
     workers: int | None = None,
     progress: Progress | None = None,
-) -> Polish:
+) -> tuple[Plan, PolishReport]:
     """Train the mixers' projections of a complete student on the first `tokens` of token ids (B, T).
 
-    With a `folder` the weights are kept there after every step, an interrupted run goes on after it, and the
-    replaced tensors are read from there when they are written. `key` says what they are of, where the student is the
+    Returns the recipes that replace the student's, and the figures. With a `folder` the weights are kept there after
+    every step, an interrupted run goes on after it, and the replaced tensors are read from there when they are
+    written. `key` says what they are of, where the student is the
     result of a computation that its files do not tell. The result does not depend on the workers.
 
     Raises:
         HxaconvError: for too few tokens, and when the folder cannot be written.
     """
     trained, held_out = sequences(ids, tokens)
-    settings = {**RECIPE, "key": key}
-    key = fingerprint({TEACHER: teacher, STUDENT: student}, ids.flatten()[:tokens].cpu().numpy(), settings)
-    store = _Store(folder, key)
-    with Walk({TEACHER: teacher, STUDENT: student}, device=device, workers=workers) as walk:
-        work = _Work(walk, student, store, trained, held_out)
+    models = {TEACHER: teacher, STUDENT: student}
+    store = Store(folder, fingerprint(models, ids.flatten()[:tokens].cpu().numpy(), {**RECIPE, "key": key}))
+    with Walk(models, device=device, workers=workers) as walk:
+        work = _Polish(walk, student, store, trained, held_out)
         work.run(progress)
-        state = work.state
     report = PolishReport(
         tokens=(len(trained) + len(held_out)) * trained.shape[1],
         trained_sequences=len(trained),
         held_out_sequences=len(held_out),
         length=trained.shape[1],
-        curve=tuple(state.curve),
-        best_step=state.best,
+        curve=tuple(work.curve),
+        best_step=work.best,
     )
-    return Polish(store.plan(student, work.trained) if state.best else {}, report)
-
-
-RECIPE = {"format": FORMAT, "batch": BATCH, "passes": PASSES, "rate": RATE, "momentum": MOMENTUM, "looks": LOOKS}
+    names = [name for mine in work.trained.values() for name in mine] if work.best else []
+    return {name: store.recipe(f"{BEST}-{name}", "weight", student.plan[name], "polished") for name in names}, report
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,83 +163,14 @@ def cost(student: Model, trained: Tensor) -> Cost:
     return Cost(steps, 2 * steps * sum(recipe.nbytes for recipe in layers), operations)
 
 
-@dataclass(slots=True)
-class _State:
-    """Between two steps."""
-
-    step: int = 0
-    best: int = 0
-    curve: list[tuple[int, float]] = field(default_factory=list)
-
-
-class _Store:
-    """Weights and momenta of every layer, in files of two generations: a step that is cut short leaves the last one."""
-
-    def __init__(self, folder: Path | None, key: str) -> None:
-        self.folder, self.key = folder, key
-        self._memory: dict[str, Mapping[str, Tensor]] = {}
-
-    def _file(self, name: str) -> StateFile:
-        return StateFile(None if self.folder is None else self.folder / f"polish-{name}.safetensors", self.key)
-
-    def load(self, name: str, device: str = "cpu") -> dict[str, Tensor] | None:
-        """Tensors kept under this name, or None."""
-        if self.folder is None:
-            found = self._memory.get(name)
-            return None if found is None else dict(found)
-        kept = self._file(name).load(device)
-        return None if kept is None else kept[0]
-
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors under a name."""
-        if self.folder is None:
-            self._memory[name] = tensors
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file(name).save(tensors, {})
-
-    def state(self) -> _State:
-        """Where an interrupted run stopped, or the beginning."""
-        kept = self._file("state").load()
-        if kept is None:
-            return _State()
-        facts = kept[1]
-        return _State(facts["step"], facts["best"], [(int(step), kl) for step, kl in facts["curve"]])
-
-    def commit(self, state: _State) -> None:
-        """The step's weights are complete."""
-        if self.folder is not None:
-            self._file("state").save({}, asdict(state))
-
-    def plan(self, student: Model, names: Mapping[int, Sequence[str]]) -> Plan:
-        """The best weights as recipes."""
-        found: Plan = {}
-        for layer, mine in names.items():
-            for name in mine:
-                recipe = student.plan[name]
-                make = Computed(functools.partial(self.best, layer, name), recipe.dtype, "polished")
-                found[name] = Recipe(recipe.dtype, recipe.shape, make, f"polished from {recipe.origin}")
-        return found
-
-    def best(self, layer: int, name: str) -> Tensor:
-        """A tensor of the best step."""
-        kept = self.load(f"best-{layer:03d}")
-        if kept is None:
-            raise HxaconvError(
-                f"the polished weights of layer {layer} are gone from {self.folder}",
-                hint="Run the command again, without another one that writes to the same target.",
-            )
-        return kept[name]
-
-
 @dataclass
 class _Sequence:
     """One sequence in a step."""
 
+    number: int
+    """Among all, those held out last."""
     ids: Tensor
     """(1, T)."""
-    wanted: Tensor
-    """What the teacher's head sees, (T, C)."""
     inputs: list[Tensor] = field(default_factory=list)
     """The residual stream before each layer, and after the last."""
     first: First = (None, None)
@@ -281,197 +179,198 @@ class _Sequence:
     first_gradient: First = (None, None)
 
 
-class _Work:
-    """The loop over the steps."""
+class _Polish:
+    """The loop over the steps.
 
-    def __init__(self, walk: Walk, student: Model, store: _Store, trained: Tensor, held_out: Tensor) -> None:
-        self.walk, self.store, self.student = walk, store, student
-        config = student.config
-        assert isinstance(config, StudentConfig)
-        self.config, self.rows, self.judged = config, trained, held_out
-        self.steps = steps_of(len(trained))
+    Files: `polish-0-NAME` and `polish-1-NAME` hold a weight and its momentum after the last two steps, so that one that
+    is cut short leaves the other; `polish-best-NAME` the weight of the best step; `polish-teacher-I` what the teacher's
+    head sees of a sequence, (T, C); `polish-state` where the loop stands.
+    """
+
+    def __init__(self, walk: Walk, student: Model, store: Store, trained: Tensor, held_out: Tensor) -> None:
+        self.walk, self.store, self.student, self.config = walk, store, student, student.student
+        self.rows, self.count = torch.cat([trained, held_out]), len(trained)
+        self.steps = steps_of(self.count)
         self.looks = {round(self.steps * (i + 1) / LOOKS) for i in range(LOOKS)}
-        self.trained = {i: _trained_names(student, i) for i in range(config.num_hidden_layers)}
-        mine = {name for names in self.trained.values() for name in names}
+        self.trained: dict[int, list[str]] = {i: [] for i in range(self.config.num_hidden_layers)}
         self.frozen: dict[int, Plan] = {i: {} for i in self.trained}
         for name, recipe in student.plan.items():
             layer = layer_index(name)
-            if layer is not None and name not in mine:
+            if layer is not None and is_attention(name) and name.endswith(WEIGHTS):
+                self.trained[layer].append(name)
+            elif layer is not None:
                 self.frozen[layer][name] = recipe
-        self.state = store.state()
+        kept = store.facts("polish-state") or {"step": 0, "best": 0, "curve": []}
+        self.step: int = kept["step"]
+        self.best: int = kept["best"]
+        self.curve: list[tuple[int, float]] = [(int(step), kl) for step, kl in kept["curve"]]
 
     def run(self, progress: Progress | None) -> None:
         """Train until the schedule ends."""
-        total, config = self.steps, self.config
-        with bar(progress, "polishing", total) as advance:
-            hidden = self._teacher_hidden()
-            if not self.state.curve:
-                for layer in range(config.num_hidden_layers):
-                    self.store.save(self._name(layer), self._begin(layer))
-                self._look(hidden)
-                self.store.commit(self.state)
-            advance(self.state.step, "")
-            while self.state.step < total:
-                kl = self._step(hidden)
-                self.state.step += 1
-                if self.state.step in self.looks:
-                    self._look(hidden)
-                self.store.commit(self.state)
-                advance(1, f"KL {kl:.3g}, held out {self.state.curve[-1][1]:.3g}")
+        with bar(progress, "polishing", self.steps) as advance:
+            if self.store.facts(f"polish-teacher-{len(self.rows) - 1}") is None:
+                self._run_teacher()
+            if not self.curve:
+                for name in (name for names in self.trained.values() for name in names):
+                    weight = tensor(self.student.plan[name], dtype=torch.float32)
+                    self._keep(name, weight, torch.zeros_like(weight))
+                self._look()
+                self._commit()
+            advance(self.step, "")
+            while self.step < self.steps:
+                kl = self._step()
+                self.step += 1
+                if self.step in self.looks:
+                    self._look()
+                self._commit()
+                advance(1, f"KL {kl:.3g}, held out {self.curve[-1][1]:.3g}")
 
-    def _name(self, layer: int, later: int = 0) -> str:
-        return f"{layer:03d}-{(self.state.step + later) % 2}"
+    def _commit(self) -> None:
+        self.store.save("polish-state", {}, {"step": self.step, "best": self.best, "curve": self.curve})
 
-    def _begin(self, layer: int) -> dict[str, Tensor]:
-        weights = {name: tensor(self.student.plan[name], dtype=torch.float32) for name in self.trained[layer]}
-        return weights | {f"momentum {name}": torch.zeros_like(values) for name, values in weights.items()}
+    def _kept(self, name: str, key: str = "weight") -> Tensor:
+        """A trained weight, or its momentum, before this step."""
+        return self.store.tensor(f"polish-{self.step % 2}-{name}", key).to(self.walk.device)
 
-    def _teacher_hidden(self) -> list[Tensor]:
-        """What the teacher's head sees of every sequence, those held out last, (T, C) each."""
-        kept, rows = self.store.load("teacher"), torch.cat([self.rows, self.judged])
-        if kept is None:
-            track, ids = self.walk[TEACHER], rows.to(self.walk.device)
-            streams = [track.start(ids[i : i + 1]) for i in range(len(rows))]
-            for layer in range(self.config.num_hidden_layers):
-                plan = track.model.plan
-                self.walk.hold({TEACHER: {name: plan[name] for name in plan if layer_index(name) == layer}})
+    def _keep(self, name: str, weight: Tensor, momentum: Tensor, later: int = 0) -> None:
+        self.store.save(f"polish-{(self.step + later) % 2}-{name}", {"weight": weight, "momentum": momentum})
 
-                def move(stream: Stream, layer: int = layer) -> None:
-                    track.layer(stream, layer)
+    def _run_teacher(self) -> None:
+        track, ids = self.walk[TEACHER], self.rows.to(self.walk.device)
+        streams = [track.start(ids[i : i + 1]) for i in range(len(ids))]
+        for layer in range(self.config.num_hidden_layers):
+            plan = track.model.plan
+            self.walk.hold({TEACHER: {name: plan[name] for name in plan if layer_index(name) == layer}})
+            self.walk.pool.map(functools.partial(track.layer, index=layer), streams)
+        for i, stream in enumerate(streams):
+            self.store.save(f"polish-teacher-{i}", {"hidden": track.final_norm(stream.x)})
 
-                self.walk.pool.map(move, streams)
-            kept = {"hidden": torch.stack([track.final_norm(stream.x) for stream in streams])}
-            self.store.save("teacher", kept)
-        return list(kept["hidden"])
-
-    def _step(self, hidden: list[Tensor]) -> float:
+    def _step(self) -> float:
         """One step; its KL, before it."""
-        size, count = BATCH, len(self.rows)
-        picked = [(self.state.step * size + i) % count for i in range(min(size, count))]
-        some = [_Sequence(self.rows[i : i + 1], hidden[i]) for i in picked]
+        picked = [(self.step * BATCH + i) % self.count for i in range(min(BATCH, self.count))]
+        some = [_Sequence(i, self.rows[i : i + 1]) for i in picked]
         self._forward(some, keep=True)
         kl = sum(self._head(one) for one in some) / len(some)
-        progress = self.state.step / self.steps
-        rate = RATE * self.config.num_hidden_layers**-0.5 * min(1.0, (self.state.step + 1) / WARM_UP)
-        rate *= LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * progress)) / 2
+        rate = RATE * self.config.num_hidden_layers**-0.5 * min(1.0, (self.step + 1) / WARM_UP)
+        rate *= LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * self.step / self.steps)) / 2
         for layer in reversed(range(self.config.num_hidden_layers)):
             self._backward(layer, some, rate)
         return kl
 
-    def _weights(self, layer: int) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
-        """What is kept of a layer, and all its weights by name."""
-        self.walk.hold({STUDENT: self.frozen[layer]})
-        held = self.store.load(self._name(layer), self.walk.device)
-        if held is None:
-            raise HxaconvError(f"the state of the polish is gone from {self.store.folder}", hint="Start it anew.")
-        track = self.walk[STUDENT]
-        return held, lambda name: held[name] if name in held else track.weight(name)
+    def _look(self) -> None:
+        """Validate the weights, as they would be written, on the held-out sequences; keep the best."""
+        some = [_Sequence(i, self.rows[i : i + 1]) for i in range(self.count, len(self.rows))]
+        self._forward(some, keep=False)
+        kl = sum(self._head(one) for one in some) / len(some)
+        before = min((found for _, found in self.curve if found == found), default=math.inf)
+        self.curve.append((self.step, kl))
+        if self.step and kl < before:
+            self.best = self.step
+            for name in (name for names in self.trained.values() for name in names):
+                self.store.save(f"{BEST}-{name}", {"weight": self._kept(name).to(self._dtype(name))})
 
-    def _forward(self, some: list[_Sequence], *, keep: bool, stored: bool = False) -> None:
-        """Take sequences through all layers; `stored`: with the weights as they would be written."""
+    def _dtype(self, name: str) -> torch.dtype:
+        return torch_dtype(self.student.plan[name].dtype)
+
+    def _forward(self, some: list[_Sequence], *, keep: bool) -> None:
+        """Take sequences through all layers, keeping the inputs of each; or else with the weights as they would be
+        written."""
         track = self.walk[STUDENT]
         for one in some:
             one.inputs = [track.start(one.ids.to(self.walk.device)).x]
         for layer in range(self.config.num_hidden_layers):
-            held, get = self._weights(layer)
-            if stored:
-                for name in self.trained[layer]:
-                    held[name] = held[name].to(torch_dtype(self.student.plan[name].dtype)).float()
+            self.walk.hold({STUDENT: self.frozen[layer]})
+            weights = {name: self._kept(name) for name in self.trained[layer]}
+            if not keep:
+                weights = {name: weight.to(self._dtype(name)).float() for name, weight in weights.items()}
 
-            def move(one: _Sequence, get: Callable[[str], Tensor] = get, layer: int = layer) -> None:
+            def move(one: _Sequence, weights: dict[str, Tensor] = weights, layer: int = layer) -> None:
                 carry = hxa079.Carry(*one.first)
-                x = self._layer(one.inputs[-1], get, layer, carry)
+                x = self._feed_forward(self._mix(one.inputs[-1], weights, layer, carry), layer)
                 one.first = carry.v_first, carry.k_first
                 one.inputs = [*one.inputs, x] if keep else [x]
 
             self.walk.pool.map(move, some)
 
-    def _layer(self, x: Tensor, get: Callable[[str], Tensor], layer: int, carry: hxa079.Carry) -> Tensor:
-        normed = hxa079.input_norm(x, get, self.config, layer)
-        x = x + hxa079.mixer(normed, get, self.config, layer, carry, chunked)
+    def _mix(self, x: Tensor, weights: dict[str, Tensor], layer: int, carry: hxa079.Carry) -> Tensor:
+        """The stream after a layer's mixer; `weights` are those that are trained."""
+        track = self.walk[STUDENT]
+
+        def get(name: str) -> Tensor:
+            return weights[name] if name in weights else track.weight(name)
+
+        x = x + hxa079.mixer(track.normed(x, layer), get, self.config, layer, carry, chunked)
         carry.states.clear()
         carry.caches.clear()
-        return hxa079.feed_forward(x, get, self.config, layer)
+        return x
+
+    def _feed_forward(self, x: Tensor, layer: int) -> Tensor:
+        return hxa079.feed_forward(x, self.walk[STUDENT].weight, self.config, layer)
 
     def _head(self, one: _Sequence) -> float:
         """KL of a sequence in nats per token; its gradient with respect to the last stream is left in `gradient`."""
-        track, x = self.walk[STUDENT], one.inputs[-1].detach()
+        walk, track, x = self.walk, self.walk[STUDENT], one.inputs[-1].detach()
+        wanted = self.store.tensor(f"polish-teacher-{one.number}", "hidden").to(walk.device)
         with torch.enable_grad():
             normed = track.final_norm(x.requires_grad_())
-        asked, wanted = self._logits(normed.detach(), one.wanted.to(self.walk.device))
-        q, p = asked.log_softmax(dim=-1), wanted.log_softmax(dim=-1)
-        del asked, wanted
-        kl = float((p.exp() * (p - q)).sum(dim=-1).double().mean())
-        difference = q.exp_().sub_(p.exp_()).div_(len(q))
+        seen = {STUDENT: normed.detach(), TEACHER: wanted}
+        heads = {role: walk[role].head for role in seen}
+        logits = {role: wanted.new_empty(len(wanted), head.shape[0]) for role, head in heads.items()}
+        for start, stop in walk.slices(heads, "head"):
+            for role, hidden in seen.items():
+                logits[role][:, start:stop] = walk.product(hidden, walk.held(role)["head"].values)
+        kl = []
+        # Two matrices of logits are enough: some tokens at a time, the student's become the gradient.
+        for mine, theirs in zip(*(torch.split(logits[role], TOGETHER) for role in (STUDENT, TEACHER)), strict=True):
+            q, p = mine.log_softmax(dim=-1), theirs.log_softmax(dim=-1)
+            kl.append((p.exp() * (p - q)).sum(dim=-1))
+            mine.copy_(q.exp_().sub_(p.exp_()).div_(len(wanted)))
         found = torch.zeros_like(normed)
-        for start, stop in self.walk.slices({STUDENT: track.head}, "head"):
-            block = self.walk.held(STUDENT)["head"].values.to(self.walk.device)
-            found.addmm_(difference[:, start:stop], block.to(difference.dtype))
+        for start, stop in walk.slices({STUDENT: track.head}, "head"):
+            block = walk.held(STUDENT)["head"].values.to(walk.device)
+            found.addmm_(logits[STUDENT][:, start:stop], block.to(found.dtype))
         (one.gradient,) = torch.autograd.grad(normed, x, found)
-        return kl
-
-    def _logits(self, mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
-        heads = {STUDENT: self.walk[STUDENT].head, TEACHER: self.walk[TEACHER].head}
-        found: dict[str, list[Tensor]] = {STUDENT: [], TEACHER: []}
-        for _ in self.walk.slices(heads, "head"):
-            for role, x in ((STUDENT, mine), (TEACHER, theirs)):
-                found[role].append(self.walk.product(x, self.walk.held(role)["head"].values))
-        return torch.cat(found[STUDENT], dim=1), torch.cat(found[TEACHER], dim=1)
+        return float(torch.cat(kl).double().mean())
 
     def _backward(self, layer: int, some: list[_Sequence], rate: float) -> None:
         """Gradients of one layer, from the sequences' gradients after it to those before it, and its update."""
-        held, get = self._weights(layer)
-        names = self.trained[layer]
-        weights = [held[name].requires_grad_() for name in names]
+        self.walk.hold({STUDENT: self.frozen[layer]})
+        weights = {name: self._kept(name).detach().requires_grad_() for name in self.trained[layer]}
         beginning = self.config.rwkv_layers[:1] == (layer,)
 
-        def grow(one: _Sequence) -> list[Tensor]:
+        def grow(one: _Sequence) -> dict[str, Tensor]:
+            del one.inputs[layer + 1]
             with torch.enable_grad():
                 x = one.inputs[layer].detach().requires_grad_()
                 handed = [None if beginning or part is None else part.detach().requires_grad_() for part in one.first]
                 carry = hxa079.Carry(handed[0], handed[1])
-                outputs, gradients = [self._layer(x, get, layer, carry)], [one.gradient]
+                outputs = [self._mix(x, weights, layer, carry)]
+                middle = outputs[0].detach().requires_grad_()
+                gradients = [torch.autograd.grad(self._feed_forward(middle, layer), middle, one.gradient)[0]]
                 if beginning:
                     for part, gradient in zip((carry.v_first, carry.k_first), one.first_gradient, strict=True):
                         if part is not None and gradient is not None:
                             outputs.append(part)
                             gradients.append(gradient)
-                inputs = [*weights, x, *(part for part in handed if part is not None)]
+                inputs = [*weights.values(), x, *(part for part in handed if part is not None)]
                 found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
-            mine = [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
-            one.gradient, rest = mine[len(weights)], iter(mine[len(weights) + 1 :])
-            grown_first = [None if part is None else next(rest) for part in handed]
+            mine = iter([torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)])
+            grown = {name: next(mine) for name in weights}
+            one.gradient = next(mine)
+            first = [None if part is None else next(mine) for part in handed]
             if not beginning:
-                one.first_gradient = (
-                    _sum(one.first_gradient[0], grown_first[0]),
-                    _sum(one.first_gradient[1], grown_first[1]),
-                )
-            return mine[: len(weights)]
+                one.first_gradient = _sum(one.first_gradient[0], first[0]), _sum(one.first_gradient[1], first[1])
+            return grown
 
         grown = self.walk.pool.map(grow, some)
-        fresh: dict[str, Tensor] = {}
-        for i, name in enumerate(names):
-            gradient = torch.stack([one[i] for one in grown]).mean(dim=0)
-            weight, momentum = held[name].detach(), held[f"momentum {name}"].lerp(gradient, 1 - MOMENTUM)
-            change = orthogonal(gradient.lerp(momentum, MOMENTUM), self.config.head_dim, _is_output(name))
+        for name in self.trained[layer]:
+            gradient = torch.stack([one.pop(name) for one in grown]).mean(dim=0)
+            weight, momentum = weights.pop(name).detach(), self._kept(name, "momentum")
+            momentum = momentum.lerp(gradient, 1 - MOMENTUM)
+            part = name.split(".")[-2]
+            change = orthogonal(gradient.lerp(momentum, MOMENTUM), self.config.head_dim, part in OUTPUTS)
             size = float(weight.square().mean().sqrt())
-            fresh[name] = weight - change * (rate * size)
-            fresh[f"momentum {name}"] = momentum
-        self.store.save(self._name(layer, later=1), fresh)
-
-    def _look(self, hidden: list[Tensor]) -> None:
-        """Judge the weights, as they would be written, on the held-out sequences; keep the best."""
-        some = [_Sequence(self.judged[i : i + 1], hidden[len(self.rows) + i]) for i in range(len(self.judged))]
-        self._forward(some, keep=False, stored=True)
-        kl = sum(self._head(one) for one in some) / len(some)
-        before = min((found for _, found in self.state.curve if found == found), default=math.inf)
-        self.state.curve.append((self.state.step, kl))
-        if self.state.step and kl < before:
-            self.state.best = self.state.step
-            for layer in self.trained:
-                held = self.store.load(self._name(layer)) or {}
-                dtypes = {name: torch_dtype(self.student.plan[name].dtype) for name in self.trained[layer]}
-                self.store.save(f"best-{layer:03d}", {name: held[name].to(dtype) for name, dtype in dtypes.items()})
+            self._keep(name, weight - change * (rate * size), momentum, later=1)
 
 
 def orthogonal(gradient: Tensor, size: int, output: bool, steps: int = 5) -> Tensor:
@@ -493,16 +392,3 @@ def orthogonal(gradient: Tensor, size: int, output: bool, steps: int = 5) -> Ten
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one if other is None else other if one is None else one + other
-
-
-def _trained_names(student: Model, layer: int) -> list[str]:
-    names = (name for name in student.plan if layer_index(name) == layer and is_attention(name))
-    return [name for name in names if _short(name) in {f"{part}.weight" for part in TRAINED}]
-
-
-def _short(name: str) -> str:
-    return name.partition(".self_attn.")[2]
-
-
-def _is_output(name: str) -> bool:
-    return _short(name).partition(".")[0] in OUTPUTS

@@ -1,4 +1,4 @@
-"""What a calibration is told and what it tells."""
+"""The figures of a calibration."""
 
 from __future__ import annotations
 
@@ -7,30 +7,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hxaconv.calibration.polish import PolishReport
 from hxaconv.formats.json_files import plain_data
 from hxaconv.forward.state import computed_with
-from hxaconv.options import Fit, Tokens, option, options_of
+from hxaconv.options import Fit, Tokens, options_of
+
+RECALL_NOISE = 0.1
+"""Nats: differences of recall that mean nothing."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings(Fit):
-    """How layers are fitted."""
-
-    workers: int = option(2, "Threads on a CPU; the result does not depend on them.", least=1)
-
-    def of_result(self) -> dict[str, Any]:
-        """The settings that the result depends on, beside the tokens."""
-        return {name: getattr(self, name) for name in (*OF_FIT, "device")}
-
-
-OF_FIT = tuple(name for name in options_of(Fit) if name not in (*options_of(Tokens), "random_tokens", "plot"))
-"""The options that say how layers are fitted."""
+def settings_of(fit: Fit) -> dict[str, Any]:
+    """The settings that the result depends on, beside the tokens."""
+    without = (*options_of(Tokens), "random_tokens", "plot")
+    return {name: getattr(fit, name) for name in (*(n for n in options_of(Fit) if n not in without), "device")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
-    """One layer. Errors are |teacher's output - mixer's|^2 / |teacher's output|^2 on the tokens not fitted."""
+    """One layer. Errors are |teacher's output - mixer's|^2 / |teacher's output|^2 on the validation tokens."""
 
     layer: int
     kind: str
@@ -38,7 +31,7 @@ class LayerReport:
     error_before: float
     error_after: float
     fell_back: bool = False
-    """The fit was no better on held-out tokens, so that nothing was changed."""
+    """The fit was no better on validation tokens, so that nothing was changed."""
     decay: tuple[float, ...] = ()
     """Mean over the channels of each head."""
     iclr: tuple[float, ...] = ()
@@ -48,13 +41,9 @@ class LayerReport:
     warnings: tuple[str, ...] = ()
 
 
-RECALL_NOISE = 0.1
-"""Nats: differences of recall that say nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """NLL per token of random tokens said a second time, after `distance` others: 0 where the first time is copied."""
+    """NLL per token of random tokens repeated after `distance` others: 0 where the first time is copied."""
 
     distance: int
     calibrated: float
@@ -87,7 +76,7 @@ class Distances:
 
     @property
     def recall_sentence(self) -> str:
-        """For the terminal: perplexity says nothing of needles."""
+        """For the terminal: perplexity does not measure retrieval."""
         found = (
             f"{one.calibrated:.3g} after {one.distance} (plain {one.plain:.3g}, teacher {one.teacher:.3g})"
             for one in self.recall
@@ -101,13 +90,38 @@ class Distances:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PolishReport:
+    """How a polish went. KL in nats per token on sequences that nothing was fitted to."""
+
+    tokens: int
+    """All of them, with those held out."""
+    trained_sequences: int
+    held_out_sequences: int
+    length: int
+    curve: tuple[tuple[int, float], ...]
+    """(steps, KL on held-out sequences), beginning with 0 steps."""
+    best_step: int
+    """The weights of this step are taken; 0 where none was better than the start."""
+
+    @property
+    def sentence(self) -> str:
+        """For the terminal."""
+        kl = dict(self.curve)
+        steps = ", ".join(f"{value:.3g} after {step}" for step, value in self.curve if step)
+        taken = (
+            f"those of step {self.best_step} are taken" if self.best_step else "nothing is taken: no step was better"
+        )
+        return f"Polish: KL on the held-out sequences {kl[0]:.3g} before, {steps} steps; {taken}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationReport:
     """A whole calibration."""
 
     tokens: int
     fitted_tokens: int
     settings: Mapping[str, Any]
-    layers: tuple[LayerReport, ...]
+    layers: tuple[LayerReport, ...] = ()
     warnings: tuple[str, ...] = ()
     distances: Distances | None = None
     """None as long as nobody has measured them."""
@@ -116,16 +130,15 @@ class CalibrationReport:
     """Whether the fitted layers are used; False where the student as a whole is no nearer with them."""
 
     def not_taken(self) -> CalibrationReport:
-        """The report where every layer is left plain in the end; only what was measured tells of the fit."""
+        """The report where every layer is left plain in the end: of the fit, only the distances remain."""
         layers = tuple(
-            replace(
-                layer,
+            LayerReport(
+                layer=layer.layer,
+                kind=layer.kind,
+                error_before=layer.error_before,
                 error_after=layer.error_before,
                 fell_back=True,
-                decay=(),
-                iclr=(),
-                clamped=0.0,
-                output_refitted=False,
+                warnings=layer.warnings,
             )
             for layer in self.layers
         )
@@ -134,7 +147,7 @@ class CalibrationReport:
 
     def json(self) -> dict[str, Any]:
         """For hxaconv.json: numbers to four digits, KL to three, since more would only be noise."""
-        told = {name: value for name, value in asdict(self).items() if name != "distances"}
+        figures = {name: value for name, value in asdict(self).items() if name != "distances"}
         distances = asdict(self.distances) if self.distances else None
         machine = computed_with(str(self.settings.get("device", "cpu")))
-        return {**plain_data(told, 4), "kl_teacher_student": plain_data(distances, 3), "computed_with": machine}
+        return {**plain_data(figures, 4), "kl_teacher_student": plain_data(distances, 3), "computed_with": machine}

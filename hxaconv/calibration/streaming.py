@@ -3,36 +3,41 @@
 Every layer is fitted on the teacher's own hidden states, so that layers are independent but for v_first and
 k_first of the first RWKV layer. In memory: the residual stream, its normed copy and the attention's output,
 (tokens, C) each, beside the weights of one attention or one MLP.
+
+Several ranks divide the layers: each moves the teacher's stream through all of them, fits every so-manieth, and finds
+the others' in the folder. The first RWKV layer is fitted by all: whoever waited for it would be no sooner.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hxaconv import ranks
 from hxaconv.calibration import attention
-from hxaconv.calibration.cache import Cache, Done, State
-from hxaconv.calibration.report import CalibrationReport, Settings
-from hxaconv.calibration.time_mix import Attention, Fit, fit_layer
+from hxaconv.calibration.report import CalibrationReport, LayerReport, settings_of
+from hxaconv.calibration.store import Store
+from hxaconv.calibration.time_mix import Attention, LayerFit, RwkvLayer
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.forward import llama
 from hxaconv.forward.pool import ROWS
-from hxaconv.forward.walk import Walk
+from hxaconv.forward.walk import First, Walk
 from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention, layer_index, mixer_prefix
-from hxaconv.model.plan import Buffers, Plan, Recipe, layer_bytes, total_bytes
+from hxaconv.model.plan import Buffers, Plan, layer_bytes, total_bytes
+from hxaconv.options import Fit
 from hxaconv.progress import Progress, bar
 from hxaconv.save.checksums import count_nonfinite
-from hxaconv.surgery.arithmetic import Computed, tensor, torch_dtype
+from hxaconv.surgery.arithmetic import tensor, torch_dtype
 from hxaconv.verification.claims import foreign_tensors, touched_tensors
 
 TEACHER, STUDENT = "teacher", "student"
-FEWEST_TO_JUDGE = 8
-"""Held-out tokens without which nobody can say that a fit is better."""
+FEWEST_TO_VALIDATE = 8
+"""Validation tokens without which nobody can say that a fit is better."""
 NONFINITE_HINT = (
     "The checkpoint is damaged, or its training diverged. --allow-nonfinite goes on: RWKV layers from there on"
     " keep the plain initialisation."
@@ -52,71 +57,114 @@ def calibrate(
     teacher: Model,
     student: Model,
     ids: Tensor,
-    settings: Settings | None = None,
+    settings: Fit | None = None,
     *,
-    cache: Cache | None = None,
+    workers: int = 2,
+    store: Store | None = None,
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Calibration:
     """Fit the RWKV layers of an untrained student to its teacher on token ids (B, T).
 
     The last quarter of the tokens decides, layer by layer, between the fit and what the student holds.
-    With a `cache`, finished layers are kept there, an interrupted run goes on after them, and the
-    replaced tensors are read from there when they are written: its folder has to outlive the result.
+    With a `store` in a folder, finished layers are kept there, an interrupted run goes on after them, ranks divide
+    them, and the replaced tensors are read from there when they are written: it has to outlive the result. The
+    result depends neither on the ranks nor on `workers`, the threads on a CPU.
     `allow_nonfinite` goes on after NaN: that layer and those after it keep what the student holds.
 
     Raises:
         HxaconvError: when the student is not the teacher's or has been trained, for ids that are not its tokens
             or too few; at the first layer that is not finite.
     """
-    settings = settings or Settings()
+    settings, store = settings or Fit(), store or Store(None)
     _check(teacher, student, ids)
     ids, warnings = cut(ids, settings.chunk)
     check_enough(ids)
-    fitted = fitted_tokens(ids).to(settings.device)
-    total = sum(layer_bytes(teacher.plan, i) for i in range(teacher.config.num_hidden_layers))
-    if not allow_nonfinite:
-        _refuse_nonfinite(teacher, [name for name in teacher.plan if layer_index(name) is None])
-    state = cache.load(settings.device) if cache is not None else None
-    if state is None:
-        _check_origin(teacher, student, progress)
-    mixers = replace(student, plan={name: recipe for name, recipe in student.plan.items() if is_attention(name)})
+    training = training_tokens(ids).to(settings.device)
+    with ranks.together():
+        if not allow_nonfinite and ranks.rank() == 0:
+            _refuse_nonfinite(teacher, [name for name in teacher.plan if layer_index(name) is None])
+        kept = _kept_stream(store, settings.device)
+        if kept is None and ranks.rank() == 0:
+            _check_origin(teacher, student, progress)
+    layers = range(teacher.config.num_hidden_layers)
+    sizes = [layer_bytes(teacher.plan, layer) for layer in layers]
+    mine = {layer for layer in layers if store.folder is None or layer % ranks.world() == ranks.rank()}
+    asked = mine | set(student.student.rwkv_layers[:1])
+    mixers = {n: r for n, r in student.plan.items() if is_attention(n) and layer_index(n) in asked}
+    models = {TEACHER: teacher, STUDENT: replace(student, plan=mixers)}
     with (
+        ranks.together(),
         torch.no_grad(),
-        bar(progress, "calibrating", total) as advance,
-        Walk({TEACHER: teacher, STUDENT: mixers}, device=settings.device, workers=settings.workers) as walk,
+        bar(progress, "calibrating", sum(sizes)) as advance,
+        Walk(models, device=settings.device, workers=workers) as walk,
     ):
-        if state is None:
-            state = State(0, walk[TEACHER].start(ids).x)
-        if state.layer:
-            advance(sum(layer_bytes(teacher.plan, i) for i in range(state.layer)), "resumed")
-        step = _Step(walk, fitted, settings, allow_nonfinite)
-        for _ in walk.layers(range(state.layer, teacher.config.num_hidden_layers)):
-            fit = step.layer(state)
-            prefix = mixer_prefix(state.layer)
-            tensors = {prefix + name: values.cpu() for name, values in fit.tensors.items()} if fit else {}
-            state.done.append(Done(state.layer, tensors, fit.report if fit else None))
-            state.layer += 1
-            if cache is not None:
-                cache.save(state)
-                # From now on they are read from their file.
-                state.done[-1] = replace(state.done[-1], tensors={})
-            advance(layer_bytes(teacher.plan, state.layer - 1), f"layer {state.layer - 1}")
+        begin, x, first = kept or (0, walk[TEACHER].start(ids).x, None)
+        if begin:
+            advance(sum(sizes[:begin]), "resumed")
+        for layer in walk.layers(layers[begin:]):
+            one, name = _Layer(walk, layer, training, settings, allow_nonfinite), _name(layer)
+            seen = one.attention(x)
+            if layer in asked and not (first and store.facts(name)):
+                fit = one.fit(seen, first)
+                first = fit.first or first if fit else first
+                if layer in mine:
+                    fitted = (
+                        {mixer_prefix(layer) + key: value.cpu() for key, value in fit.tensors.items()} if fit else {}
+                    )
+                    store.save(name, fitted, {"report": asdict(fit.report) if fit else None, "tensors": [*fitted]})
+            x = x + (seen.output if seen.output_bias is None else seen.output + seen.output_bias)
+            del seen
+            x = one.feed_forward(x)
+            if layer in mine:
+                handed = {} if first is None else {"v_first": first[0], "k_first": first[1]}
+                store.save(f"stream-{ranks.rank()}", {"x": x, **handed}, {"layer": layer + 1})
+            advance(sizes[layer], f"layer {layer}")
+    return _collected(student, store, ids.numel(), int(training.sum()), settings, warnings)
+
+
+def _name(layer: int) -> str:
+    return f"layer-{layer:03d}"
+
+
+def _kept_stream(store: Store, device: str) -> tuple[int, Tensor, First] | None:
+    """Where an interrupted pass goes on: (next layer, stream before it, v_first and k_first), or None to start over.
+
+    Of the ranks' streams the farthest that has nothing but finished layers behind it; ranks may be others now.
+    """
+    found: dict[int, str] = {}
+    for path in store.folder.glob("stream-*.safetensors") if store.folder else ():
+        facts = store.facts(path.stem)
+        if facts is not None and all(store.facts(_name(layer)) is not None for layer in range(facts["layer"])):
+            found[facts["layer"]] = path.stem
+    kept = store.load(found[max(found)], device) if found else None
+    if kept is None:
+        return None
+    tensors = kept[0]
+    first = (tensors["v_first"], tensors["k_first"]) if "v_first" in tensors else None
+    return kept[1]["layer"], tensors["x"], first
+
+
+def _collected(
+    student: Model, store: Store, tokens: int, fitted: int, settings: Fit, warnings: tuple[str, ...]
+) -> Calibration:
+    """What all layers came to."""
+    plan: Plan = {}
+    reports = []
+    for layer in range(student.config.num_hidden_layers):
+        facts: dict[str, Any] = store.facts(_name(layer)) or {"report": None, "tensors": ()}
+        if facts["report"] is not None:
+            lists = {name: tuple(facts["report"][name]) for name in ("decay", "iclr", "warnings")}
+            reports.append(LayerReport(**facts["report"] | lists))
+        plan |= {name: store.recipe(_name(layer), name, student.plan[name], "calibrated") for name in facts["tensors"]}
     report = CalibrationReport(
-        tokens=ids.numel(),
-        fitted_tokens=int(fitted.sum()),
-        settings=settings.of_result(),
-        layers=tuple(done.report for done in state.done if done.report is not None),
+        tokens=tokens,
+        fitted_tokens=fitted,
+        settings=settings_of(settings),
+        layers=tuple(reports),
         warnings=warnings,
     )
-    return Calibration(_plan(student, state, cache), report)
-
-
-def unfitted(ids: Tensor, settings: Settings) -> Calibration:
-    """A calibration that fits no layer."""
-    return Calibration(
-        {}, CalibrationReport(tokens=ids.numel(), fitted_tokens=0, settings=settings.of_result(), layers=())
-    )
+    return Calibration(plan, report)
 
 
 def cut(ids: Tensor, chunk: int) -> tuple[Tensor, tuple[str, ...]]:
@@ -128,8 +176,8 @@ def cut(ids: Tensor, chunk: int) -> tuple[Tensor, tuple[str, ...]]:
     return ids, (f"{lost} tokens at the end of each row are left out: {pieces} equal pieces",) if lost else ()
 
 
-def fitted_tokens(ids: Tensor) -> Tensor:
-    """1.0 for the first three quarters of all tokens, row after row, 0.0 for the rest, (B, T)."""
+def training_tokens(ids: Tensor) -> Tensor:
+    """1.0 for the first three quarters of all tokens, row after row, 0.0 for the validation tokens, (B, T)."""
     count = ids.numel()
     return (torch.arange(count) < count * 3 // 4).float().view(ids.shape)
 
@@ -140,12 +188,12 @@ def check_enough(ids: Tensor) -> None:
     Raises:
         HxaconvError: with how many are needed.
     """
-    total, fitted = ids.numel(), int(fitted_tokens(ids).sum())
-    if total - fitted < FEWEST_TO_JUDGE:
+    total, fitted = ids.numel(), int(training_tokens(ids).sum())
+    if total - fitted < FEWEST_TO_VALIDATE:
         raise HxaconvError(
             f"{total} calibration {'token is' if total == 1 else 'tokens are'} too few: after the first three quarters,"
-            f" which are fitted, {total - fitted} would judge the fit, and {FEWEST_TO_JUDGE} are needed",
-            hint=f"{4 * FEWEST_TO_JUDGE} tokens are the least; a thousand of real text are a good start.",
+            f" which are fitted, {total - fitted} would judge the fit, and {FEWEST_TO_VALIDATE} are needed",
+            hint=f"{4 * FEWEST_TO_VALIDATE} tokens are the least; a thousand of real text are a good start.",
         )
 
 
@@ -205,70 +253,67 @@ def _refuse_nonfinite(model: Model, names: Iterable[str], summary: str = "its we
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """What is done with each layer."""
+class _Layer:
+    """One layer of teacher and student, whose weights are at hand."""
 
     walk: Walk
-    fitted: Tensor
-    settings: Settings
+    layer: int
+    training: Tensor
+    settings: Fit
     allow_nonfinite: bool
 
-    def layer(self, state: State) -> Fit | None:
-        """Fit one layer and let the teacher's residual stream pass it."""
-        teacher, layer, pool = self.walk[TEACHER], state.layer, self.walk.pool
-        config = teacher.config
-        weights = self._mixer(TEACHER, layer)
-        x = teacher.normed(state.x, layer)
-        rope = layer not in config.nope_layers
-        heads = attention.attend(attention.project(x, weights, config, pool), config, pool, rope=rope)
-        said = pool.linear(heads, weights["o_proj.weight"])
-        self._check_finite(said, layer)
-        bias = weights.get("o_proj.bias")
-        seen = Attention(x, heads, said, weights["o_proj.weight"], bias, self.fitted)
-        del weights, x, heads
-        fit = self._fit(seen, state)
-        del seen
-        after = state.x + (said if bias is None else said + bias)
+    def attention(self, x: Tensor) -> Attention:
+        """The teacher's attention on its residual stream (B, T, C)."""
+        teacher, pool = self.walk[TEACHER], self.walk.pool
+        config, weights = teacher.config, self._mixer(TEACHER)
+        normed = teacher.normed(x, self.layer)
+        rope = self.layer not in config.nope_layers
+        heads = attention.attend(attention.project(normed, weights, config, pool), config, pool, rope=rope)
+        output = pool.linear(heads, weights["o_proj.weight"])
+        self._check_finite(output)
+        return Attention(normed, heads, output, weights["o_proj.weight"], weights.get("o_proj.bias"), self.training)
+
+    def fit(self, seen: Attention, first: First) -> LayerFit | None:
+        """The student's layer fitted to it; None where there is nothing to fit."""
+        student, pool = self.walk[STUDENT].model, self.walk.pool
+        config, rwkv = student.student, student.student.layer_kind(self.layer) == "rwkv"
+        if not rwkv and self.layer in self.walk[TEACHER].config.nope_layers:
+            return None  # there is no RoPE to lose
+        mixer, prefix = self._mixer(STUDENT), mixer_prefix(self.layer)
+        dtypes = {name: torch_dtype(student.plan[prefix + name].dtype) for name in mixer}
+        if not rwkv:
+            return attention.fit_kept(seen, mixer, dtypes, config, self.layer, pool, fold=self.settings.fold_rope)
+        return RwkvLayer(seen, mixer, dtypes, first, config, self.layer, self.settings, pool).fit()
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The teacher's residual stream, moved through the second half of the layer."""
+        config, layer = self.walk[TEACHER].config, self.layer
         mlp = {name: self._whole(TEACHER, name) for name in self.walk.held(TEACHER) if not is_attention(name)}
 
         def get(name: str) -> Tensor:
             return mlp[name] if name in mlp else self._whole(TEACHER, name)
 
         # An expert is read once for all tokens that go to it.
-        tokens = after.flatten(0, 1)[None]
-        pieces = torch.split(tokens, tokens.shape[1] if config.has_experts(layer) else ROWS, dim=1)
-        moved = pool.map(lambda s: llama.feed_forward(s, get, config, layer), pieces)
-        state.x = torch.cat(moved, dim=1).view_as(after)
-        self._check_finite(state.x, layer)
-        return fit
+        tokens = x.flatten(0, 1)[None]
+        chunks = torch.split(tokens, tokens.shape[1] if config.has_experts(layer) else ROWS, dim=1)
+        moved = self.walk.pool.map(lambda chunk: llama.feed_forward(chunk, get, config, layer), chunks)
+        x = torch.cat(moved, dim=1).view_as(x)
+        self._check_finite(x)
+        return x
 
-    def _fit(self, seen: Attention, state: State) -> Fit | None:
-        student, layer = self.walk[STUDENT].model, state.layer
-        config = student.student
-        rwkv = config.layer_kind(layer) == "rwkv"
-        mixer, prefix = self._mixer(STUDENT, layer), mixer_prefix(layer)
-        dtypes = {name: torch_dtype(student.plan[prefix + name].dtype) for name in mixer}
-        if not rwkv and layer in self.walk[TEACHER].config.nope_layers:
-            return None  # there is no RoPE to lose
-        if not rwkv:
-            return attention.fit_kept(seen, mixer, dtypes, config, layer, self.walk.pool, fold=self.settings.fold_rope)
-        fit = fit_layer(seen, mixer, dtypes, state.first, config, layer, self.settings, self.walk.pool)
-        state.first = fit.first
-        return fit
-
-    def _check_finite(self, values: Tensor, layer: int) -> None:
+    def _check_finite(self, values: Tensor) -> None:
         """Stop at the first layer whose hidden states are not finite, with the weights that made them so."""
         if self.allow_nonfinite or bool(torch.isfinite(values).all()):
             return
         teacher = self.walk[TEACHER].model
-        names = [name for name in teacher.plan if layer_index(name) == layer]
-        _refuse_nonfinite(teacher, names, f"layer {layer} is not finite")
-        summary = f"the hidden states of layer {layer} are not finite, although its weights are"
+        names = [name for name in teacher.plan if layer_index(name) == self.layer]
+        _refuse_nonfinite(teacher, names, f"layer {self.layer} is not finite")
+        summary = f"the hidden states of layer {self.layer} are not finite, although its weights are"
         raise HxaconvError(f"{teacher.label}: {summary}", hint=NONFINITE_HINT)
 
-    def _mixer(self, role: str, layer: int) -> dict[str, Tensor]:
-        """One layer's mixer by short name: `w0`, `key.weight`."""
-        names = [name for name in self.walk.held(role) if name.startswith(mixer_prefix(layer))]
+    def _mixer(self, role: str) -> dict[str, Tensor]:
+        """The layer's mixer by short name: `w0`, `key.weight`."""
+        names = [name for name in self.walk.held(role) if name.startswith(mixer_prefix(self.layer))]
         return {name.partition(".self_attn.")[2]: self._whole(role, name) for name in names}
 
     def _whole(self, role: str, name: str) -> Tensor:
@@ -276,14 +321,3 @@ class _Step:
         held = self.walk.held(role).get(name)
         values = tensor(self.walk[role].model.plan[name]) if held is None else held.values
         return values.to(self.walk.device, torch.float32, copy=True)
-
-
-def _plan(student: Model, state: State, cache: Cache | None) -> Plan:
-    plan: Plan = {}
-    for done in state.done:
-        for name in done.tensors or (cache.names(done.layer) if cache else ()):
-            function = functools.partial(cache.read, done.layer, name) if cache else done.tensors[name].clone
-            recipe = student.plan[name]
-            make = Computed(function, recipe.dtype, "calibrated")
-            plan[name] = Recipe(recipe.dtype, recipe.shape, make, f"calibrated from {recipe.origin}")
-    return plan

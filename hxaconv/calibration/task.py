@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hxaconv.calibration.planned import planned
-from hxaconv.calibration.polish import cost, sequences
-from hxaconv.calibration.report import Settings
-from hxaconv.calibration.streaming import check_enough, check_sizes, cut, fitted_tokens
+from hxaconv.calibration.polish import TRAINED, cost, sequences
+from hxaconv.calibration.streaming import check_enough, check_sizes, cut, training_tokens
+from hxaconv.calibration.time_mix import output_is_free
 from hxaconv.errors import raise_all
 from hxaconv.forward.tokens import calibration_tokens, checked_device
 from hxaconv.model.config import unpublished
 from hxaconv.model.model import Model
-from hxaconv.model.plan import source_files
-from hxaconv.options import Fit, options_of
+from hxaconv.model.names import is_attention, layer_index
+from hxaconv.model.plan import Recipe, source_files
+from hxaconv.options import Fit
+from hxaconv.surgery.arithmetic import Computed, tensor
+from hxaconv.verification.specification import FITTED, REFITTED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +37,8 @@ class Task:
     teacher: Model
     plain: Model
     ids: Tensor
-    asked: int
-    """Tokens that were asked for; there may be fewer."""
-    settings: Settings
+    settings: Fit
+    workers: int
     polish_ids: Tensor | None = None
     """Tokens to polish on, (B, T)."""
 
@@ -51,55 +53,72 @@ class Task:
         return [*source_files(self.teacher.plan), *source_files(self.plain.plan)]
 
     @property
-    def pieces(self) -> Tensor:
+    def rows(self) -> Tensor:
         """The tokens in sequences as they are used, (B, T)."""
         return cut(self.ids, self.settings.chunk)[0]
 
     @property
-    def fitted(self) -> int:
+    def training(self) -> int:
         """How many of them are fitted, from the first on."""
-        return int(fitted_tokens(self.pieces).sum())
+        return int(training_tokens(self.rows).sum())
 
     @property
     def heldout(self) -> Tensor:
-        """Those that judge the student as a whole, (B, T): nothing was fitted to them."""
+        """Those that validate the student as a whole, (B, T), which nothing was fitted to: the held-out sequences of
+        a polish, else what follows the training tokens in whole rows, or the end of the last one."""
         if self.polished is not None:
             return self.polished[1]
-        return heldout_rows(self.pieces, self.fitted)
+        row, column = divmod(self.training, self.rows.shape[1])
+        whole = self.rows[row + (column > 0) :]
+        return whole if len(whole) else self.rows[row:, column:]
 
     @property
     def notes(self) -> list[str]:
         """What will be fitted to what."""
-        total, length = self.pieces.numel(), self.pieces.shape[1]
-        judging, judging_all = total - self.fitted, self.heldout.numel()
-        polished = []
+        (total, length), asked, fit = (self.rows.numel(), self.rows.shape[1]), self.settings.tokens, self.training
+        polish = []
         if self.polished is not None:
             trained, kept = self.polished
             price = cost(self.plain, trained).sentence
-            polished = [f"Polish: {len(trained)} sequences of {trained.shape[1]}, {len(kept)} held out; {price}"]
+            polish = [f"Polish: {len(trained)} sequences of {trained.shape[1]}, {len(kept)} held out; {price}"]
             if self.settings.polish_only:
-                return polished
-        asked = "" if total == self.asked else f" ({self.asked} were asked for)"
-        whole = "" if judging == judging_all else f" (the last {judging_all} of them the student as a whole)"
+                return polish
+        fewer = "" if total == asked else f" ({asked} were asked for)"
+        as_a_whole = self.heldout.numel()
+        whole = "" if total - fit == as_a_whole else f" (the last {as_a_whole} of them the student as a whole)"
         note = (
-            f"Calibration: {total} tokens{asked} in sequences of {length}, {self.fitted} to fit and {judging} to judge"
+            f"Calibration: {total} tokens{fewer} in sequences of {length}, {fit} to fit and {total - fit} to judge"
             f"{whole}; no decay can know of lags beyond {length}"
         )
         idle = self.settings.fold_rope and not self.plain.student.gqa_layers
-        return [note, *polished, *(["--fold-rope changes nothing: no layer stays attention"] if idle else [])]
+        return [note, *polish, *(["--fold-rope changes nothing: no layer stays attention"] if idle else [])]
 
     @property
     def warnings(self) -> list[str]:
         """What makes the tokens no text."""
-        [(token, count)] = Counter(self.pieces.flatten().tolist()).most_common(1)
-        share = count / self.pieces.numel()
-        said = f"{share:.0%} of the calibration tokens are one and the same (id {token})"
-        return [f"{said}: figures made of them say little of text"] if share > SHARE_OF_ONE_TOKEN else []
+        [(token, count)] = Counter(self.rows.flatten().tolist()).most_common(1)
+        share = count / self.rows.numel()
+        text = f"{share:.0%} of the calibration tokens are one and the same (id {token})"
+        return [f"{text}: figures made of them say little of text"] if share > SHARE_OF_ONE_TOKEN else []
 
     @property
     def planned(self) -> Plan:
-        """The tensors that may be replaced, not calibrated yet."""
-        return planned(self.plain, self.fitted, self.settings)
+        """The tensors of the plain student that may be replaced, holding what they hold until then."""
+        fit, config, found = self.settings, self.plain.student, {}
+        for name, recipe in self.plain.plan.items():
+            layer, (part, _, kind) = layer_index(name), name.partition(".self_attn.")[2].partition(".")
+            if layer is None or not is_attention(name):
+                continue
+            if config.layer_kind(layer) == "gqa":
+                fitted = part in REFITTED and (part, kind) != ("o_proj", "bias")
+            else:
+                free = (part, kind) != ("output", "weight") or output_is_free(fit, config, self.training)
+                fitted = part in FITTED and free
+            if (fitted and not fit.polish_only) or (fit.polish_tokens and part in TRAINED and kind == "weight"):
+                until_then, files = functools.partial(tensor, recipe), tuple(recipe.make.sources())
+                make = Computed(until_then, recipe.dtype, "calibrated", files)
+                found[name] = Recipe(recipe.dtype, recipe.shape, make, f"calibrated from {recipe.origin}")
+        return found
 
 
 def prepare(teacher: Model, plain: Model, fit: Fit, seed: int, workers: int | None) -> Task:
@@ -126,20 +145,12 @@ def prepare(teacher: Model, plain: Model, fit: Fit, seed: int, workers: int | No
     raise_all("the calibration cannot be done:", problems, hint=RANDOM_HINT if not fit.given else "")
     check_sizes(teacher, plain)
     checked_device(fit.device)
-    settings = Settings(workers=2 if workers is None else workers, **{k: getattr(fit, k) for k in options_of(Fit)})
     ids = calibration_tokens(fit, seed, teacher.config.vocab_size, teacher.opened)
     polish_ids = None
     if fit.polish_tokens:
         more = replace(fit, tokens=fit.polish_tokens)
         polish_ids = calibration_tokens(more, seed, teacher.config.vocab_size, teacher.opened)
         sequences(polish_ids, fit.polish_tokens)
-    task = Task(teacher, plain, ids, fit.tokens, settings, polish_ids)
-    check_enough(task.pieces)
+    task = Task(teacher, plain, ids, fit, 2 if workers is None else workers, polish_ids)
+    check_enough(task.rows)
     return task
-
-
-def heldout_rows(ids: Tensor, fitted: int) -> Tensor:
-    """The part of token ids (B, T) after the first `fitted` of them: whole rows, or the end of the last one."""
-    row, column = divmod(fitted, ids.shape[1])
-    whole = ids[row + (column > 0) :]
-    return whole if len(whole) else ids[row:, column:]

@@ -1,10 +1,12 @@
 """One RWKV layer fitted to the teacher's attention on the teacher's own hidden states.
 
 1. v0 = k0 = -2: the published 0.73 mixes two thirds of the first layer's k and v into every layer.
-2. Each group of heads: decay and iclr by grid, the bonus by least squares, then a few gradient steps on
-   these, on the gain and on what the channels of r and k give to each other.
+2. Each group of heads by itself, see `heads`.
 3. The gate in the output's metric; with enough tokens the output matrix; the teacher's energy restored.
-4. The held-out tokens decide between the result, as stored, and the plain initialisation.
+4. The validation tokens decide between the result, as stored, and the plain initialisation.
+
+M training tokens    Y (M, A) the heads' answers before the gate      O (M, C) the teacher's output
+                     W (C, A) the student's output matrix             gain (A) the gate
 """
 
 from __future__ import annotations
@@ -16,21 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hxaconv.calibration import heads, output_matrix
-from hxaconv.calibration.report import LayerReport, Settings
+from hxaconv.calibration import heads
+from hxaconv.calibration.report import LayerReport
 from hxaconv.forward.pool import Pool
 from hxaconv.forward.walk import First, time_mix
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.names import mixer_prefix
+from hxaconv.options import Fit
 
 FIRST_LAYER_SHARE = -2.0
 FEW_TOKENS_PER_CHANNEL = 4
-"""Below that many fitted tokens per channel of a head, a warning is due."""
+"""Below that many training tokens per channel of a head, a warning is due."""
+TOKENS_PER_COLUMN = 24
+"""Below that many tokens per column, a fitted output matrix learns the tokens by heart: with 16, each layer's error
+on validation tokens falls a little and the divergence of the whole rises."""
+RIDGES = (1e-3, 1e-2, 0.1, 1.0)
+MAX_RESTORE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """The teacher's attention in one layer: what it saw and what it said."""
+    """The teacher's attention in one layer: its input and its output."""
 
     x: Tensor
     """Normed input, (B, T, C)."""
@@ -40,12 +48,12 @@ class Attention:
     """After it, without a bias, (B, T, C)."""
     output_weight: Tensor
     output_bias: Tensor | None
-    fitted: Tensor
-    """1.0 for tokens to fit, 0.0 for those to judge by, (B, T)."""
+    training: Tensor
+    """1.0 for training tokens, 0.0 for validation tokens, (B, T)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class LayerFit:
     """What became of a layer: tensors to replace by short name, and v_first, k_first to hand on."""
 
     tensors: dict[str, Tensor]
@@ -53,146 +61,140 @@ class Fit:
     first: First = None
 
 
-def fit_layer(
-    seen: Attention,
-    weights: dict[str, Tensor],
-    dtypes: dict[str, torch.dtype],
-    first: First,
-    config: StudentConfig,
-    layer: int,
-    settings: Settings,
-    pool: Pool,
-) -> Fit:
-    """Fit one RWKV layer. `weights` is its plain mixer by short name (`w0`, `key.weight`), in float32."""
-    fitting = _Fitting(seen, weights, dtypes, first, config, layer, settings, pool)
-    warnings = _warnings(seen, config)
-    tensors: dict[str, Tensor] = {}
-    if not bool(torch.isfinite(seen.output).all() and torch.isfinite(seen.x).all()):
-        warnings.append("the teacher's attention is not finite here: not calibrated")
-    elif bool(seen.fitted.any()):
-        tensors = fitting.fit()
-    stored = {name: values.float() for name, values in tensors.items()}
-    versions = [weights, {**weights, **stored}]
-    (before, plain_first), (after, fitted_first) = pool.map(fitting.judge, versions)
-    # Not >=: a comparison with NaN is false.
-    fell_back = not after < before
-    if fell_back:
-        tensors, after, fitted_first = {}, before, plain_first
-    report = LayerReport(
-        layer=layer,
-        kind="rwkv",
-        error_before=before,
-        error_after=after,
-        fell_back=fell_back,
-        output_refitted="output.weight" in tensors,
-        warnings=tuple(warnings),
-        **_described({**weights, **tensors}, config),
-    )
-    return Fit(tensors, report, first or fitted_first)
-
-
-def _warnings(seen: Attention, config: StudentConfig) -> list[str]:
-    found, tokens = [], int(seen.fitted.sum())
-    if tokens < FEW_TOKENS_PER_CHANNEL * config.head_dim:
-        found.append(f"{tokens} tokens to fit are few for heads of {config.head_dim} channels")
-    energy = seen.heads.square().sum(dim=(0, 1)).view(config.num_attention_heads, -1).sum(dim=1)
-    reach = seen.output_weight.square().sum(dim=0).view(config.num_attention_heads, -1).sum(dim=1)
-    dead = [str(i) for i in ((energy == 0) | (reach == 0)).nonzero()[:, 0].tolist()]
-    if dead:
-        found.append(f"the teacher's attention is zero in head {', '.join(dead)}")
-    return found
-
-
-def _described(weights: dict[str, Tensor], config: StudentConfig) -> dict[str, Any]:
-    def by_head(x: Tensor) -> tuple[float, ...]:
-        return tuple(x.view(config.num_attention_heads, -1).mean(dim=1).tolist())
-
-    clamped = 0.0
-    if "r_k" in weights:
-        clamped = float((weights["r_k"].float().abs() >= heads.BONUS_LIMIT).float().mean())
-    return {
-        "decay": by_head(heads.decay_of(weights["w0"].float())),
-        "iclr": by_head(weights["a0"].float().sigmoid()),
-        "clamped": clamped,
-    }
-
-
 @dataclass(frozen=True, slots=True)
-class _Fitting:
+class RwkvLayer:
+    """An RWKV layer to be fitted."""
+
     seen: Attention
     weights: dict[str, Tensor]
+    """Its plain mixer by short name (`w0`, `key.weight`), in float32."""
     dtypes: dict[str, torch.dtype]
     first: First
+    """v_first and k_first; None in the first RWKV layer."""
     config: StudentConfig
     layer: int
-    settings: Settings
+    settings: Fit
     pool: Pool
 
-    def judge(self, weights: dict[str, Tensor]) -> tuple[float, First]:
-        """(relative error on held-out tokens, v_first and k_first), by the reference forward."""
-        prefix = mixer_prefix(self.layer)
-        found, first = time_mix(
-            self.seen.x, lambda name: weights[name.removeprefix(prefix)], self.config, self.layer, self.first
+    def fit(self) -> LayerFit:
+        """The fit where it is better on the validation tokens, as stored, than the plain values; else those."""
+        seen, warnings = self.seen, self._warnings()
+        tensors: dict[str, Tensor] = {}
+        if not bool(torch.isfinite(seen.output).all() and torch.isfinite(seen.x).all()):
+            warnings.append("the teacher's attention is not finite here: not calibrated")
+        elif bool(seen.training.any()):
+            tensors = self._fitted()
+        stored = {name: values.float() for name, values in tensors.items()}
+        versions = [self.weights, {**self.weights, **stored}]
+        (before, plain_first), (after, fitted_first) = self.pool.map(self.validated, versions)
+        # Not >=: a comparison with NaN is false.
+        fell_back = not after < before
+        if fell_back:
+            tensors, after, fitted_first = {}, before, plain_first
+        report = LayerReport(
+            layer=self.layer,
+            kind="rwkv",
+            error_before=before,
+            error_after=after,
+            fell_back=fell_back,
+            output_refitted="output.weight" in tensors,
+            warnings=tuple(warnings),
+            **self._described({**self.weights, **tensors}),
         )
-        wanted = self.seen.output if self.seen.output_bias is None else self.seen.output + self.seen.output_bias
-        judged = (1 - self.seen.fitted)[:, :, None]
-        missed = ((found - wanted) * judged).double().square().sum()
-        # A layer that says nothing on these tokens cannot be missed by a share of it.
-        return float(missed / (wanted * judged).double().square().sum().clamp_min(1e-30)), first
+        return LayerFit(tensors, report, self.first or fitted_first)
 
-    def fit(self) -> dict[str, Tensor]:
+    def validated(self, weights: dict[str, Tensor]) -> tuple[float, First]:
+        """(relative error on the validation tokens, v_first and k_first), by the reference forward."""
+        seen, prefix = self.seen, mixer_prefix(self.layer)
+        found, first = time_mix(
+            seen.x, lambda name: weights[name.removeprefix(prefix)], self.config, self.layer, self.first
+        )
+        wanted = seen.output if seen.output_bias is None else seen.output + seen.output_bias
+        validation = (1 - seen.training)[:, :, None]
+        missed = ((found - wanted) * validation).double().square().sum()
+        # A layer that is silent on these tokens cannot be missed by a share of it.
+        return float(missed / (wanted * validation).double().square().sum().clamp_min(1e-30)), first
+
+    def _warnings(self) -> list[str]:
+        seen, count = self.seen, self.config.num_attention_heads
+        found, tokens = [], int(seen.training.sum())
+        if tokens < FEW_TOKENS_PER_CHANNEL * self.config.head_dim:
+            found.append(f"{tokens} tokens to fit are few for heads of {self.config.head_dim} channels")
+        energy = seen.heads.square().sum(dim=(0, 1)).view(count, -1).sum(dim=1)
+        reach = seen.output_weight.square().sum(dim=0).view(count, -1).sum(dim=1)
+        dead = [str(i) for i in ((energy == 0) | (reach == 0)).nonzero()[:, 0].tolist()]
+        if dead:
+            found.append(f"the teacher's attention is zero in head {', '.join(dead)}")
+        return found
+
+    def _described(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        def by_head(x: Tensor) -> tuple[float, ...]:
+            return tuple(x.view(self.config.num_attention_heads, -1).mean(dim=1).tolist())
+
+        found: dict[str, Any] = {
+            "decay": by_head(heads.decay_of(weights["w0"].float())),
+            "iclr": by_head(weights["a0"].float().sigmoid()),
+        }
+        if "r_k" in weights:
+            found["clamped"] = float((weights["r_k"].float().abs() >= heads.BONUS_LIMIT).float().mean())
+        return found
+
+    def _fitted(self) -> dict[str, Tensor]:
         weights = dict(self.weights)
         tensors: dict[str, Tensor] = {}
 
         def store(name: str, values: Tensor) -> None:
-            tensors[name] = values.to(self.dtypes[name]).contiguous()
-            weights[name] = tensors[name].float()
+            if name in self.weights:
+                tensors[name] = values.to(self.dtypes[name]).contiguous()
+                weights[name] = tensors[name].float()
 
         for name in ("v0", "k0"):
-            if name not in weights:
-                continue
-            store(name, torch.full_like(weights[name], FIRST_LAYER_SHARE))
-        found = self.pool.map(self._fit_group, self._groups(weights))
+            if name in weights:
+                store(name, torch.full_like(weights[name], FIRST_LAYER_SHARE))
+        steps, check = self.settings.refine_steps, self.pool.check
+        found = self.pool.map(lambda group: heads.fit(group, steps, check), self._groups(weights))
         store("w0", torch.stack([p.decay_bias for p in found]).view(1, 1, -1))
         store("a0", torch.stack([p.iclr_bias for p in found]).view(1, 1, -1))
-        if "r_k" in weights:
-            store("r_k", torch.cat([p.bonus for p in found]))
-        matrices = {
-            "receptance": torch.cat([p.matrix_q() for p in found]),
-            "key": torch.cat([p.matrix_k() for p in found]),
-        }
-        for name, matrix in matrices.items():
-            for part in ("weight", "bias"):
-                if f"{name}.{part}" in weights:
-                    store(f"{name}.{part}", mixed_rows(weights[f"{name}.{part}"], matrix))
+        store("r_k", torch.cat([p.bonus for p in found]))
+        for name, matrix in (
+            ("receptance", torch.cat([p.matrix_q() for p in found])),
+            ("key", torch.cat([p.matrix_k() for p in found])),
+        ):
+            for part in (f"{name}.weight", f"{name}.bias"):
+                if part in weights:
+                    store(part, heads.mixed_rows(weights[part], matrix))
         y = torch.cat(self.pool.map(lambda pair: heads.with_bonus(*pair), self._as_stored(weights)), dim=2).flatten(2)
         self._fit_output(y, weights, store)
         if self.seen.output_bias is not None:
             store("output.bias", self.seen.output_bias)
         return tensors
 
+    def _as_stored(self, weights: dict[str, Tensor]) -> list[tuple[heads.Group, heads.Parameters]]:
+        """The groups with their parameters as they stand in the weights: projections have the rotations in them."""
+        size, pairs = self.config.head_dim, []
+        for g, group in enumerate(self._groups(weights)):
+            p, shared = heads.start(group), group.q.shape[2]
+            mine = slice(g * shared, (g + 1) * shared)
+            w0, a0 = (weights[name].view(-1, size)[mine] for name in ("w0", "a0"))
+            bonus = weights["r_k"][mine] if "r_k" in weights else p.bonus
+            pairs.append((group, replace(p, decay_bias=w0, iclr_bias=a0, bonus=bonus)))
+        return pairs
+
     def _fit_output(self, y: Tensor, weights: dict[str, Tensor], store: Callable[[str, Tensor], None]) -> None:
-        fitted = self.seen.fitted.bool()
-        judged, wanted = y[~fitted], self.seen.output[~fitted]
-        y, target, matrix = y[fitted], self.seen.output[fitted], weights["output.weight"]
-        gain = output_matrix.fit_gate(y, target, matrix, self.pool)
+        training, pool = self.seen.training.bool(), self.pool
+        others, wanted = y[~training], self.seen.output[~training]
+        y, target, matrix = y[training], self.seen.output[training], weights["output.weight"]
+        gain = fit_gate(y, target, matrix, pool)
 
         def missed(weight: Tensor) -> float:
-            return float((wanted - self.pool.linear(judged * gain, weight)).square().sum())
+            return float((wanted - pool.linear(others * gain, weight)).square().sum())
 
-        always = self.settings.refit_output == "always"
-        enough = y.shape[0] >= output_matrix.TOKENS_PER_COLUMN * y.shape[1]
-        if always or (self.settings.refit_output == "auto" and enough):
-            refitted, _ = output_matrix.fit_output(y * gain, target, matrix, self.pool)
-            if always or missed(refitted) < missed(matrix):
+        if output_is_free(self.settings, self.config, y.shape[0]):
+            refitted = fit_output(y * gain, target, matrix, pool)
+            if self.settings.refit_output == "always" or missed(refitted) < missed(matrix):
                 store("output.weight", refitted)
-        said = self.pool.linear(y * gain, weights["output.weight"])
-        gain = gain * output_matrix.restoring(said, target)
-        store("g2", output_matrix.gate_weights(weights["g2"], gain, self.dtypes["g2"]))
-
-    def _fit_group(self, group: heads.Group) -> heads.Parameters:
-        begin = heads.fit_bonus(group, heads.fit_grid(group))
-        return heads.refine(group, begin, self.settings.refine_steps, self.pool.check)
+        gain = gain * restoring(pool.linear(y * gain, weights["output.weight"]), target)
+        store("g2", gate_weights(weights["g2"], gain, self.dtypes["g2"]))
 
     def _groups(self, weights: dict[str, Tensor]) -> list[heads.Group]:
         """The inputs of every group of heads that share a key, from these weights."""
@@ -203,13 +205,15 @@ class _Fitting:
             return found.view(*found.shape[:2], -1, config.head_dim)
 
         q, k, v = projected("receptance"), projected("key"), projected("value")
-        k_mix, own_value = None, self._own_value(weights)
+        k_mix, own_value = None, None
         if self.first is not None and "v0" in weights:
             v = v + (self.first[0] - v) * weights["v0"].sigmoid().view(-1, config.head_dim)
         if self.first is not None and "k0" in weights:
             k_mix = weights["k0"].sigmoid().view(-1, config.head_dim)
         decay_shift = self._from_input("w", weights, torch.tanh)
-        iclr_shift = self._from_input("a", weights, lambda narrow: narrow)
+        iclr_shift = self._from_input("a", weights)
+        if config.variant.own_value_scale and (found := self._from_input("v", weights)) is not None:
+            own_value = found * config.variant.own_value_scale
         # In units of the student's output matrix, which is the teacher's times some factor.
         unit = (self.seen.output_weight * matrix).sum() / matrix.square().sum().clamp_min(1e-30)
         target = self.seen.heads.view_as(q) * unit
@@ -219,26 +223,26 @@ class _Fitting:
             mine = slice(g * shared, (g + 1) * shared)
             groups.append(
                 heads.Group(
+                    config=config,
                     q=q[:, :, mine],
                     k=k[:, :, g],
                     v=v[:, :, g] if own_value is None else v[:, :, g, None] + own_value[:, :, mine],
                     target=target[:, :, mine],
                     metric=torch.einsum("crn,crm->rnm", columns[:, mine], columns[:, mine]),
-                    fitted=self.seen.fitted,
-                    rope=config.rope,
-                    eps=config.rms_norm_eps,
+                    training=self.seen.training,
                     norms=(weights["r_norm.weight"], weights["k_norm.weight"]) if config.qk_norm else None,
                     k_first=None if self.first is None else self.first[1][:, :, g],
                     k_mix=None if k_mix is None else k_mix[g],
                     decay_shift=None if decay_shift is None else decay_shift[:, :, mine],
                     iclr_shift=None if iclr_shift is None else iclr_shift[:, :, mine],
-                    by_decay=config.variant.key_by_decay,
                     has_bonus="r_k" in weights,
                 )
             )
         return groups
 
-    def _from_input(self, letter: str, weights: dict[str, Tensor], inner: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def _from_input(
+        self, letter: str, weights: dict[str, Tensor], inner: Callable[[Tensor], Tensor] = lambda narrow: narrow
+    ) -> Tensor | None:
         """What a low-rank pair makes of the input, (B, T, H, N); None where it starts at zero."""
         first = weights[f"{letter}1"]
         if not bool(first.any()):
@@ -246,23 +250,81 @@ class _Fitting:
         found = inner(self.seen.x @ first) @ weights[f"{letter}2"]
         return found.view(*found.shape[:2], -1, self.config.head_dim)
 
-    def _own_value(self, weights: dict[str, Tensor]) -> Tensor | None:
-        """The term of the input in v, (B, T, H, N), where the variant has one."""
-        scale = self.config.variant.own_value_scale
-        found = self._from_input("v", weights, lambda narrow: narrow) if scale else None
-        return None if found is None else found * scale
 
-    def _as_stored(self, weights: dict[str, Tensor]) -> list[tuple[heads.Group, heads.Parameters]]:
-        size, pairs = self.config.head_dim, []
-        for g, group in enumerate(self._groups(weights)):
-            p, shared = heads.start(group), group.q.shape[2]
-            mine = slice(g * shared, (g + 1) * shared)
-            w0, a0 = (weights[name].view(-1, size)[mine] for name in ("w0", "a0"))
-            bonus = weights["r_k"][mine] if "r_k" in weights else p.bonus
-            pairs.append((group, replace(p, decay_bias=w0, iclr_bias=a0, bonus=bonus)))
-        return pairs
+def output_is_free(settings: Fit, config: StudentConfig, tokens: int) -> bool:
+    """Whether so many training tokens may fit the output matrix too."""
+    enough = tokens >= TOKENS_PER_COLUMN * config.attention_size
+    return settings.refit_output == "always" or (settings.refit_output == "auto" and enough)
 
 
-def mixed_rows(weight: Tensor, matrix: Tensor) -> Tensor:
-    """A projection (heads * N, C), or its bias (heads * N), whose heads are multiplied by matrix (heads, N, N)."""
-    return (matrix @ weight.view(*matrix.shape[:2], -1)).view(weight.shape)
+def fit_gate(y: Tensor, target: Tensor, weight: Tensor, pool: Pool) -> Tensor:
+    """The gain that minimises |O - (Y diag(gain)) W'|^2, damped: all heads at once, (A).
+
+    Its normal equations are ((W'W) * (Y'Y)) gain = sum over tokens of Y * (O W), * elementwise.
+    """
+    columns = weight.T.contiguous()
+    gram = pool.linear(columns, columns)
+    gram *= pool.linear(y.T, y.T)
+    right = (y * pool.linear(target, columns)).sum(dim=0).double()
+    gram = gram.double()
+    gram.diagonal().add_(float(gram.diagonal().mean()) * heads.DAMPING + 1e-30)
+    return _solve_definite(gram, right[:, None])[:, 0].float()
+
+
+def fit_output(gated: Tensor, target: Tensor, weight: Tensor, pool: Pool) -> Tensor:
+    """W nearest to the given one that explains O from the gated Y.
+
+    The ridge, in units of the mean energy of a column, is the one that predicts the last quarter best.
+    """
+    cut = gated.shape[0] * 3 // 4
+
+    def refitted(tokens: int, ridge: float) -> Tensor:
+        z, missing = gated[:tokens], target[:tokens] - pool.linear(gated[:tokens], weight)
+        gram = pool.linear(z.T, z.T).double()
+        gram.diagonal().add_(float(gram.diagonal().mean()) * ridge + 1e-30)
+        change = _solve_definite(gram, pool.linear(z.T, missing.T).double())
+        return weight + change.T.float()
+
+    def missed(ridge: float) -> float:
+        # A ridge that gives no numbers must not win.
+        value = float((target[cut:] - pool.linear(gated[cut:], refitted(cut, ridge))).square().sum())
+        return value if value == value else float("inf")
+
+    return refitted(gated.shape[0], min(RIDGES, key=missed))
+
+
+def _solve_definite(gram: Tensor, right: Tensor) -> Tensor:
+    """gram (n, n) symmetric and damped, right (n, k), float64; NaN where gram holds something not finite."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if int(failed):
+        return torch.full_like(right, torch.nan)
+    return torch.cholesky_solve(right, factor)
+
+
+def restoring(output: Tensor, target: Tensor) -> float:
+    """By how much to amplify a fitted output so that it has the teacher's energy.
+
+    Least squares shrinks what it cannot explain. The following layers and the head want the size they know:
+    on trained models the KL falls although the layer's own error rises.
+    """
+    energy, found = float(target.square().sum()), float(output.square().sum())
+    if not 0 < found < float("inf") or not 0 < energy < float("inf"):
+        return 1.0
+    return min(MAX_RESTORE, float((energy / found) ** 0.5))
+
+
+def gate_weights(g2: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """g2 (rows, A) moved so that the gate is `gain` after storage in `dtype`; g1 must be zero.
+
+    With g1 = 0 the gate is the sum of g2's rows over 2. All rows take an equal part, so that they stay the
+    distinct directions that training needs; what rounding leaves goes to one of them.
+    """
+    rows = g2.shape[0]
+    stored = (g2 + (2 * gain - g2.sum(dim=0)) / rows).to(dtype).float()
+    for _ in range(2):
+        residue = 2 * gain.double() - stored.double().sum(dim=0)
+        # The smallest number of a column has the finest neighbours.
+        row = stored.abs().argmin(dim=0, keepdim=True)
+        moved = (stored.gather(0, row).double() + residue).to(dtype).float()
+        stored.scatter_(0, row, moved)
+    return stored.to(dtype)

@@ -6,8 +6,8 @@ import functools
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ from hxaconv.verification.written import OutputCheck
 
 if TYPE_CHECKING:
     from hxaconv.calibration.report import CalibrationReport
+    from hxaconv.calibration.store import Store
+    from hxaconv.calibration.streaming import Calibration
     from hxaconv.calibration.task import Task
     from hxaconv.progress import Progress
     from hxaconv.verification.report import Report
@@ -146,27 +148,22 @@ def calibrate_student(task: Task, output: Output, write: Write) -> Calibrated:
     """Fit the plain student; finished layers are kept beside the target until it is published.
 
     Layers are judged one by one, and then all together: where they leave the student no nearer to its teacher than
-    the plain one, that is what comes back. Of several ranks the first one fits, the others take over its layers.
+    the plain one, that is what comes back. Ranks divide the layers; polish and measurement are the first one's, whose
+    figures the others take over.
 
     Raises:
         HxaconvError: when the target cannot be written, or the teacher is not finite.
     """
+    from hxaconv.calibration.report import CalibrationReport, settings_of
+    from hxaconv.calibration.store import Store, key_of, locked
+    from hxaconv.calibration.streaming import Calibration, calibrate
     from hxaconv.surgery.initial import made_once
 
     with ranks.together():
         refuse(output, write)
+    fit, progress = task.settings, output.record.call.progress
     folder = Path(f"{output.target.absolute()}.calibration")
-    plain = replace(task.plain, plan=made_once(task.plain.plan, folder))
-    return ranks.in_turn(lambda: _calibrate(replace(task, plain=plain), output, write, folder))
-
-
-def _calibrate(task: Task, output: Output, write: Write, folder: Path) -> Calibrated:
-    from hxaconv.calibration.cache import Cache, fingerprint, locked
-    from hxaconv.calibration.check import measure
-    from hxaconv.calibration.polish import polish
-    from hxaconv.calibration.streaming import calibrate, unfitted
-
-    progress = output.record.call.progress
+    task = replace(task, plain=replace(task.plain, plan=made_once(task.plain.plan, folder)))
 
     def kept() -> str:
         done = len(list(folder.glob("layer-*.safetensors")))
@@ -175,46 +172,62 @@ def _calibrate(task: Task, output: Output, write: Write, folder: Path) -> Calibr
         shutil.rmtree(folder, ignore_errors=True)
         return "No layer was finished."
 
-    with interruptible(kept), locked(folder) if ranks.rank() == 0 else nullcontext():
-        how = task.settings
-        polished = f"{how.polish_tokens} {how.polish_only}"
-        cache = Cache(folder, fingerprint(task.teacher, task.plain, task.pieces, how), polished)
-        distances = cache.load_distances()
-        if distances is None:
-            download(output.record.sources.values(), task.files, [task.teacher, task.plain], progress)
-        done = (
-            unfitted(task.ids, task.settings)
-            if task.settings.polish_only
-            else calibrate(
+    with interruptible(kept), ExitStack() as stack:
+        with ranks.together():
+            if ranks.rank() == 0:
+                stack.enter_context(locked(folder))
+        store = Store(folder, key_of(task.teacher, task.plain, task.rows, fit))
+        measured = Store(folder, f"{store.key} {fit.polish_tokens} {fit.polish_only}")
+        if measured.facts("distances") is None:
+            models = [task.teacher, task.plain]
+            ranks.in_turn(lambda: download(output.record.sources.values(), task.files, models, progress))
+        if fit.polish_only:
+            tokens, settings = task.ids.numel(), settings_of(fit)
+            done = Calibration({}, CalibrationReport(tokens=tokens, fitted_tokens=0, settings=settings))
+        else:
+            done = calibrate(
                 task.teacher,
                 task.plain,
                 task.ids,
-                task.settings,
-                cache=cache,
+                fit,
+                workers=task.workers,
+                store=store,
                 allow_nonfinite=write.allow_nonfinite,
                 progress=progress,
             )
+        return ranks.in_turn(lambda: _judged(task, done, store, measured, progress))
+
+
+def _judged(task: Task, done: Calibration, store: Store, measured: Store, progress: Progress | None) -> Calibrated:
+    """The student as a whole: polished where that is asked for, then measured, then taken or not."""
+    from hxaconv.calibration.check import measure
+    from hxaconv.calibration.polish import polish
+    from hxaconv.calibration.report import Distances, Recall
+
+    assert store.folder is not None
+    replaced, report, device = done.replaced, done.report, task.settings.device
+    if task.polish_ids is not None:
+        student = replace(task.plain, plan=task.plain.plan | replaced)
+        polished, figures = polish(
+            task.teacher,
+            student,
+            task.polish_ids,
+            task.settings.polish_tokens,
+            folder=store.folder,
+            key=store.key,
+            device=device,
+            workers=task.workers,
+            progress=progress,
         )
-        replaced, report = done.replaced, done.report
-        if task.polish_ids is not None:
-            trained = polish(
-                task.teacher,
-                replace(task.plain, plan=task.plain.plan | replaced),
-                task.polish_ids,
-                task.settings.polish_tokens,
-                folder=folder,
-                key=cache.key,
-                device=task.settings.device,
-                workers=task.settings.workers,
-                progress=progress,
-            )
-            replaced, report = replaced | trained.replaced, replace(report, polish=trained.report)
-        if distances is None:
-            fitted = replace(task.plain, plan=task.plain.plan | replaced)
-            distances = measure(task.teacher, task.plain, fitted, task.heldout, task.settings.device, progress)
-            # A second measurement may round otherwise: whoever goes on, and other parts, tell what this one found.
-            cache.save_distances(distances)
-    if replaced and not distances.nearer:
-        replaced, report = {}, report.not_taken()
+        replaced, report = replaced | polished, replace(report, polish=figures)
     student = replace(task.plain, plan=task.plain.plan | replaced)
-    return Calibrated(task, student, tuple(replaced), replace(report, distances=distances), folder)
+    kept = measured.facts("distances")
+    if kept is None:
+        distances = measure(task.teacher, task.plain, student, task.heldout, device, progress)
+        # A second measurement may round otherwise: whoever goes on, and other ranks, take over what this one found.
+        measured.save("distances", {}, asdict(distances))
+    else:
+        distances = Distances(**kept | {"recall": tuple(Recall(**one) for one in kept["recall"])})
+    if replaced and not distances.nearer:
+        student, replaced, report = task.plain, {}, report.not_taken()
+    return Calibrated(task, student, tuple(replaced), replace(report, distances=distances), store.folder)

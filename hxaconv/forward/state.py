@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ class StateFile:
         self._saved = time.monotonic()
         self._wait = SECONDS_BETWEEN_SAVES
 
-    def load(self, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The state of an interrupted pass with the same key, else None."""
+    def load(
+        self, device: str = "cpu", only: Collection[str] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The state of an interrupted pass with the same key, all tensors or only these; else None."""
         if self.path is None:
             return None
         try:
@@ -50,7 +53,7 @@ class StateFile:
                 if facts.get("key") != self.key:
                     return None
                 refuse_to_mix(self.path, facts.get("computed_with"), json.dumps(computed_with()))
-                names = [name for name in file.keys() if name]  # noqa: SIM118
+                names = [name for name in file.keys() if name and (only is None or name in only)]  # noqa: SIM118
                 return {name: file.get_tensor(name) for name in names}, json.loads(facts["state"])
         except (OSError, SafetensorError, KeyError, ValueError):
             return None  # nothing there yet, or half a file of a full disk: start over
@@ -84,10 +87,12 @@ class StateFile:
         held = {name: values.contiguous().cpu() for name, values in tensors.items()} or {"": zeros(1)}
         told = {"key": self.key, "state": json.dumps(facts), "computed_with": json.dumps(computed_with())}
         try:
+            self.path.parent.mkdir(exist_ok=True)
             save_file(held, beside, metadata=told)
             os.replace(beside, self.path)
         except (OSError, SafetensorError) as error:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
             raise HxaconvError(
                 f"{self.path}: the state of this pass cannot be kept: {getattr(error, 'strerror', None) or error}",
                 hint="Free some space or write the result elsewhere.",
