@@ -90,67 +90,59 @@ def demo(
         shutil.copytree(embedded, folder / "teacher", dirs_exist_ok=True)
     except OSError as error:
         raise HxaconvError(f"{out}: the demo's teacher cannot be put there: {error}") from None
-    steps, results = _steps(folder), list[Result]()
+    show = call.progress.show if call.progress is not None else lambda result: None
+    plots, runs = (importlib.util.find_spec(name) is not None for name in ("matplotlib", "transformers"))
+    steps, results = _steps(folder, plots=plots), list[Result]()
     for step in steps:
-        _show(call, step)
+        show(step)
         results.append(invoke(COMMANDS[step.command], step.command, step.options, call.progress))
-        _show(call, results[-1])
+        show(results[-1])
         results[-1].raise_if_failed()
-    left_out = []
-    if importlib.util.find_spec("matplotlib") is None:
-        left_out.append("plots of the ranking, the calibration and the comparison: pip install 'hxaconv[plot]'")
-    if importlib.util.find_spec("transformers") is None:
-        left_out.append("text written by the student in transformers: pip install 'hxaconv[hf]'")
-    else:
-        written = generate(folder / "student-hf")
-        _show(call, written)
-        results.append(written)
-    return Demo(folder, tuple(steps), tuple(results), tuple(left_out), _next(folder))
+    if runs:
+        results.append(generate(folder / "student-hf"))
+        show(results[-1])
+    lacking = {
+        "plots of the ranking, the calibration and the comparison: pip install 'hxaconv[plot]'": plots,
+        "text written by the student in transformers: pip install 'hxaconv[hf]'": runs,
+    }
+    left_out = tuple(text for text, done in lacking.items() if not done)
+    return Demo(folder, tuple(steps), tuple(results), left_out, _next(folder))
 
 
-def _show(call: Call, result: Result) -> None:
-    if call.progress is not None:
-        call.progress.show(result)
+def _steps(folder: Path, *, plots: bool) -> list[Step]:
+    """Every step in order, without `plots` where these cannot be drawn."""
 
+    def at(name: str) -> str:
+        return str(folder / name)
 
-def _steps(folder: Path) -> list[Step]:
-    """Every step in order; plots where matplotlib is there."""
-    teacher, student, calibrated = (str(folder / name) for name in ("teacher", "student", "student-calibrated"))
-    pth, back, chosen = str(folder / "student.pth"), str(folder / "student-hf"), str(folder / "layers.toml")
-    text, heldout = f"{teacher}/calibration_tokens.npy", f"{teacher}/heldout_tokens.npy"
-    plots = importlib.util.find_spec("matplotlib") is not None
-
-    def plot(name: str) -> dict[str, Any]:
-        return {"plot": str(folder / name)} if plots else {}
-
+    teacher, student, calibrated = at("teacher"), at("student"), at("student-calibrated")
+    pth, back, chosen = at("student.pth"), at("student-hf"), at("layers.toml")
+    text, heldout = at("teacher/calibration_tokens.npy"), at("teacher/heldout_tokens.npy")
     ranking = {"source": teacher, "count": 2, "strategy": "influence", "input_ids": text, "save": chosen}
     fit = {"init": "calibrated", "input_ids": text, "refine_steps": 0, "layer_map": chosen}
-    compare = {"against": teacher, "input_ids": heldout}
+    compare, again = {"against": teacher, "input_ids": heldout}, {"overwrite": True}
+    drawn = [{"plot": at(name)} if plots else {} for name in ("ranking.png", "calibration.png", "depth.png")]
     return [
         Step("What is this checkpoint?", "inspect", {"source": teacher}),
-        Step(
-            "Which two layers should stay attention?",
-            "pick-gqa-layers",
-            {**ranking, **plot("ranking.png"), "overwrite": True},
-        ),
+        Step("Which two layers should stay attention?", "pick-gqa-layers", {**ranking, **drawn[0], **again}),
         Step(
             "A student with these layers, the others RWKV with the published initial values",
             "init-from-teacher",
-            {"teacher": teacher, "out": student, "layer_map": chosen, "overwrite": True},
+            {"teacher": teacher, "out": student, "layer_map": chosen, **again},
         ),
         Step("How near is it to the teacher?", "verify", {"source": student, **compare}),
         Step(
             "The same with its RWKV layers fitted to text",
             "init-from-teacher",
-            {"teacher": teacher, "out": calibrated, **fit, **plot("calibration.png"), "overwrite": True},
+            {"teacher": teacher, "out": calibrated, **fit, **drawn[1], **again},
         ),
         Step(
             "And how near is this one?",
             "verify",
-            {"source": calibrated, **compare, **plot("depth.png"), **({"overwrite": True} if plots else {})},
+            {"source": calibrated, **compare, **drawn[2], **(again if plots else {})},
         ),
-        Step("As one file, under RWKV names", "to-pth", {"source": calibrated, "out": pth, "overwrite": True}),
-        Step("And back to a Hugging Face folder", "to-hf", {"source": pth, "out": back, "overwrite": True}),
+        Step("As one file, under RWKV names", "to-pth", {"source": calibrated, "out": pth, **again}),
+        Step("And back to a Hugging Face folder", "to-hf", {"source": pth, "out": back, **again}),
         Step("The same model?", "verify", {"source": back, "against": calibrated}),
     ]
 

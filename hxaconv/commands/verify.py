@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from hxaconv.calls import Call
-from hxaconv.commands.plots import check_plot, draw_report
+from hxaconv.commands.plots import check_plot, draw_report, file_problems
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.load import load_model, open_checkpoint
 from hxaconv.load.models import may_be_student, of_another, tells_nothing
@@ -53,13 +53,12 @@ def verify(
     """
     _refuse_useless(call)
     check_plot(check.plot, overwrite=check.overwrite)
+    _check_logits_out(probe.logits_out, [source, against, teacher], overwrite=check.overwrite)
     checkpoint = open_checkpoint(source, revision=settings.revision, weights=settings.weights, progress=call.progress)
     if digests:
         from hxaconv.verification.written import check_digests
 
         return check_digests(checkpoint, record_of(checkpoint), call.progress)
-    if probe.logits_out is not None:
-        _refuse_logits_path(Path(probe.logits_out), [source, against, teacher], overwrite=check.overwrite)
     other = open_checkpoint(against, progress=call.progress) if against else None
     opened = [found for found in (checkpoint, other) if found is not None]
     if not any(may_be_student(found) for found in opened):
@@ -69,13 +68,11 @@ def verify(
         for model in models:
             if model.tied_head is not None:
                 model.tied_head.check()
-    except Inconsistent as error:
-        return inconsistent(checkpoint, other, error)
-    except MissingSettings as error:
-        if checkpoint.config is None:
+    except (Inconsistent, MissingSettings) as error:
+        if isinstance(error, MissingSettings) and checkpoint.config is None:
             raise
         return inconsistent(checkpoint, other, error)
-    report = _forward(models, checkpoint, opened, check, probe, call)
+    report = _run(models, checkpoint, opened, check, probe, call)
     if isinstance(models[0].config, StudentConfig):
         from hxaconv.verification.written import check_own
 
@@ -89,7 +86,24 @@ def verify(
     return report
 
 
-def _forward(
+def _models(
+    checkpoint: Checkpoint, other: Checkpoint | None, teacher: str | None, settings: Settings
+) -> tuple[Model, ...]:
+    """The model, or both; one of them may say what the other cannot, and a teacher completes what holds a part."""
+    if other is None:
+        return (load_model(checkpoint, settings, teacher=teacher),)
+    others = of_another(settings)
+    partial = may_be_student(checkpoint) and EMBEDDING not in checkpoint.plan
+    if partial and teacher is None and not may_be_student(other):
+        return load_model(checkpoint, settings, teacher=other), load_model(other, others)
+    if tells_nothing(checkpoint) and not tells_nothing(other):
+        second = load_model(other, others, teacher=teacher)
+        return load_model(checkpoint, settings, teacher=teacher, like=second.config), second
+    first = load_model(checkpoint, settings, teacher=teacher)
+    return first, load_model(other, others, teacher=teacher, like=first.config)
+
+
+def _run(
     models: Sequence[Model],
     checkpoint: Checkpoint,
     opened: Sequence[Checkpoint],
@@ -103,24 +117,21 @@ def _forward(
     from hxaconv.verification.invariants import History, check_against
     from hxaconv.verification.lint import lint
 
-    checked_device(probe.device)
     tokenizer = next((found for found in opened if "tokenizer.json" in found.companions), checkpoint)
     vocabulary = min(model.config.vocab_size for model in models)
-    ids = tokens_of(probe, vocabulary, tokenizer, batch=probe.batch, seed=probe.seed)
-    logits_out = Path(probe.logits_out) if probe.logits_out else None
+    how: dict[str, Any] = {
+        "device": checked_device(probe.device),
+        "dtype": probe.dtype,
+        "ids": tokens_of(probe, vocabulary, tokenizer, batch=probe.batch, seed=probe.seed),
+        "logits_out": Path(probe.logits_out) if probe.logits_out else None,
+        "progress": call.progress,
+    }
     if len(models) == 1:
-        report = verify_model(
-            models[0],
-            ids=ids,
-            dtype=probe.dtype,
-            device=probe.device,
-            logits_out=logits_out,
-            progress=call.progress,
-        )
+        report = verify_model(models[0], **how)
         report.findings = [finding.to_json() for finding in lint(checkpoint, models[0].config)]
         return report
     model, other = models
-    limits = Thresholds(logits=check.max_logit, layer=check.max_layer, kl=check.max_kl)
+    how["thresholds"] = Thresholds(logits=check.max_logit, layer=check.max_layer, kl=check.max_kl)
     of_teacher = isinstance(model.config, StudentConfig) and isinstance(other.config, TeacherConfig)
     if check.expect in STAGES and not of_teacher:
         raise HxaconvError(
@@ -128,29 +139,23 @@ def _forward(
             hint="Name the student as SOURCE and the teacher with --against.",
         )
     if of_teacher and check.expect in (None, *STAGES, "report"):
-        return check_against(
-            model,
-            other,
-            ids=ids,
-            expect=check.expect,
-            history=History.read(history_of(checkpoint)),
-            thresholds=limits,
-            dtype=probe.dtype,
-            device=probe.device,
-            logits_out=logits_out,
-            progress=call.progress,
+        return check_against(model, other, expect=check.expect, history=History.read(history_of(checkpoint)), **how)
+    return compare_models(model, other, expect=check.expect, **how)
+
+
+def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: HxaconvError) -> Report:
+    """The report on a checkpoint that is no model at all: what does not fit, and what loaders would say."""
+    from hxaconv.verification.lint import lint
+    from hxaconv.verification.report import Report
+
+    report = Report(source=checkpoint.label, other=other.label if other else None)
+    report.check("names, shapes and config", False, str(error))
+    if other is None:
+        report.findings = [finding.to_json() for finding in lint(checkpoint)]
+        report.notes.append(
+            "loaders are checked by files and names alone here: what failed above makes them stop, or compute wrongly"
         )
-    return compare_models(
-        model,
-        other,
-        ids=ids,
-        expect=check.expect,
-        thresholds=limits,
-        dtype=probe.dtype,
-        device=probe.device,
-        logits_out=logits_out,
-        progress=call.progress,
-    )
+    return report
 
 
 def _refuse_useless(call: Call) -> None:
@@ -178,56 +183,18 @@ def _refuse_useless(call: Call) -> None:
     raise_all("these options do not go together:", problems)
 
 
-def _refuse_logits_path(path: Path, sources: Sequence[str | None], *, overwrite: bool) -> None:
-    """Stop before anything is put into a checkpoint, or anything that exists is replaced unasked.
+def _check_logits_out(text: str | None, sources: Sequence[str | None], *, overwrite: bool) -> None:
+    """Stop before anything is put into a checkpoint, or anything that exists is replaced without --overwrite.
 
     Raises:
         HxaconvError: listing what is wrong with the path.
     """
-    problems = []
-    if path.suffix != ".safetensors":
-        problems.append("it is written as safetensors; name it NAME.safetensors")
-    if path.is_dir():
-        problems.append("it is a folder")
-    elif path.exists() and not overwrite:
-        problems.append("it exists; --overwrite replaces it")
-    if not path.absolute().parent.is_dir():
-        problems.append(f"{path.absolute().parent} is not a folder")
+    if text is None:
+        return
+    path = Path(text)
     inside = [s for s in sources if s and Path(s).exists() and Path(s).resolve() in path.resolve().parents]
-    problems += [f"it lies inside the checkpoint {source}" for source in inside]
-    raise_all(f"--logits-out {path}:", problems)
-
-
-def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: HxaconvError) -> Report:
-    """The report on a checkpoint that is no model at all: what does not fit, and what loaders would say."""
-    from hxaconv.verification.lint import lint
-    from hxaconv.verification.report import Report
-
-    report = Report(source=checkpoint.label, other=other.label if other else None)
-    report.check("names, shapes and config", False, str(error))
-    if other is None:
-        report.findings = [finding.to_json() for finding in lint(checkpoint)]
-        report.notes.append(
-            "loaders are judged by files and names alone here: what failed above makes them stop, or compute wrongly"
-        )
-    return report
-
-
-def _models(
-    checkpoint: Checkpoint, other: Checkpoint | None, teacher: str | None, settings: Settings
-) -> tuple[Model, ...]:
-    """The model, or both; one of them may say what the other cannot, and a teacher completes what holds a part."""
-    if other is None:
-        return (load_model(checkpoint, settings, teacher=teacher),)
-    others = of_another(settings)
-    partial = may_be_student(checkpoint) and EMBEDDING not in checkpoint.plan
-    if partial and teacher is None and not may_be_student(other):
-        return load_model(checkpoint, settings, teacher=other), load_model(other, others)
-    if tells_nothing(checkpoint) and not tells_nothing(other):
-        second = load_model(other, others, teacher=teacher)
-        return load_model(checkpoint, settings, teacher=teacher, like=second.config), second
-    first = load_model(checkpoint, settings, teacher=teacher)
-    return first, load_model(other, others, teacher=teacher, like=first.config)
+    problems = file_problems(path, (".safetensors",), overwrite=overwrite)
+    raise_all(f"--logits-out {path}:", [*problems, *(f"it lies inside the checkpoint {source}" for source in inside)])
 
 
 def _refuse_for_teachers(source: str, teacher: str | None, settings: Settings) -> None:
