@@ -173,7 +173,7 @@ def reka_with_holes(folder: Path) -> Path:
     """Reka Flash 3 in full size: its own config and index, shards whose weights are holes."""
     config = json.loads((REKA / "config.json").read_text())
     weight_map = json.loads((REKA / "model.safetensors.index.json").read_text())["weight_map"]
-    shapes = expected_tensors(teacher_config(config, where="Reka", has_head=True))
+    shapes = expected_tensors(teacher_config(config, where="Reka"))
     for name in ("config.json", "model.safetensors.index.json"):
         shutil.copy(REKA / name, folder)
     for shard in sorted(set(weight_map.values())):

@@ -94,12 +94,11 @@ def test_nothing_is_guessed(key: str, option: str) -> None:
         teacher_config(raw, where="x")
 
 
-def test_tying_without_a_word_follows_the_stored_head() -> None:
+def test_tying_without_a_word_is_the_familys() -> None:
     raw = {k: v for k, v in BASE.items() if k != "tie_word_embeddings"}
-    assert not teacher_config(raw, where="x", has_head=True).tie_word_embeddings
-    assert teacher_config(raw, where="x", has_head=False).tie_word_embeddings
-    with pytest.raises(HxaconvError, match="tie_word_embeddings"):
-        teacher_config(raw, where="x")
+    assert not teacher_config(raw, where="x").tie_word_embeddings
+    assert teacher_config(raw | {"model_type": "smollm3"}, where="x").tie_word_embeddings
+    assert teacher_config(raw, where="x", tie_word_embeddings=True).tie_word_embeddings
 
 
 def test_windows_that_see_everything_are_not_in_force() -> None:
@@ -146,6 +145,6 @@ def test_reka_flash_3_is_planned_to_the_byte() -> None:
 
 
 def test_a_variant_without_the_trainers_records_has_none() -> None:
-    base = teacher_config(BASE, where="x", has_head=True)
+    base = teacher_config(BASE, where="x")
     assert student_of(base, (1,)).layer_records
     assert not student_of(base, (1,), variant="hxa07a").layer_records

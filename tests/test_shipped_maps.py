@@ -99,7 +99,7 @@ def published(folder: Path, name: str) -> str:
     raw, sizes = dict(CONFIGS[model_id]), dict(found.model)
     untied = sizes.setdefault("tie_word_embeddings", False) is False
     text = raw["text_config"] | sizes if "text_config" in raw else raw | sizes
-    shapes = expected_tensors(teacher_config(text | {"torch_dtype": "bfloat16"}, where=name, has_head=untied))
+    shapes = expected_tensors(teacher_config(text | {"torch_dtype": "bfloat16"}, where=name))
     if "text_config" in raw:
         raw["text_config"] = text
         shapes = {f"language_model.{key}": shape for key, shape in shapes.items()} | VISION

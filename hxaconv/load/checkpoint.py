@@ -405,7 +405,6 @@ def _problem(found: Checkpoint, wrapped: Kind | None = None) -> HxaconvError | N
             teacher_config(
                 found.config,
                 where=found.label,
-                has_head=HEAD in found.plan,
                 rope_theta=1e4,
                 rms_norm_eps=1e-5,
                 allow_output_bias=True,

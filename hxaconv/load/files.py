@@ -170,6 +170,8 @@ def select_weights(folder: Folder) -> tuple[list[str], Index | None]:
 
 def _nothing(folder: Folder) -> HxaconvError:
     """The error for a folder without weights: what it is, or where there are some."""
+    if ADAPTER in folder.sizes:
+        return NoWeights(*kind_of_adapter(read_json(folder.open(ADAPTER))).error(folder.label))
     kind = kind_of_files(folder.sizes)
     if kind is not None:
         return NoWeights(f"{folder.label} is {kind.what}", hint=kind.way_out)

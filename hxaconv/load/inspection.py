@@ -131,8 +131,7 @@ def _config(checkpoint: Checkpoint) -> tuple[ModelConfig | None, str | None]:
         if is_student(checkpoint):
             return student_model(checkpoint, headers_only=True).config, None
         if checkpoint.config is not None:
-            head = HEAD in checkpoint.plan
-            return teacher_config(checkpoint.config, where=checkpoint.label, has_head=head), None
+            return teacher_config(checkpoint.config, where=checkpoint.label), None
     except MissingSettings as error:
         return None, f"no file says {', '.join(error.missing)}"
     except HxaconvError as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hxaconv.errors import HxaconvError, bullet_list
+from hxaconv.formats.contents import show
 from hxaconv.model import shells
 from hxaconv.model.families import FAMILIES
 
@@ -32,16 +33,43 @@ class Kind:
         return HxaconvError(f"{label} is {self.what}{shown}", hint=self.way_out)
 
 
+# --- adapters ---------------------------------------------------------------------------------------
+
+PEFT = {
+    "LORA": ("LoRA", "lora_"), "ADALORA": ("AdaLoRA", "lora_"), "IA3": ("IA3", "ia3_"), "LOHA": ("LoHa", "hada_"),
+    "LOKR": ("LoKr", "lokr_"), "VERA": ("VeRA", "vera_"), "OFT": ("OFT", "oft_"), "BOFT": ("BOFT", "boft_"),
+    "HRA": ("HRA", "hra_"), "FOURIERFT": ("FourierFT", "fourierft_"), "VBLORA": ("VB-LoRA", "vblora_"),
+    "RANDLORA": ("RandLoRA", "randlora_"), "BONE": ("Bone", "bone_"), "MISS": ("MiSS", "miss_"),
+    "ROAD": ("RoAd", "road_"), "SHIRA": ("SHiRA", "shira_"), "C3A": ("C3A", "c3a_"), "WAVEFT": ("WaveFT", "waveft_"),
+    "DELORA": ("DeLoRA", "delora_"), "GRALORA": ("GraLoRA", "gralora_"), "LN_TUNING": ("LayerNorm tuning", "ln_tuning_"),
+}  # fmt: skip
+"""Of `peft_type` in adapter_config.json: what it is called, and what the names of its tensors begin with after the
+module's. Of these, LORA is merged here."""
+_PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE",
+            "ADAPTION_PROMPT"}  # fmt: skip
+_ON_ITS_MODEL = "Name {base} as SOURCE, and this as --adapter: it is merged."
+_WITH_PEFT = (
+    "Merge it into {base} with peft, and convert the result:"
+    " peft.AutoPeftModelForCausalLM.from_pretrained(THIS).merge_and_unload().save_pretrained(OUT)."
+)
+_BASE = "the model that it was trained on"
+_WITH_ITS_LIBRARY = f"Merge it into {_BASE} with the library that trained it, and convert the result."
+_PROMPT = f"Convert {_BASE}; a prompt is no part of its weights."
+
+
+def kind_of_adapter(raw: Mapping[str, Any]) -> Kind:
+    """What adapter_config.json says, and how the adapter gets into its model."""
+    name, base = str(raw.get("peft_type") or ""), raw.get("base_model_name_or_path")
+    if name in _PROMPTS:
+        return Kind(f"a soft prompt of PEFT ({name})", _PROMPT)
+    title, _ = PEFT.get(name, (name, ""))
+    way_out = _ON_ITS_MODEL if name in ("LORA", "") else _WITH_PEFT
+    base = f"{_BASE} ({show(base)})" if isinstance(base, str) and base else _BASE
+    return Kind(f"an adapter of PEFT{f' of the kind {title}' if title else ''}, not a model", way_out.format(base=base))
+
+
 ORIGINAL = "Take the bf16 original of the model (its model card links it as the base model)."
 _DEQUANTIZED = " If its weights have been dequantized since, delete quantization_config from config.json."
-_ADAPTER = (
-    "Merge it into the model that it was trained on, with the library that trained it (peft: merge_and_unload()),"
-    " and convert the result."
-)
-_ON_ITS_MODEL = (
-    "Give the model that it was trained on, with --adapter and this: hxaconv merges it. Otherwise merge it with the"
-    " library that trained it."
-)
 _OF_TRANSFORMERS = (
     "Take the files of the transformers format (model.safetensors, config.json) from the same page of the Hub, or"
     " convert it with transformers' convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py."
@@ -50,7 +78,7 @@ _OF_TRANSFORMERS = (
 # --- files ------------------------------------------------------------------------------------------
 
 _FILES: tuple[tuple[str, str, str], ...] = (
-    (r"adapter_(config\.json|model\.(safetensors|bin))", "an adapter of PEFT, not a model", _ON_ITS_MODEL),
+    (r"adapter_model\.(safetensors|bin)", "an adapter of PEFT without its adapter_config.json", "Copy that as well."),
     (r"__\d+_\d+\.distcp|\.metadata", "a folder of torch.distributed.checkpoint (FSDP) without its .metadata or shards",
      "Copy the whole folder again; `accelerate merge-weights FOLDER OUT` makes one file of a whole one."),
     (r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt|zero_to_fp32\.py|latest",
@@ -164,21 +192,16 @@ def kind_of_shell(raw: Mapping[str, Any]) -> Kind | None:
 
 _NAMES: tuple[tuple[str, str, str], ...] = (
     # adapters
-    (r"\.init_lora_[AB]\b", "the initial matrices of a PiSSA or LoRA run of RWKV-PEFT, an adapter", _ADAPTER),
-    (r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b|lora_magnitude|\.dora_|\.pissa", "a LoRA adapter",
-     _ON_ITS_MODEL),
-    (r"\.lora_", "a LoRA adapter", _ON_ITS_MODEL),
-    (r"\.disha\b", "a DiSHA adapter of RWKV-PEFT", _ON_ITS_MODEL),
-    (r"\.bone\b|\.bone_", "a Bone adapter", _ON_ITS_MODEL),
-    (r"\.ia3_l\b", "an IA3 adapter", _ADAPTER),
-    (r"\.hada_w[12]_[ab]\b", "a LoHa adapter", _ADAPTER),
-    (r"\.lokr_w[12]", "a LoKr adapter", _ADAPTER),
-    (r"\.vera_lambda|\.vera_", "a VeRA adapter", _ADAPTER),
-    (r"\.b?oft_[rRbBsS]\b|\.oft_", "an OFT adapter", _ADAPTER),
-    (r"prompt_embeddings", "a soft prompt", "Convert the model that it belongs to; a prompt is no part of it."),
+    (r"\.init_lora_[AB]\b", "the initial matrices of a PiSSA or LoRA run of RWKV-PEFT, without what was trained",
+     "Name the model that the run began with as SOURCE, and the folder of both files as --adapter."),
+    (r"\.disha\b", "an adapter of RWKV-PEFT (DiSHA)", _ON_ITS_MODEL.format(base=_BASE)),
+    (r"\.bone\b", "an adapter of RWKV-PEFT (Bone)", _ON_ITS_MODEL.format(base=_BASE)),
+    *((rf"\.{start}", f"an adapter ({title})", (_ON_ITS_MODEL if name == "LORA" else _WITH_PEFT).format(base=_BASE))
+      for name, (title, start) in PEFT.items()),
+    (r"prompt_embeddings", "a soft prompt", _PROMPT),
     (r"\.time_state\b", "the initial states of RWKV state tuning",
      "hxa079 begins with states of zero: convert the model that it was tuned on."),
-    (r"\.base_layer\.|\.modules_to_save\.|\.original_module\.", "a model with an adapter that is not merged", _ADAPTER),
+    (r"\.base_layer\.|\.modules_to_save\.|\.original_module\.", "a model with an adapter that is not merged", _WITH_ITS_LIBRARY),
     # quantized
     (r"\.quant_state\.bitsandbytes__(nf4|fp4)|\.absmax$|\.quant_map$", "quantized (bitsandbytes, 4 bits)", ORIGINAL),
     (r"\.SCB$", "quantized (bitsandbytes, 8 bits)", ORIGINAL),

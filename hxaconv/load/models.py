@@ -68,7 +68,6 @@ def load_teacher(
     config = teacher_config(
         checkpoint.config,
         where=checkpoint.label,
-        has_head=HEAD in checkpoint.plan,
         rope_theta=settings.rope_theta,
         rms_norm_eps=settings.rms_norm_eps,
         allow_output_bias=lenient or settings.allow_output_bias,

@@ -54,8 +54,11 @@ def refuse_known_gaps(checkpoint: Checkpoint, plan: Plan, expected: Mapping[str,
     """
     missing = [name for name in expected if name not in plan]
     if missing == [HEAD]:
+        why = "its settings do not tie it to the embedding"
+        if (checkpoint.config or {}).get("tie_word_embeddings") is None:
+            why = "config.json has no tie_word_embeddings, which this family takes for false: its head would be random"
         raise Inconsistent(
-            f"{checkpoint.label} stores no head, and its settings do not tie it to the embedding",
+            f"{checkpoint.label} stores no head, and {why}",
             hint='If the head is the embedding: --tie-word-embeddings, or "tie_word_embeddings": true in config.json.',
         )
     listed: Mapping[str, str] = checkpoint.extra.get("only_in_index") or {}

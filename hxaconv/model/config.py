@@ -196,14 +196,13 @@ def teacher_config(
     raw: Mapping[str, Any],
     *,
     where: str,
-    has_head: bool | None = None,
     rope_theta: float | None = None,
     rms_norm_eps: float | None = None,
     allow_output_bias: bool = False,
     drop_rope_scaling: bool = False,
     tie_word_embeddings: bool | None = None,
 ) -> TeacherConfig:
-    """Read a teacher's config.json. `has_head` says whether lm_head.weight is stored, if that is known.
+    """Read a teacher's config.json; where it does not say whether the head is tied, its family does.
 
     Raises:
         HxaconvError: listing everything that a student cannot carry, or that the config leaves open.
@@ -225,22 +224,18 @@ def teacher_config(
     problems += number_problems({"rope_theta": theta, "rms_norm_eps": eps})
     experts = expert_facts(raw)
     problems += expert_problems(experts)
-    tied = raw.get("tie_word_embeddings") if tie_word_embeddings is None else tie_word_embeddings
-    if tied is None:
-        tied = None if has_head is None else not has_head
-    if tied is None:
-        problems.append("tie_word_embeddings is not given, and no weights say whether there is a head")
     raise_all(f"{where}: config.json is not usable:", problems)
     assert theta is not None and eps is not None
     heads, family = sizes["num_attention_heads"], FAMILIES[raw["model_type"]]
     biases = family.biases(raw)
+    tied = raw.get("tie_word_embeddings") if tie_word_embeddings is None else tie_word_embeddings
     return TeacherConfig(
         **sizes,
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=_head_dim(raw, sizes, where),
         rms_norm_eps=float(eps),
         rope_theta=float(theta),
-        tie_word_embeddings=bool(tied),
+        tie_word_embeddings=family.ties if tied is None else tied,
         rope_scaling=None if drop_rope_scaling else scaling,
         nope_layers=family.nope_layers(raw),
         qk_norm=family.qk_norm,

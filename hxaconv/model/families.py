@@ -145,6 +145,9 @@ class Family:
     """What else a student could not compute, a line each."""
     experts: bool = False
     """Whether MLPs are mixtures of experts, where config.json names any."""
+    ties: bool = False
+    """Whether the head is the embedding where config.json has no `tie_word_embeddings`, as transformers' class reads
+    it (the same in 4.51 and 5)."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -175,6 +178,7 @@ FAMILIES: dict[str, Family] = {
         biases=_all_biases,
         nope_layers=_smollm3_layers,
         window=_smollm3_window,
+        ties=True,
     ),
     "granite": Family(
         title="Granite, where all its multipliers are Llama's", biases=_all_biases, problems=_granite_problems
