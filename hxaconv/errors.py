@@ -25,6 +25,10 @@ class HxaconvError(Exception):
         return f"{self.message}\n{self.hint}" if self.hint else self.message
 
 
+class NotConverted(HxaconvError):
+    """What was opened is known for what it is, and is no model to convert: `inspect` describes it all the same."""
+
+
 class Inconsistent(HxaconvError):
     """A checkpoint whose tensors and settings do not make one model; `verify` reports it as a failed check."""
 

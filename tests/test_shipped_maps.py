@@ -97,7 +97,7 @@ def published(folder: Path, name: str) -> str:
     found = layer_maps.load(name)
     model_id = found.model_ids[0]
     raw, sizes = dict(CONFIGS[model_id]), dict(found.model)
-    untied = sizes.setdefault("tie_word_embeddings", False) is False
+    sizes.setdefault("tie_word_embeddings", False)
     text = raw["text_config"] | sizes if "text_config" in raw else raw | sizes
     shapes = expected_tensors(teacher_config(text | {"torch_dtype": "bfloat16"}, where=name))
     if "text_config" in raw:

@@ -54,5 +54,5 @@ def calibrate(
         record=Record(call=call, sources=plain.sources, purpose=UNTRAINED),
         max_shard_bytes=write.max_shard_bytes,
     )
-    warnings = [*plain.scaling_warnings, *dtype_warnings(plain.plan), *layer_0_warning(plain.student)]
+    warnings = [*plain.source_warnings, *dtype_warnings(plain.plan), *layer_0_warning(plain.student)]
     return save_calibrated(task, output, write, plot=calibration.plot, warnings=warnings, notes=plain.notes)

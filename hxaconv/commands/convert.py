@@ -138,6 +138,6 @@ def _write(
 
         return check_converted(before, written, progress=progress)
 
-    warnings = [*student.scaling_warnings, *dtype_warnings(changed.plan, call.command)]
+    warnings = [*student.source_warnings, *dtype_warnings(changed.plan, call.command)]
     warnings += layer_0_warning(changed.student)
     return save(output, write, check=OutputCheck(verify), warnings=warnings, notes=student.notes)

@@ -288,7 +288,7 @@ class _Run:
                 f"{linked} of {len(shards or ())} files do not change: they become hard links to the source's, where"
                 " the file system has links, so that editing one of them in place edits both"
             )
-        warnings = [*student.scaling_warnings, *dtype_warnings(plan), *layer_choice.layer_0_warning(new)]
+        warnings = [*student.source_warnings, *dtype_warnings(plan), *layer_choice.layer_0_warning(new)]
         warnings += _uneven(history, fresh, new, self.values.preset, initial)
         if other and not taken:
             warnings.append(f"--from {self.from_} has none of the changed layers in its new kind: it is not used")

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.errors import MAX_LISTED, HxaconvError, bullet_list
+from hxaconv.errors import MAX_LISTED, HxaconvError, NotConverted, bullet_list, shortened
 from hxaconv.formats import Contents, read_contents, sharded, zero
 from hxaconv.formats.files import SourceFile, show
-from hxaconv.formats.json_files import PROVENANCE_NAME, read_config, read_sidecar
+from hxaconv.formats.json_files import PROVENANCE_NAME, read_config, read_json, read_sidecar
 from hxaconv.load.files import (
+    ADAPTER,
     SHARD,
     WEIGHTS,
     Folder,
     Index,
-    NoWeights,
     inside,
     is_companion,
     listed,
     local_folder,
     select_weights,
 )
-from hxaconv.load.kinds import Kind, kind_of_config, kind_of_shell, kind_of_tensors
+from hxaconv.load.kinds import Kind, kind_of_adapter, kind_of_config, kind_of_shell, kind_of_tensors
 from hxaconv.model import shells
 from hxaconv.model.config import teacher_config
 from hxaconv.model.model import Checkpoint
-from hxaconv.model.names import HEAD, canonical_names, detect_key_format, layer_kinds, unknown_names
+from hxaconv.model.names import canonical_names, detect_key_format, layer_kinds, unknown_names
 from hxaconv.model.plan import Plan, same_bytes
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ _HUB_PAGE = re.compile(r"https?://[\w.-]+/(?P<id>[\w.-]+/[\w.-]+)(/tree/(?P<revi
 _CACHED_MODEL = re.compile(r"^models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)$")
 _SHARDED = re.compile(r"^(pytorch_model_fsdp|sharded_state_dict)(_\d+)?$")
 """What accelerate calls the folder of a sharded model inside a checkpoint's."""
-Config = Mapping[str, Any] | None
+_Read = tuple[list[tuple[SourceFile, Contents]], Index | None, list[SourceFile]]
+"""Files with the tensors in them, their index, and all files that were read."""
 
 
 def open_checkpoint(
@@ -216,7 +217,6 @@ def find_trained(root: Path, label: str) -> Trained | None:
 
 def _from_trainer(trained: Trained, folder: Folder, root: Path, weights: str | None) -> Checkpoint:
     """Open what several ranks saved; the small files are beside it, in the folder above, or in verl's `huggingface`."""
-    files, contents = trained.read(weights)
     others = [place for place in (root / "huggingface", root.parent) if (place / "config.json").is_file()]
     if "config.json" not in folder.sizes and trained.folder == root and others:
         beside = others[0]
@@ -226,7 +226,12 @@ def _from_trainer(trained: Trained, folder: Folder, root: Path, weights: str | N
 
         sizes = {name: path.stat().st_size for name, path in listed(beside.iterdir())}
         folder = replace(folder, sizes=sizes, open=opened)
-    return _checkpoint(folder, _config(folder), [(files[0], contents)], files=files)
+
+    def read() -> _Read:
+        files, contents = trained.read(weights)
+        return [(files[0], contents)], None, files
+
+    return assemble(folder, read)
 
 
 def _open_file(path: Path, label: str) -> Checkpoint:
@@ -236,41 +241,62 @@ def _open_file(path: Path, label: str) -> Checkpoint:
         raise HxaconvError(f"{label} is one of {int(shard[2])} shards", hint=f"Give the folder instead: {path.parent}")
     file = SourceFile.local(path, label=label)
     root, where = path.parent.resolve(), str(path.parent)
-    whole = path.suffix in (".safetensors", ".bin") and (root / "config.json").is_file()
-    names = [name for name, _ in listed(root.iterdir()) if is_companion(name)] if whole else []
-    if path.with_suffix(".json").is_file():
-        names.append(path.with_suffix(".json").name)
+    names = [path.with_suffix(".json").name]
+    if path.suffix in (".safetensors", ".bin") and (root / "config.json").is_file():
+        names += ["config.json", *(name for name, _ in listed(root.iterdir()) if is_companion(name))]
 
     def opened(name: str) -> SourceFile:
         return SourceFile.local(inside(root, name, where), label=str(path.parent / name))
 
-    folder = Folder(label=label, sizes=dict.fromkeys(sorted(names), 0), open=opened, root=path.resolve())
-    config = read_config(opened("config.json")) if whole else None
-    return _checkpoint(folder, config, [(file, read_contents(file))])
+    sizes = {name: (root / name).stat().st_size for name in sorted(names) if (root / name).is_file()}
+    folder = Folder(label=label, sizes=sizes, open=opened, root=path.resolve())
+    return assemble(folder, lambda: ([(file, read_contents(file))], None, [file]))
 
 
-def _config(folder: Folder) -> Config:
-    return read_config(folder.open("config.json")) if "config.json" in folder.sizes else None
-
-
-def assemble(folder: Folder) -> Checkpoint:
-    """Open what a folder offers: choose the weight files and read their headers.
+def assemble(folder: Folder, read: Callable[[], _Read] | None = None) -> Checkpoint:
+    """Open what a folder offers: choose the weight files, unless `read` does, and read their headers.
 
     Raises:
         HxaconvError: for files that are damaged, missing or ambiguous.
     """
-    config = _config(folder)
+    config = read_config(folder.open("config.json")) if "config.json" in folder.sizes else None
     kind = kind_of_config(config or {})
     if kind is not None and folder.handle is not None:  # before anything large is read over the network
         return _nothing_of(folder, config, kind.error(folder.label))
     try:
-        names, index = select_weights(folder)
-    except NoWeights as error:
+        return _checkpoint(folder, config, *(read() if read else _chosen(folder)))
+    except NotConverted as error:
         return _nothing_of(folder, config, kind.error(folder.label) if kind else error)
-    return _checkpoint(folder, config, [(file, folder.read(file)) for file in map(folder.open, names)], index)
 
 
-def _nothing_of(folder: Folder, config: Config, problem: HxaconvError) -> Checkpoint:
+def _chosen(folder: Folder) -> _Read:
+    """The headers of the weight files of a folder.
+
+    Raises:
+        HxaconvError: for files that are damaged, missing or ambiguous.
+    """
+    names, index = select_weights(folder)
+    try:
+        opened = [(file, folder.read(file)) for file in map(folder.open, names)]
+    except HxaconvError as error:
+        error.hint = f"{error.hint} {_instead(folder, names)}".strip()
+        raise
+    return opened, index, [file for file, _ in opened]
+
+
+def _instead(folder: Folder, names: Sequence[str]) -> str:
+    """What would be read if a single file of weights, which cannot be, were not there."""
+    if len(names) > 1 or not folder.strays(names):
+        return ""
+    sizes = {name: size for name, size in folder.sizes.items() if name not in names}
+    try:
+        others, _ = select_weights(replace(folder, sizes=sizes))
+    except HxaconvError:
+        return ""
+    return f"If {shortened(others[:3])} hold the model, delete {names[0]}: they are read then."
+
+
+def _nothing_of(folder: Folder, config: Mapping[str, Any] | None, problem: HxaconvError) -> Checkpoint:
     """A checkpoint of which nothing but its config is known."""
     return Checkpoint(
         label=folder.label,
@@ -286,13 +312,12 @@ def _nothing_of(folder: Folder, config: Config, problem: HxaconvError) -> Checkp
 
 def _checkpoint(
     folder: Folder,
-    config: Config,
+    config: Mapping[str, Any] | None,
     opened: Sequence[tuple[SourceFile, Contents]],
-    index: Index | None = None,
-    *,
-    files: Collection[SourceFile] = (),
+    index: Index | None,
+    files: Sequence[SourceFile],
 ) -> Checkpoint:
-    """What stands in weight files that are open; `files` are those that a trainer's contents were put together of."""
+    """What stands in weight files that are open; `files` are all that were read for it."""
     merged, problem = _merged(folder.label, opened, index), None
     shell = {name: recipe for name, recipe in merged.items() if shells.is_part(name)}
     names = {shells.text_name(name): name for name in merged if name not in shell}
@@ -305,9 +330,9 @@ def _checkpoint(
         canonical, unknown, problem = {}, [], error
     plan = {new: merged[old] for old, new in canonical.items() if new is not None}
     misfits = {name: recipe for name, recipe in plan.items() if not _fits(name, recipe.shape)}
-    (first_file, first), sidecar = opened[0], None
-    beside = str(PurePosixPath(first_file.name).with_suffix(".json"))
-    if not files and len(opened) == 1 and first.container != "safetensors" and beside in folder.sizes:
+    first, sidecar = opened[0][1], None
+    beside = str(PurePosixPath(files[0].name).with_suffix(".json"))
+    if len(files) == 1 and first.container != "safetensors" and beside in folder.sizes:
         sidecar = read_sidecar(folder.open(beside))
     found = Checkpoint(
         label=folder.label,
@@ -321,23 +346,32 @@ def _checkpoint(
         config=text,
         sidecar=sidecar,
         record=folder.open(PROVENANCE_NAME) if PROVENANCE_NAME in folder.sizes else None,
-        files=tuple(files or (file for file, _ in opened)),
+        files=tuple(files),
         companions={name: folder.open(name) for name in folder.sizes if is_companion(name)},
         code_files={name: folder.open(name) for name in folder.sizes if re.fullmatch(r"[\w-]+\.py", name)},
         shell_config=shells.shell_settings(config or {}),
         shell_files={name: folder.open(name) for name in shells.PROCESSOR_FILES if name in folder.sizes},
+        warnings=_warnings(folder),
         root=folder.root,
         repo=folder.repo,
         revision=folder.revision,
-        extra=first.extra | _facts(folder, opened, index, trained=bool(files)),
+        extra=first.extra | _facts(folder, opened, index, files),
         handle=folder.handle,
     )
     problem = problem or _problem(found, kind_of_shell(config or {})) or _misfit(misfits, folder.label)
     return replace(found, problem=problem, unknown={**found.unknown, **misfits})
 
 
+def _warnings(folder: Folder) -> tuple[str, ...]:
+    """What people may take for a part of what was opened, and is none."""
+    if ADAPTER not in folder.sizes:
+        return ()
+    kind = kind_of_adapter(read_json(folder.open(ADAPTER)))
+    return (f"{folder.label} holds {kind.what.partition(',')[0]} beside the model, which is left out. {kind.way_out}",)
+
+
 def _facts(
-    folder: Folder, opened: Sequence[tuple[SourceFile, Contents]], index: Index | None, *, trained: bool
+    folder: Folder, opened: Sequence[tuple[SourceFile, Contents]], index: Index | None, files: Sequence[SourceFile]
 ) -> dict[str, Any]:
     """What is worth knowing of the choice of files: those left out, and what the index says that they do not bear out.
 
@@ -346,7 +380,7 @@ def _facts(
     held = {name for _, contents in opened for name in contents.tensors}
     weight_map = index.weight_map if index else {}
     facts: dict[str, Any] = {
-        "stray_files": () if trained else folder.strays([file.name for file, _ in opened]),
+        "stray_files": folder.strays([PurePosixPath(file.name).name for file in files]),
         "index": index.name if index else None,
         "index_lacks": sorted(held - weight_map.keys()) if index else [],
         "only_in_index": {name: file for name, file in weight_map.items() if name not in held},
@@ -381,7 +415,7 @@ def _merged(label: str, opened: Sequence[tuple[SourceFile, Contents]], index: In
         return merged
     if not parts:
         each = "\n".join(f"  - {file.name}: {len(contents.tensors)} tensors" for file, contents in opened[:MAX_LISTED])
-        raise HxaconvError(
+        raise NotConverted(
             f"{label} holds {len(opened)} files with the same tensors, each a checkpoint of its own:\n{each}",
             hint="Give the one file to convert by its path.",
         )

@@ -14,7 +14,7 @@ from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats import Contents, read_contents
 from hxaconv.formats.files import TEMPLATES, SourceFile, kind_of, show
 from hxaconv.formats.json_files import MAX_JSON_BYTES, parse_json, read_json
-from hxaconv.load.kinds import kind_of_files
+from hxaconv.load.kinds import kind_of_adapter, kind_of_files
 from hxaconv.model.model import Checkpoint
 
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
@@ -25,6 +25,7 @@ _OTHER = re.compile(
 )
 _SECOND = re.compile(r"^consolidated[.\d]*\.(pth|safetensors)$")
 """A second copy of the weights, in another layout."""
+ADAPTER = "adapter_config.json"
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
 _BLOB = re.compile(r"^[0-9a-f]{40}([0-9a-f]{24})?$")
 
@@ -141,10 +142,6 @@ def inside(root: Path, name: str, label: str) -> Path:
 # --- which of them are the weights ------------------------------------------------------------------
 
 
-class NoWeights(HxaconvError):
-    """A folder without weights whose other files say what it is."""
-
-
 def select_weights(folder: Folder) -> tuple[list[str], Index | None]:
     """The files that hold the weights, and their index: safetensors win over pickles, an index over its absence.
 
@@ -170,11 +167,11 @@ def select_weights(folder: Folder) -> tuple[list[str], Index | None]:
 
 def _nothing(folder: Folder) -> HxaconvError:
     """The error for a folder without weights: what it is, or where there are some."""
-    if ADAPTER in folder.sizes:
-        return NoWeights(*kind_of_adapter(read_json(folder.open(ADAPTER))).error(folder.label))
     kind = kind_of_files(folder.sizes)
+    if ADAPTER in folder.sizes:
+        kind = kind_of_adapter(read_json(folder.open(ADAPTER)))
     if kind is not None:
-        return NoWeights(f"{folder.label} is {kind.what}", hint=kind.way_out)
+        return kind.error(folder.label)
     found = []
     if folder.root is not None and folder.root.is_dir():
         for path in sorted(folder.root.iterdir())[:1000]:

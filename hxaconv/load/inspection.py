@@ -69,7 +69,8 @@ def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
     }
     if config is not None and problem is None:
         report["problem"] = _contradictions(checkpoint, config)
-    report["kind"], report["advice"] = _kind(checkpoint, config, report["problem"])
+    report["kind"], advice = _kind(checkpoint, config, report["problem"])
+    report["advice"] = [*advice, *checkpoint.warnings]
     report["unknown"] = [key for key, value in report["dimensions"].items() if value is None]
     report["memory"] = _memory(report["dimensions"], plan)
     if stats:

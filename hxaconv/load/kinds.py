@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hxaconv.errors import HxaconvError, bullet_list
-from hxaconv.formats.contents import show
+from hxaconv.errors import NotConverted, bullet_list
+from hxaconv.formats.files import show
 from hxaconv.model import shells
 from hxaconv.model.families import FAMILIES
 
@@ -27,10 +27,10 @@ class Kind:
     examples: tuple[str, ...] = ()
     """Names that show it."""
 
-    def error(self, label: str) -> HxaconvError:
+    def error(self, label: str) -> NotConverted:
         """The refusal."""
         shown = f":\n{bullet_list(self.examples)}" if self.examples else ""
-        return HxaconvError(f"{label} is {self.what}{shown}", hint=self.way_out)
+        return NotConverted(f"{label} is {self.what}{shown}", hint=self.way_out)
 
 
 # --- adapters ---------------------------------------------------------------------------------------
@@ -41,15 +41,16 @@ PEFT = {
     "HRA": ("HRA", "hra_"), "FOURIERFT": ("FourierFT", "fourierft_"), "VBLORA": ("VB-LoRA", "vblora_"),
     "RANDLORA": ("RandLoRA", "randlora_"), "BONE": ("Bone", "bone_"), "MISS": ("MiSS", "miss_"),
     "ROAD": ("RoAd", "road_"), "SHIRA": ("SHiRA", "shira_"), "C3A": ("C3A", "c3a_"), "WAVEFT": ("WaveFT", "waveft_"),
-    "DELORA": ("DeLoRA", "delora_"), "GRALORA": ("GraLoRA", "gralora_"), "LN_TUNING": ("LayerNorm tuning", "ln_tuning_"),
+    "DELORA": ("DeLoRA", "delora_"), "GRALORA": ("GraLoRA", "gralora_"),
+    "LN_TUNING": ("LayerNorm tuning", "ln_tuning_"),
 }  # fmt: skip
 """Of `peft_type` in adapter_config.json: what it is called, and what the names of its tensors begin with after the
 module's. Of these, LORA is merged here."""
 _PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE",
             "ADAPTION_PROMPT"}  # fmt: skip
-_ON_ITS_MODEL = "Name {base} as SOURCE, and this as --adapter: it is merged."
-_WITH_PEFT = (
-    "Merge it into {base} with peft, and convert the result:"
+_ON_ITS_MODEL = "Name {base} as SOURCE, and this as --adapter, which merges it."
+WITH_PEFT = (
+    "Merge it into its model with peft, and convert the result:"
     " peft.AutoPeftModelForCausalLM.from_pretrained(THIS).merge_and_unload().save_pretrained(OUT)."
 )
 _BASE = "the model that it was trained on"
@@ -63,9 +64,9 @@ def kind_of_adapter(raw: Mapping[str, Any]) -> Kind:
     if name in _PROMPTS:
         return Kind(f"a soft prompt of PEFT ({name})", _PROMPT)
     title, _ = PEFT.get(name, (name, ""))
-    way_out = _ON_ITS_MODEL if name in ("LORA", "") else _WITH_PEFT
     base = f"{_BASE} ({show(base)})" if isinstance(base, str) and base else _BASE
-    return Kind(f"an adapter of PEFT{f' of the kind {title}' if title else ''}, not a model", way_out.format(base=base))
+    way_out = _ON_ITS_MODEL.format(base=base) if name in ("LORA", "") else WITH_PEFT
+    return Kind(f"an adapter of PEFT{f' of the kind {title}' if title else ''}, not a model", way_out)
 
 
 ORIGINAL = "Take the bf16 original of the model (its model card links it as the base model)."
@@ -100,7 +101,7 @@ _FILES: tuple[tuple[str, str, str], ...] = (
 
 
 def kind_of_files(names: Iterable[str]) -> Kind | None:
-    """What a folder without weights of its own is, by the names of its files; None where nothing tells."""
+    """What a folder without weights is, by the names of its files; None where nothing tells."""
     names = list(names)
     for pattern, what, way_out in _FILES:
         if any(re.fullmatch(pattern, name) for name in names):
@@ -196,12 +197,13 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
      "Name the model that the run began with as SOURCE, and the folder of both files as --adapter."),
     (r"\.disha\b", "an adapter of RWKV-PEFT (DiSHA)", _ON_ITS_MODEL.format(base=_BASE)),
     (r"\.bone\b", "an adapter of RWKV-PEFT (Bone)", _ON_ITS_MODEL.format(base=_BASE)),
-    *((rf"\.{start}", f"an adapter ({title})", (_ON_ITS_MODEL if name == "LORA" else _WITH_PEFT).format(base=_BASE))
+    *((rf"\.{start}", f"an adapter ({title})", _ON_ITS_MODEL.format(base=_BASE) if name == "LORA" else WITH_PEFT)
       for name, (title, start) in PEFT.items()),
     (r"prompt_embeddings", "a soft prompt", _PROMPT),
     (r"\.time_state\b", "the initial states of RWKV state tuning",
      "hxa079 begins with states of zero: convert the model that it was tuned on."),
-    (r"\.base_layer\.|\.modules_to_save\.|\.original_module\.", "a model with an adapter that is not merged", _WITH_ITS_LIBRARY),
+    (r"\.base_layer\.|\.modules_to_save\.|\.original_module\.", "a model with an adapter that is not merged",
+     _WITH_ITS_LIBRARY),
     # quantized
     (r"\.quant_state\.bitsandbytes__(nf4|fp4)|\.absmax$|\.quant_map$", "quantized (bitsandbytes, 4 bits)", ORIGINAL),
     (r"\.SCB$", "quantized (bitsandbytes, 8 bits)", ORIGINAL),

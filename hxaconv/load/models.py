@@ -77,6 +77,7 @@ def load_teacher(
     if checkpoint.shell:
         left = f"the text model becomes a student, not {summary(checkpoint.shell)} (--keep-shell carries it along)"
         config = replace(config, warnings=(*config.warnings, left))
+    config = replace(config, warnings=(*config.warnings, *checkpoint.warnings))
     plan = _with_adapters(checkpoint.plan, settings, checkpoint.label, tied=config.tie_word_embeddings)
     plan, head = split_fused(plan, config), None
     if config.tie_word_embeddings:
@@ -197,9 +198,13 @@ def load_other(
 
 
 def _opened(name: Name, settings: Settings, progress: Progress | None) -> Checkpoint:
-    if isinstance(name, Checkpoint):
-        return name
-    return open_checkpoint(name, revision=settings.revision, weights=settings.weights, progress=progress)
+    found = name
+    if not isinstance(found, Checkpoint):
+        found = open_checkpoint(found, revision=settings.revision, weights=settings.weights, progress=progress)
+    merged = [Path(adapter).expanduser().resolve() for adapter in settings.adapter]
+    if found.root in (*merged, *(path.parent for path in merged)):  # the adapter beside it is not left out
+        return replace(found, warnings=())
+    return found
 
 
 def of_another(settings: Settings) -> Settings:

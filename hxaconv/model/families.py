@@ -100,6 +100,8 @@ def _switched_window(raw: Raw) -> str | None:
     if not windowed or (window is not None and _reaches(window, raw)):
         return None
     odd = sorted(set(kinds or ()) - {"full_attention"})
+    if odd and window is None:
+        return f"layer_types names {odd} and use_sliding_window is not true: one is wrong, transformers runs neither"
     return f"layer_types names {odd}" if odd else f"sliding_window is {window}, and use_sliding_window true"
 
 

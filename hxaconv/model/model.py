@@ -33,6 +33,8 @@ class Checkpoint:
     """What config.json says of it."""
     shell_files: Mapping[str, SourceFile] = field(default_factory=dict)
     """Files of its processor."""
+    warnings: tuple[str, ...] = ()
+    """What people may take for a part of it, and is none."""
     dropped: tuple[str, ...] = ()
     """Known buffers that are left behind."""
     unknown: Mapping[str, Recipe] = field(default_factory=dict)
@@ -122,9 +124,10 @@ class Model:
         return self.checkpoint
 
     @property
-    def scaling_warnings(self) -> list[str]:
-        """What the configs of its sources say of RoPE that is not followed."""
-        return [line for checkpoint in self.sources.values() for line in dropped_scaling(checkpoint.config or {})]
+    def source_warnings(self) -> list[str]:
+        """What its sources hold that is not taken over, RoPE that is not followed among it."""
+        sources = self.sources.values()
+        return [line for found in sources for line in (*found.warnings, *dropped_scaling(found.config or {}))]
 
     @property
     def student(self) -> StudentConfig:

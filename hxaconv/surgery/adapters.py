@@ -14,12 +14,12 @@ from hxaconv.formats import read_contents
 from hxaconv.formats.files import SourceFile
 from hxaconv.formats.json_files import read_json
 from hxaconv.load.checkpoint import find_trained
-from hxaconv.load.files import WEIGHTS
+from hxaconv.load.files import ADAPTER, WEIGHTS
+from hxaconv.load.kinds import WITH_PEFT, kind_of_adapter, kind_of_tensors
 from hxaconv.model.names import canonical_names, detect_key_format, unknown_names, unwrapped
 from hxaconv.model.plan import Plan, Recipe
 from hxaconv.surgery.merging import Adapter, Added, Blockwise, ColumnNormed, Delta, EmbeddingPair, LowRank, Repeated
 
-PEFT_CONFIG = "adapter_config.json"
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PISSA_INIT = "init_pissa.pth"
 """What RWKV-PEFT calls the file of the pairs that it took off the weights before training."""
@@ -73,10 +73,10 @@ def _open(spec: str) -> _Opened:
 def _open_files(spec: str, files: list[Path]) -> _Opened:
     (file,) = files
     plan = read_contents(SourceFile.local(file, label=str(file))).tensors
-    config = file.parent / PEFT_CONFIG
+    config = file.parent / ADAPTER
     if file.name in _PEFT_WEIGHTS or (config.is_file() and any("base_model.model." in name for name in plan)):
         if not config.is_file():
-            raise HxaconvError(f"{file} lies without its {PEFT_CONFIG}, which holds the scale", hint="Copy that too.")
+            raise HxaconvError(f"{file} lies without its {ADAPTER}, which holds the scale", hint="Copy that too.")
         return _Opened(spec, plan, read_json(SourceFile.local(config)))
     initial = file.parent / _PISSA_INIT
     if initial.is_file() and any(name.endswith(".lora_A") for name in plan):
@@ -125,6 +125,9 @@ def _canonical(
     key_format = detect_key_format(names)
     table, unknown = canonical_names(names, key_format, f"adapter {found.label}", kinds=kinds)
     if unknown:
+        kind = kind_of_tensors({name: recipe.dtype for name, recipe in found.plan.items()}, unknown)
+        if kind is not None:
+            raise kind.error(f"adapter {found.label}")
         raise unknown_names(unknown, key_format, f"adapter {found.label}")
     changed = {new: deltas[old] for old, new in table.items() if new is not None and old in deltas}
     replaced = {new: whole[old] for old, new in table.items() if new is not None and old in whole}
@@ -151,13 +154,11 @@ def _peft(found: _Opened, scale: float | None, kinds: Mapping[int, str] | None) 
     assert config is not None
     where = f"adapter {found.label}"
     if config.get("peft_type") != "LORA":
-        raise HxaconvError(
-            f"{where} is of kind {config.get('peft_type')}; LORA is merged",
-            hint="Merge it with PEFT's merge_and_unload(), then convert the result.",
-        )
+        kind = kind_of_adapter(config)
+        what = f"{where} is {kind.what.partition(',')[0]}; of PEFT's, LoRA is merged here"
+        raise HxaconvError(what, hint=kind.way_out)
     other = [f"{key}: {config[key]}" for key in config if key not in _MERGED_KEYS and config[key]]
-    hint = "Merge it with PEFT's merge_and_unload(), then convert the result."
-    raise_all(f"{where} uses what is not merged here ({PEFT_CONFIG}):", other, hint=hint)
+    raise_all(f"{where} uses what is not merged here ({ADAPTER}):", other, hint=WITH_PEFT)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
         raise HxaconvError(
@@ -170,7 +171,7 @@ def _peft(found: _Opened, scale: float | None, kinds: Mapping[int, str] | None) 
     for module, parts in modules.items():
         factor = _peft_scale(module, parts, config, problems) * (1.0 if scale is None else scale)
         _peft_module(module, parts, factor, deltas, problems)
-    raise_all(f"{where} is not complete, or not merged here:", problems, hint=hint)
+    raise_all(f"{where} is not complete, or not merged here:", problems, hint=WITH_PEFT)
     return _canonical(found, deltas, whole, scale, kinds)
 
 
@@ -190,7 +191,7 @@ def _peft_scale(module: str, parts: Mapping[str, Recipe], config: Mapping[str, A
         problems.append(f"{module}: r {rank!r} and lora_alpha {alpha!r} make no scale")
         return 0.0
     if a is not None and a.shape[:1] != (rank,):
-        problems.append(f"{module}: A has {list(a.shape)}, {PEFT_CONFIG} says rank {rank}")
+        problems.append(f"{module}: A has {list(a.shape)}, {ADAPTER} says rank {rank}")
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 

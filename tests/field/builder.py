@@ -18,7 +18,7 @@ from hxaconv.model.names import stored_name
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 64}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
 CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM"}
-CLASSES |= {"qwen2": "Qwen2ForCausalLM", "phi3": "Phi3ForCausalLM"}
+CLASSES |= {"qwen2": "Qwen2ForCausalLM", "phi3": "Phi3ForCausalLM", "smollm3": "SmolLM3ForCausalLM"}
 
 
 def config(family: str = "llama", **changes: Any) -> dict[str, Any]:

@@ -136,6 +136,18 @@ case(name="single_file_beside_shards", what="model.safetensors beside indexed sh
      build=lambda p: (shards(p, config(), halves({n: v * 2 for n, v in tensors().items()})[0], halves(tensors())[1]),
                       save_file(tensors(), p / "model.safetensors", {"format": "pt"})),
      expected=by_transformers)
+SHORT = "a model.safetensors that is cut off, beside whole shards and their index"
+
+
+def short_file_beside_shards(path: Path) -> None:
+    """A single file that ends early, where shards hold the model."""
+    shards(path, config(tie_word_embeddings=True), PARTS, INDEX)
+    data = (path / "model-00001-of-00002.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+case(name="short_file_beside_shards", what=SHORT, outcome=REFUSED, do="delete model.safetensors",
+     build=short_file_beside_shards, words=("delete model.safetensors",))
 case(name="appledouble", what="macOS's ._ files beside the weights", outcome=READ, met="SceneWorks#1333",
      build=lambda p: (shards(p, config(tie_word_embeddings=True), PARTS, None),
                       (p / "._model-00001-of-00002.safetensors").write_bytes(b"\x00\x05\x16\x07" + bytes(60)),
@@ -167,6 +179,15 @@ case(name="both_different", what="a tied model whose stored head is not the embe
 case(name="untied_no_head", what="a model whose config does not tie the head, and that stores none", outcome=REFUSED,
      do="--tie-word-embeddings, if the head is the embedding", met="QwenLM/Qwen3-VL-Embedding#89",
      build=lambda p: folder(p, config(), TIED), words=("--tie-word-embeddings",))
+case(name="tie_unsaid", what="a model whose config does not tie the head, and that stores none", outcome=REFUSED,
+     build=lambda p: folder(p, config(tie_word_embeddings=...), TIED),
+     words=("config.json has no tie_word_embeddings", "--tie-word-embeddings"))
+case(name="tie_unsaid_with_head", what="a config.json without tie_word_embeddings: what the family's class takes",
+     outcome=READ, build=lambda p: folder(p, config(tie_word_embeddings=...), tensors()), expected=by_transformers)
+case(name="tie_unsaid_smollm3", what="a config.json without tie_word_embeddings: what the family's class takes",
+     outcome=READ, build=lambda p: folder(
+         p, config("smollm3", tie_word_embeddings=..., pad_token_id=0, no_rope_layers=[1, 1, 1]), TIED),
+     expected=by_transformers)
 case(name="vocab_size", what="a config.json of other sizes than the tensors", outcome=REFUSED, met="llama.cpp#8445",
      do="take the config.json of this model", build=lambda p: folder(p, config(vocab_size=60), tensors()),
      words=("has shape (64, 32), the config implies (60, 32)",))
@@ -245,13 +266,45 @@ for method, leaf, word in (
          outcome=REFUSED, do="name the model as SOURCE and this as --adapter, or merge it first",
          met="Joluck/RWKV-PEFT#54", command=TO_HF, inside="x.pth", words=(word,), kind=word,
          build=save({f"blocks.0.att.receptance.{leaf}": noise(4, 4)}))
-for method, leaf in (("lora", "lora_A.weight"), ("ia3", "ia3_l"), ("loha", "hada_w1_a")):
-    case(name=f"peft_folder_{method}", outcome=REFUSED, words=("adapter",), kind="adapter",
-         what="adapters that are not merged: LoRA, DoRA, PiSSA, Bone, DiSHA, IA3, LoHa ...",
-         do="name the model as SOURCE and this as --adapter, or merge it first",
-         build=lambda p, leaf=leaf: (folder(p, None, {}, adapter_config__json="{}"), save_file(
-             {f"base_model.model.model.layers.0.self_attn.q_proj.{leaf}": noise(4, 4)},
-             p / "adapter_model.safetensors")))
+OTHER_ADAPTERS = "adapters of PEFT of other kinds: IA3, LoHa, LoKr, VeRA, OFT, AdaLoRA ..."
+
+
+def adapter(leaf: str, **settings: Any) -> Callable[[Path], object]:
+    """An adapter's folder as PEFT saves it."""
+
+    def build(path: Path) -> None:
+        folder(path, None, {}, adapter_config__json=json.dumps(settings))
+        name = f"base_model.model.model.layers.0.self_attn.q_proj.{leaf}"
+        save_file({name: noise(4, 4)}, path / "adapter_model.safetensors")
+
+    return build
+
+
+case(name="peft_folder", outcome=REFUSED, kind="adapter of PEFT",
+     what="adapters that are not merged: LoRA, DoRA, PiSSA, Bone, DiSHA, IA3, LoHa ...",
+     words=("an adapter of PEFT", "--adapter"), build=adapter("lora_A.weight"))
+case(name="peft_folder_lora", outcome=REFUSED, kind="of the kind LoRA",
+     what="adapters that are not merged: LoRA, DoRA, PiSSA, Bone, DiSHA, IA3, LoHa ...",
+     words=("an adapter of PEFT of the kind LoRA", "(own/base) as SOURCE", "--adapter"),
+     build=adapter("lora_A.weight", peft_type="LORA", base_model_name_or_path="own/base"))
+for method, leaf, word in (
+    ("IA3", "ia3_l", "IA3"), ("LOHA", "hada_w1_a", "LoHa"), ("LOKR", "lokr_w1", "LoKr"), ("BOFT", "boft_R", "BOFT"),
+    ("VERA", "vera_lambda_b", "VeRA"), ("ADALORA", "lora_A", "AdaLoRA"), ("NEXT_YEARS", "next_years_x", "NEXT_YEARS"),
+):
+    case(name=f"peft_{method}", outcome=REFUSED, kind=f"an adapter of PEFT of the kind {word}", what=OTHER_ADAPTERS,
+         do="merge it with peft (merge_and_unload), convert the result", words=(word, "merge_and_unload()"),
+         build=adapter(leaf, peft_type=method))
+    case(name=f"peft_{method}_as_adapter", outcome=REFUSED, what=OTHER_ADAPTERS, words=(word, "merge_and_unload()"),
+         command=(*INIT, "--adapter", "{in}/adapter"), inside="..", build=lambda p, leaf=leaf, method=method: (
+             builder.teacher(p.parent), adapter(leaf, peft_type=method)(p.parent / "adapter"), p.mkdir()))
+case(name="peft_weights_alone", outcome=REFUSED, what=OTHER_ADAPTERS, words=("an adapter (IA3)", "merge_and_unload()"),
+     inside="adapter_model.safetensors", command=TO_HF, build=adapter("ia3_l"))
+case(name="soft_prompt", outcome=REFUSED, what="a soft prompt of PEFT", do="convert the model that it was trained on",
+     words=("soft prompt", "Convert the model"), kind="soft prompt", build=adapter("prompt", peft_type="P_TUNING"))
+case(name="adapter_beside_the_model", outcome=WARNED, what="an adapter beside a whole model",
+     do="--adapter merges it; without, the model alone is converted", words=("of the kind LoRA", "--adapter"),
+     build=lambda p: (builder.teacher(p), adapter("lora_A.weight", peft_type="LORA")(p)),
+     expected=lambda p: load_file(p / "model.safetensors"), kind="a teacher")
 case(name="shell", what="a shell of several modalities around a language model", outcome=REFUSED,
      do="take a language model of a known family",
      words=("several modalities", "llava", "around a language model (vicuna)"),
@@ -302,6 +355,10 @@ case(name="first_layer_without_value_mix", what="RWKV layers that lack tensors o
      outcome=REFUSED, do="loaders want them in every layer: take the whole file", met="RWKV-LM#301", command=TO_HF,
      inside="x.pth", build=save({n: v for n, v in FULL.items() if ".0.self_attn.student_attn.v" not in n or "al" in n}),
      words=("model.layers.0.self_attn.v1 is missing",))
+case(name="first_layer_without_value_mix_rwkv", what="RWKV layers that lack tensors of their own (v0, v1, v2)",
+     outcome=REFUSED, command=("to-hf", "{in}", "{out}"), inside="x.pth", build=save(
+         {n: v for n, v in mixers("RGR", key_format="rwkv").items() if ".0.att.v" not in n or "al" in n}),
+     words=("lacks tensors of its RWKV layers", "model.layers.0.self_attn.v1", "incomplete"))
 
 # --- pickles ----------------------------------------------------------------------------------------
 
@@ -391,6 +448,13 @@ for family, changes in (
          do="take a teacher with full attention", met="transformers#38201",
          build=lambda p, family=family, changes=changes: folder(
              p, config(family, sliding_window=16, **changes), tensors(family if family == "qwen3" else "llama")))
+for family in ("qwen2", "qwen3"):
+    case(name=f"window_named_without_size_{family}", outcome=REFUSED, do="take a config.json whose keys agree",
+         what="Qwen's layer_types with sliding_attention, and no use_sliding_window", words=(
+             "layer_types names ['sliding_attention']", "use_sliding_window is not true"),
+         build=lambda p, family=family: folder(
+             p, config(family, sliding_window=16, layer_types=["full_attention"] * 2 + ["sliding_attention"]),
+             tensors(family)))
 for family, changes in (("llama", {"use_sliding_window": True}), ("qwen3", {"use_sliding_window": False})):
     case(name=f"window_unused_{family}", outcome=READ, what="a window that the family ignores, or that is switched off",
          build=lambda p, family=family, changes=changes: folder(

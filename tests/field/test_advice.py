@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.pickles import Machine
+from hxaconv.load.kinds import PEFT
 from tests.field import builder
 from tests.field.cases import CASES, INIT, Case
 
@@ -55,6 +57,8 @@ def test_the_command_for_a_pickle_with_other_objects_works(
         ("index_of_another_sharding", (), lambda path: (path / "model.safetensors.index.json").unlink()),
         ("stale_index", (), lambda path: (path / "model.safetensors.index.json").unlink()),
         ("tokenizer_empty", (), lambda path: (path / "tokenizer.json").unlink()),
+        ("tie_unsaid", ("--tie-word-embeddings",), None),
+        ("short_file_beside_shards", (), lambda path: (path / "model.safetensors").unlink()),
     ],
 )
 def test_the_hint_cures(
@@ -83,6 +87,55 @@ def test_a_config_that_still_names_a_quantization_can_be_corrected(cli: Cli, tmp
     del raw["quantization_config"]
     (source / "config.json").write_text(json.dumps(raw))
     assert cli(*command) == 0
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    **{kind: {} for kind in ("LORA", "LOHA", "LOKR", "VERA", "BOFT", "HRA", "FOURIERFT", "RANDLORA")},
+    **{kind: {} for kind in ("DELORA", "GRALORA")},
+    "ADALORA": {"total_step": 10},
+    "IA3": {"feedforward_modules": []},
+    "OFT": {"r": 0, "oft_block_size": 8},
+    "ROAD": {"group_size": 8},
+    **{kind: {"r": 4} for kind in ("MISS", "SHIRA")},
+    "C3A": {"block_size": 8},
+    "WAVEFT": {"n_frequency": 16},
+    "VBLORA": {"num_vectors": 8, "vector_length": 8, "topk": 2},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+}
+"""Kinds of PEFT, and what each needs for matrices this small."""
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_is_merged_as_the_hint_says(
+    kind: str, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    source = builder.teacher(tmp_path / "model")
+    made = {"target_modules": ["q_proj", "o_proj"], "task_type": "CAUSAL_LM"} | ADAPTERS[kind]
+    configs = {entry.value: value for entry, value in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if kind not in configs:
+        pytest.skip(f"this PEFT has no {kind}")
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(source), configs[kind](**made))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.05
+    model.save_pretrained("adapter")
+    words = ("out", "--gqa-layers", 1, "--no-verify", "--quiet")
+    assert cli("init-from-teacher", "adapter", *words) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"of the kind {PEFT[kind][0]}" in said
+    if kind == "LORA":
+        assert "--adapter" in said
+        assert cli("init-from-teacher", source, *words, "--adapter", "adapter") == 0
+    else:
+        code = re.search(r"peft\.AutoPeft\S+", said)[0].rstrip(".")  # type: ignore[index]
+        exec(f"import peft\n{code}", {"THIS": "adapter", "OUT": "merged"})
+        assert cli("init-from-teacher", "merged", *words) == 0
+    name = "model.layers.1." + ("input_layernorm.weight" if kind == "LN_TUNING" else "self_attn.q_proj.weight")
+    assert not torch.equal(load_file("out/model.safetensors")[name], builder.tensors()[name])
 
 
 def test_a_continued_run_is_completed_by_its_student(cli: Cli, tmp_path: Path) -> None:

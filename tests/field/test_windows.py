@@ -1,4 +1,4 @@
-"""What each family's class of transformers makes of a window: ours is refused exactly where its logits change."""
+"""What each family's class of transformers makes of a window and of tying: ours is refused where its logits change."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def logits(family: str, keys: dict[str, Any]) -> torch.Tensor | None:
             parameter.copy_(torch.randn_like(parameter) * 0.3)
         try:
             return model(torch.arange(24)[None] % 31 + 1).logits[0, -1]
-        except ValueError:
+        except (TypeError, ValueError):
             return None
 
 
@@ -59,6 +59,20 @@ def test_a_window_is_in_force_exactly_where_transformers_obeys_it(family: str) -
             found, raw = logits(family, keys), {"model_type": family, **SIZES, **keys}
             obeyed = found is None or not torch.equal(found, full)
             assert (window_in_force(raw) is not None) == obeyed, keys
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_is_tied_without_a_word_exactly_where_transformers_ties_it(family: str) -> None:
+    assert transformers.AutoConfig.for_model(family).tie_word_embeddings == FAMILIES[family].ties
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("keys", [{}, {"sliding_window": 4}, {"sliding_window": 4, "use_sliding_window": False}])
+def test_transformers_runs_no_model_whose_layer_types_name_a_window_that_is_off(family: str, keys: Any) -> None:
+    keys = keys | {"layer_types": [FULL, SLIDING]}
+    assert logits(family, keys) is None
+    assert "use_sliding_window is not true" in str(window_in_force({"model_type": family, **SIZES, **keys}))
+    assert logits(family, keys | {"layer_types": [FULL, FULL]}) is not None
 
 
 def test_mistral_has_a_window_where_config_json_has_no_such_key() -> None:
