@@ -285,7 +285,7 @@ def test_adapters_of_peft_that_are_not_merged(
         ({"blocks.0.ffn.up.lora_A": noise(4, 48), "blocks.0.ffn.up.lora_B": noise(80, 4)}, (), "--adapter-scale"),
         ({"blocks.0.ffn.up.lora_A": noise(4, 48)}, (1.0,), "blocks.0.ffn.up has lora_A"),
         ({"blocks.0.ffn.up.bone": noise(12, 4, 4)}, (1.0,), "has no scale"),
-        ({"blocks.0.ffn.up.bone": noise(12, 5, 5)}, (), "blocks [12, 5, 5]"),
+        ({"blocks.0.ffn.up.bone": noise(12, 5, 5)}, (), "the adapter [12, 5, 5]"),
         ({"blocks.0.att.time_state": noise(4, 4)}, (), "time_state"),
         ({"blocks.0.att.receptance.weight": noise(48, 48)}, (), "whole tensors only"),
         (

@@ -18,7 +18,17 @@ from hxaconv.load.files import ADAPTER, WEIGHTS
 from hxaconv.load.kinds import WITH_PEFT, kind_of_adapter, kind_of_tensors
 from hxaconv.model.names import canonical_names, detect_key_format, unknown_names, unwrapped
 from hxaconv.model.plan import Plan, Recipe
-from hxaconv.surgery.merging import Adapter, Added, Blockwise, ColumnNormed, Delta, EmbeddingPair, LowRank, Repeated
+from hxaconv.surgery.merging import (
+    Adapter,
+    Delta,
+    added,
+    blockwise,
+    column_normed,
+    embedding_pair,
+    low_rank,
+    repeated,
+    row_normed,
+)
 
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PISSA_INIT = "init_pissa.pth"
@@ -204,11 +214,13 @@ def _peft_module(
 ) -> None:
     name = f"{module}.weight"
     if parts.keys() == {"lora_embedding_A", "lora_embedding_B"}:
-        deltas[name] = (EmbeddingPair(parts["lora_embedding_A"], parts["lora_embedding_B"], scale),)
+        deltas[name] = (embedding_pair(parts["lora_embedding_A"], parts["lora_embedding_B"], scale),)
     elif {"lora_A", "lora_B"} <= parts.keys() <= {"lora_A", "lora_B", "lora_B.bias", "lora_magnitude_vector"}:
-        deltas[name] = (LowRank(parts["lora_A"], parts["lora_B"], scale, parts.get("lora_magnitude_vector")),)
+        deltas[name] = (low_rank(parts["lora_A"], parts["lora_B"], scale),)
+        if "lora_magnitude_vector" in parts:
+            deltas[name] += (row_normed(parts["lora_magnitude_vector"]),)
         if "lora_B.bias" in parts:
-            deltas[f"{module}.bias"] = (Added(parts["lora_B.bias"], scale),)
+            deltas[f"{module}.bias"] = (added(parts["lora_B.bias"], scale),)
     else:
         problems.append(f"{module} has {', '.join(sorted(parts))}")
 
@@ -252,14 +264,14 @@ def _rwkv_module(parts: Mapping[str, Recipe], scale: float | None) -> tuple[Delt
     names = parts.keys()
     factor = 1.0 if scale is None else scale
     if names == {"lora_A", "lora_B"}:
-        return (LowRank(parts["lora_A"], parts["lora_B"], factor),)
+        return (low_rank(parts["lora_A"], parts["lora_B"], factor),)
     if names == {"lora_A", "lora_B", "lora_M"}:
-        return (ColumnNormed(LowRank(parts["lora_A"], parts["lora_B"], factor), parts["lora_M"]),)
+        return low_rank(parts["lora_A"], parts["lora_B"], factor), column_normed(parts["lora_M"])
     if names == {"lora_A", "lora_B", "init_lora_A", "init_lora_B"}:
-        first = LowRank(parts["init_lora_A"], parts["init_lora_B"], -1.0)
-        return first, LowRank(parts["lora_A"], parts["lora_B"], 1.0)
+        first = low_rank(parts["init_lora_A"], parts["init_lora_B"], -1.0)
+        return first, low_rank(parts["lora_A"], parts["lora_B"], 1.0)
     if len(names) == 1 and (only := parts.get("bone", parts.get("disha"))) is not None:
         if len(only.shape) == 3:
-            return (Blockwise(only),)
-        return (Repeated(only),) if len(only.shape) == 2 else None
+            return (blockwise(only),)
+        return (repeated(only),) if len(only.shape) == 2 else None
     return None

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,207 +39,138 @@ Blocks = Callable[[], Iterator[tuple[int, Tensor]]]
 """The rows of a weight from the first to the last, some at a time, before a change."""
 
 
-class Delta(Protocol):
+@dataclass(frozen=True, slots=True)
+class Delta:
     """How one adapter changes one tensor."""
 
-    @property
-    def recipes(self) -> tuple[Recipe, ...]:
-        """The adapter's tensors."""
-        ...
-
-    @property
-    def multiple(self) -> int:
-        """Rows have to be changed in multiples of it."""
-        ...
-
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        """Why it cannot change a tensor of this shape, or None."""
-        ...
-
-    def load(self, dtype: torch.dtype, before: Blocks) -> Change:
-        """Read the adapter's tensors, for a computation in `dtype`."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """LoRA and the DoRA of PEFT: a (r, in), b (out, r), magnitude (out)."""
-
-    a: Recipe
-    b: Recipe
-    scale: float
-    magnitude: Recipe | None = None
+    recipes: tuple[Recipe, ...]
+    """The adapter's tensors."""
+    fits: Callable[[tuple[int, ...]], bool]
+    """Whether it can change a tensor of this shape."""
+    load: Callable[[torch.dtype, Blocks], Change]
+    """Reads the adapter's tensors, for a computation in a dtype on the rows that come before."""
     multiple: int = 1
+    """Rows have to be changed in multiples of it."""
 
-    @property
-    def recipes(self) -> tuple[Recipe, ...]:
-        return (self.a, self.b, *([self.magnitude] if self.magnitude else []))
 
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        pair = self.a.shape, self.b.shape
-        if (
-            len(shape) != 2
-            or any(len(s) != 2 for s in pair)
-            or pair != ((pair[0][0], shape[1]), (shape[0], pair[0][0]))
-        ):
-            return f"A {list(self.a.shape)} and B {list(self.b.shape)}"
-        if self.magnitude is not None and self.magnitude.numel != shape[0]:
-            return f"a magnitude {list(self.magnitude.shape)}"
-        return None
+def low_rank(a: Recipe, b: Recipe, scale: float) -> Delta:
+    """LoRA: a (r, in), b (out, r)."""
 
-    def load(self, dtype: torch.dtype, before: Blocks) -> Change:
-        a, b = tensor(self.a, dtype=dtype), tensor(self.b, dtype=dtype)
-        magnitude = None if self.magnitude is None else tensor(self.magnitude, dtype=dtype).view(-1)
+    def fits(shape: tuple[int, ...]) -> bool:
+        return len(a.shape) == len(shape) == 2 and a.shape[1] == shape[1] and b.shape == (shape[0], a.shape[0])
+
+    def load(dtype: torch.dtype, before: Blocks) -> Change:
+        right, left = tensor(a, dtype=dtype), tensor(b, dtype=dtype)
 
         def change(rows: Tensor, first: int) -> Tensor:
-            some = slice(first, first + len(rows))
-            product = b[some] @ a
-            product *= self.scale
+            product = left[first : first + len(rows)] @ right
+            product *= scale
             rows += product
-            if magnitude is not None:
-                rows *= (magnitude[some] / torch.linalg.norm(rows, dim=1)).view(-1, 1)
             return rows
 
         return change
 
+    return Delta((a, b), fits, load)
 
-@dataclass(frozen=True, slots=True)
-class EmbeddingPair:
+
+def embedding_pair(a: Recipe, b: Recipe, scale: float) -> Delta:
     """LoRA of an embedding (V, C): a (r, V), b (C, r)."""
 
-    a: Recipe
-    b: Recipe
-    scale: float
-    multiple: int = 1
+    def fits(shape: tuple[int, ...]) -> bool:
+        return len(shape) == 2 and a.shape[1:] == shape[:1] and b.shape == (shape[1], a.shape[0])
 
-    @property
-    def recipes(self) -> tuple[Recipe, ...]:
-        return self.a, self.b
-
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        fits = len(shape) == 2 and self.a.shape[1:] == shape[:1] and self.b.shape == (shape[1], self.a.shape[0])
-        return None if fits else f"A {list(self.a.shape)} and B {list(self.b.shape)} of an embedding"
-
-    def load(self, dtype: torch.dtype, before: Blocks) -> Change:
-        a, b = tensor(self.a, dtype=dtype), tensor(self.b, dtype=dtype)
+    def load(dtype: torch.dtype, before: Blocks) -> Change:
+        left, right = tensor(a, dtype=dtype), tensor(b, dtype=dtype)
 
         def change(rows: Tensor, first: int) -> Tensor:
-            rows += (b @ a[:, first : first + len(rows)]).T * self.scale
+            rows += (right @ left[:, first : first + len(rows)]).T * scale
             return rows
 
         return change
 
+    return Delta((a, b), fits, load)
 
-@dataclass(frozen=True, slots=True)
-class ColumnNormed:
-    """DoRA of RWKVInside: a LoRA whose sum is divided by the norm of every column and multiplied by m (1, in)."""
 
-    pair: LowRank
-    magnitude: Recipe
-    multiple: int = 1
+def row_normed(magnitude: Recipe) -> Delta:
+    """The second half of PEFT's DoRA: rows divided by their norms and multiplied by the magnitude (out)."""
 
-    @property
-    def recipes(self) -> tuple[Recipe, ...]:
-        return *self.pair.recipes, self.magnitude
-
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        if self.magnitude.numel != shape[-1]:
-            return f"a magnitude {list(self.magnitude.shape)}"
-        return self.pair.misfit(shape)
-
-    def load(self, dtype: torch.dtype, before: Blocks) -> Change:
-        add = self.pair.load(dtype, before)
-        squares = sum(add(rows, first).double().square().sum(dim=0) for first, rows in before())
-        assert isinstance(squares, Tensor)
-        factor = (tensor(self.magnitude, dtype=torch.float64).view(-1) / (squares.sqrt() + 1e-6)).to(dtype)
+    def load(dtype: torch.dtype, before: Blocks) -> Change:
+        factor = tensor(magnitude, dtype=dtype).view(-1)
 
         def change(rows: Tensor, first: int) -> Tensor:
-            return add(rows, first) * factor
+            rows *= (factor[first : first + len(rows)] / torch.linalg.norm(rows, dim=1)).view(-1, 1)
+            return rows
 
         return change
 
+    return Delta((magnitude,), lambda shape: magnitude.numel == shape[0], load)
 
-@dataclass(frozen=True, slots=True)
-class Repeated:
+
+def column_normed(magnitude: Recipe) -> Delta:
+    """The second half of RWKVInside's DoRA: divided by the norm of every column and multiplied by (1, in)."""
+
+    def load(dtype: torch.dtype, before: Blocks) -> Change:
+        squares = sum(rows.double().square().sum(dim=0) for _, rows in before())
+        assert isinstance(squares, Tensor)
+        factor = (tensor(magnitude, dtype=torch.float64).view(-1) / (squares.sqrt() + 1e-6)).to(dtype)
+        return lambda rows, first: rows * factor
+
+    return Delta((magnitude,), lambda shape: magnitude.numel == shape[-1], load)
+
+
+def repeated(matrix: Recipe) -> Delta:
     """Bone with one matrix (r, out): its transpose is added to every r columns, to the last ones a part of it."""
 
-    matrix: Recipe
-    multiple: int = 1
+    def fits(shape: tuple[int, ...]) -> bool:
+        return len(shape) == 2 and matrix.shape[1] == shape[0] and matrix.shape[0] <= shape[1]
 
-    @property
-    def recipes(self) -> tuple[Recipe, ...]:
-        return (self.matrix,)
-
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        fits = len(shape) == 2 and self.matrix.shape[1] == shape[0] and self.matrix.shape[0] <= shape[1]
-        return None if fits else f"a matrix {list(self.matrix.shape)}"
-
-    def load(self, dtype: torch.dtype, before: Blocks) -> Change:
-        matrix = tensor(self.matrix, dtype=dtype).T.contiguous()
+    def load(dtype: torch.dtype, before: Blocks) -> Change:
+        columns = tensor(matrix, dtype=dtype).T.contiguous()
 
         def change(rows: Tensor, first: int) -> Tensor:
-            part = matrix[first : first + len(rows)]
+            part = columns[first : first + len(rows)]
             for start in range(0, rows.shape[1], part.shape[1]):
-                columns = rows[:, start : start + part.shape[1]]
-                columns += part[:, : columns.shape[1]]
+                changed = rows[:, start : start + part.shape[1]]
+                changed += part[:, : changed.shape[1]]
             return rows
 
         return change
 
+    return Delta((matrix,), fits, load)
 
-@dataclass(frozen=True, slots=True)
-class Blockwise:
+
+def blockwise(blocks: Recipe) -> Delta:
     """Bone with blocks (in / r, r, r): every r x r block of a weight is changed by that of its columns."""
+    count, r, other = blocks.shape
 
-    blocks: Recipe
+    def fits(shape: tuple[int, ...]) -> bool:
+        return len(shape) == 2 and r == other and count * r == shape[1] and shape[0] % r == 0
 
-    @property
-    def multiple(self) -> int:
-        return self.blocks.shape[1]
-
-    @property
-    def recipes(self) -> tuple[Recipe, ...]:
-        return (self.blocks,)
-
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        count, r, other = self.blocks.shape
-        fits = len(shape) == 2 and r == other and count * r == shape[1] and shape[0] % r == 0
-        return None if fits else f"blocks {list(self.blocks.shape)}"
-
-    def load(self, dtype: torch.dtype, before: Blocks) -> Change:
-        blocks = tensor(self.blocks, dtype=dtype)
-        count, r, _ = blocks.shape
+    def load(dtype: torch.dtype, before: Blocks) -> Change:
+        factors = tensor(blocks, dtype=dtype)
 
         def change(rows: Tensor, first: int) -> Tensor:
             cut = rows.view(-1, r, count, r).transpose(1, 2)
-            return (cut + (cut @ blocks + blocks)).transpose(1, 2).reshape(rows.shape)
+            return (cut + (cut @ factors + factors)).transpose(1, 2).reshape(rows.shape)
 
         return change
 
+    return Delta((blocks,), fits, load, r)
 
-@dataclass(frozen=True, slots=True)
-class Added:
+
+def added(vector: Recipe, scale: float) -> Delta:
     """A vector that is added, as to a bias."""
 
-    vector: Recipe
-    scale: float
-    multiple: int = 1
-
-    @property
-    def recipes(self) -> tuple[Recipe, ...]:
-        return (self.vector,)
-
-    def misfit(self, shape: tuple[int, ...]) -> str | None:
-        return None if self.vector.shape == shape else f"a vector {list(self.vector.shape)}"
-
-    def load(self, dtype: torch.dtype, before: Blocks) -> Change:
-        vector = tensor(self.vector, dtype=dtype)
+    def load(dtype: torch.dtype, before: Blocks) -> Change:
+        values = tensor(vector, dtype=dtype)
 
         def change(rows: Tensor, first: int) -> Tensor:
-            rows += vector[first : first + len(rows)] * self.scale
+            rows += values[first : first + len(rows)] * scale
             return rows
 
         return change
+
+    return Delta((vector,), lambda shape: vector.shape == shape, load)
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,8 +296,10 @@ def merge(plan: Plan, adapters: Iterable[Adapter], where: str) -> Plan:
             if base.dtype not in FLOATS:
                 problems.append(f"{name}: the model's is {base.dtype}, not a float type")
             deltas = adapter.deltas.get(name, ())
-            misfits = [misfit for delta in deltas if (misfit := delta.misfit(base.shape))]
-            problems += [f"{name}: the model has {list(base.shape)}, the adapter {misfit}" for misfit in misfits]
+            for delta in deltas:
+                if not delta.fits(base.shape):
+                    shapes = " and ".join(str(list(recipe.shape)) for recipe in delta.recipes)
+                    problems.append(f"{name}: the model has {list(base.shape)}, the adapter {shapes}")
             if not problems:
                 merged[name] = _with(base, given, deltas, adapter.name)
         raise_all(f"{adapter.label} does not fit {where}:", problems, hint="Is it an adapter of this model?")
