@@ -81,3 +81,4 @@ def test_lines_of_a_terminal_break_between_words_and_never_inside_what_is_copied
     assert others and all(len(part) <= width and part.startswith("    ") for part in others)
     assert broken.startswith("  - /data")
     assert filled("short: a", width) == "short: a"
+    assert filled(f"$ hxaconv verify {'word ' * 40}", width).count("\n") == 0

@@ -48,7 +48,9 @@ def _print(console: Console, text: str, style: str = "") -> None:
 
 
 def filled(line: str, width: int) -> str:
-    """A line as lines of `width`, broken between words: paths, and commands in backticks, stay whole to be copied."""
+    """A line as lines of `width`, broken between words: paths and commands (in backticks, after $) stay whole."""
+    if re.match(r" *(\$|>>>) ", line):
+        return line
     mark = line[: len(line) - len(line.lstrip(" -"))]
     whole = re.sub("`[^`]*`", lambda found: found[0].replace(" ", "\0"), line.removeprefix(mark))
     lines = textwrap.wrap(whole, width - len(mark), break_long_words=False, break_on_hyphens=False)

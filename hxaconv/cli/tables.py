@@ -259,7 +259,7 @@ def demo_lines(demo: Demo) -> list[RenderableType]:
         f"\nEverything is in {demo.folder}.",
         *(f"Left out: {line}" for line in demo.left_out),
         "What to try next:",
-        *(f"  {line}" for line in demo.next),
+        *(f"  $ {line}" for line in demo.next),
     ]
 
 

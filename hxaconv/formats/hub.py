@@ -92,7 +92,7 @@ class Repository:
             return data
         raise HxaconvError(
             f"{file.label}: the server did not send the {count} bytes that were asked for",
-            hint="A proxy may be in between. Download the model first: hf download " + self.name,
+            hint=f"A proxy may be in between. Download the model first: `hf download {self.name}`",
         )
 
     def cached(self, name: str) -> Path | None:
@@ -136,7 +136,7 @@ class Repository:
         if HF_HUB_OFFLINE:
             raise HxaconvError(
                 f"{self.label}/{name} is not in the Hub's cache, and HF_HUB_OFFLINE is set",
-                hint=f"Without HF_HUB_OFFLINE, run: hf download {self.name} --revision {self.commit}",
+                hint=f"Without HF_HUB_OFFLINE, run `hf download {self.name} --revision {self.commit}`.",
             )
         with self._explained(name):
             if "tqdm_class" in inspect.signature(hf_hub_download).parameters:
@@ -429,7 +429,7 @@ def explain(error: Exception, repo: str, revision: str | None, *, begun: str = "
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         return HxaconvError(
             f"{repo} is not in the Hub's cache, and the Hub is not used (HF_HUB_OFFLINE)",
-            hint=f"Unset HF_HUB_OFFLINE, or download it where there is network: hf download {repo}",
+            hint=f"Unset HF_HUB_OFFLINE, or download it where there is network: `hf download {repo}`",
         )
     if begun and not isinstance(error, OSError):
         return HxaconvError(

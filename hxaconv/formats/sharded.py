@@ -322,7 +322,7 @@ def _block(name: str, value: Record, archive: TorchZip) -> _Block:
         raise HxaconvError(
             f"{archive.label}: {show(name)} is divided as {', '.join(kinds) or 'unknown'};"
             " one Shard or Replicate is read",
-            hint="Merge it with the trainer's own script (verl: python -m verl.model_merger merge), and convert that.",
+            hint="Merge it with the trainer's script (verl: `python -m verl.model_merger merge`), and convert that.",
         )
     return local, shape, axis
 

@@ -97,7 +97,7 @@ def advised(refused: Refused, file: SourceFile) -> HxaconvError:
     script = f"import sys, torch; torch.save({loaded}, sys.argv[2])"
     refused.hint = (
         "torch.load(weights_only=True) refuses it as well. If you trust its origin, which then runs code of it, this"
-        f' saves the weights alone: python -c "{script}" {own} {out}'
+        f' saves the weights alone:\n$ python -c "{script}" {own} {out}'
     )
     return refused
 

@@ -205,7 +205,7 @@ def _encode(text: Path, tokenizer: SourceFile | None, count: int) -> list[int]:
         from tokenizers import Tokenizer
     except ImportError:
         raise HxaconvError(
-            "--text needs the `tokenizers` library", hint="pip install 'hxaconv[text]', or use --input-ids."
+            "--text needs the `tokenizers` library", hint="`pip install 'hxaconv[text]'`, or use --input-ids."
         ) from None
     try:
         made = Tokenizer.from_str(tokenizer.read(0, tokenizer.size).decode("utf-8"))
