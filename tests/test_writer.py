@@ -197,8 +197,7 @@ def test_a_tensor_is_recorded_only_after_its_bytes_were_synced(tmp_path, monkeyp
     for layout in output(tmp_path / "out", plan).files:
         path = tmp_path / layout.name
         path.write_bytes(bytes(layout.size))
-        settings = fill.FillSettings(workers=1, crc32=True, sha256=False, keep_cache=True)
-        fill.Filling([(layout, path, layout.fills)], {}, settings, recorded, total=0).run()
+        fill.Filling([(layout, path, layout.fills)], {}, recorded).run()
     assert events.count("recorded") == len(plan)
 
 

@@ -23,7 +23,7 @@ from hxaconv.progress import Progress, bar
 from hxaconv.save import diskio, preflight
 from hxaconv.save.checksums import Finished
 from hxaconv.save.documents import read_back, write_documents, write_provenance
-from hxaconv.save.fill import Filling, FillSettings
+from hxaconv.save.fill import Filling
 from hxaconv.save.interruption import Signals, interruptible
 from hxaconv.save.output import Output
 from hxaconv.save.staging import (
@@ -231,19 +231,16 @@ class _Run:
             prepare(list(dict.fromkeys(file for recipe in recipes for file in recipe.make.sources())))
         digest, total = self.options.digest, sum(recipe.nbytes for recipe in recipes)
         limit = diskio.memory_limit()
-        settings = FillSettings(
-            workers=self.options.workers or min(2, os.cpu_count() or 1),
-            crc32=digest == "crc32" or not self.output.is_folder,
-            sha256=digest == "sha256",
-            keep_cache=limit is None or total <= limit // 2,
-        )
         journal = Journal(self.staging.path, ranks.rank())
         try:
             filling = Filling(
                 [(layout, self.staging.content / layout.name, fills) for layout, fills in jobs],
                 read_journals(self.staging.path),
-                settings,
                 journal.done,
+                workers=self.options.workers or min(2, os.cpu_count() or 1),
+                crc32=digest == "crc32" or not self.output.is_folder,
+                sha256=digest == "sha256",
+                keep_cache=limit is None or total <= limit // 2,
                 total=self.total,
                 progress=self.progress,
             )
