@@ -29,10 +29,11 @@ import sys
 from pathlib import Path
 from hxaconv.load import load_student
 from hxaconv.calls import Call
+from hxaconv.options import Write
 from hxaconv.save.output import Record, lay_out
 student = load_student(sys.argv[1])
 record = Record(call=Call("to-hf"), sources={"source": student.checkpoint})
-output = lay_out(student, Path(sys.argv[2]), format="hf", record=record)
+output = lay_out(student, Path(sys.argv[2]), Write(), format="hf", record=record)
 assert len(output.tensors) == 19547
 """
 SHARDS = 13

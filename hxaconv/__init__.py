@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hxaconv.options import Tokens as Tokens
     from hxaconv.options import Write as Write
     from hxaconv.progress import Progress as Progress
-    from hxaconv.save.outcome import Outcome
+    from hxaconv.save.run import Outcome
     from hxaconv.selection.advice import Advice
     from hxaconv.verification.report import Report
     from hxaconv.verification.written import DigestReport

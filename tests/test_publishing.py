@@ -16,8 +16,7 @@ from writing import TARGETS, leftovers, output, partials, plan_over, reference, 
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.formats import safetensors, torchzip
 from hxaconv.options import Write
-from hxaconv.save import diskio, documents, fill, staging, writer
-from hxaconv.save import output as outputs
+from hxaconv.save import diskio, documents, fill, finish, staging, writer
 
 Cli = Callable[..., int]
 
@@ -41,15 +40,15 @@ def while_filling(folder: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> 
     monkeypatch.setattr(fill, "write_from", write_from)
 
 
-def before(step: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
+def before(module: Any, step: str) -> Callable[[Path, pytest.MonkeyPatch], None]:
     def plant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = getattr(writer, step)
+        real = getattr(module, step)
 
         def cleared(*arguments: Any, **options: Any) -> Any:
             clear(folder)
             return real(*arguments, **options)
 
-        monkeypatch.setattr(writer, step, cleared)
+        monkeypatch.setattr(module, step, cleared)
 
     return plant
 
@@ -58,7 +57,8 @@ MOMENTS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "first tensor": lambda folder, patch: while_filling(folder, patch, 0),
     "middle": lambda folder, patch: while_filling(folder, patch, 12),
     "last tensor": lambda folder, patch: while_filling(folder, patch, 23),
-    **{step: before(step) for step in ("Filling", "write_documents", "read_back", "write_provenance", "publish")},
+    **{step: before(writer, step) for step in ("Filling", "finish", "publish")},
+    **{step: before(finish, step) for step in ("read_back", "write_record")},
 }
 
 
@@ -192,12 +192,14 @@ SETTINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_settings_that_are_written_wrongly_are_refused_even_without_verification(
     cli: Cli, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, setting: str
 ) -> None:
+    real = documents.student_json
+
     def wrong(*arguments: Any) -> dict[str, Any]:
-        raw = documents.student_json(*arguments)
+        raw = real(*arguments)
         SETTINGS[setting](raw)
         return {key: value for key, value in raw.items() if value is not None or key == "rope_scaling"}
 
-    monkeypatch.setattr(outputs, "student_json", wrong)
+    monkeypatch.setattr(documents, "student_json", wrong)
     words = ["init-from-teacher", tiny_teacher, tmp_path / name, "--gqa-layers", "2,5", "--no-verify", "--quiet"]
     assert cli(*words, *(["--format", "pth"] if name == "out.pth" else [])) == 1
     assert not (tmp_path / name).exists()
@@ -316,7 +318,7 @@ def test_a_copy_of_a_kept_shard_that_was_damaged_is_copied_again(
     whole = tree(tmp_path / "p")
     shutil.rmtree(tmp_path / "p")
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "read_back", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(finish, "read_back", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert cli(*pick) == 130
     (partial,) = tmp_path.glob("p.partial-*/content")
     for path in partial.glob("*.safetensors"):

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from hxaconv.load import open_checkpoint
-from hxaconv.save.documents import CALIBRATED, CONVERTED, UNTRAINED
-from hxaconv.save.records import MAX_STEPS, history_of
+from hxaconv.save.documents import CALIBRATED, CONVERTED, MAX_STEPS, UNTRAINED, history_of
 
 Cli = Callable[..., int]
 Make = Callable[..., Path]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -228,9 +229,8 @@ def test_resuming_another_plan_is_refused_with_what_differs(tmp_path, monkeypatc
     tensors = out.tensors | {"t.3": with_origin(out.tensors["t.3"], "elsewhere")}
     with pytest.raises(HxaconvError) as caught:
         verified(replace(out, tensors=tensors), resume=True)
-    assert "tensors, t.3: F32" in str(caught.value)
-    assert "elsewhere now" in str(caught.value)
-    assert "t.4" not in str(caught.value)
+    (line,) = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    assert re.fullmatch(r"  - tensors: ([0-9a-f]{64}) then, (?!\1)[0-9a-f]{64} now", line)
     os.utime(file.path, ns=(5, 5_000_000))
     with pytest.raises(HxaconvError, match=r"source-0\.bin: 240,000 bytes, modified 20.* then, .* 1970-01-01 .*\.005"):
         verified(output(tmp_path / "out", plan_over(source(tmp_path))), resume=True)

@@ -23,6 +23,7 @@ from hxaconv.calibration.report import CalibrationReport, LayerReport, settings_
 from hxaconv.calibration.store import Store
 from hxaconv.calibration.time_mix import Attention, LayerFit, RwkvLayer
 from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.formats.dtypes import count_nonfinite
 from hxaconv.forward import llama
 from hxaconv.forward.pool import ROWS
 from hxaconv.forward.walk import First, Walk
@@ -31,7 +32,6 @@ from hxaconv.model.names import is_attention, layer_index, mixer_prefix
 from hxaconv.model.plan import Buffers, Plan, layer_bytes, total_bytes
 from hxaconv.options import Fit
 from hxaconv.progress import Progress, bar
-from hxaconv.save.checksums import count_nonfinite
 from hxaconv.surgery.arithmetic import tensor, torch_dtype
 from hxaconv.verification.claims import foreign_tensors, touched_tensors
 

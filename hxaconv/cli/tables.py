@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hxaconv.commands.maps import Maps
     from hxaconv.model.layer_maps import LayerMap
     from hxaconv.progress import Result
-    from hxaconv.save.outcome import Outcome
+    from hxaconv.save.run import Outcome
     from hxaconv.selection.advice import Advice
     from hxaconv.verification.report import LayerResult, LogitResult, Report
 

@@ -13,8 +13,8 @@ from hxaconv.model.layer_choice import layer_0_warning
 from hxaconv.model.model import checked_here
 from hxaconv.options import LARGEST_SEED, Fit, Option, OutAny, Settings, Shown, Source, Write
 from hxaconv.save.documents import UNTRAINED
-from hxaconv.save.outcome import Outcome
 from hxaconv.save.output import Record, dtype_warnings, lay_out
+from hxaconv.save.run import Outcome
 
 Teacher = Annotated[str, Option("Folder or Hub id of the teacher.", panel="Teacher and settings")]
 OfStudent = Annotated[Settings, Shown(without=("allow_output_bias", "drop_rope_scaling"))]
@@ -50,9 +50,9 @@ def calibrate(
     output = lay_out(
         plain,
         Path(out),
+        write,
         format=write.format_of(out),
         record=Record(call=call, sources=plain.sources, purpose=UNTRAINED),
-        max_shard_bytes=write.max_shard_bytes,
     )
     warnings = [*plain.source_warnings, *dtype_warnings(plain.plan), *layer_0_warning(plain.student)]
     return save_calibrated(task, output, write, plot=calibration.plot, warnings=warnings, notes=plain.notes)

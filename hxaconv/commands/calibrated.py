@@ -18,9 +18,8 @@ from hxaconv.model.model import Model
 from hxaconv.options import Write
 from hxaconv.save.documents import CALIBRATED, UNTRAINED, calibration_section
 from hxaconv.save.interruption import interruptible
-from hxaconv.save.outcome import Outcome
 from hxaconv.save.output import Output, Record
-from hxaconv.save.run import save
+from hxaconv.save.run import Outcome, save
 from hxaconv.save.writer import refuse
 from hxaconv.verification.written import OutputCheck
 

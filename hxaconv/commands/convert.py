@@ -13,9 +13,8 @@ from hxaconv.model.model import Model
 from hxaconv.model.plan import attention_of
 from hxaconv.options import Dtype, Option, OutFile, OutFolder, Settings, Shown, Source, TeacherToo, Write
 from hxaconv.save.documents import CONVERTED
-from hxaconv.save.outcome import Outcome
 from hxaconv.save.output import Record, dtype_warnings, lay_out
-from hxaconv.save.run import save
+from hxaconv.save.run import Outcome, save
 from hxaconv.surgery.reshape import reshape
 from hxaconv.verification.written import OutputCheck
 
@@ -124,12 +123,10 @@ def _write(
     output = lay_out(
         changed,
         Path(call.options["out"]),
+        write,
         format=format,
         record=Record(call=call, sources=student.sources, purpose=CONVERTED),
-        max_shard_bytes=write.max_shard_bytes,
         all_tensors=everything,
-        copy_code=write.copy_code,
-        keep_shell=write.keep_shell,
     )
     before = student if everything else replace(student, plan=attention_of(student.plan))
 

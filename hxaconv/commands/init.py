@@ -27,11 +27,9 @@ from hxaconv.options import (
     dtype_name,
     option_words,
 )
-from hxaconv.save.documents import UNTRAINED
-from hxaconv.save.outcome import Outcome
+from hxaconv.save.documents import UNTRAINED, init_record
 from hxaconv.save.output import Record, lay_out
-from hxaconv.save.records import init_record
-from hxaconv.save.run import save
+from hxaconv.save.run import Outcome, save
 from hxaconv.surgery.init import init_settings, new_student
 from hxaconv.verification.written import OutputCheck
 
@@ -84,6 +82,7 @@ def init_from_teacher(
     output = lay_out(
         student,
         Path(out),
+        write,
         format=format,
         record=Record(
             call=call,
@@ -91,9 +90,6 @@ def init_from_teacher(
             purpose=UNTRAINED,
             extra={"init": init_record(student.student.rwkv_layers, values, initial), "layer_choice": reason},
         ),
-        max_shard_bytes=write.max_shard_bytes,
-        copy_code=write.copy_code,
-        keep_shell=write.keep_shell,
     )
     warnings = [*source.teacher.warnings, *layer_choice.layer_0_warning(student.student)]
     notes = [f"GQA layers: {reason}"]

@@ -21,12 +21,10 @@ from hxaconv.model.model import Model
 from hxaconv.model.plan import main_dtype
 from hxaconv.options import Argument, Choice, Init, Option, Settings, Shown, Source, TeacherToo, Tokens, Write
 from hxaconv.save.diskio import write_result
-from hxaconv.save.documents import UNTRAINED, partly_untrained
+from hxaconv.save.documents import UNTRAINED, history_of, init_record, partly_untrained
 from hxaconv.save.interruption import interruptible
-from hxaconv.save.outcome import Outcome
 from hxaconv.save.output import Output, Record, dtype_warnings, kept_shards, lay_out
-from hxaconv.save.records import history_of, init_record
-from hxaconv.save.run import save
+from hxaconv.save.run import Outcome, save
 from hxaconv.save.writer import refuse
 from hxaconv.surgery.init import InitSettings, as_options, init_settings
 from hxaconv.surgery.reshape import in_dtype, repick
@@ -267,6 +265,7 @@ class _Run:
         output = lay_out(
             Model(new, plan, self.out, student.raw, student.tied_head),
             Path(self.out),
+            self.write,
             format=self.write.format_of(self.out),
             record=Record(
                 call=self.call,
@@ -274,7 +273,6 @@ class _Run:
                 purpose=UNTRAINED if fresh == list(new.rwkv_layers) else partly_untrained(fresh),
                 extra=made,
             ),
-            max_shard_bytes=self.write.max_shard_bytes,
             shards=shards,
         )
         initialised = f"RWKV, initialised ({as_options(self.values.preset, initial.factors, initial.seed)})"

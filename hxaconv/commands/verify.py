@@ -16,7 +16,7 @@ from hxaconv.model.config import StudentConfig, TeacherConfig, dropped_scaling
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.names import EMBEDDING
 from hxaconv.options import STAGES, Check, Option, Probe, Settings, Shown, Source, TeacherToo, option_words
-from hxaconv.save.records import history_of, record_of
+from hxaconv.save.documents import history_of, record_of
 
 if TYPE_CHECKING:
     from hxaconv.verification.report import Report

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hxaconv.errors import HxaconvError
-from hxaconv.formats.dtypes import parse_dtype
+from hxaconv.formats.dtypes import count_nonfinite, parse_dtype
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
 from hxaconv.forward.pool import BLOCK_BYTES, Matrix, Pool
@@ -30,7 +30,6 @@ from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, expert_index, is_expert, layer_index
 from hxaconv.model.plan import Buffers, Plan, Ranges, Recipe, has_rows, rows
-from hxaconv.save.checksums import count_nonfinite
 from hxaconv.surgery.arithmetic import SERIAL_BYTES, tensor, tensor_rows, torch_dtype
 
 SLICE_BYTES = 16 * 2**20

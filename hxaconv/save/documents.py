@@ -1,32 +1,31 @@
-"""The small files of an output: what config.json and the model card say; written, and read back from disk."""
+"""What the small files of an output say: config.json or a sidecar's settings, the model card, and hxaconv.json."""
 
 from __future__ import annotations
 
 import json
 import re
-import struct
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.errors import CheckFailed, raise_all
-from hxaconv.formats import FileLayout
+from hxaconv import __version__
+from hxaconv.errors import HxaconvError
 from hxaconv.formats.dtypes import BY_NAME
-from hxaconv.formats.json_files import PROVENANCE_NAME, as_bytes
-from hxaconv.formats.safetensors import INDEX_NAME, index_json
+from hxaconv.formats.json_files import as_bytes, read_json
 from hxaconv.model.config import StudentConfig
-from hxaconv.model.plan import Buffers
+from hxaconv.model.rwkv_infer import FOLDER, PTH, loadmodel_body
 from hxaconv.model.variants.base import MODEL_TYPE, RANK_KEYS
-from hxaconv.save import diskio
-from hxaconv.save.checksums import Finished, digest_of, digest_of_file
+from hxaconv.save.fill import digest_of
 
 if TYPE_CHECKING:
     from hxaconv.calibration.report import CalibrationReport
+    from hxaconv.model.model import Checkpoint
+    from hxaconv.options import Init
     from hxaconv.save.output import Output
-    from hxaconv.save.staging import Staging
-    from hxaconv.save.writer import Check
+    from hxaconv.surgery.init import InitSettings
 
+CODE_FILES = ("configuration_hxa079.py", "modeling_hxa079.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_hxa079.Hxa079Config",
     "AutoModel": "modeling_hxa079.Hxa079Model",
@@ -86,6 +85,39 @@ def student_json(config: StudentConfig, raw: Mapping[str, Any], dtype: str) -> d
         "torch_dtype": torch_name,
         "dtype": torch_name,
     }
+
+
+def documents(output: Output) -> dict[str, bytes]:
+    """The model card, the modelling code and config.json of a folder, or the sidecar of a file."""
+    assert output.student is not None
+    config, raw, record = output.student.student, output.student.raw, output.record
+    settings = student_json(config, raw, output.dtype)
+    if not output.is_folder:
+        settings = {key: value for key, value in settings.items() if key not in ("auto_map", "architectures")}
+        return {output.sidecar_name: as_bytes(settings | (_loadmodel(output) if output.format == "pth" else {}))}
+    code = resources.files("hxaconv") / "model" / "hf"
+    card = model_card(
+        config,
+        base_model=record.base_model,
+        taught="teacher" in record.sources,
+        purpose=record.purpose,
+        section=record.section,
+        how=f"`{record.call.line}` with hxaconv {__version__}.",
+        raw=raw,
+    )
+    # What a shell's config.json says of the parts that are carried along.
+    shell = record.shell.shell_config if output.shell and record.shell else {}
+    found = {name: (code / name).read_bytes() for name in CODE_FILES}
+    return found | {"README.md": card, "config.json": as_bytes({**settings, **shell, **settings})}
+
+
+def _loadmodel(output: Output) -> dict[str, Any]:
+    """The request that RWKV-Infer loads this with, where it knows the variant."""
+    assert output.student is not None
+    config, kind = output.student.student, FOLDER if output.is_folder else PTH
+    if config.variant.loaders.get(f"RWKV-Infer, {'HF folder' if output.is_folder else '.pth'}"):
+        return {}
+    return {"rwkv_infer_loadmodel": loadmodel_body(config, output.student.plan, kind, output.target.name)}
 
 
 STRIP_WIDTH = 60
@@ -254,164 +286,72 @@ def _infer_text(config: StudentConfig) -> str:
     )
 
 
-SMALL_BYTES = 64 * 1024
-"""Records of a zip that are read back whole."""
+# hxaconv.json, or the key `hxaconv` of a sidecar
+
+MAX_STEPS = 32
+"""Of a history; the latest are kept."""
+STEP = ("hxaconv", "command_line", "gqa_layers", "changed_layers", "init", "calibration")
+"""The sections of a record that a history keeps, as they are."""
 
 
-def write_documents(staging: Staging, output: Output) -> None:
-    """Files taken over, documents (config.json is the last of them), and then the index.
+def provenance(output: Output) -> dict[str, Any]:
+    """How an output is made, before it is: no times, no run options, no local folders."""
+    assert output.student is not None
+    call, config = output.record.call, output.student.student
+    return {
+        "hxaconv": __version__,
+        "command_line": call.line,
+        "options": call.recorded,
+        "sources": {role: _source(checkpoint) for role, checkpoint in output.record.sources.items()},
+        "format": output.format,
+        "variant": config.rwkv_architecture,
+        "gqa_layers": list(config.gqa_layers),
+        **(_loadmodel(output) if output.is_folder else {}),
+        **output.record.extra,
+    }
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+    files = [{"name": f.name, "bytes": f.size, "header_sha256": f.header_digest} for f in checkpoint.files]
+    name = checkpoint.repo or Path(checkpoint.label).name
+    described: dict[str, Any] = {"name": name, "revision": checkpoint.revision, "files": files}
+    history = history_of(checkpoint)
+    return described | {"history": history} if history else described
+
+
+def init_record(layers: Iterable[int], values: Init, settings: InitSettings) -> dict[str, Any]:
+    """The section `init` of a record: which layers were initialised, and how."""
+    how = {"method": values.init, "preset": values.preset, "factors": dict(settings.factors), "seed": settings.seed}
+    return how | {"layers": list(layers)}
+
+
+def record_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """hxaconv.json of a folder, or the key `hxaconv` of the sidecar of a `.pth`; empty where there is none.
 
     Raises:
-        OSError: naming the file.
+        HxaconvError: when it is not JSON, or no object.
     """
-    buffers = Buffers()
-    for name, file in output.copied_files.items():
-        _write(staging, name, file.pieces(0, file.size, buffers.read))
-    for name, data in _documents(output).items():
-        _write(staging, name, [data])
+    if checkpoint.record is not None and checkpoint.container == "safetensors":
+        return read_json(checkpoint.record)
+    return (checkpoint.sidecar or {}).get("hxaconv") or {}
 
 
-def _documents(output: Output) -> dict[str, bytes]:
-    """The documents as they are to stand on disk before there is a verdict."""
-    if not output.is_folder or len(output.files) < 2:
-        return dict(output.documents)
-    return {**output.documents, INDEX_NAME: index_json(output.tensors, output.files)}
+def history_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The steps that made a checkpoint, the first one first, as their records say; empty where there is none.
 
-
-def write_provenance(
-    staging: Staging,
-    output: Output,
-    tensors: Mapping[str, Finished],
-    verification: Mapping[str, Any] | None,
-    digest: str,
-) -> None:
-    """hxaconv.json, or the sidecar's key `hxaconv`: what was done, and what every tensor and small file is.
-
-    Raises:
-        OSError: naming the file.
+    A record comes with a checkpoint, from anybody: what is read of it later has to be looked at first.
     """
-    entries: dict[str, dict[str, str]] = {}
-    for name, recipe in output.tensors.items():
-        found = tensors[name].digest(digest)
-        entries[name] = {"origin": recipe.origin} | ({"digest": found} if found else {})
-    provenance = {**output.provenance, "verification": verification, "tensors": entries}
-    if digest != "none":
-        provenance["files"] = _file_digests(staging, output, digest)
-    nonfinite = {name: tensor.nonfinite for name, tensor in tensors.items() if tensor.nonfinite}
-    if nonfinite:
-        provenance["nonfinite"] = nonfinite
-    name, document = PROVENANCE_NAME, provenance
-    if not output.is_folder:
-        settings = json.loads(output.documents.get(output.sidecar_name, b"{}"))
-        name, document = output.sidecar_name, {**settings, "hxaconv": provenance}
-    data = as_bytes(document)
-    del entries, provenance, document  # of 20,000 tensors, as long as the file itself
-    _write(staging, name, [data])
-    if (staging.content / name).read_bytes() != data:
-        raise CheckFailed(f"{staging.content / name} is not what was written")
-
-
-def _file_digests(staging: Staging, output: Output, kind: str) -> dict[str, str]:
-    """Small files by name; of a sidecar, in which this is to stand, its settings."""
-    found = {name: digest_of_file(staging.content / name, kind) for name in [*output.copied_files, *_documents(output)]}
-    if not output.is_folder and output.sidecar_name in found:
-        settings = json.loads((staging.content / output.sidecar_name).read_bytes())
-        found[output.sidecar_name] = settings_digest(settings, kind)
-    return found
+    try:
+        record = record_of(checkpoint)
+        earlier = record["sources"]["source"].get("history", []) if "source" in record.get("sources", {}) else []
+        steps = [step for step in earlier if isinstance(step, dict)]
+    except (HxaconvError, AttributeError, KeyError, TypeError):
+        return []
+    own = {key: record[key] for key in STEP if key in record}
+    return [*steps, own][-MAX_STEPS:] if own else steps
 
 
 def settings_digest(sidecar: Mapping[str, Any], kind: str) -> str:
     """The digest of a sidecar's settings: all of it but the key `hxaconv`."""
     settings = {key: value for key, value in sidecar.items() if key != "hxaconv"}
     return digest_of(json.dumps(settings, sort_keys=True).encode(), kind)
-
-
-def read_back(staging: Staging, output: Output, tensors: Mapping[str, Finished], check: Check | None) -> None:
-    """Compare what stands on disk with what was to be written: documents, names, shapes, dtypes, places, checksums.
-
-    Headers and directories are read by code that shares nothing with what wrote them.
-
-    Raises:
-        CheckFailed: listing everything that differs.
-    """
-    content = staging.content
-    problems = _settings_problems(content, output, check)
-    for name, data in _documents(output).items():
-        if (content / name).read_bytes() != data:
-            problems.append(f"{name} is not what was written")
-    for name, file in output.copied_files.items():
-        problems += _size_problem(content / name, file.size)
-    for layout in output.files:
-        wrong = _size_problem(content / layout.name, layout.size)
-        problems += wrong or _layout_problems(content / layout.name, layout, output, tensors)
-    raise_all(f"{content}: on disk is not what was to be written:", problems, kind=CheckFailed)
-
-
-def _layout_problems(path: Path, layout: FileLayout, output: Output, tensors: Mapping[str, Finished]) -> list[str]:
-    try:
-        if output.is_folder:
-            found: dict[str, Any] = _safetensors_tensors(path)
-            wanted = {
-                fill.name: [fill.recipe.dtype, [*fill.recipe.shape], fill.offset, fill.offset + fill.recipe.nbytes]
-                for fill in layout.fills
-            }
-        else:
-            found = _zip_tensors(path)
-            wanted = {f"data/{i}": [tensors[f.name].crc32, f.recipe.nbytes] for i, f in enumerate(layout.fills)}
-    except (ValueError, KeyError, TypeError, struct.error, zipfile.BadZipFile) as error:
-        return [f"{path.name} cannot be read: {error}"]
-    return [
-        f"{path.name}: {name} is {found.get(name, 'not there')}, expected {wanted.get(name, 'nothing')}"
-        for name in dict.fromkeys([*wanted, *found])
-        if found.get(name) != wanted.get(name)
-    ]
-
-
-def _settings_problems(content: Path, output: Output, check: Check | None) -> list[str]:
-    """What the check says of the settings on disk."""
-    if check is None:
-        return []
-    name = "config.json" if output.is_folder else output.sidecar_name
-    return check.settings(output, json.loads((content / name).read_bytes()), name)
-
-
-def _size_problem(path: Path, expected: int) -> list[str]:
-    size = path.stat().st_size
-    return [] if size == expected else [f"{path.name} has {size:,} bytes, expected {expected:,}"]
-
-
-def _safetensors_tensors(path: Path) -> dict[str, list[Any]]:
-    """Name -> dtype, shape, first and last byte in the file, by the format's own description.
-
-    Source: https://github.com/huggingface/safetensors#format
-    """
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: [entry["dtype"], entry["shape"], *(8 + length + offset for offset in entry["data_offsets"])]
-        for name, entry in header.items()
-    }
-
-
-def _zip_tensors(path: Path) -> dict[str, list[Any]]:
-    """Record -> CRC-32 and size of the tensors in a `.pth`, by Python's zipfile, which compares those it reads."""
-    with zipfile.ZipFile(path) as archive:
-        entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        for info in entries.values():
-            if info.file_size <= SMALL_BYTES or "/data/" not in info.filename:
-                archive.read(info)
-    return {name: [info.CRC, info.file_size] for name, info in entries.items() if name.startswith("data/")}
-
-
-def _write(staging: Staging, name: str, chunks: Iterable[bytes | memoryview]) -> None:
-    path = staging.content / name
-    try:
-        path.parent.mkdir(exist_ok=True)
-        diskio.write_file(path, chunks, staging.path)
-        if path.parent != staging.content:
-            diskio.sync_folder(path.parent)
-    except OSError as error:
-        error.filename = path  # not all calls know it
-        raise

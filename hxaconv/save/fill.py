@@ -8,20 +8,23 @@ so that a tensor is recorded as done only once its bytes would survive a power l
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import queue
 import threading
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 from hxaconv.errors import HxaconvError
 from hxaconv.formats import FileLayout, Fill
+from hxaconv.formats.dtypes import count_nonfinite
 from hxaconv.formats.files import SourceFile, read_into, write_from
 from hxaconv.model.plan import Buffers
 from hxaconv.progress import Progress
 from hxaconv.save import diskio
-from hxaconv.save.checksums import Checks, Finished
 
 BATCH_BYTES = 512 * 1024 * 1024
 """Bytes that are finished before they are synced and recorded together."""
@@ -279,3 +282,70 @@ class Writeback:
             for source in self._sources:
                 diskio.drop_cached(source.open())
         self._before, self._window, self._window_bytes = self._window, [], 0
+
+
+# Checksums, computed as bytes pass by
+
+DIGESTS = ("crc32", "sha256", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A tensor whose bytes are written: its checksums, and how many of its values are NaN or infinite."""
+
+    name: str
+    crc32: int | None
+    sha256: str | None
+    nonfinite: int
+
+    def digest(self, kind: str) -> str | None:
+        """`crc32:0a1b2c3d` or `sha256:...`; None for `none`."""
+        if kind == "crc32":
+            assert self.crc32 is not None
+            return f"crc32:{self.crc32:08x}"
+        return f"sha256:{self.sha256}" if kind == "sha256" else None
+
+
+class Checks:
+    """Checksums and the count of values that are not finite, over the chunks of one tensor."""
+
+    def __init__(self, dtype: str, *, crc32: bool, sha256: bool, finite: bool = True) -> None:
+        self._dtype = dtype if finite else None
+        self._crc = 0 if crc32 else None
+        self._sha = hashlib.sha256() if sha256 else None
+        self._nonfinite = 0
+
+    def update(self, chunk: memoryview) -> None:
+        """Count in the next bytes of the tensor."""
+        if self._crc is not None:
+            self._crc = zlib.crc32(chunk, self._crc)
+        if self._sha is not None:
+            self._sha.update(chunk)
+        if self._dtype is not None:
+            self._nonfinite += count_nonfinite(chunk, self._dtype)
+
+    def finished(self, name: str) -> Finished:
+        """What was found, as that of the tensor `name`."""
+        sha = None if self._sha is None else self._sha.hexdigest()
+        return Finished(name, self._crc, sha, self._nonfinite)
+
+    def agrees(self, earlier: Finished) -> bool:
+        """Whether these bytes have the checksums that were recorded; without any there is no telling."""
+        now = self.finished(earlier.name)
+        if now.sha256 is None and now.crc32 is None:
+            return False
+        return (now.crc32, now.sha256) == (earlier.crc32, earlier.sha256)
+
+
+def digest_of(data: bytes, kind: str) -> str:
+    """The digest of a small file, as those of tensors are written; sha256 where tensors have none."""
+    return f"crc32:{zlib.crc32(data):08x}" if kind == "crc32" else f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def digest_of_file(path: Path, kind: str) -> str:
+    """The same of a file, which may be large."""
+    checks = Checks("U8", crc32=kind == "crc32", sha256=kind != "crc32", finite=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(1024 * 1024):
+            checks.update(memoryview(chunk))
+    return checks.finished(path.name).digest("crc32" if kind == "crc32" else "sha256") or ""

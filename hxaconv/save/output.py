@@ -6,34 +6,29 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv import __version__
 from hxaconv.calls import Call
 from hxaconv.errors import HxaconvError
 from hxaconv.formats import FileLayout, safetensors, torchzip
 from hxaconv.formats.dtypes import FLOATS
 from hxaconv.formats.files import SourceFile
-from hxaconv.formats.json_files import as_bytes
-from hxaconv.formats.safetensors import Shard, shard_layouts
+from hxaconv.formats.safetensors import Shard
 from hxaconv.model.experts import PTH_REASON
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, is_attention, stored_name
 from hxaconv.model.plan import Plan, Recipe, main_dtype, source_files, total_bytes, with_origin
-from hxaconv.model.rwkv_infer import FOLDER, PTH, loadmodel_body
-from hxaconv.save.documents import model_card, student_json
-from hxaconv.save.records import history_of
+from hxaconv.options import Write
+from hxaconv.save.documents import CODE_FILES, documents, provenance
 
 if TYPE_CHECKING:
-    from hxaconv.formats.safetensors import Shard
     from hxaconv.model.model import Checkpoint
 
 FORMATS = {"hf": "hf", "pth": "rwkv", "training": "training"}
 """Output format -> key format of its names."""
-
-CODE_FILES = ("configuration_hxa079.py", "modeling_hxa079.py")
+FILE_SUFFIXES = (".pth", ".pt", ".bin")
+"""Of targets that are one file; others are folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +50,11 @@ class Record:
         """What the card calls the model it is made from: the teacher, where there is one."""
         source = self.sources.get("teacher") or self.sources.get("source")
         return source.name if source else None
+
+    @property
+    def shell(self) -> Checkpoint | None:
+        """The first source that has tensors beside its text model."""
+        return next((source for source in self.sources.values() if source.shell), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,6 @@ class Output:
     """The float dtype that its config names."""
     whole: bool = True
     """Whether all of the student's tensors are written, not attention alone."""
-    copy_code: bool = False
     shell: Plan = field(default_factory=dict)
     """Tensors that wrap a text model, under their own names; folders only."""
 
@@ -101,11 +100,6 @@ class Output:
         """Of all weight files."""
         return sum(layout.size for layout in self.files)
 
-    @property
-    def source_roots(self) -> list[Path]:
-        """Folders and files the sources were opened from: the target may not be one of them, nor inside one."""
-        return [source.root for source in self.record.sources.values() if source.root is not None]
-
     def sources(self) -> list[SourceFile]:
         """Every file that will be read."""
         return list(dict.fromkeys([*source_files(self.tensors), *self.copied_files.values()]))
@@ -120,25 +114,21 @@ class Output:
             replace(layout, fills=tuple(replace(fill, recipe=tensors[fill.name]) for fill in layout.fills))
             for layout in self.files
         )
-        changed = replace(self, student=student, record=record, tensors=tensors, files=files)
-        return replace(changed, documents=_documents(changed), provenance=_provenance(changed))
+        return _described(replace(self, student=student, record=record, tensors=tensors, files=files))
 
 
 def lay_out(
     student: Model,
     target: Path,
+    write: Write,
     *,
     format: str,
     record: Record,
-    max_shard_bytes: int = 5_000_000_000,
     all_tensors: bool = False,
-    copy_code: bool = False,
-    keep_shell: bool = False,
     shards: Sequence[Shard] | None = None,
 ) -> Output:
     """The output of a student, complete but for the bytes.
 
-    `keep_shell` carries the tensors and processor files that wrap a source's text model into a folder.
     `all_tensors` are written to a `training` output only where asked for;
     `shards` is a sharding of a folder to keep, None one by size.
 
@@ -149,27 +139,26 @@ def lay_out(
     if format == "pth" and student.config.experts is not None:
         raise HxaconvError(PTH_REASON, hint="Write a folder: `hxaconv to-hf`, or --format hf.")
     whole = all_tensors or format != "training"
-    shell = _shell(record, format) if keep_shell else {}
+    shell = _shell(record, format) if write.keep_shell else {}
     tensors = stored_plan(student.plan, format, whole=whole) | shell
     output = Output(
         target=target,
         format=format,
         tensors=tensors,
-        files=layouts(target, format, tensors, max_shard_bytes, shards),
+        files=layouts(target, format, tensors, write.max_shard_bytes, shards),
         documents={},
         record=record,
         student=student,
         dtype=main_dtype(student.plan),
         whole=whole,
-        copy_code=copy_code,
         shell=shell,
     )
-    return replace(
-        output,
-        documents=_documents(output),
-        copied_files=_companions(output) if output.is_folder else {},
-        provenance=_provenance(output),
-    )
+    companions = _companions(output, copy_code=write.copy_code) if output.is_folder else {}
+    return _described(replace(output, copied_files=companions))
+
+
+def _described(output: Output) -> Output:
+    return replace(output, documents=documents(output), provenance=provenance(output))
 
 
 def dtype_warnings(plan: Plan, command: str = "") -> list[str]:
@@ -210,9 +199,9 @@ def stored_plan(plan: Plan, format: str, *, whole: bool = True) -> Plan:
 
 def _check_target(target: Path, format: str, record: Record) -> None:
     # RWKV-Infer takes a path for a file only where its name says .pth; trainers are not so particular.
-    if format != "hf" and target.suffix not in ((".pth",) if format == "pth" else (".pth", ".pt", ".bin")):
+    if format != "hf" and target.suffix not in ((".pth",) if format == "pth" else FILE_SUFFIXES):
         raise HxaconvError(f"{target}: a {format} output is one file", hint="Name it OUT.pth.")
-    if format == "hf" and target.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+    if format == "hf" and target.suffix in (*FILE_SUFFIXES, ".safetensors"):
         other = "`hxaconv to-pth`" if record.call.command == "to-hf" else "--format pth"
         raise HxaconvError(f"{target}: an hf output is a folder", hint=f"Leave the suffix off, or use {other}.")
     for word in (*shlex.split(record.call.line), target.name):
@@ -225,94 +214,27 @@ def _check_target(target: Path, format: str, record: Record) -> None:
             ) from None
 
 
-def _documents(output: Output) -> dict[str, bytes]:
-    """The model card, the modelling code and config.json of a folder; the sidecar of a file."""
-    assert output.student is not None
-    config, record = output.student.student, output.record
-    settings = student_json(config, output.student.raw, output.dtype)
-    if not output.is_folder:
-        settings = {key: value for key, value in settings.items() if key not in ("auto_map", "architectures")}
-        if output.format == "pth":
-            settings |= _loadmodel(output)
-        return {output.sidecar_name: as_bytes(settings)}
-    code = resources.files("hxaconv") / "model" / "hf"
-    documents = {name: (code / name).read_bytes() for name in CODE_FILES}
-    documents["README.md"] = model_card(
-        config,
-        base_model=record.base_model,
-        taught="teacher" in record.sources,
-        purpose=record.purpose,
-        section=record.section,
-        how=f"`{record.call.line}` with hxaconv {__version__}.",
-        raw=output.student.raw,
-    )
-    if output.shell:
-        settings |= {key: value for key, value in _shelled(record).shell_config.items() if key not in settings}
-    return documents | {"config.json": as_bytes(settings)}
-
-
-def _loadmodel(output: Output) -> dict[str, Any]:
-    """The request that RWKV-Infer loads this with, where it knows the variant."""
-    assert output.student is not None
-    config, kind = output.student.student, FOLDER if output.is_folder else PTH
-    if config.variant.loaders.get(f"RWKV-Infer, {'HF folder' if output.is_folder else '.pth'}"):
-        return {}
-    return {"rwkv_infer_loadmodel": loadmodel_body(config, output.student.plan, kind, output.target.name)}
-
-
-def _shelled(record: Record) -> Checkpoint:
-    """The first source that is a shell."""
-    found = next((source for source in record.sources.values() if source.shell), None)
-    if found is None:
+def _shell(record: Record, format: str) -> Plan:
+    """The tensors that wrap the text model of a source."""
+    if format != "hf":
+        raise HxaconvError("--keep-shell: only a folder (--format hf) can hold what wraps the text model")
+    if record.shell is None:
         raise HxaconvError(
             "--keep-shell: no source has tensors beside its text model",
             hint="Leave it out; it is for sources such as Mistral 3 and Qwen3-VL.",
         )
-    return found
+    return record.shell.shell
 
 
-def _shell(record: Record, format: str) -> Plan:
-    if format != "hf":
-        raise HxaconvError("--keep-shell: only a folder (--format hf) can hold what wraps the text model")
-    return _shelled(record).shell
-
-
-def _companions(output: Output) -> dict[str, SourceFile]:
+def _companions(output: Output, *, copy_code: bool) -> dict[str, SourceFile]:
     """Tokenizer and generation files of the sources, the first that has one wins; code only on request."""
     found: dict[str, SourceFile] = {}
     for checkpoint in output.record.sources.values():
         wrapping = checkpoint.shell_files if output.shell else {}
-        for name, file in (*checkpoint.companions.items(), *wrapping.items()):
+        code = {name: file for name, file in checkpoint.code_files.items() if copy_code and name not in CODE_FILES}
+        for name, file in (*checkpoint.companions.items(), *wrapping.items(), *code.items()):
             found.setdefault(name, file)
-        if output.copy_code:
-            for name, file in checkpoint.code_files.items():
-                if name not in CODE_FILES:
-                    found.setdefault(name, file)
     return found
-
-
-def _provenance(output: Output) -> dict[str, Any]:
-    assert output.student is not None
-    config = output.student.student
-    return {
-        "hxaconv": __version__,
-        "command_line": output.record.call.line,
-        "options": output.record.call.recorded,
-        "sources": {role: _source(checkpoint) for role, checkpoint in output.record.sources.items()},
-        "format": output.format,
-        "variant": config.rwkv_architecture,
-        "gqa_layers": list(config.gqa_layers),
-        **(_loadmodel(output) if output.is_folder else {}),
-        **output.record.extra,
-    }
-
-
-def _source(checkpoint: Checkpoint) -> dict[str, Any]:
-    files = [{"name": f.name, "bytes": f.size, "header_sha256": f.header_digest} for f in checkpoint.files]
-    name = checkpoint.repo or Path(checkpoint.label).name
-    described: dict[str, Any] = {"name": name, "revision": checkpoint.revision, "files": files}
-    history = history_of(checkpoint)
-    return described | {"history": history} if history else described
 
 
 def kept_shards(source: Checkpoint, before: Plan, after: Plan, max_shard_bytes: int) -> list[Shard] | None:
@@ -335,7 +257,7 @@ def kept_shards(source: Checkpoint, before: Plan, after: Plan, max_shard_bytes: 
             linkable = file.path is not None and not file.path.is_symlink()
             shards.append(Shard(tuple(group), file if linkable else None))
         elif group:
-            layouts = shard_layouts(group, max_shard_bytes)
+            layouts = safetensors.shard_layouts(group, max_shard_bytes)
             shards += [Shard(tuple(fill.name for fill in layout.fills)) for layout in layouts]
     return shards
 

@@ -4,26 +4,175 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hxaconv import ranks
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.files import SourceFile
 from hxaconv.formats.hub import explain, hub_utils, network_errors
 from hxaconv.load.files import tokenizer_warnings
+from hxaconv.load.inspection import PARTS, part_of
 from hxaconv.load.models import download, will_download
-from hxaconv.model.plan import source_files
+from hxaconv.model.names import layer_kinds
+from hxaconv.model.plan import Recipe, attention_of, source_files, total_bytes
+from hxaconv.model.variants.base import RANK_KEYS
 from hxaconv.options import Write
+from hxaconv.progress import Result
+from hxaconv.save.finish import Check
 from hxaconv.save.interruption import interruptible
-from hxaconv.save.outcome import Outcome, planned
 from hxaconv.save.output import Output
-from hxaconv.save.writer import Check, refuse, write
+from hxaconv.save.writer import WriteResult, refuse, write
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from hxaconv.calibration.report import CalibrationReport
+    from hxaconv.selection.advice import Advice
+    from hxaconv.verification.report import Report
+
+
+class Planned(NamedTuple):
+    """One tensor of an output; `how` is copy, scale, cast, ..."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    how: str
+    origin: str
+
+
+class File(NamedTuple):
+    """One weight file of an output."""
+
+    name: str
+    nbytes: int
+    tensors: int
+
+
+class Part(NamedTuple):
+    """A part of the model, such as its MLPs, summed up; `how` counts how its tensors come about."""
+
+    name: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    how: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Outcome(Result):
+    """What a writing command did; `written` is None for a dry run, and before the work begins."""
+
+    command: str
+    target: Path
+    format: str
+    dtype: str
+    layers: str
+    """A letter for each: R RWKV, G GQA."""
+    gqa_layers: tuple[int, ...]
+    ranks: Mapping[str, int]
+    parts: tuple[Part, ...]
+    files: tuple[File, ...]
+    plan: Mapping[str, Planned]
+    """Every tensor by its stored name, in order on disk."""
+    nbytes: int
+    """Of all tensors."""
+    written: WriteResult | None = None
+    calibration: CalibrationReport | None = None
+    advice: Advice | None = None
+    """What the layers were chosen by, where a strategy did."""
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pushed_to: str | None = None
+
+    @property
+    def report(self) -> Report | None:
+        """What the verification of the output found."""
+        return self.written.report if self.written else None
+
+    @property
+    def headline(self) -> str:
+        """What stands where."""
+        state = "planned" if self.written is None else "written"
+        verified = f", verification {'passed' if self.report.passed else 'FAILED'}" if self.report else ""
+        layers = f"{len(self.gqa_layers)} of {len(self.layers)} layers GQA"
+        return f"{self.target} ({self.format}, {self.dtype}) {state}, {layers}, {self.nbytes:,} bytes{verified}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON can hold it; every tensor of the plan only where nothing was written."""
+        data: dict[str, Any] = {
+            "command": self.command,
+            "target": str(self.target),
+            "format": self.format,
+            "dtype": self.dtype,
+            "layers": self.layers,
+            "gqa_layers": list(self.gqa_layers),
+            "ranks": {RANK_KEYS[name]: size for name, size in self.ranks.items()},
+            "tensors": len(self.plan),
+            "bytes": self.nbytes,
+            "files": [{"name": file.name, "bytes": file.nbytes} for file in self.files],
+            "written": self.written is not None,
+            "published": self.written is not None,
+            "notes": self.notes,
+            "warnings": self.warnings,
+            "calibration": self.calibration.json() if self.calibration else None,
+            "verification": self.report.verdict() if self.report else None,
+            "pushed_to": self.pushed_to,
+        }
+        if self.advice is not None:
+            data["advice"] = self.advice.to_dict()
+        if self.written is None:
+            data["plan"] = {name: tensor._asdict() | {"shape": [*tensor.shape]} for name, tensor in self.plan.items()}
+        return data
+
+
+SHOWN = 3
+"""Names of oversized tensors that a warning lists; the plan shows their files."""
+
+
+def planned(output: Output, options: Write, warnings: Sequence[str], notes: Sequence[str]) -> Outcome:
+    """The outcome of an output before anything is written."""
+    assert output.student is not None
+    config = output.student.student
+    stored = output.student.plan if output.whole else attention_of(output.student.plan)
+    kinds, groups = layer_kinds(stored), dict[str, list[Recipe]]()
+    for name, recipe in stored.items():
+        groups.setdefault(part_of(name, kinds), []).append(recipe)
+    limit = options.max_shard_bytes
+    oversized = [name for name, recipe in output.tensors.items() if output.is_folder and recipe.nbytes > limit]
+    if oversized:
+        rest = f" and {len(oversized) - SHOWN} more" if len(oversized) > SHOWN else ""
+        names = f"{', '.join(oversized[:SHOWN])}{rest}"
+        warnings = [*warnings, f"larger than --max-shard-size, in files of their own: {names}"]
+    return Outcome(
+        command=output.record.call.command,
+        target=output.target,
+        format=output.format,
+        dtype=output.dtype,
+        layers=config.strip,
+        gqa_layers=config.gqa_layers,
+        ranks={name: getattr(config.ranks, name) for name in config.variant.rank_names},
+        parts=tuple(
+            Part(
+                part,
+                len(group),
+                sum(recipe.numel for recipe in group),
+                sum(recipe.nbytes for recipe in group),
+                Counter(recipe.make.kind for recipe in group),
+            )
+            for part in PARTS
+            if (group := groups.get(part))
+        ),
+        files=tuple(File(layout.name, layout.size, len(layout.fills)) for layout in output.files),
+        plan={
+            name: Planned(recipe.shape, recipe.dtype, recipe.make.kind, recipe.origin)
+            for name, recipe in output.tensors.items()
+        },
+        nbytes=total_bytes(output.tensors),
+        warnings=list(warnings),
+        notes=list(notes),
+    )
 
 
 def save(
@@ -43,11 +192,10 @@ def save(
         CheckFailed: when the output did not pass; it is left beside the target for inspection.
     """
     progress, sources = output.record.call.progress, list(output.record.sources.values())
-    if output.format == "hf":
-        warnings = [*warnings, *tokenizer_warnings(sources, copied=output.copy_code)]
+from hxaconv.load.files import tokenizer_warnings
+from hxaconv.load.inspection import PARTS, part_of
     to_come = will_download(sources, source_files(output.tensors))
-    notes = [*notes, *([to_come] if to_come else [])]
-    outcome = planned(output, options.max_shard_bytes, warnings, notes)
+    outcome = planned(output, options, warnings, [*notes, *([to_come] if to_come else [])])
     if options.push_to:
         check_push(options.push_to)
     if options.dry_run:
@@ -59,36 +207,26 @@ def save(
         threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
 
     def prepare(needed: Sequence[SourceFile]) -> None:
-        models = [output.student] if output.student is not None and ranks.rank() == 0 else []
         if progress is not None and ranks.rank() == 0:
             progress.show(outcome)
-        download(output.record.sources.values(), needed, models, progress)
+        student = output.student
+        download(sources, needed, [student] if student is not None and ranks.rank() == 0 else [], progress)
 
     written = write(output, options, check=check, prepare=prepare, progress=progress)
-    pushed = _push(written.path, options.push_to) if options.push_to else None
     left = [
         f"{path} is left from an interrupted run with other options or sources; delete it if nobody will resume it."
         for path in written.leftovers
     ]
-    return replace(
-        outcome,
-        written=written,
-        report=written.report,
-        notes=[*outcome.notes, *left],
-        pushed_to=pushed,
-    )
-
-
-def _push(path: Path, repo_id: str) -> str | None:
-    if ranks.rank():
-        return None
-    kept = f"{path} is complete; `hf upload {repo_id} {path}` sends it as well."
-    with interruptible(lambda: kept):
-        try:
-            return push_folder(path, repo_id)
-        except HxaconvError as error:
-            error.hint = f"{error.hint} {kept}".strip()
-            raise
+    outcome = replace(outcome, written=written, notes=[*outcome.notes, *left])
+    if options.push_to and ranks.rank() == 0:
+        kept = f"{written.path} is complete; `hf upload {options.push_to} {written.path}` sends it as well."
+        with interruptible(lambda: kept):
+            try:
+                outcome = replace(outcome, pushed_to=push_folder(written.path, options.push_to))
+            except HxaconvError as error:
+                error.hint = f"{error.hint} {kept}".strip()
+                raise
+    return outcome
 
 
 def check_push(repo_id: str) -> None:
@@ -137,20 +275,16 @@ def push_folder(path: Path, repo_id: str) -> str:
         )
     api = HfApi()
     try:
-        _upload(api, path, repo_id)
+        api.create_repo(repo_id, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=path if path.is_dir() else path.parent,
+            commit_message=f"Upload {path.name}",
+            allow_patterns=None if path.is_dir() else [path.name, path.with_suffix(".json").name],
+            ignore_patterns=[".*", "*.partial-*", "__pycache__/*"],
+        )
     except network_errors() as error:
         raise explain(error, repo_id, None) from None
     except ValueError as error:
         raise HxaconvError(f"{repo_id!r} cannot be uploaded to: {str(error).splitlines()[0]}") from None
     return f"{api.endpoint}/{repo_id}"
-
-
-def _upload(api: HfApi, path: Path, repo_id: str) -> None:
-    api.create_repo(repo_id, private=True, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo_id,
-        folder_path=path if path.is_dir() else path.parent,
-        commit_message=f"Upload {path.name}",
-        allow_patterns=None if path.is_dir() else [path.name, path.with_suffix(".json").name],
-        ignore_patterns=[".*", "*.partial-*", "__pycache__/*"],
-    )

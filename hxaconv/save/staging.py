@@ -13,74 +13,71 @@ another never do. Publishing is a few renames; `recover` finishes or undoes them
 from __future__ import annotations
 
 import contextlib
+import glob
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from hxaconv.errors import HxaconvError, bullet_list, raise_all
 from hxaconv.formats import FileLayout
 from hxaconv.formats.files import SourceFile, write_from
+from hxaconv.options import option_words
 from hxaconv.save import diskio
-from hxaconv.save.checksums import Finished
-from hxaconv.save.output import Output
-from hxaconv.save.records import differences, fingerprint, plan_of
+from hxaconv.save.fill import Finished
+from hxaconv.save.output import FILE_SUFFIXES, Output
 
 RECORD_NAME = "plan.json"
 _MARKER = "publishing"
 _REPLACED = "replaced"
-_CONTENT = "content"
+_JOURNAL = "journal"
 
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """The folder of one plan."""
+    """The folder of one plan; whether that is a folder of files or one file with a sidecar, its target's name says."""
 
     path: Path
     target: Path
-    is_folder: bool
-    beside: tuple[str, ...]
-    """Files published beside the target, before it (the sidecar of a `.pth`)."""
 
     @property
     def content(self) -> Path:
         """The folder that files are written into."""
-        return self.path / _CONTENT
+        return self.path / "content"
 
     @property
     def checkpoint(self) -> Path:
         """The staged output as a checkpoint that can be opened: a folder, or a `.pth` file."""
-        return self.content if self.is_folder else self.content / self.target.name
+        return self.content / self.target.name if self.target.suffix in FILE_SUFFIXES else self.content
 
     def moves(self) -> list[tuple[Path, Path]]:
         """From where to where publishing renames; the target itself comes last."""
-        parent = self.target.parent
-        return [*((self.content / name, parent / name) for name in self.beside), (self.checkpoint, self.target)]
+        sidecar = self.target.with_name(f"{self.target.stem}.json")
+        beside = [(self.content / sidecar.name, sidecar)] if self.checkpoint != self.content else []
+        return [*beside, (self.checkpoint, self.target)]
 
     def allocated_bytes(self) -> int:
         """Disk space that earlier runs of the same plan have taken already."""
-        total = 0
-        if os.path.isdir(self.content):
-            for entry in os.scandir(self.content):
-                stat = entry.stat(follow_symlinks=False)
-                if stat.st_nlink == 1:  # a source's own file takes nothing
-                    total += getattr(stat, "st_blocks", 0) * 512
-        return total
+        found = os.scandir(self.content) if os.path.isdir(self.content) else ()
+        stats = [entry.stat(follow_symlinks=False) for entry in found]
+        # A source's own file takes nothing.
+        return sum(getattr(stat, "st_blocks", 0) * 512 for stat in stats if stat.st_nlink == 1)
 
-    def create(self, record: dict[str, Any]) -> None:
+    def create(self, record: Mapping[str, Any]) -> None:
         """Make the folder, and record the plan.
 
         Raises:
             OSError: when the disk has no room for that; the folder is gone then, if nothing else is in it.
         """
-        path = self.path / RECORD_NAME
         try:
             self.content.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                diskio.write_file(path, [json.dumps(record, indent=1, default=str).encode()], self.path)
+            if not (self.path / RECORD_NAME).exists():
+                self.write(self.path / RECORD_NAME, [json.dumps(record, indent=1).encode()])
                 diskio.sync_folder(self.path)
                 diskio.sync_folder(self.path.parent)
         except OSError:
@@ -89,19 +86,44 @@ class Staging:
                     folder.rmdir()
             raise
 
-    def reserve(self, files: Sequence[FileLayout], total: int) -> None:
-        """Give every file its size, its disk space where the file system can, and its headers.
+    def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+        """A small file in this folder, complete and synced, or not there at all.
 
         Raises:
-            HxaconvError: when there is no room for them; `total` bytes are what the whole output takes.
+            OSError: naming the file.
         """
-        for layout in files:
-            path = self.content / layout.name
-            with diskio.explained(path, f"reserving {layout.size} bytes", total):
-                if layout.hard_link is not None:
-                    _link_or_copy(layout.hard_link, path)
-                else:
-                    _reserve(layout, path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            diskio.write_file(path, chunks, self.path)
+            if path.parent not in (self.path, self.content):
+                diskio.sync_folder(path.parent)
+        except OSError as error:
+            error.filename = path  # not all calls know it
+            raise
+
+    def reserve(self, layout: FileLayout) -> None:
+        """Give a file its size, its disk space where the file system can, and its headers; a source's own is linked.
+
+        Raises:
+            OSError: when there is no room for it.
+        """
+        path = self.content / layout.name
+        if layout.hard_link is not None:
+            _link_or_copy(layout.hard_link, path)
+            return
+        existed = path.exists()
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            diskio.reserve(fd, layout.size)
+            for offset, data in layout.segments:
+                write_from(fd, memoryview(data), offset)
+        except OSError:
+            if not existed:
+                # A failed reservation keeps all the free space it found.
+                path.unlink()
+            raise
+        finally:
+            os.close(fd)
 
     def seal(self, layout: FileLayout, crcs: Mapping[str, int]) -> None:
         """Write what depends on the tensors' checksums, and sync the file with all that is in it.
@@ -110,7 +132,7 @@ class Staging:
             OSError: when the system refuses, or the file is not what it should be.
         """
         path = self.content / layout.name
-        fd = os.open(path, (os.O_RDONLY if layout.hard_link else os.O_RDWR))
+        fd = os.open(path, os.O_RDONLY if layout.hard_link else os.O_RDWR)
         try:
             for offset, data in layout.seal(crcs) if layout.seal is not None else ():
                 write_from(fd, memoryview(data), offset)
@@ -124,22 +146,6 @@ class Staging:
     def remove(self) -> None:
         """Delete the folder with everything in it, as far as possible."""
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _reserve(layout: FileLayout, path: Path) -> None:
-    existed = path.exists()
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        diskio.reserve(fd, layout.size)
-        for offset, data in layout.segments:
-            write_from(fd, memoryview(data), offset)
-    except OSError:
-        if not existed:
-            # A failed reservation keeps all the free space it found.
-            path.unlink()
-        raise
-    finally:
-        os.close(fd)
 
 
 def _link_or_copy(source: SourceFile, path: Path) -> None:
@@ -160,77 +166,155 @@ def _link_or_copy(source: SourceFile, path: Path) -> None:
         os.replace(copy, path)
 
 
+# Which plan it is
+
+
 def plan_record(output: Output, digest: str) -> dict[str, Any]:
-    """What `plan.json` says."""
-    command, options = output.record.call.command, dict(output.record.call.options)
-    return {"command": command, "options": options, "beside": _beside(output), "plan": plan_of(output, digest)}
-
-
-def _beside(output: Output) -> list[str]:
-    if output.is_folder:
-        return []
-    return list(dict.fromkeys([*output.documents, *output.copied_files, output.sidecar_name]))
-
-
-def staging_of(output: Output, record: dict[str, Any]) -> Staging:
-    """The staging folder of a plan, whether it exists or not."""
-    path = output.target.with_name(f"{output.target.name}.partial-{fingerprint(record['plan'])[:12]}")
-    return Staging(path, output.target, output.is_folder, tuple(record["beside"]))
-
-
-def stagings_at(target: Path) -> list[Staging]:
-    """All staging folders beside a target whose plan can be read."""
-    found = []
-    for path in sorted(target.parent.glob(f"{_escaped(target.name)}.partial-*")):
-        record = read_record(path)
-        if record is not None:
-            found.append(Staging(path, target, record["plan"]["folder"], tuple(record["beside"])))
+    """What `plan.json` holds: the command and its options, and, as the plan, all that decides the bytes."""
+    call = output.record.call
+    options = {
+        name if name in ("source", "teacher") else option_words([name]): value
+        for name, value in {**call.options, "digest": digest}.items()
+        if name != "out"
+    }
+    plan = {
+        "hxaconv": output.provenance.get("hxaconv"),
+        "digest": digest,
+        "sources": {f"{number} {file.name}": _source(file) for number, file in enumerate(output.sources())},
+        "tensors": _sha256((name, r.dtype, r.shape, r.make.kind, r.origin) for name, r in output.tensors.items()),
+        "files": _sha256((layout.name, layout.size) for layout in output.files),
+        "documents": _sha256(output.documents.items()),
+        "copied files": _sha256((name, file.size) for name, file in output.copied_files.items()),
+        "provenance": _sha256(output.provenance.items()),
+    }
+    record = {"command": call.command, "options": options, "plan": plan}
+    found: dict[str, Any] = json.loads(json.dumps(record, default=str))
     return found
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+def _sha256(parts: Iterable[Any]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(repr(part).encode())
+    return found.hexdigest()
 
 
-_RECORD_TYPES: dict[str, type] = {"command": str, "options": dict, "beside": list, "plan": dict}
-_PLAN_TYPES: dict[str, type] = {"folder": bool, "digest": str, "sources": dict, "provenance": dict}
+def _source(file: SourceFile) -> dict[str, Any]:
+    # A download's time is not the source's.
+    return {"bytes": file.size, "modified": None if file.fetch else file.mtime_ns, "header": file.header_digest}
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """The `plan.json` of a staging folder; None if it has none that can be read, or none of ours."""
-    try:
-        record = json.loads((path / RECORD_NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return record if _has(record, _RECORD_TYPES) and _has(record["plan"], _PLAN_TYPES) and _all_beside(record) else None
+def staging_of(target: Path, record: Mapping[str, Any]) -> Staging:
+    """The staging folder of a plan, whether it exists or not."""
+    key = hashlib.sha256(json.dumps(record["plan"], sort_keys=True).encode()).hexdigest()
+    return Staging(target.with_name(f"{target.name}.partial-{key[:12]}"), target)
 
 
-def _has(value: Any, types: Mapping[str, type]) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in types.items())
+def stagings_at(target: Path) -> list[Staging]:
+    """All staging folders beside a target."""
+    found = sorted(target.parent.glob(f"{glob.escape(target.name)}.partial-{'[0-9a-f]' * 12}"))
+    return [Staging(path, target) for path in found if (path / RECORD_NAME).is_file()]
 
 
-def _all_beside(record: Mapping[str, Any]) -> bool:
-    """Whether publishing would rename files of this folder into the one around it, and touch nothing else."""
-    return all(
-        isinstance(name, str) and name not in ("", "..") and Path(name).name == name for name in record["beside"]
-    )
-
-
-def refuse_other_plans(staging: Staging, record: dict[str, Any]) -> None:
+def refuse_other_plans(staging: Staging, record: Mapping[str, Any]) -> None:
     """Say why there is nothing to resume although interrupted runs on this target exist.
 
     Raises:
         HxaconvError: when there are such runs.
     """
     for other in stagings_at(staging.target):
-        recorded = read_record(other.path)
-        if recorded is None or other.path == staging.path:
+        if other.path == staging.path:
             continue
-        lines = differences(recorded, record)
+        try:
+            lines = differences(json.loads((other.path / RECORD_NAME).read_bytes()), record)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            lines = [f"its {RECORD_NAME} cannot be read"]
         raise HxaconvError(
             f"{other.path} cannot be resumed, something has changed since it was begun:\n{bullet_list(lines)}",
             hint=f"Use the options and sources of then, or delete {other.path} and start without --resume.",
         )
+
+
+def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """In words, what two plan records differ in: options and sources first; the rest where neither explains it."""
+    for then, now in zip(_views(recorded), _views(current), strict=True):
+        changed = [key for key in dict.fromkeys([*then, *now]) if not _same(then.get(key), now.get(key))]
+        if changed:
+            return [f"{key}: {_shown(then.get(key))} then, {_shown(now.get(key))} now" for key in changed]
+    return []
+
+
+def _views(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    plan = dict(record["plan"])
+    sources = {
+        key.partition(" ")[2]: f"{file['bytes']:,} bytes, modified {_time(file['modified'])},"
+        f" header {file['header'][:8]}"
+        for key, file in plan.pop("sources").items()
+    }
+    version = {"hxaconv": plan.pop("hxaconv")}  # another one may lay it out otherwise
+    return [{"the command": record["command"]}, version, record["options"] | sources, plan]
+
+
+def _time(modified: int | None) -> str:
+    """Local time to the millisecond."""
+    return "?" if modified is None else datetime.fromtimestamp(modified / 1e9).isoformat(" ", "milliseconds")
+
+
+def _same(then: Any, now: Any) -> bool:
+    """Whether two values are equal, or two spellings of one path."""
+    if isinstance(then, str) and isinstance(now, str):
+        return os.path.abspath(then) == os.path.abspath(now)
+    return bool(then == now)
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None or value is False else "given" if value is True else str(value)
+
+
+# What is on disk already
+
+
+class Journal:
+    """Appends to one file; every rank writes its own."""
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self._path = folder / (f"{_JOURNAL}-{rank}" if rank else _JOURNAL)
+        with diskio.explained(self._path, "opening"):
+            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def done(self, finished: Sequence[Finished]) -> None:
+        """These tensors are synced.
+
+        Raises:
+            HxaconvError: when the lines cannot be written and synced in their turn.
+        """
+        # The break comes first: a line that a crash or a full disk cut short ends where the next one begins.
+        lines = ({"tensor": t.name, "crc32": t.crc32, "sha256": t.sha256, "nonfinite": t.nonfinite} for t in finished)
+        data = memoryview("".join("\n" + json.dumps(line) for line in lines).encode())
+        with diskio.explained(self._path):
+            while len(data):
+                data = data[os.write(self._fd, data) :]
+            diskio.sync_file(self._fd)
+
+    def close(self) -> None:
+        """No more lines."""
+        os.close(self._fd)
+
+
+def read_journals(folder: Path) -> dict[str, Finished]:
+    """The tensors that the journals in a staging folder name; lines cut short by a crash say nothing."""
+    tensors: dict[str, Finished] = {}
+    for path in sorted(folder.glob(f"{_JOURNAL}*")):
+        with open(path, "rb") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line)
+                    name = entry["tensor"]
+                    tensors[name] = Finished(name, entry["crc32"], entry["sha256"], entry["nonfinite"])
+    return tensors
+
+
+# Publishing
 
 
 def publish(staging: Staging, *, overwrite: bool) -> None:
@@ -244,7 +328,7 @@ def publish(staging: Staging, *, overwrite: bool) -> None:
         raise_all("these appeared while the output was being written:", appeared, hint="Move them away.")
     try:
         diskio.sync_folder(staging.content)
-        diskio.write_file(staging.path / _MARKER, [], staging.path)
+        staging.write(staging.path / _MARKER, [])
         diskio.sync_folder(staging.path)
         _rename_into_place(staging)
     except OSError as error:
@@ -301,47 +385,3 @@ def _undo(staging: Staging) -> None:
         replaced.rmdir()
     diskio.sync_folder(staging.target.parent)
     (staging.path / _MARKER).unlink(missing_ok=True)
-
-
-_JOURNAL = "journal"
-
-
-class Journal:
-    """Appends to one file; every rank writes its own."""
-
-    def __init__(self, folder: Path, rank: int = 0) -> None:
-        self._path = folder / (f"{_JOURNAL}-{rank}" if rank else _JOURNAL)
-        with diskio.explained(self._path, "opening"):
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-
-    def done(self, finished: Sequence[Finished]) -> None:
-        """These tensors are synced.
-
-        Raises:
-            HxaconvError: when the lines cannot be written and synced in their turn.
-        """
-        # The break comes first: a line that a crash or a full disk cut short ends where the next one begins.
-        lines = ({"tensor": t.name, "crc32": t.crc32, "sha256": t.sha256, "nonfinite": t.nonfinite} for t in finished)
-        data = memoryview("".join("\n" + json.dumps(line) for line in lines).encode())
-        with diskio.explained(self._path):
-            while len(data):
-                data = data[os.write(self._fd, data) :]
-            diskio.sync_file(self._fd)
-
-    def close(self) -> None:
-        """No more lines."""
-        os.close(self._fd)
-
-
-def read_journals(folder: Path) -> dict[str, Finished]:
-    """The tensors that the journals in a staging folder name; lines cut short by a crash say nothing."""
-    tensors: dict[str, Finished] = {}
-    for path in sorted(folder.glob(f"{_JOURNAL}*")):
-        for line in path.read_bytes().splitlines():
-            try:
-                entry = json.loads(line)
-                name = entry["tensor"]
-                tensors[name] = Finished(name, entry["crc32"], entry["sha256"], entry["nonfinite"])
-            except (ValueError, KeyError, TypeError):
-                continue
-    return tensors

@@ -7,27 +7,28 @@ same files; the first of them does the rest.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from hxaconv import ranks
-from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, raise_all
+from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, raise_all, shortened
 from hxaconv.formats import FileLayout, Fill
 from hxaconv.formats.files import SourceChanged, SourceFile
-from hxaconv.formats.json_files import plain_data
+from hxaconv.formats.json_files import read_sidecar
 from hxaconv.options import Write
 from hxaconv.progress import Progress, bar
-from hxaconv.save import diskio, preflight
-from hxaconv.save.checksums import Finished
-from hxaconv.save.documents import read_back, write_documents, write_provenance
-from hxaconv.save.fill import Filling
+from hxaconv.save import diskio
+from hxaconv.save.fill import Filling, Finished
+from hxaconv.save.finish import Check, finish
 from hxaconv.save.interruption import Signals, interruptible
 from hxaconv.save.output import Output
 from hxaconv.save.staging import (
     Journal,
+    Staging,
     plan_record,
     publish,
     read_journals,
@@ -42,20 +43,6 @@ if TYPE_CHECKING:
 
 Prepare = Callable[[Sequence[SourceFile]], None]
 """Gets source files ready to be read: downloads them."""
-VERDICT_DIGITS = 3
-"""Significant digits of what a verification measured in hxaconv.json: beyond them, sums depend on the machine."""
-
-
-class Check(Protocol):
-    """What an output is put to before it gets its name; the caller brings it."""
-
-    def settings(self, output: Output, raw: Mapping[str, Any], where: str) -> list[str]:
-        """What is wrong with the settings that stand on disk; asked always."""
-        ...
-
-    def report(self, output: Output, staged: Path, *, allow_nonfinite: bool) -> Report:
-        """What a verification of the staged checkpoint finds; asked unless --no-verify."""
-        ...
 
 
 class NonfiniteError(HxaconvError):
@@ -97,19 +84,17 @@ def write(
         Interrupted: on Ctrl-C or SIGTERM; what is done is kept for --resume.
     """
     run = _Run(output, options, progress)
+    target = run.output.target
     with ExitStack() as stack:
         with run.step():
-            preflight.check_place(run.output, run.staging, overwrite=options.overwrite)
+            run.refuse(place_alone=True)
             if ranks.rank() == 0:
-                stack.enter_context(diskio.held(_lock_path(run.output.target), run.output.target))
+                stack.enter_context(diskio.held(target.with_name(f".{target.name}.hxaconv-lock"), target))
         signals = stack.enter_context(interruptible(run.what_is_kept))
         stack.enter_context(run.tidy_end())
-        tensors = read_journals(run.staging.path)
         with run.step():
-            complete = ranks.rank() == 0 and run.begin()
-        if ranks.broadcast(complete):
-            run.note_published(signals)
-        else:
+            complete = ranks.rank() == 0 and run.begin(signals)
+        if not ranks.broadcast(complete):
             with run.step():
                 run.fill(signals, prepare)
             stopped = ranks.gather(signals.requested())
@@ -118,8 +103,11 @@ def write(
                 raise HxaconvError(f"rank {stopped.index(True)} was interrupted")
             with run.step():
                 if ranks.rank() == 0:
-                    tensors = run.finish(signals, check)
-        return ranks.broadcast(run.result(tensors))
+                    run.finish(signals, check)
+        with run.step():
+            result = ranks.broadcast(run.result() if ranks.rank() == 0 else None)
+        assert result is not None
+        return result
 
 
 def refuse(output: Output, options: Write) -> None:
@@ -129,13 +117,8 @@ def refuse(output: Output, options: Write) -> None:
         HxaconvError: listing every problem.
     """
     run = _Run(output, options, None)
-    with diskio.explained(run.staging.path, "looking"):
-        preflight.check_place(run.output, run.staging, overwrite=options.overwrite)
-        preflight.check(run.output, run.staging, overwrite=options.overwrite)
-
-
-def _lock_path(target: Path) -> Path:
-    return target.with_name(f".{target.name}.hxaconv-lock")
+    with run.explained():
+        run.refuse()
 
 
 class _Run:
@@ -148,26 +131,29 @@ class _Run:
                 f"{target} cannot be written: it has no name of its own", hint="Name a new file or folder."
             )
         self.output = replace(output, target=target)
-        self.options = options
-        self.progress = progress
+        self.options, self.progress = options, progress
         self.record = plan_record(self.output, options.digest)
-        self.staging = staging_of(self.output, self.record)
-        self.total = preflight.bytes_needed(self.output)
+        self.staging = staging_of(target, self.record)
+        self.needed = bytes_needed(self.output)
         self.published = False
+        self.tensors: Mapping[str, Finished] = {}
         self.report: Report | None = None
+
+    def explained(self) -> AbstractContextManager[None]:
+        """What the system refuses inside, as an error of ours."""
+        return diskio.explained(self.staging.path, total=self.needed)
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A step that all ranks end together, what the system refuses an error of ours."""
-        with ranks.together(), diskio.explained(self.staging.path, total=self.total):
+        """A step that all ranks end together."""
+        with ranks.together(), self.explained():
             yield
 
     @contextmanager
     def tidy_end(self) -> Iterator[None]:
         """Errors end with what is kept and how to go on; what is of no use to anybody is removed."""
         try:
-            with diskio.explained(self.staging.path, total=self.total):
-                yield
+            yield
         except (NonfiniteError, SourceChanged):
             if ranks.rank() == 0:
                 self.staging.remove()
@@ -194,33 +180,41 @@ class _Run:
             return f"Nothing had been finished; {target} is as before."
         return f"{count} finished tensors are kept in {path}; the same command with --resume continues."
 
-    def note_published(self, signals: Signals) -> None:
-        """What is said of an interruption from now on, when the command is about to end."""
-        self.published = True
-        signals.message = f"Interrupted. {self.what_is_kept()}"
+    def refuse(self, *, place_alone: bool = False) -> None:
+        """Refuse a place that nothing may be written to, not even a lock, then what is in the way and does not fit.
 
-    def begin(self) -> bool:
+        Raises:
+            HxaconvError: listing every problem.
+        """
+        problems = place_problems(self.output, self.staging)
+        if self.output.target.parent.is_dir() and (problems or not place_alone):
+            problems += content_problems(self.output, self.staging, self.needed, overwrite=self.options.overwrite)
+        raise_all(f"{self.output.target} cannot be written:", problems, hint="Nothing was written.")
+
+    def begin(self, signals: Signals) -> bool:
         """Make what is needed to write tensors, or find that all is published already (True)."""
-        staging, options = self.staging, self.options
-        complete = False
+        staging, resume = self.staging, self.options.resume
+        self.tensors, complete = read_journals(staging.path), False
         for other in stagings_at(staging.target):
             complete |= recover(other) and other.path == staging.path
-        if complete and options.resume:
-            self._look_at_target()
+        if complete and resume:
+            self._look_at_target(signals)
             return True
-        preflight.check(self.output, staging, overwrite=options.overwrite)
+        self.refuse()
         count = len(read_journals(staging.path))
-        if count and not options.resume:
+        if count and not resume:
             raise HxaconvError(
                 f"{staging.path} holds {count} finished tensors of an interrupted run of the same command",
                 hint="Add --resume to continue it, or delete that folder to start over.",
             )
-        if options.resume and not staging.path.is_dir():
+        if resume and not staging.path.is_dir():
             refuse_other_plans(staging, self.record)
         if not count:
             staging.remove()
         staging.create(self.record)
-        staging.reserve(self.output.files, self.total)
+        for layout in self.output.files:
+            with diskio.explained(staging.content / layout.name, f"reserving {layout.size} bytes", self.needed):
+                staging.reserve(layout)
         return False
 
     def fill(self, signals: Signals, prepare: Prepare | None) -> None:
@@ -241,7 +235,7 @@ class _Run:
                 crc32=digest == "crc32" or not self.output.is_folder,
                 sha256=digest == "sha256",
                 keep_cache=limit is None or total <= limit // 2,
-                total=self.total,
+                total=self.needed,
                 progress=self.progress,
             )
             with bar(self.progress, "Writing", total), signals.deferred():
@@ -249,50 +243,35 @@ class _Run:
         finally:
             journal.close()
 
-    def finish(self, signals: Signals, check: Check | None) -> dict[str, Finished]:
-        """Everything but the tensors, the verdict on them, and the target's name; returns the tensors."""
+    def finish(self, signals: Signals, check: Check | None) -> None:
+        """Everything but the tensors, the verdict on them, and the target's name."""
         output, staging = self.output, self.staging
-        tensors = read_journals(staging.path)
+        self.tensors = read_journals(staging.path)
         raise_all(
             f"{staging.path}: these tensors were written and are no longer there:",
-            [name for name in output.tensors if name not in tensors],
+            [name for name in output.tensors if name not in self.tensors],
             hint="Something else changes that folder. Run the command again.",
         )
         if not self.options.allow_nonfinite:
-            refuse_nonfinite(output, tensors)
+            refuse_nonfinite(output, self.tensors)
         self._check_sources()
-        for layout in output.files:
-            staging.seal(layout, {fill.name: tensors[fill.name].crc32 or 0 for fill in layout.fills})
-        write_documents(staging, output)
-        read_back(staging, output, tensors, check)
-        verdict = None
-        if check is not None and self.options.verify:
-            self.report = self._verified(check)
-            verdict = plain_data(self.report.verdict(), VERDICT_DIGITS)
-        write_provenance(staging, output, tensors, verdict, self.options.digest)
-        self._check_sources()
-        with signals.deferred(all_of_them=True):
-            publish(staging, overwrite=self.options.overwrite)
-            self._look_at_target()
-            self.note_published(signals)
-        return tensors
-
-    def _verified(self, check: Check) -> Report:
         try:
-            report = check.report(self.output, self.staging.checkpoint, allow_nonfinite=self.options.allow_nonfinite)
-            report.raise_if_failed()
-            return report
+            self.report = finish(staging, output, self.tensors, self.options, check)
         except SourceChanged as error:
             self._check_sources()
             # It is none of those that the tensors were made of: what is written stays good, or can be repaired.
             raise HxaconvError(error.message, hint=error.hint) from None
+        self._check_sources()
+        with signals.deferred(all_of_them=True):
+            publish(staging, overwrite=self.options.overwrite)
+            self._look_at_target(signals)
 
     def _check_sources(self) -> None:
         for file in self.output.sources():
             file.check_unchanged()
 
-    def _look_at_target(self) -> None:
-        """Whether the target is there, with all its weights: nothing else is a success."""
+    def _look_at_target(self, signals: Signals) -> None:
+        """Whether the target is there, with all its weights: nothing else is a success, and no signal undoes that."""
         target = self.output.target
         for layout in self.output.files:
             path = target / layout.name if self.output.is_folder else target
@@ -301,15 +280,17 @@ class _Run:
                     f"{path} is not there, although it was published",
                     hint="Something else moves or deletes files there. Run the command again.",
                 )
+        self.published = True
+        signals.message = f"Interrupted. {self.what_is_kept()}"
 
-    def result(self, tensors: Mapping[str, Finished]) -> WriteResult:
+    def result(self) -> WriteResult:
         """What `write` returns, once the target is published."""
-        digests = {name: tensor.digest(self.options.digest) for name, tensor in tensors.items()}
+        digests = {name: tensor.digest(self.options.digest) for name, tensor in self.tensors.items()}
         return WriteResult(
             path=self.output.target,
             nbytes=self.output.nbytes,
             digests={name: digest for name, digest in digests.items() if digest is not None},
-            nonfinite={name: tensor.nonfinite for name, tensor in tensors.items() if tensor.nonfinite},
+            nonfinite={name: tensor.nonfinite for name, tensor in self.tensors.items() if tensor.nonfinite},
             leftovers=tuple(staging.path for staging in stagings_at(self.output.target)),
             report=self.report,
         )
@@ -348,3 +329,123 @@ def refuse_nonfinite(output: Output, tensors: Mapping[str, Finished]) -> None:
     if any(recipe.dtype == "F16" and recipe.make.kind in ("cast", "scale") for recipe in found.values()):
         hint = "float16 ends at 65504: use --dtype bfloat16 or float32, or add --allow-nonfinite."
     raise NonfiniteError(f"these tensors hold NaN or infinite values:\n{bullet_list(problems)}", hint=hint)
+
+
+# What can be known to go wrong before the first byte, found all at once
+
+SLACK_BYTES, SLACK_BYTES_PER_TENSOR = 256 * 1024, 1024
+"""For journal, index, provenance and the file system's own blocks."""
+LONGEST_NAME = 255
+"""Bytes of a file's name on the file systems in use."""
+_REPLACEABLE = re.compile(
+    r"(model|pytorch_model)((-\d{5}-of-\d{5})?\.(safetensors|bin)|\.(safetensors|bin)\.index\.json)"
+    r"|(hxaconv|config|generation_config|preprocessor_config|processor_config|chat_template)\.json"
+    r"|(tokenizer|vocab|merges|special_tokens|added_tokens)\w*\.(json|txt|model)|chat_template\.jinja"
+    r"|README\.md|(LICENSE|NOTICE|USE_POLICY)(\.\w+)?|\.gitattributes|\.cache|__pycache__|additional_chat_templates"
+    r"|(configuration|modeling|tokenization|processing|image_processing)_\w+\.py"
+)
+"""Names in a checkpoint's folder: what this package, transformers and downloads from the Hub put there."""
+
+
+def bytes_needed(output: Output) -> int:
+    """Disk space that writing an output takes; a source's file that can be linked takes none."""
+    documents = sum(len(data) for data in output.documents.values())
+    copied = sum(file.size for file in output.copied_files.values())
+    slack = SLACK_BYTES + SLACK_BYTES_PER_TENSOR * len(output.tensors)
+    parent = output.target.parent
+    linked = sum(layout.size for layout in output.files if _same_device(layout.hard_link, parent))
+    return output.nbytes - linked + documents + copied + slack
+
+
+def _same_device(file: SourceFile | None, folder: Path) -> bool:
+    """Whether the file is on the folder's file system, so that a link there can stand for it."""
+    if file is None or file.path is None:
+        return False
+    try:
+        return os.stat(file.path).st_dev == os.stat(folder).st_dev
+    except OSError:
+        return False
+
+
+def place_problems(output: Output, staging: Staging) -> list[str]:
+    """Why nothing may be written at a target."""
+    parent = output.target.parent
+    if not parent.is_dir():
+        return [f"{parent} is not a folder; create it first (mkdir -p)"]
+    problems = []
+    if not os.access(parent, os.W_OK | os.X_OK):
+        problems.append(f"{parent} is not writable for this user")
+    if len(os.fsencode(staging.path.name)) > LONGEST_NAME:
+        problems.append(f"its name with the suffix of the work folder is longer than {LONGEST_NAME} bytes")
+    target = output.target.resolve()
+    for path in _source_paths(output):
+        if path == target:
+            problems.append(f"it is the source {path} itself")
+        elif target in path.parents:
+            problems.append(f"the source {path} lies inside it")
+        elif path in target.parents:
+            problems.append(f"it lies inside the source {path}")
+    return problems
+
+
+def _source_paths(output: Output) -> list[Path]:
+    """The folders and files that sources were opened from, and files that are in none of them."""
+    roots = [source.root.resolve() for source in output.record.sources.values() if source.root is not None]
+    files = [file.path.resolve() for file in output.sources() if file.path is not None]
+    outside = [path for path in files if not any(root == path or root in path.parents for root in roots)]
+    return list(dict.fromkeys([*roots, *outside]))
+
+
+def content_problems(output: Output, staging: Staging, needed: int, *, overwrite: bool) -> list[str]:
+    """Why an output does not fit, and what is in the way of it."""
+    problems = _space_problems(staging, needed)
+    for _, final in staging.moves():
+        if not os.path.lexists(final):
+            continue
+        if not overwrite:
+            problems.append(f"{final} exists; choose another name, or add --overwrite")
+        elif final.is_symlink():
+            problems.append(f"{final} is a symbolic link; name the place it points to, or remove it")
+        elif final == output.target and output.is_folder:
+            problems += _folder_problems(final, {*output.documents, *output.copied_files})
+        elif not final.is_file():
+            problems.append(f"{final} is not a file")
+        elif final != output.target and not _is_sidecar(final):
+            problems.append(f"--overwrite would replace {final}, which is no sidecar of a .pth; move it away")
+    return problems
+
+
+def _folder_problems(folder: Path, new: Collection[str]) -> list[str]:
+    """--overwrite deletes the folder: it may hold the files of a checkpoint, `new` ones too, and nothing else."""
+    if not folder.is_dir():
+        return [f"{folder} is not a folder"]
+    foreign = [
+        f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if entry.name not in new and not _REPLACEABLE.fullmatch(entry.name)
+    ]
+    if not foreign:
+        return []
+    return [
+        f"--overwrite would delete what is no part of a checkpoint in {folder}: {shortened(foreign)}; move that away"
+    ]
+
+
+def _is_sidecar(path: Path) -> bool:
+    """Whether it is ours: others may have that name by chance."""
+    try:
+        return read_sidecar(SourceFile.local(path)) is not None
+    except HxaconvError:
+        return False
+
+
+def _space_problems(staging: Staging, needed: int) -> list[str]:
+    parent = staging.target.parent
+    there = min(staging.allocated_bytes(), needed)
+    free = diskio.free_bytes(parent)
+    if free >= needed - there:
+        return []
+    already = f", {there:,} of them taken by the interrupted run" if there else ""
+    others = [other for other in stagings_at(staging.target) if other.path != staging.path]
+    could_go = "".join(f"; {o.path.name} of another run takes {o.allocated_bytes():,}" for o in others)
+    return [f"{needed:,} bytes are needed{already}; {free:,} are free on the file system of {parent}{could_go}"]

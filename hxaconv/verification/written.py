@@ -15,8 +15,8 @@ from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.names import EMBEDDING, HEAD
 from hxaconv.model.plan import Buffers, Recipe, same_bytes, total_bytes
 from hxaconv.progress import Progress, Result, bar
-from hxaconv.save.checksums import DIGESTS, Checks, digest_of_file
 from hxaconv.save.documents import settings_digest
+from hxaconv.save.fill import DIGESTS, Checks, digest_of_file
 from hxaconv.verification import specification
 from hxaconv.verification.report import Report
 from hxaconv.verification.specification import listed
