@@ -192,8 +192,8 @@ def save(
         CheckFailed: when the output did not pass; it is left beside the target for inspection.
     """
     progress, sources = output.record.call.progress, list(output.record.sources.values())
-from hxaconv.load.files import tokenizer_warnings
-from hxaconv.load.inspection import PARTS, part_of
+    if output.is_folder:
+        warnings = [*warnings, *tokenizer_warnings(sources, copied=options.copy_code)]
     to_come = will_download(sources, source_files(output.tensors))
     outcome = planned(output, options, warnings, [*notes, *([to_come] if to_come else [])])
     if options.push_to:

@@ -196,7 +196,7 @@ FAULTS = (
     ),
     Fault(
         "CRC of the first bytes alone",
-        "save/checksums.py",
+        "save/fill.py",
         "self._crc = zlib.crc32(chunk, self._crc)",
         "self._crc = zlib.crc32(chunk[:64], self._crc)",
         "to-pth",
@@ -260,14 +260,14 @@ FAULTS = (
     Fault(
         "the last bytes of a tensor are not written",
         "save/fill.py",
-        "write_from(self._fd, chunk, position)",
-        "write_from(self._fd, chunk[:-2] if len(chunk) > 64 else chunk, position)",
+        "write_from(fd, chunk, position)",
+        "write_from(fd, chunk[:-2] if len(chunk) > 64 else chunk, position)",
         "to-hf",
     ),
     Fault("the seed is not used", "surgery/initial.py", 'f"{seed}:{name}"', 'f"0:{name}"', "tests/test_initial.py"),
     Fault(
         "NaN is not counted",
-        "save/checksums.py",
+        "save/fill.py",
         "self._nonfinite += count_nonfinite(chunk, self._dtype)",
         "self._nonfinite += 0",
         "tests/test_writer.py",
@@ -283,8 +283,8 @@ FAULTS = (
     Fault(
         "a resumed run that trusts what is recorded",
         "save/fill.py",
-        "return checks is not None and checks.agrees(earlier)",
-        "return True",
+        "earlier is not None and checks.agrees(earlier)",
+        "earlier is not None",
         "tests/test_writer.py",
     ),
     Fault(
@@ -304,8 +304,8 @@ FAULTS = (
     Fault(
         "the target before its sidecar",
         "save/staging.py",
-        "return [*((self.content / name, parent / name) for name in self.beside), (self.checkpoint, self.target)]",
-        "return [(self.checkpoint, self.target), *((self.content / name, parent / name) for name in self.beside)]",
+        "return [*beside, (self.checkpoint, self.target)]",
+        "return [(self.checkpoint, self.target), *beside]",
         "tests/test_staging.py",
     ),
     Fault(
