@@ -20,35 +20,18 @@ MAX_NAME_LENGTH = 512
 
 def read_into(fd: int, buffer: memoryview, offset: int) -> int:
     """Read at `offset` into `buffer`; returns the bytes read (0 at the end of the file)."""
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, [buffer], offset)
-    data = _seek_and_read(fd, len(buffer), offset)
-    buffer[: len(data)] = data
-    return len(data)
+    return os.preadv(fd, [buffer], offset)
 
 
 def write_from(fd: int, buffer: memoryview, offset: int) -> None:
     """Write the whole of `buffer` at `offset`, however many calls the system needs for it."""
     while len(buffer):
-        if hasattr(os, "pwrite"):
-            done = os.pwrite(fd, buffer[:PIECE_BYTES], offset)
-        else:
-            with _SEEK_LOCK:
-                os.lseek(fd, offset, os.SEEK_SET)
-                done = os.write(fd, buffer)
+        done = os.pwrite(fd, buffer[:PIECE_BYTES], offset)
         buffer, offset = buffer[done:], offset + done
 
 
-_SEEK_LOCK = threading.Lock()
-_READING = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+_READING = os.O_RDONLY | os.O_NONBLOCK
 """Without waiting, should a pipe have taken the file's place."""
-
-
-def _seek_and_read(fd: int, count: int, offset: int) -> bytes:
-    # Windows has no positioned reads: a seek and a read that no other thread may split.
-    with _SEEK_LOCK:
-        os.lseek(fd, offset, os.SEEK_SET)
-        return os.read(fd, count)
 
 
 class SourceChanged(HxaconvError):
@@ -96,7 +79,8 @@ class SourceFile:
     size: int
     path: Path | None = None
     mtime_ns: int | None = None
-    fetch: Callable[[], Path] | None = None
+    fetch: Callable[[], None] | None = None
+    """Downloads the file and sets its path."""
     header_digest: str = ""
     """sha256 of the bytes that say where the tensors are, set by whoever parsed them."""
     _fd: int | None = field(default=None, init=False)
@@ -127,7 +111,8 @@ class SourceFile:
             if self._fd is None:
                 if self.path is None:
                     assert self.fetch is not None
-                    self.path = self.fetch()
+                    self.fetch()
+                assert self.path is not None
                 try:
                     self._fd = os.open(self.path, _READING)
                 except OSError as error:

@@ -15,9 +15,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError
 from hxaconv.formats import Contents, read_contents
@@ -26,8 +25,6 @@ from hxaconv.formats.safetensors import header_length, parse_header
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress
-
-T = TypeVar("T")
 
 FIRST_REQUEST_BYTES = 128 * 1024
 """Enough for most headers: a second request is rarely needed."""
@@ -38,19 +35,11 @@ LONGEST_WAIT = 600
 _LOGIN = "Log in with `hf auth login` (or set HF_TOKEN)"
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """What the Hub says of a file: bytes, and the sha256 of large ones."""
-
-    size: int
-    sha256: str | None
-
-
 class Repository:
-    """A model repository at one commit."""
+    """A model repository at one commit: the files' sizes, and the sha256 of those that the Hub announces one for."""
 
-    def __init__(self, name: str, commit: str, files: dict[str, RemoteFile]) -> None:
-        self.name, self.commit, self.files = name, commit, files
+    def __init__(self, name: str, commit: str, sizes: dict[str, int], digests: dict[str, str]) -> None:
+        self.name, self.commit, self.sizes, self.digests = name, commit, sizes, digests
 
     @property
     def label(self) -> str:
@@ -59,14 +48,14 @@ class Repository:
 
     def open(self, name: str) -> SourceFile:
         """A file of the repository, in the cache already or downloaded when first read."""
-        cached, size = self.cached(name), self.files[name].size
+        cached, size = self.cached(name), self.sizes[name]
         if cached is not None and cached.stat().st_size != size:
             raise HxaconvError(
                 f"{cached} in the Hub's cache has {cached.stat().st_size} bytes, the Hub announces {size}",
                 hint="Delete that file and start again.",
             )
         file = SourceFile(name, f"{self.label}/{name}", size, cached)
-        file.fetch = lambda: self._fetch_planned(file, lambda n: None)
+        file.fetch = lambda: download([file], self, None)
         return file
 
     def read(self, file: SourceFile) -> Contents:
@@ -82,18 +71,8 @@ class Repository:
         with self._explained(file.name):
             path = f"{self.name}/{file.name}"
             with HfFileSystem().open(path, "rb", revision=self.commit, block_size=FIRST_REQUEST_BYTES - 8) as remote:
-                data = self._exactly(remote, min(8, file.size), file)
-                data += self._exactly(remote, header_length(data, file.size, file.label), file)
-        return parse_header(file, data)
-
-    def _exactly(self, remote: Any, count: int, file: SourceFile) -> bytes:
-        data: bytes = remote.read(count)
-        if len(data) == count and remote.size == file.size:
-            return data
-        raise HxaconvError(
-            f"{file.label}: the server did not send the {count} bytes that were asked for",
-            hint=f"A proxy may be in between. Download the model first: `hf download {self.name}`",
-        )
+                prefix: bytes = remote.read(min(8, file.size))
+                return parse_header(file, prefix + remote.read(header_length(prefix, file.size, file.label)))
 
     def cached(self, name: str) -> Path | None:
         """Where the file is in the Hub's cache, None where it is not."""
@@ -102,26 +81,7 @@ class Repository:
         found = try_to_load_from_cache(self.name, name, revision=self.commit)
         return Path(found) if isinstance(found, str) else None
 
-    def _fetch_planned(self, file: SourceFile, report: Callable[[int], None]) -> Path:
-        path = _aside(lambda: self.download(file.name, report))
-        size = path.stat().st_size
-        if size != file.size:
-            raise HxaconvError(
-                f"{file.label}: the downloaded file has {size} bytes, the Hub announces {file.size}",
-                hint=f"Delete {path} and start again.",
-            )
-        if file.header_digest and file.name.endswith(".safetensors"):
-            planned, again = file.header_digest, SourceFile.local(path, name=file.name, label=file.label)
-            read_contents(again)
-            again.close()
-            if again.header_digest != planned:
-                raise HxaconvError(
-                    f"{file.label}: the downloaded file is not the one whose header was read before",
-                    hint=f"Delete {path} and start again.",
-                )
-        return path
-
-    def download(self, name: str, report: Callable[[int], None] = lambda n: None) -> Path:
+    def fetch(self, name: str, report: Callable[[int], None]) -> Path:
         """The path of a file in the Hub's cache, downloaded where needed; `report` is told of bytes that arrive.
 
         Raises:
@@ -144,25 +104,18 @@ class Repository:
             else:  # huggingface_hub before 1.2 shows a bar of its own, and tells nobody
                 path = Path(hf_hub_download(self.name, name, revision=self.commit))
                 report(path.stat().st_size)
-        self._check_digest(path, name)
-        return path
-
-    def _check_digest(self, path: Path, name: str) -> None:
-        expected = self.files[name].sha256
-        if expected is None:
-            return
-        digest = hashlib.sha256()
+        expected = self.digests.get(name)
         with path.open("rb") as raw:
-            while piece := raw.read(1024 * 1024):
-                digest.update(piece)
-        if digest.hexdigest() != expected:
+            digest = hashlib.file_digest(raw, "sha256").hexdigest() if expected else None
+        if digest != expected:
             blob = path.resolve()
             path.unlink()
             blob.unlink(missing_ok=True)
             raise HxaconvError(
-                f"{self.label}/{name}: the download's sha256 is {digest.hexdigest()}, the Hub announces {expected}",
+                f"{self.label}/{name}: the download's sha256 is {digest}, the Hub announces {expected}",
                 hint="The wrong download was deleted; start again.",
             )
+        return path
 
     @contextlib.contextmanager
     def _explained(self, name: str) -> Iterator[None]:
@@ -196,11 +149,10 @@ def open_repository(repo: str, revision: str | None, progress: Progress | None =
     """
     from huggingface_hub import HfApi
 
-    def ask() -> Any:
-        return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS)
-
     try:
-        info = _patient(ask, progress)
+        info = _patient(
+            lambda: HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS), progress
+        )
     except network_errors() as error:
         folder = _cached_folder(repo, revision) if status_of(error) not in range(400, 500) else None
         if folder is None:
@@ -208,17 +160,15 @@ def open_repository(repo: str, revision: str | None, progress: Progress | None =
         return folder
     except ValueError as error:  # raised for ids that cannot exist
         raise HxaconvError(f"{repo!r} is no Hub id: {str(error).splitlines()[0]}") from None
+    # Those of other subfolders are other forms of the model.
     files = {
-        sibling.rfilename: RemoteFile(sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None)
-        for sibling in info.siblings or []
-        # Those of other subfolders are other forms of the model.
-        if "\\" not in sibling.rfilename and sibling.rfilename.rpartition("/")[0] in ("", TEMPLATES)
+        file.rfilename: file for file in info.siblings or [] if file.rfilename.rpartition("/")[0] in ("", TEMPLATES)
     }
-    assert info.sha is not None
-    return Repository(repo, info.sha, files)
+    sizes = {name: file.size or 0 for name, file in files.items()}
+    return Repository(repo, info.sha, sizes, {name: file.lfs.sha256 for name, file in files.items() if file.lfs})
 
 
-def _patient(ask: Callable[[], T], progress: Progress | None) -> T:
+def _patient(ask: Callable[[], Any], progress: Progress | None) -> Any:
     """The answer; where the Hub asks to wait (429 with Retry-After), that is done."""
     deadline = time.monotonic() + LONGEST_WAIT
     while True:
@@ -242,26 +192,21 @@ def _retry_after(error: Exception) -> int | None:
 
 def remember(repo: str, revision: str, commit: str) -> None:
     """Note in the cache what the revision stood for, as hf_hub_download does, for times without network."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     if revision != commit and ".." not in revision:
-        note = _cache_of(repo) / "refs" / revision
+        note = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "refs" / revision
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(commit, encoding="utf-8")
 
 
-def _cache_of(repo: str) -> Path:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
-
-
 def _cached_folder(repo: str, revision: str | None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import snapshot_download
 
-    for name in ("config.json", "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"):
-        found = try_to_load_from_cache(repo, name, revision=revision or "main")
-        if isinstance(found, str):
-            return Path(found).parent
-    return None
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except network_errors():
+        return None
 
 
 def refuse_if_too_large(files: list[SourceFile]) -> str | None:
@@ -299,68 +244,41 @@ def download(files: list[SourceFile], repository: Repository, progress: Progress
     refuse_if_too_large(files)
     if progress is not None:
         progress.start(f"Downloading {repository.label}", sum(file.size for file in files))
-    arrived: queue.SimpleQueue[tuple[str, int] | BaseException | None] = queue.SimpleQueue()
-    waiting = queue.SimpleQueue[SourceFile]()
-    for file in files:
-        waiting.put(file)
+    arrived: queue.SimpleQueue[tuple[int, str] | BaseException | None] = queue.SimpleQueue()
+    pending = iter(files)
 
     def tell(name: str, count: int) -> None:
-        arrived.put((name, count))
+        arrived.put((count, name))
 
     def work() -> None:
         try:
-            while True:
-                file = waiting.get_nowait()
-                file.path = repository._fetch_planned(file, functools.partial(tell, file.name))
-        except queue.Empty:
+            for file in pending:
+                file.path = repository.fetch(file.name, functools.partial(tell, file.name))
             arrived.put(None)
         except BaseException as error:
             arrived.put(error)
 
+    workers = min(DOWNLOAD_WORKERS, len(files))
     try:
         with _quiet():
-            workers = min(DOWNLOAD_WORKERS, len(files))
             for _ in range(workers):
                 threading.Thread(target=work, daemon=True).start()
             while workers:
-                found = _awaited(arrived)
+                try:
+                    found = arrived.get(timeout=0.2)  # with a limit, so that a signal is seen at once
+                except queue.Empty:
+                    continue
+                if isinstance(found, BaseException):
+                    raise found
                 workers -= found is None
                 if found is not None and progress is not None:
-                    progress.advance(found[1], found[0])
+                    progress.advance(*found)
     except KeyboardInterrupt as stop:
         stop.add_note("Whole files of the download are kept in the Hub's cache.")
         raise
     finally:
         if progress is not None:
             progress.stop()
-
-
-def _awaited(results: queue.SimpleQueue[T | BaseException]) -> T:
-    """What a thread puts there next; an error of its is raised here."""
-    while True:
-        with contextlib.suppress(queue.Empty):
-            # With a limit, so that a signal is seen at once.
-            found = results.get(timeout=0.2)
-            if isinstance(found, BaseException):
-                raise found
-            return found
-
-
-def _aside(action: Callable[[], T]) -> T:
-    """The action's result, computed in a thread of its own where this is the main one, which a signal can interrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        return action()
-    done: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            done.put(action())
-        except BaseException as error:
-            done.put(error)
-
-    with _quiet():
-        threading.Thread(target=work, daemon=True).start()
-        return _awaited(done)
 
 
 @contextlib.contextmanager
@@ -417,8 +335,6 @@ def explain(error: Exception, repo: str, revision: str | None, *, begun: str = "
         return HxaconvError(
             f"{repo} has no revision {revision!r}", hint=f"Branches, tags and commits are listed at {page}/tree/main."
         )
-    if isinstance(error, errors.EntryNotFoundError) and status == 404:
-        return HxaconvError(f"{repo}: a file that the model lists is not there", hint=f"See {page}/tree/main.")
     if status in (401, 403):
         return HxaconvError(
             f"The Hub refuses access to {repo} (status {status})",

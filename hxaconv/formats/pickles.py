@@ -12,7 +12,7 @@ import io
 import pickletools
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,12 +105,11 @@ _ALLOWED_PATTERN = re.compile(
     r"|torch\.(q?u?int\d+(x\d+)?|quint\dx\d|bits\d+(x\d+)?|b?float\d+\w*|complex\d+|bool)"
 )
 TRAINER_OBJECTS = (
-    *("deepspeed.*", "lightning.*", "pytorch_lightning.*", "lightning_fabric.*", "accelerate.*", "omegaconf.*"),
-    *("argparse.Namespace", "pathlib.PosixPath", "pathlib.Path", "datetime.timedelta", "collections.defaultdict"),
-    *("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"),
-    *("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar"),
+    *("deepspeed.", "lightning.", "pytorch_lightning.", "lightning_fabric.", "accelerate.", "omegaconf.", "numpy."),
+    *("argparse.Namespace", "pathlib.", "datetime.timedelta", "collections.defaultdict", "torch.distributed."),
 )
-"""What trainers put into their own folders besides (stages, loss scalers, random states): for `inert` of `parse`."""
+"""What trainers put into their own folders besides (stages, loss scalers, random states, how tensors are divided): for
+`inert` of `parse`."""
 _DANGEROUS = frozenset(
     {
         *("os", "posix", "nt", "subprocess", "sys", "builtins", "runpy", "shutil", "socket", "importlib", "pty"),
@@ -124,11 +123,11 @@ _KEY_TYPES = frozenset({str, int, float, bool, bytes, type(None), Record})
 """Others could be hashed only by recursion, which has no bound here; Records are told apart by identity."""
 
 
-def parse(stream: io.BytesIO, where: str, *, inert: Sequence[str] = (), max_steps: int = MAX_STEPS) -> Machine:
+def parse(stream: io.BytesIO, where: str, *, inert: tuple[str, ...] = (), max_steps: int = MAX_STEPS) -> Machine:
     """Interpret the pickle at the stream's position, and stop behind it; nothing is executed.
 
-    `inert` names classes and constants (`package.module.Class`, `package.*`, or `*`) beside those of a state dict
-    that are expected and become records of what they were written with.
+    `inert` are beginnings of names (`package.`, `package.module.Class`; an empty one for all) of classes and constants
+    beside those of a state dict that are expected and become records of what they were written with.
 
     Raises:
         Refused: for a global that a state dict does not need.
@@ -139,10 +138,10 @@ def parse(stream: io.BytesIO, where: str, *, inert: Sequence[str] = (), max_step
     try:
         machine.run(stream)
     except Refused as refused:
-        if "*" not in inert:  # what it holds besides tells what can be done about it
+        if "" not in inert:  # what it holds besides tells what can be done about it
             stream.seek(start)
             with contextlib.suppress(HxaconvError):
-                refused.value = parse(stream, where, inert=("*",), max_steps=max_steps).value
+                refused.value = parse(stream, where, inert=("",), max_steps=max_steps).value
         raise
     return machine
 
@@ -150,7 +149,7 @@ def parse(stream: io.BytesIO, where: str, *, inert: Sequence[str] = (), max_step
 class Machine:
     """Stack, marks and memo of one pickle; `value` is what it holds, once it has run."""
 
-    def __init__(self, where: str, inert: Sequence[str] = (), max_steps: int = MAX_STEPS) -> None:
+    def __init__(self, where: str, inert: tuple[str, ...] = (), max_steps: int = MAX_STEPS) -> None:
         self.where, self.inert, self.max_steps = where, inert, max_steps
         self.value: Any = None
         self.storages: dict[str, Storage] = {}
@@ -230,8 +229,7 @@ class Machine:
         """
         module = "builtins" if module == "__builtin__" else module  # protocol 2 has Python 2's name
         full, package = f"{module}.{name}", module.partition(".")[0]
-        known = full in _BUILDERS or full in _STORAGES or full in _ALLOWED or _ALLOWED_PATTERN.fullmatch(full)
-        if known or not {full, f"{package}.*", "*"}.isdisjoint(self.inert):
+        if full in _KNOWN or _ALLOWED_PATTERN.fullmatch(full) or full.startswith(self.inert):
             return Global(full)
         hint = f"Load and save it again as a state dict where {package} is installed."
         if package in _DANGEROUS:
@@ -364,6 +362,7 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
     "torch._tensor._rebuild_from_type_v2": _typed,
     "torch.Size": _size,
 }
+_KNOWN = _BUILDERS.keys() | _STORAGES.keys() | _ALLOWED
 
 
 # --- what each opcode does ------------------------------------------------------------------------------

@@ -37,34 +37,9 @@ from hxaconv.model.plan import Plan, Ranges, Recipe
 
 METADATA, SUFFIX = ".metadata", ".distcp"
 _RANK = re.compile(r"^model_world_size_(\d+)_rank_(\d+)\.pt$")
-_METADATA_OBJECTS = (
-    *TRAINER_OBJECTS,
-    *(f"torch.distributed.checkpoint.metadata.{name}" for name in ("Metadata", "MetadataIndex", "StorageMeta")),
-    *(f"torch.distributed.checkpoint.metadata.{name}" for name in ("TensorStorageMetadata", "BytesStorageMetadata")),
-    *(f"torch.distributed.checkpoint.metadata.{name}" for name in ("ChunkStorageMetadata", "TensorProperties")),
-    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
-    *("torch.distributed.checkpoint.filesystem._StorageInfo", "torch.serialization._get_layout"),
-)
 _MAX_STEPS = 20_000_000
 """A chunk takes 74 opcodes: 270,000 chunks, such as 1,000 tensors with two moments each on 90 ranks."""
 _DTENSOR = "torch._utils._rebuild_wrapper_subclass"
-_DTENSOR_OBJECTS = (
-    *TRAINER_OBJECTS,
-    *("torch.distributed.tensor.DTensor", "torch.distributed._tensor.api.DTensor"),
-    *("torch.distributed.tensor._api.DTensor", "torch.distributed.device_mesh.DeviceMesh"),
-    *("torch.distributed._mesh_layout._MeshLayout", "torch.distributed._mesh_layout._FlatLayout"),
-    *(
-        f"torch.distributed.{module}.{name}"
-        for module in ("tensor._dtensor_spec", "_tensor._dtensor_spec", "_tensor.placement_types")
-        for name in ("DTensorSpec", "TensorMeta", "ShardOrderEntry")
-    ),
-    *(
-        f"torch.distributed.{module}.placement_types.{name}"
-        for module in ("tensor", "_tensor")
-        for name in ("Shard", "Replicate", "Partial", "_Partial", "_StridedShard")
-    ),
-)
-_OTHER_SAVE = "The file is of another save; copy the folder again."
 
 
 def holds_dcp(folder: Path) -> bool:
@@ -113,7 +88,7 @@ def _metadata(folder: Path, label: str) -> tuple[Record, SourceFile]:
     if file.size > MAX_PICKLE_BYTES:
         raise HxaconvError(f"{file.label}: a pickle of {file.size} bytes, expected at most {MAX_PICKLE_BYTES}")
     stream = io.BytesIO(file.read(0, file.size))
-    value = parse(stream, file.label, inert=_METADATA_OBJECTS, max_steps=_MAX_STEPS).value
+    value = parse(stream, file.label, inert=TRAINER_OBJECTS, max_steps=_MAX_STEPS).value
     if not isinstance(value, Record) or not value.name.endswith(".Metadata"):
         raise HxaconvError(
             f"{file.label} is not the metadata of torch.distributed.checkpoint that FSDP shards come with",
@@ -247,7 +222,7 @@ def _stored(
         raise HxaconvError(
             f"{archive.label}: a tensor {list(found.shape)} ({found.dtype}),"
             f" {METADATA} expects {list(sizes)} ({dtype})",
-            hint=_OTHER_SAVE,
+            hint="The file is of another save; copy the folder again.",
         )
     return _extent(found)
 
@@ -270,7 +245,7 @@ def read_dtensors(folder: Path, *, label: str) -> tuple[list[SourceFile], Conten
         HxaconvError: for missing ranks, files of several runs, blocks that do not make their tensor, and tensors that
             are divided along more than one axis of the mesh.
     """
-    opened = [TorchZip(file, inert=_DTENSOR_OBJECTS) for file in _ranks(folder, label)]
+    opened = [TorchZip(file, inert=TRAINER_OBJECTS) for file in _ranks(folder, label)]
     blocks: dict[str, list[_Block]] = {}
     for archive in opened:
         if not isinstance(archive.value, dict) or not all(isinstance(name, str) for name in archive.value):

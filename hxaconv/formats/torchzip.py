@@ -12,7 +12,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,7 @@ def read_directory(file: Section) -> dict[str, zipfile.ZipInfo]:
 class TorchZip:
     """A file of torch.save, or a section of a file that is one: what its pickle says, and where its storages stand."""
 
-    def __init__(self, file: SourceFile | Section, *, inert: Sequence[str] = ()) -> None:
+    def __init__(self, file: SourceFile | Section, *, inert: tuple[str, ...] = ()) -> None:
         """Read directory and pickle; `inert` as in `parse`.
 
         Raises:

@@ -114,7 +114,7 @@ def _open_hub(repo: str, revision: str | None, label: str, progress: Progress | 
 
     folder = Folder(
         label=label,
-        sizes={name: file.size for name, file in sorted(repository.files.items())},
+        sizes=dict(sorted(repository.sizes.items())),
         open=repository.open,
         read=read,
         repo=repo,
