@@ -113,7 +113,7 @@ def test_a_calibrated_student_is_expected_as_such(tmp_path: Path) -> None:
 
 def test_expectations_of_students_need_one(made: Path) -> None:
     with pytest.raises(HxaconvError, match="a student and its teacher"):
-        hxaconv.verify(str(TEACHER), against=str(made), expect="untrained")
+        hxaconv.verify(str(TEACHER), against=str(TEACHER), expect="untrained")
     with pytest.raises(HxaconvError, match="expect"):
         hxaconv.verify(str(made), against=str(TEACHER), expect="perfect")
 
@@ -130,3 +130,108 @@ def test_files_of_a_folder_are_held_against_its_record_and_its_tensors(made: Pat
     assert hxaconv.verify(str(folder)).passed
     (folder / "config.json").write_text(json.dumps(raw | {"torch_dtype": "float16"}))
     assert failing(hxaconv.verify(str(folder))) == {"config and tensors"}
+
+
+def test_the_wrong_order_is_turned_round(made: Path, tmp_path: Path) -> None:
+    turned = hxaconv.verify(str(TEACHER), against=str(made))
+    assert isinstance(turned, Report)
+    assert turned.passed and turned.expect == "untrained" and turned.source == str(made)
+    assert any("Turned round" in note for note in turned.notes)
+    assert [check.name for check in turned.checks] == [check.name for check in verify(made).checks]
+    wrong = copy(made, tmp_path)
+    change(wrong, "model.norm.weight", lambda values: values + 1)
+    assert "copied tensors" in failing(hxaconv.verify(str(TEACHER), against=str(wrong)))
+    with pytest.raises(HxaconvError, match="is of SOURCE"):
+        hxaconv.verify(str(TEACHER), against=str(made), logits_out=str(tmp_path / "logits.safetensors"))
+    assert not (tmp_path / "logits.safetensors").exists()
+
+
+def test_a_student_trained_in_place_is_told_what_to_expect(made: Path, tmp_path: Path) -> None:
+    folder = copy(made, tmp_path)
+    change(folder, "model.layers.1.self_attn.w1", lambda values: values + 0.01)
+    report = verify(folder)
+    assert "as untrained" in failing(report) and "--expect attention-trained" in report.reason
+    assert verify(folder, expect="attention-trained").passed  # the advice
+    assert "--expect attention-trained" not in str(verify(made).to_dict())
+
+
+def test_a_report_is_never_called_passed_and_nan_fails_it(made: Path, tmp_path: Path) -> None:
+    report = verify(made, expect="report")
+    assert report.passed and report.outcome == "only reported"
+    assert verify(made).outcome == "passed"
+    folder = copy(made, tmp_path)
+    change(folder, "model.layers.1.self_attn.head_size_record", lambda values: values * float("nan"))
+    assert failing(verify(folder, expect="report")) == {"finite weights"}
+
+
+RECORDED = "model.layers.1.self_attn.w0"
+
+
+@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_a_tensor_in_another_dtype_is_told_of(made: Path, tmp_path: Path, record: bool, dtype: torch.dtype) -> None:
+    folder = copy(made, tmp_path)
+    if not record:
+        (folder / "hxaconv.json").unlink()
+    change(folder, RECORDED, lambda values: values.to(dtype))
+    report = hxaconv.verify(str(folder))
+    assert isinstance(report, Report)
+    noted = [note for note in report.notes if RECORDED in note]
+    if dtype == torch.bfloat16:  # as it was
+        assert report.passed and not noted
+    elif record or dtype == torch.float16:
+        assert failing(report) == {"dtypes and config"} and RECORDED in report.reason
+    else:  # trainers leave some in float32
+        assert report.passed and len(noted) == 1 and "are not BF16" in noted[0]
+
+
+def test_what_was_written_in_two_dtypes_is_as_it_was_written(made: Path, tmp_path: Path) -> None:
+    folder = copy(made, tmp_path)
+    (folder / "hxaconv.json").unlink()
+    change(folder, RECORDED, lambda values: values.float())
+    for out in ("folder", "file.pth"):
+        (hxaconv.to_pth if out.endswith(".pth") else hxaconv.to_hf)(str(folder), str(tmp_path / out), verify=False)
+        report = hxaconv.verify(str(tmp_path / out))
+        assert isinstance(report, Report)
+        assert report.passed and any(RECORDED in note for note in report.notes), report.reason
+    change(tmp_path / "folder", RECORDED, lambda values: values.half())
+    assert failing(hxaconv.verify(str(tmp_path / "folder"))) == {"dtypes and config"}
+
+
+def test_only_a_record_makes_a_change_a_calibration(made: Path, tmp_path: Path) -> None:
+    folder = copy(made, tmp_path)
+    change(folder, "model.layers.1.self_attn.r_k", lambda values: values * 2)
+    assert verify(folder, expect="attention-trained").attention[1] == "trained"
+    record = json.loads((folder / "hxaconv.json").read_text())
+    layers = [{"layer": 1, "kind": "rwkv", "fell_back": False}, {"layer": 3, "kind": "rwkv", "fell_back": True}]
+    (folder / "hxaconv.json").write_text(json.dumps(record | {"calibration": {"layers": layers}}))
+    report = verify(folder)
+    assert report.expect == "calibrated" and report.attention[1] == "calibrated", report.reason
+    assert report.attention[3] == "untrained" and report.passed
+    # What was polished was trained, all mixers of it.
+    (folder / "hxaconv.json").write_text(
+        json.dumps(record | {"calibration": {"layers": layers, "polish": {"best_step": 2}}})
+    )
+    polished = verify(folder)
+    assert polished.expect == "attention-trained" and polished.passed
+    assert any("polished" in note for note in polished.notes)
+    change(folder, "model.layers.2.mlp.up_proj.weight", lambda values: values * 1.01)
+    assert "copied tensors" in failing(verify(folder))
+
+
+@pytest.mark.parametrize("file", ["config.json", "hxaconv.json", "model.safetensors.index.json", "header", "map.toml"])
+def test_numbers_of_thousands_of_digits_are_called_that(file: str, made: Path, tmp_path: Path) -> None:
+    folder, digits, options = copy(made, tmp_path), "9" * 5000, dict[str, str]()
+    weights = folder / "model.safetensors"
+    if file == "header":
+        header = f'{{"a": {{"dtype": "F32", "shape": [{digits}], "data_offsets": [0, 4]}}}}'.encode()
+        weights.write_bytes(len(header).to_bytes(8, "little") + header)
+    elif file == "map.toml":
+        (tmp_path / file).write_text(f"gqa_layers = [{digits}]")
+        options = {"layer_map": str(tmp_path / file)}
+    else:
+        text = (folder / file).read_text() if (folder / file).is_file() else '{"weight_map": {}}'
+        (folder / file).write_text(text.rstrip()[:-1] + f', "number": {digits}}}')
+    with pytest.raises(HxaconvError, match="a number of thousands of digits") as caught:
+        hxaconv.verify(str(folder), **options)
+    assert "sys." not in str(caught.value)

@@ -120,3 +120,13 @@ def test_attention_alone_is_compared_without_a_forward() -> None:
     assert any("no forward" in note for note in report.notes)
     other = changed(alone, "model.layers.0.self_attn.w0", lambda values: values + 1)
     assert not check_converted(alone, other).passed
+
+
+def test_after_init_one_random_matrix_of_each_layer_is_drawn_again() -> None:
+    base, made = fresh(gqa_layers=())
+    assert check_initialised(base, made, factors=FACTORS, seed=0).passed
+    assert check_initialised(base, made, factors=FACTORS).passed
+    wrong = check_initialised(base, made, factors=FACTORS, seed=1)
+    names = failed(wrong)["initial values"]
+    assert [names.count(f"layers.{layer}.") for layer in range(4)] == [1, 1, 1, 1]
+    assert len({name.rpartition(".")[2] for name in names.partition(": ")[2].split(", ")}) == 4  # another in each layer

@@ -1,6 +1,7 @@
 """Shipped layer maps, what identifies their models, and everything that --layers may say."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -195,11 +196,8 @@ def test_everything_wrong_with_layers_is_said_at_once():
 
 def test_an_installed_package_finds_its_maps(tmp_path):
     """In a wheel the folder layer_maps/ lies inside the package."""
-    package = tmp_path / "hxaconv"
-    (package / "layer_maps").mkdir(parents=True)
-    (package / "model").mkdir()
-    for name in ("__init__.py", "errors.py", "model/__init__.py", "model/layer_maps.py"):
-        (package / name).write_bytes((ROOT / "hxaconv" / name).read_bytes())
+    package = shutil.copytree(ROOT / "hxaconv", tmp_path / "hxaconv")
+    (package / "layer_maps").mkdir()
     (package / "layer_maps" / "only.toml").write_text("gqa_layers = [2]")
     code = "from hxaconv.model import layer_maps; print(list(layer_maps.shipped()), layer_maps.load('only').gqa_layers)"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

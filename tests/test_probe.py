@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from models import GOLDEN, teacher
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.formats.files import SourceFile
 from hxaconv.forward import tokens as probe
 from hxaconv.forward.tokens import probe_tokens
+from hxaconv.options import Probe
 
 
 def test_probe_tokens_depend_on_the_seed() -> None:
@@ -109,6 +112,77 @@ def test_a_text_that_cannot_be_read_is_told_of_before_the_tokenizer(tmp_path: Pa
             probe_tokens(97, text=tmp_path / name)
         assert said in str(caught.value)
         assert "Errno" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bool", "complex64"])
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", "memory"])
+def test_what_is_no_token_id_is_called_by_its_own_name(dtype: str, suffix: str, tmp_path: Path) -> None:
+    values, path = torch.ones(4, dtype=getattr(torch, dtype)), tmp_path / f"ids{suffix}"
+    if suffix == "memory":
+        given: Any = values.numpy()
+    else:
+        write_ids(path, values)
+        given = path
+    with pytest.raises(HxaconvError, match=rf"holds {dtype} of shape \(4,\), not token ids"):
+        probe_tokens(97, input_ids=given)
+    assert probe_tokens(97, input_ids=values.real.to(torch.uint8)).tolist() == [[1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"ids": [1], "mask": [1]}', "it holds ids, mask, and no input_ids"),
+        ("{}", "it holds nothing, and no input_ids"),
+        ("[[1, 2], [3]]", "rows of different lengths"),
+        ('["a", "b"]', "holds text of shape"),
+        ("[1.5]", "holds float64 of shape"),
+        ("[true]", "holds bool of shape"),
+        ("7", "of shape ()"),
+        ('{"input_ids": null}', "other things than numbers"),
+        ("[[[1]]]", "of shape (1, 1, 1)"),
+        ("[" + "9" * 5000 + "]", "a number of thousands of digits"),
+        ("[" * 100000, "nested too deeply"),
+        ('{"input_ids": [1], "input_ids": [2]}', "occurs twice"),
+        ("[-1]", "token ids -1..-1"),
+        (f"[{10**30}]", "other things than numbers"),
+    ],
+)
+def test_json_without_token_ids_says_what_it_holds(content: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "ids.json"
+    path.write_text(content)
+    with pytest.raises(HxaconvError) as caught:
+        probe_tokens(97, input_ids=path)
+    assert said in str(caught.value) and "sys." not in str(caught.value)
+
+
+def test_more_tokens_than_memory_holds_are_refused_with_a_number_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "memory_limit", lambda: 10**6)
+    model = teacher("reka_tiny")
+    need = probe.forward_need([model], "float32")
+    for length in (10**9, 10**25):
+        with pytest.raises(HxaconvError, match="memory") as caught:
+            probe.tokens_of(Probe(tokens=length), 97, model.opened, need)
+        fits = int(caught.value.hint.split()[1])
+        assert need(1, fits) <= 10**6 < need(1, fits + 1)
+    assert probe.tokens_of(Probe(tokens=fits), 97, model.opened, need).shape == (1, fits)
+    with pytest.raises(HxaconvError, match="2 sequences of"):
+        probe.tokens_of(Probe(tokens=fits), 97, model.opened, need, batch=2)
+    with pytest.raises(HxaconvError, match=f"{fits + 1:,} tokens need"):
+        probe.tokens_of(Probe(input_ids=[[1] * (fits + 1)]), 97, model.opened, need)
+    monkeypatch.setattr(probe, "memory_limit", lambda: None)
+    assert probe.tokens_of(Probe(tokens=fits + 1), 97, model.opened, need).shape == (1, fits + 1)
+
+
+@pytest.mark.parametrize("command", ["verify", "init-from-teacher", "pick-gqa-layers"])
+def test_a_billion_tokens_are_refused_by_every_command(command: str, cli: Any, tmp_path: Path, capsys: Any) -> None:
+    more = {
+        "init-from-teacher": [tmp_path / "out", "--init", "calibrated", "--random-tokens"],
+        "pick-gqa-layers": ["--strategy", "mse", "--count", "1"],
+    }
+    folder = GOLDEN / "reka_tiny" / "teacher"
+    assert cli(command, folder, *more.get(command, ()), "--tokens", str(10**12)) == 2
+    assert "of memory" in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", ["[]", "[[], []]"])

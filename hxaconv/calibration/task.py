@@ -145,11 +145,11 @@ def prepare(teacher: Model, plain: Model, fit: Fit, seed: int, workers: int | No
     raise_all("the calibration cannot be done:", problems, hint=RANDOM_HINT if not fit.given else "")
     check_sizes(teacher, plain)
     checked_device(fit.device)
-    ids = calibration_tokens(fit, seed, teacher.config.vocab_size, teacher.opened)
+    ids = calibration_tokens(fit, seed, teacher)
     polish_ids = None
     if fit.polish_tokens:
         more = replace(fit, tokens=fit.polish_tokens)
-        polish_ids = calibration_tokens(more, seed, teacher.config.vocab_size, teacher.opened)
+        polish_ids = calibration_tokens(more, seed, teacher)
         sequences(polish_ids, fit.polish_tokens)
     task = Task(teacher, plain, ids, fit, 2 if workers is None else workers, polish_ids)
     check_enough(task.rows)

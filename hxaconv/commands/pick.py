@@ -189,9 +189,7 @@ class _Run:
             self._rehearse(layer_choice.uniform(num_layers, count))
         ids, lines, notes = None, subject.described(choice, self.values, wanted), list[str]()
         if scored:
-            ids = calibration_tokens(
-                probe, self.values.seed, subject.model.config.vocab_size, subject.tokenizer
-            ).numpy()
+            ids = calibration_tokens(probe, self.values.seed, subject.model, subject.tokenizer).numpy()
             lines.append(tokens_described(probe, self.values.seed, ids))
             if ids.size != probe.tokens:
                 notes.append(f"{probe.tokens} tokens are asked for, {ids.size} are used.")

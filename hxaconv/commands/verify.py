@@ -72,11 +72,21 @@ def verify(
         if isinstance(error, MissingSettings) and checkpoint.config is None:
             raise
         return inconsistent(checkpoint, other, error)
+    turned = isinstance(models[0].config, TeacherConfig) and isinstance(models[-1].config, StudentConfig)
+    if turned and other is not None:
+        if probe.logits_out is not None:
+            raise HxaconvError(
+                f"--logits-out is of SOURCE, and {source} is the teacher that the student is held against",
+                hint="Name the student as SOURCE, or verify the teacher without --against.",
+            )
+        models, checkpoint, other = models[::-1], other, checkpoint
     report = _run(models, checkpoint, opened, check, probe, call)
-    if isinstance(models[0].config, StudentConfig):
-        from hxaconv.verification.written import check_own
+    if turned:
+        report.notes.append(f"Turned round: {checkpoint.label} is a student, and held against its teacher.")
+    from hxaconv.verification.written import check_dtypes, check_own
 
-        check_own(report, checkpoint, record_of(checkpoint))
+    own = check_own if isinstance(models[0].config, StudentConfig) else check_dtypes
+    own(report, checkpoint, record_of(checkpoint))
     for one, two in ((checkpoint, other), (other, checkpoint)):
         if one is not None and two is not None and teacher is None and tells_nothing(one):
             report.notes.append(f"{one.label} says nothing of rope_theta, rms_norm_eps and tying: as in {two.label}")
@@ -112,17 +122,17 @@ def _run(
     call: Call,
 ) -> Report:
     """Run one model, or both on the same tokens."""
-    from hxaconv.forward.tokens import checked_device, tokens_of
+    from hxaconv.forward.tokens import checked_device, forward_need, tokens_of
     from hxaconv.verification.compare import Thresholds, compare_models, verify_model
     from hxaconv.verification.invariants import History, check_against
     from hxaconv.verification.lint import lint
 
     tokenizer = next((found for found in opened if "tokenizer.json" in found.companions), checkpoint)
-    vocabulary = min(model.config.vocab_size for model in models)
+    vocabulary, need = min(model.config.vocab_size for model in models), forward_need(models, probe.dtype)
     how: dict[str, Any] = {
         "device": checked_device(probe.device),
         "dtype": probe.dtype,
-        "ids": tokens_of(probe, vocabulary, tokenizer, batch=probe.batch, seed=probe.seed),
+        "ids": tokens_of(probe, vocabulary, tokenizer, need, batch=probe.batch, seed=probe.seed),
         "logits_out": Path(probe.logits_out) if probe.logits_out else None,
         "progress": call.progress,
     }

@@ -46,10 +46,17 @@ def parse_json(data: bytes | str) -> Any:
     """
     try:
         return json.loads(data if isinstance(data, str) else data.decode("utf-8"), object_pairs_hook=unique_keys)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(show(str(error).partition(";")[0])) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(why_unread(error)) from None
+
+
+def why_unread(error: ValueError | RecursionError) -> str:
+    """What is wrong with a text that JSON or TOML could not be made of, in a few words about the text."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if "set_int_max_str_digits" in str(error):  # Python would tell how to read it all the same
+        return "it holds a number of thousands of digits"
+    return show(str(error))
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,59 +2,105 @@
 
 from __future__ import annotations
 
+import bisect
 import codecs
-import json
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hxaconv.errors import HxaconvError
-from hxaconv.options import ArrayLike, TokenIds, Tokens
+from hxaconv.errors import HxaconvError, shortened
+from hxaconv.formats.json_files import parse_json
+from hxaconv.model.config import StudentConfig
+from hxaconv.options import TokenIds, Tokens
+from hxaconv.save.diskio import memory_limit
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from hxaconv.formats.files import SourceFile
-    from hxaconv.model.model import Checkpoint
+    from hxaconv.model.model import Checkpoint, Model
+
+Need = Callable[[int, int], int]
+"""Bytes of memory that so many sequences of so many tokens take."""
 
 
-def tokens_of(options: Tokens, vocab_size: int, checkpoint: Checkpoint, *, batch: int = 1, seed: int = 0) -> Tensor:
+def tokens_of(
+    options: Tokens, vocab_size: int, checkpoint: Checkpoint, need: Need, *, batch: int = 1, seed: int = 0
+) -> Tensor:
     """Token ids (sequences, length): given ones as they are, else `options.tokens` times `batch` of them.
 
     The tokenizer is the checkpoint's; `seed` is that of random ones.
 
     Raises:
-        HxaconvError: for files that hold no token ids, and ids outside the vocabulary.
+        HxaconvError: for more than memory holds, files that hold no token ids, and ids outside the vocabulary.
     """
-
-    return probe_tokens(
+    text = Path(options.text) if options.text else None
+    if options.input_ids is None:
+        with contextlib.suppress(OSError):  # of a text there are no more tokens than bytes
+            length = options.tokens if text is None else min(options.tokens, text.stat().st_size)
+            refuse_beyond_memory(batch, length, need)
+    ids = probe_tokens(
         vocab_size,
         tokens=options.tokens,
         batch=batch,
         seed=seed,
         input_ids=options.input_ids,
-        text=Path(options.text) if options.text else None,
+        text=text,
         tokenizer=checkpoint.companions.get("tokenizer.json"),
     )
+    refuse_beyond_memory(ids.shape[0], ids.shape[1], need)
+    return ids
 
 
-def calibration_tokens(options: Tokens, seed: int, vocab_size: int, checkpoint: Checkpoint) -> Tensor:
+def calibration_tokens(options: Tokens, seed: int, model: Model, tokenizer: Checkpoint | None = None) -> Tensor:
     """As `tokens_of`, but at most `options.tokens` of them: of as few sequences as hold that many, equal parts.
+
+    The tokenizer is the model's own, or that of another checkpoint.
 
     Raises:
         HxaconvError: for too few, for files that hold no token ids, and ids outside the vocabulary.
     """
-    ids = tokens_of(options, vocab_size, checkpoint, seed=seed)
+    config, checkpoint = model.config, tokenizer or model.opened
+    # The residual stream, its normed copy, the heads and what attention adds, in float32.
+    token = 4 * (3 * config.hidden_size + config.attention_size)
+    ids = tokens_of(options, config.vocab_size, checkpoint, lambda rows, length: rows * length * token, seed=seed)
     rows = min(-(-options.tokens // ids.shape[1]), ids.shape[0])
     used = ids[:rows, : options.tokens // rows]
     if used.numel() < 2:
         where = options.text or (options.input_ids if isinstance(options.input_ids, str) else "input_ids")
         raise HxaconvError(f"{where} holds a single token, which is too few", hint="A few hundred are a beginning.")
     return used
+
+
+def forward_need(models: Sequence[Model], dtype: str) -> Need:
+    """What a forward of one model, or of two side by side, takes; attention holds its scores of all pairs of tokens."""
+    size, config = {"float32": 4, "float64": 8}[dtype], models[0].config
+    attends = not all(isinstance(m.config, StudentConfig) and not m.config.gqa_layers for m in models)
+    token = size * (4 * len(models) * config.hidden_size + 20 * config.attention_size)
+    pair = size * 3 * config.num_attention_heads if attends else 0
+    return lambda rows, length: rows * length * (token + length * pair)
+
+
+def refuse_beyond_memory(rows: int, length: int, need: Need) -> None:
+    """Say how many tokens fit, instead of being ended by the system.
+
+    Raises:
+        HxaconvError: where so many do not.
+    """
+    room = memory_limit()
+    if room is None or need(rows, length) <= room:
+        return
+    fits = bisect.bisect_right(range(min(length, 2**40)), room, key=lambda tokens: need(rows, tokens)) - 1
+    count = f"{length:,} tokens" if rows == 1 else f"{rows:,} sequences of {length:,} tokens"
+    raise HxaconvError(
+        f"{count} need about {need(rows, length) / 1e9:,.0f} GB of memory, and {room / 1e9:,.0f} GB are free",
+        hint=f"--tokens {fits} fits." if fits else "Fewer sequences fit.",
+    )
 
 
 def checked_device(text: str) -> str:
@@ -66,8 +112,6 @@ def checked_device(text: str) -> str:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise HxaconvError(f"--device {text!r} is not known", hint="It takes cpu, cuda or cuda:1.")
     if text != "cpu":
-        import torch
-
         count = torch.cuda.device_count()
         if int(text.partition(":")[2] or 0) >= count:
             raise HxaconvError(f"--device {text}: torch sees {count} GPUs here", hint="Use --device cpu.")
@@ -93,17 +137,13 @@ def probe_tokens(
     """
     if input_ids is not None and text is not None:
         raise HxaconvError("--input-ids and --text both say which tokens to use", hint="Give one of them.")
-    if input_ids is None and text is None:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(vocab_size, (batch, tokens), generator=generator)
     if input_ids is not None:
-        if isinstance(input_ids, str | Path):
-            ids, where = read_ids(Path(input_ids)), str(input_ids)
-        else:
-            ids, where = _in_memory(input_ids), "input_ids"
-    else:
-        assert text is not None
+        where = str(input_ids) if isinstance(input_ids, str | Path) else "input_ids"
+        ids = _ids(_read(Path(input_ids)) if isinstance(input_ids, str | Path) else input_ids, where)
+    elif text is not None:
         ids, where = _cut(_encode(text, tokenizer, tokens * batch), tokens, batch, text), f"{text}, by this tokenizer,"
+    else:
+        return torch.randint(vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(seed))
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise HxaconvError(
             f"{where} holds token ids {ids.min().item()}..{ids.max().item()}, the vocabulary has {vocab_size}",
@@ -112,80 +152,52 @@ def probe_tokens(
     return ids
 
 
-def read_ids(path: Path) -> Tensor:
-    """Token ids of a .npy, .safetensors or JSON file, (T,) or (B, T) -> (B, T).
-
-    A safetensors file holds them as `input_ids`, or as its only tensor.
+def _read(path: Path) -> Any:
+    """What a .npy, .safetensors (`input_ids`, or its only tensor) or .json file holds.
 
     Raises:
-        HxaconvError: for another suffix, and for content that is not one or two axes of whole numbers.
+        HxaconvError: for another suffix, and for what is no such file.
     """
-    readers = {".npy": _read_npy, ".safetensors": _read_safetensors, ".json": _read_json}
-    if path.suffix not in readers:
-        raise HxaconvError(f"{path}: token ids are read from {', '.join(readers)} files")
+    if path.suffix not in (".npy", ".safetensors", ".json"):
+        raise HxaconvError(f"{path}: token ids are read from .npy, .safetensors, .json files")
     if not path.is_file():
         raise HxaconvError(f"{path} is not a file; token ids are read from one")
+    problem = f"{path} could not be read as token ids: "
     try:
-        ids = readers[path.suffix](path)
-    except HxaconvError:
-        raise
-    except Exception as error:
-        raise HxaconvError(f"{path} could not be read as token ids: {error}") from None
-    return _ids(ids, str(path))
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        if path.suffix == ".json":
+            content = parse_json(path.read_bytes())
+            name, held = "input_ids", content if isinstance(content, dict) else {"input_ids": content}
+        else:
+            with safe_open(path, framework="pt") as file:
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            name = "input_ids" if len(held) != 1 else next(iter(held))
+    except (OSError, ValueError, SafetensorError) as error:
+        # numpy's message recommends to unpickle it
+        raise HxaconvError(problem + ("it is no .npy file" if path.suffix == ".npy" else str(error))) from None
+    if name not in held:
+        raise HxaconvError(f"{problem}it holds {shortened(held) or 'nothing'}, and no input_ids")
+    return held[name]
 
 
-def _in_memory(values: Sequence[Any] | ArrayLike) -> Tensor:
-    import numpy as np
-
-    try:
-        array = np.asarray(values)
-        ids = torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iu" else array.astype(np.float64))
-    except (TypeError, ValueError) as error:
-        raise HxaconvError(f"input_ids are no token ids: {error}", hint="Expected whole numbers.") from None
-    return _ids(ids, "input_ids")
-
-
-def _ids(ids: Tensor, where: str) -> Tensor:
+def _ids(values: Any, where: str) -> Tensor:
     """Whole numbers of one or two axes as (B, T), int64."""
-    if not ids.numel():
-        raise HxaconvError(f"{where} is empty: it holds no token ids", hint="Expected whole numbers.")
-    if ids.dim() == 1:
-        ids = ids[None]
-    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise HxaconvError(
-            f"{where} holds {str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}, not token ids",
-            hint="Expected whole numbers of shape (tokens,) or (batch, tokens).",
-        )
-    return ids.to(torch.int64)
-
-
-def _read_npy(path: Path) -> Tensor:
-    import numpy as np
-
     try:
-        values: Any = np.load(path, allow_pickle=False)
-    except ValueError:  # numpy's message recommends to unpickle it
-        raise HxaconvError(f"{path} could not be read as token ids: it is no .npy file of numbers") from None
-    return torch.from_numpy(values.astype(np.int64) if values.dtype.kind in "iu" else values.astype(np.float64))
+        array = values if isinstance(values, Tensor) else np.asarray(values)
+    except (TypeError, ValueError):
+        raise HxaconvError(f"{where} holds rows of different lengths, not token ids", hint=EXPECTED) from None
+    kind, shape = str(array.dtype).removeprefix("torch."), tuple(array.shape)
+    if 0 in shape:
+        raise HxaconvError(f"{where} is empty: it holds no token ids", hint="Expected whole numbers.")
+    if not kind.startswith(("int", "uint")) or len(shape) not in (1, 2):
+        kind = {"object": "other things than numbers"}.get(kind, "text" if "U" in kind else kind)
+        raise HxaconvError(f"{where} holds {kind} of shape {shape}, not token ids", hint=EXPECTED)
+    whole = array.to(torch.int64) if isinstance(array, Tensor) else torch.from_numpy(array.astype(np.int64))
+    return whole.reshape(-1, shape[-1])
 
 
-def _read_safetensors(path: Path) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        name = "input_ids" if "input_ids" in names else names[0]
-        if name != "input_ids" and len(names) != 1:
-            raise HxaconvError(f"{path} holds {len(names)} tensors, none of them called input_ids")
-        ids: Tensor = file.get_tensor(name)
-    return ids
-
-
-def _read_json(path: Path) -> Tensor:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return torch.tensor(content["input_ids"] if isinstance(content, dict) else content)
-
-
+EXPECTED = "Expected whole numbers of shape (tokens,) or (batch, tokens)."
 BYTES_PER_TOKEN = 8
 """As much of a text is read at first; where that makes too few tokens, four times as much."""
 MARGIN = 64
@@ -226,7 +238,7 @@ def _beginning(text: Path, size: int) -> tuple[str, bool]:
     """The first bytes of a text, without a character that is cut; whether that is all of it."""
     try:
         with text.open("rb") as file:
-            data = file.read(size)
+            data = file.read(min(size, text.stat().st_size or size))
             ends = not file.read(1)
     except OSError as error:
         raise HxaconvError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.formats.json_files import why_unread
 
 if TYPE_CHECKING:
     from hxaconv.model.config import ModelConfig
@@ -119,9 +120,8 @@ def read(path: Path, check: Check | None = None) -> LayerMap:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise HxaconvError(f"layer map {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # ValueError: TOML, UTF-8, and numbers of thousands of digits
-        detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise HxaconvError(f"layer map {path} is not valid TOML: {detail}") from None
+    except (ValueError, RecursionError) as error:
+        raise HxaconvError(f"layer map {path} is not valid TOML: {why_unread(error)}") from None
     minimal = "" if "gqa_layers" in raw else "A minimal map is one line: gqa_layers = [4, 9, 14]"
     raise_all(f"layer map {path}:", _problems(raw, check or range_problems), hint=minimal)
     return LayerMap(

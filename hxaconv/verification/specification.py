@@ -8,13 +8,14 @@ writer and reader share is not agreed to by the check as well.
 from __future__ import annotations
 
 import json
+import math
 import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -196,53 +197,56 @@ def config_values(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def shape_values(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> dict[str, Any]:
+class Stored(Protocol):
+    """A tensor as far as its header tells."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def shape_values(tensors: Mapping[str, Stored], *, dtypes: bool = True) -> dict[str, Any]:
     """The same, as far as the tensors of a student say it: what no config can talk away. Canonical names."""
-    layers = [int(found[1]) for name in shapes if (found := re.match(r"model\.layers\.(\d+)\.", name))]
-    kept = sorted({_layer(name) for name in shapes if name.endswith(".self_attn.q_proj.weight")})
+
+    def one(ending: str) -> tuple[int, ...] | None:
+        return next((tensor.shape for name, tensor in tensors.items() if name.endswith(ending)), None)
+
+    layers = [int(found[1]) for name in tensors if (found := re.match(r"model\.layers\.(\d+)\.", name))]
+    kept = sorted({int(name.split(".")[2]) for name in tensors if name.endswith(".self_attn.q_proj.weight")})
     values: dict[str, Any] = {"layers": max(layers) + 1 if layers else None, "GQA layers": kept}
-    if "model.embed_tokens.weight" in shapes:
-        values["vocabulary"], values["hidden size"] = shapes["model.embed_tokens.weight"]
-    up = next((shape for name, shape in shapes.items() if name.endswith(".mlp.up_proj.weight")), None)
-    if up is not None:
+    if embedding := one("model.embed_tokens.weight"):
+        values["vocabulary"], values["hidden size"] = embedding
+    if up := one(".mlp.up_proj.weight"):
         values["intermediate size"] = up[0]
-    experts = {int(found[1]): shape for name, shape in shapes.items() if (found := _EXPERT.search(name))}
+    experts = {int(found[1]): tensor.shape for name, tensor in tensors.items() if (found := _EXPERT.search(name))}
     if experts:
         values["experts"], values["size of an expert"] = max(experts) + 1, experts[0][0]
-    bonus = next((shape for name, shape in shapes.items() if name.endswith(".self_attn.r_k")), None)
-    if bonus is not None:
+    bonus, key = one(".self_attn.r_k"), one(".self_attn.key.weight")
+    if bonus and key:
         values["heads"], values["head_dim"] = bonus
-        key = next(shape for name, shape in shapes.items() if name.endswith(".self_attn.key.weight"))
         values["kv heads"] = key[0] // bonus[1]
-    for letter, inner in (("w", 1), ("a", 1), ("v", 1), ("k", 1), ("g", 1)):
-        first = next((shape for name, shape in shapes.items() if name.endswith(f".self_attn.{letter}1")), None)
-        if first is not None:
-            values[f"rank of {letter}"] = first[inner]
+    for letter in "wavkg":
+        if first := one(f".self_attn.{letter}1"):
+            values[f"rank of {letter}"] = first[1]
     endings = {
         "q/k norm": (".r_norm.weight", ".q_norm.weight"),
         "biases of q, k, v": (".receptance.bias", ".q_proj.bias"),
         "bias of the attention output": (".output.bias", ".o_proj.bias"),
         "biases of the MLP": (".up_proj.bias",),
     }
-    values |= {what: any(name.endswith(ends) for name in shapes) for what, ends in endings.items()}
+    values |= {what: any(name.endswith(ends) for name in tensors) for what, ends in endings.items()}
     counts: dict[str, int] = {}
-    for name, dtype in dtypes.items():
-        size = 1
-        for axis in shapes[name]:
-            size *= axis
-        counts[dtype] = counts.get(dtype, 0) + size
+    for tensor in tensors.values():
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + math.prod(tensor.shape)
     spelled = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
     most = max(counts, key=lambda dtype: counts[dtype], default="")
-    if most in spelled:
+    if dtypes and most in spelled:
         values["dtype"] = values["dtype, newer spelling"] = spelled[most]
     return values
 
 
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.up_proj\.weight$")
-
-
-def _layer(name: str) -> int:
-    return int(name.split(".")[2])
 
 
 def wrong_values(expected: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> list[str]:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.errors import CheckFailed, HxaconvError, bullet_list
+from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, shortened
+from hxaconv.formats.dtypes import BY_TORCH_NAME, FLOATS
 from hxaconv.formats.files import show
 from hxaconv.load import open_checkpoint
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.names import EMBEDDING, HEAD
-from hxaconv.model.plan import Buffers, Recipe, same_bytes, total_bytes
+from hxaconv.model.plan import Buffers, Recipe, main_dtype, same_bytes, total_bytes
 from hxaconv.progress import Progress, Result, bar
 from hxaconv.save.documents import settings_digest
 from hxaconv.save.fill import DIGESTS, Checks, digest_of_file
@@ -58,7 +59,7 @@ class OutputCheck:
 
 def _let_nonfinite_pass(report: Report) -> None:
     """Turn checks that NaN and Inf alone make fail into passed ones that say so; those of bits still count."""
-    numeric = {"finite", "finite weights", "finite logits", "logits", "layers", "GQA layers"}
+    numeric = {"finite weights", "finite logits", "logits", "layers", "GQA layers"}
     if any(not check.passed and check.name.startswith("finite") for check in report.checks):
         report.checks = [
             replace(check, passed=True, detail=f"allowed by --allow-nonfinite: {check.detail}")
@@ -97,7 +98,22 @@ def check_output(
         ]
         good = f"{len(checkpoint.shell)} tensors, the source's"
         files.check("what wraps the text model", not differing, listed(differing) or good)
-    check_written(files, checkpoint, asked, dtype)
+    wanted = dict(asked.plan)
+    if HEAD not in wanted and EMBEDDING in wanted:
+        wanted[HEAD] = wanted[EMBEDDING]
+    wrong = [
+        f"{name} is {found.dtype} {found.shape}, asked for is {wanted[name].dtype} {wanted[name].shape}"
+        for name, found in checkpoint.plan.items()
+        if name in wanted and (found.dtype, found.shape) != (wanted[name].dtype, wanted[name].shape)
+    ]
+    files.check("dtypes as asked", not wrong, listed(wrong) or f"{len(checkpoint.plan)} tensors")
+    _check_names(files, checkpoint)
+    raw, where = _settings_of(checkpoint)
+    if raw:
+        expected = intended(asked.student, dtype) | specification.shape_values(checkpoint.plan, dtypes=False)
+        wrong = specification.wrong_values(expected, raw, where)
+        files.check("settings as asked", not wrong, listed(wrong) or f"{where} says them all")
+    _check_files(files, checkpoint)
     if not files.passed:
         return files
     report = verify(Model(asked.config, dict(checkpoint.plan), label, asked.raw))
@@ -105,56 +121,64 @@ def check_output(
     return report
 
 
-def check_written(report: Report, checkpoint: Checkpoint, asked: Model, dtype: str) -> None:
-    """Add what an output's files say of it; `asked` is the student that had to be written, `dtype` its main dtype."""
-    shapes = {name: recipe.shape for name, recipe in checkpoint.plan.items()}
-    dtypes = {name: recipe.dtype for name, recipe in checkpoint.plan.items()}
-    wanted = dict(asked.plan)
-    if HEAD in shapes and HEAD not in wanted and EMBEDDING in wanted:
-        wanted[HEAD] = wanted[EMBEDDING]
-    wrong = [
-        f"{name} is {dtypes[name]} {shapes[name]}, asked for is {recipe.dtype} {recipe.shape}"
-        for name, recipe in wanted.items()
-        if name in shapes and (dtypes[name], shapes[name]) != (recipe.dtype, recipe.shape)
-    ]
-    report.check("dtypes as asked", not wrong, listed(wrong) or f"{len(shapes)} tensors")
-    wrong = specification.wrong_names(checkpoint.stored_names, checkpoint.key_format)
-    report.check("names", not wrong, listed(wrong) or f"those of the {checkpoint.key_format} key format")
-    raw, where = checkpoint.config, "config.json"
-    if raw is None:
-        raw, where = checkpoint.sidecar, "the sidecar"
-    if raw is not None:
-        expected = intended(asked.student, dtype) | specification.shape_values(shapes, {})
-        wrong = specification.wrong_values(expected, raw, where)
-        report.check("settings as asked", not wrong, listed(wrong) or f"{where} says them all")
-    check_files(report, checkpoint)
-
-
 def check_own(report: Report, checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> None:
     """Add what the files of a student say of it by themselves: config against tensors, names, figures of the container.
 
-    `provenance` is its record, which knows the digests of small files.
+    `provenance` is its record, which knows the digests of tensors and small files.
     """
-    raw, where = checkpoint.config, "config.json"
-    if raw is None:
-        raw, where = checkpoint.sidecar, "the sidecar"
-    if raw is not None:
-        shapes = {name: recipe.shape for name, recipe in checkpoint.plan.items()}
-        dtypes = {name: recipe.dtype for name, recipe in checkpoint.plan.items()}
-        said = specification.config_values(raw)
-        implied = specification.shape_values(shapes, dtypes)
+    raw, where = _settings_of(checkpoint)
+    if raw:
+        said, implied = specification.config_values(raw), specification.shape_values(checkpoint.plan)
         wrong = specification.wrong_values({k: v for k, v in implied.items() if said[k] is not None}, raw, where)
         report.check("config and tensors", not wrong, listed(wrong) or f"{where} says what the tensors show")
-    wrong = specification.wrong_names(checkpoint.stored_names, checkpoint.key_format)
     if checkpoint.key_format == "rwkv":
-        report.check("names", not wrong, listed(wrong) or f"those of the {checkpoint.key_format} key format")
-    check_files(report, checkpoint)
-    wrong = wrong_files(checkpoint, provenance)
+        _check_names(report, checkpoint)
+    check_dtypes(report, checkpoint, provenance)
+    _check_files(report, checkpoint)
     if provenance.get("files"):
+        wrong = wrong_files(checkpoint, provenance)
         report.check("recorded files", not wrong, listed(wrong) or "config, sidecar and code are as they were written")
 
 
-def check_files(report: Report, checkpoint: Checkpoint) -> None:
+def check_dtypes(report: Report, checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> None:
+    """Add whether tensors of another dtype than the model's are what somebody meant.
+
+    Trainers leave some in float32, which is noted. A tensor of the other 16-bit type contradicts the config, and one
+    whose recorded digest is not that of its bytes was cast since: both are wrong.
+    """
+    raw, where = _settings_of(checkpoint)
+    said = BY_TORCH_NAME.get(str(raw.get("torch_dtype") or raw.get("dtype")))
+    usual = main_dtype(checkpoint.plan)
+    recorded = _recorded(provenance, checkpoint.label)
+    wrong, odd = [], []
+    for name, recipe in checkpoint.plan.items():
+        if recipe.dtype == usual or recipe.dtype not in FLOATS:
+            continue
+        odd.append(f"{name} ({recipe.dtype})")
+        then = recorded.get(checkpoint.stored_names[name])
+        if then is not None and then != digest(recipe, then.partition(":")[0]):
+            wrong.append(f"{name} is {recipe.dtype}, and not as it was written")
+        elif then is None and said is not None and said.name == usual and {usual, recipe.dtype} == {"F16", "BF16"}:
+            wrong.append(f"{name} is {recipe.dtype}, {where} says {said.torch_name}")
+    if odd and not wrong:
+        report.notes.append(f"{len(odd)} tensors are not {usual}, as the others are: {shortened(odd)}")
+    good = f"{len(checkpoint.plan) - len(odd)} of {len(checkpoint.plan)} tensors are {usual}"
+    report.check("dtypes and config", not wrong, listed(wrong) or good)
+
+
+def _settings_of(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
+    """What config.json, or a sidecar, says, and what it is called; nothing where there is none."""
+    if checkpoint.config is not None:
+        return checkpoint.config, "config.json"
+    return checkpoint.sidecar or {}, "the sidecar"
+
+
+def _check_names(report: Report, checkpoint: Checkpoint) -> None:
+    wrong = specification.wrong_names(checkpoint.stored_names, checkpoint.key_format)
+    report.check("names", not wrong, listed(wrong) or f"those of the {checkpoint.key_format} key format")
+
+
+def _check_files(report: Report, checkpoint: Checkpoint) -> None:
     """Add whether the container's own figures are right: the index of a folder, the checksums of a `.pth`."""
     if checkpoint.root is None:
         return
@@ -167,26 +191,12 @@ def check_files(report: Report, checkpoint: Checkpoint) -> None:
         report.check("checksums", not wrong, listed(wrong) or "every CRC-32 in the file is that of its bytes")
 
 
-def _experts(config: StudentConfig) -> dict[str, Any]:
-    experts = config.experts
-    if experts is None:
-        return {}
-    return {
-        "experts": experts.num_experts,
-        "experts per token": experts.num_experts_per_tok,
-        "size of an expert": experts.moe_intermediate_size,
-        "shares of experts renormalised": experts.norm_topk_prob,
-        "layers without experts": list(experts.mlp_only_layers),
-        "every how many layers there are experts": experts.decoder_sparse_step,
-    }
-
-
 def intended(config: StudentConfig, dtype: str) -> dict[str, Any]:
     """What a loader has to read in the config of such a student."""
     spelled = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype]
     ranks = {"w": config.ranks.decay, "a": config.ranks.iclr, "v": config.ranks.value, "k": config.ranks.key}
     ranks["g"] = config.ranks.gate
-    return {
+    values = {
         "layers": config.num_hidden_layers,
         "hidden size": config.hidden_size,
         "intermediate size": config.intermediate_size,
@@ -204,13 +214,25 @@ def intended(config: StudentConfig, dtype: str) -> dict[str, Any]:
         "biases of q, k, v": config.attention_bias,
         "bias of the attention output": config.output_bias,
         "biases of the MLP": config.mlp_bias,
-        **_experts(config),
         **{f"rank of {letter}": rank for letter, rank in ranks.items() if rank},
         "dtype": spelled,
         "dtype, newer spelling": spelled,
         "activation": "silu",
         "RoPE scaling": config.rope_scaling.to_dict() if config.rope_scaling else None,
     }
+    if (experts := config.experts) is not None:
+        values |= {
+            "experts": experts.num_experts,
+            "experts per token": experts.num_experts_per_tok,
+            "size of an expert": experts.moe_intermediate_size,
+            "shares of experts renormalised": experts.norm_topk_prob,
+            "layers without experts": list(experts.mlp_only_layers),
+            "every how many layers there are experts": experts.decoder_sparse_step,
+        }
+    return values
+
+
+# --- Recorded digests ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, repr=False)
