@@ -14,6 +14,7 @@ Cli = Callable[..., int]
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 OUTPUTS = re.findall(r"<!-- output: hxaconv (.*?) -->\n```text\n(.*?)```", README, re.DOTALL)
+SCREEN = re.findall(r"^\$ hxaconv (\w+-.*RekaAI.*?|verify .*?) *#", README, re.MULTILINE)
 TABLE = re.findall(r"^\|[^|]+\|[^|]+\| (`hxaconv .*`) \|$", README, re.MULTILINE)
 
 
@@ -52,6 +53,7 @@ def test_the_output_shown_is_the_real_one(cli: Cli, workplace: Path, capsys: pyt
 
 SUBSTITUTES = {
     "TEACHER": "teacher",
+    "RekaAI/reka-flash-3": "teacher",
     "reka-flash-3": "map.toml",
     "trained.pth": "attention.pth",
     "8,15,22": "2,5",
@@ -63,7 +65,7 @@ SUBSTITUTES = {
 
 def test_the_commands_of_the_table_run(cli: Cli, workplace: Path) -> None:
     commands = [found for row in TABLE for found in re.findall(r"`hxaconv ([^`]*)`", row)]
-    assert len(commands) >= 10
+    assert len(commands) >= 10 and len(SCREEN) == 3
     # What the table's first rows start from.
     assert cli("pick-gqa-layers", "teacher", "--count", "2", "--save", "map.toml", "-q") == 0
     assert cli("init-from-teacher", "teacher", "attention.pth", "--format", "training", "-q") == 0
@@ -72,6 +74,10 @@ def test_the_commands_of_the_table_run(cli: Cli, workplace: Path) -> None:
         words = [SUBSTITUTES.get(word, word) for word in shlex.split(command)]
         words += quick if {"calibrated", "calibrate"} & set(words) else []
         words += ["--overwrite"] if words[0].startswith(("init", "to-")) else []
+        assert cli(*words, "--quiet") == 0, command
+    for command in SCREEN:
+        words = [SUBSTITUTES.get(word, word) for word in shlex.split(command)]
+        words += ["--overwrite"] if words[0] != "verify" else []
         assert cli(*words, "--quiet") == 0, command
 
 
