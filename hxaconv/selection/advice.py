@@ -2,74 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hxaconv.errors import HxaconvError
-from hxaconv.model.layer_choice import default_count
-from hxaconv.model.layer_maps import LayerMap, dump, of_config
+from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.model.layer_choice import LAYER_0_REASON, default_count, parse_numbers, uniform
+from hxaconv.model.layer_maps import LayerMap, dump
+from hxaconv.options import Choice, option_words
 from hxaconv.progress import Result
-from hxaconv.selection.schedule import Rules
-from hxaconv.selection.strategies import SPACED, STRATEGIES, Column, Pick, check_finite, check_request, pick, reasons
+from hxaconv.selection.choice import Pick, Rules, choose, margins, solve
+from hxaconv.selection.strategies import KL_CONVERT, STRATEGIES, Column, Found, Given, Values, swept
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from hxaconv.forward.state import StateFile
-    from hxaconv.model.config import ModelConfig
-    from hxaconv.model.model import Model
-    from hxaconv.progress import Progress
-
-BY_THE_WAY = ("mse", "influence", "entropy", "distance")
-"""Columns that come almost free with another one of the same pass."""
-
-CONVERT_MEANING = "how far the teacher's distribution moves when this layer alone becomes RWKV"
 RANDOM_TOKENS = "scores were taken on random tokens, which no model was trained on: real text ranks layers better"
-CALIBRATE = (
-    "Calibrate first: `hxaconv init-from-teacher TEACHER all-rwkv/ --gqa-layers none --init calibrated --text FILE`,"
-    " then score all-rwkv/ with --teacher TEACHER"
-)
-UNCALIBRATED = {
-    "kl": (
-        "{count} of {total} layers, scored as RWKV, hold their initial values, and KL scores of such a student"
-        " MISLEAD: in a small study of other students the rank correlation of restore-one KL with the outcome after"
-        f" training was negative before calibration, +0.94 after it. {CALIBRATE}"
-    ),
-    "mse": (
-        "{count} of {total} layers, scored as RWKV, hold their initial values: mse shows what the initial"
-        f" values lose, not what training would leave. {CALIBRATE}"
-    ),
-}
-HARMFUL = (
-    "putting attention back makes the student worse in {count} of {total} layers: its RWKV layers compensate for"
-    " each other, so that restore-one KL says little. {remedy}"
-)
-NOT_PLAIN = (
-    "No layer is plain any more, so calibrating is no way out: score with --kl-mode convert, on more text (--tokens),"
-    " or score a student that was trained. (The +0.94 that speaks for KL after calibration was measured on other"
-    " students)"
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What to choose, and by what. `student` in `advise` must have every layer RWKV."""
-
-    strategy: str = "uniform"
-    count: int | None = None
-    rules: Rules | None = None
-    """None: the strategy's own."""
-    kl_mode: str = "restore"
-    allow_layer_0: bool = False
-    tokens_are_text: bool = True
-    device: str = "cpu"
-    seed: int = 0
-    cache: Path | None = None
-    """Where an interrupted pass leaves its state, and a finished one its scores; the caller removes it."""
-    check: Callable[[], None] = lambda: None
-    """Called between steps; raises KeyboardInterrupt when somebody asks to stop."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -80,7 +25,7 @@ class Advice(Result):
     pick: Pick
     columns: tuple[Column, ...] = ()
     facts: Mapping[str, float] | None = None
-    """Single numbers: `kl total`, the KL of the student without attention."""
+    """Single numbers: `kl total`, the KL of the student without attention, and what recall is."""
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     heads: tuple[tuple[float, ...], ...] = ()
@@ -105,13 +50,13 @@ class Advice(Result):
             "parts": {column.strategy: {k: list(v) for k, v in column.parts.items()} for column in self.columns},
             "meanings": {column.strategy: STRATEGIES[column.strategy].meaning for column in self.columns},
             "facts": dict(self.facts or {}),
-            "why": reasons(pick),
+            "why": pick.reasons,
             "warnings": list(self.warnings),
         }
-        if pick.choice:
+        if pick.value is not None:
             result["decided_by"] = list(pick.scores)
-            result["value"] = pick.choice.value
-            result["margins"] = [None if margin == float("inf") else margin for margin in pick.choice.margins]
+            result["value"] = pick.value
+            result["margins"] = [None if margin == float("inf") else margin for margin in pick.margins]
         if self.heads:
             result["heads"] = [list(row) for row in self.heads]
         return result
@@ -120,6 +65,41 @@ class Advice(Result):
     def decider(self) -> Column | None:
         """The column that the choice is made by."""
         return next((column for column in self.columns if column.strategy == self.pick.strategy), None)
+
+    @property
+    def fact_lines(self) -> list[str]:
+        """What is known beside the scores."""
+        overlap = f"{self.pick.overlap} of {len(self.pick.layers)} in common"
+        return [
+            f"uniform would take {', '.join(map(str, self.pick.uniform))}: {overlap}",
+            *(f"{name}: {value:.4f} nats per token" for name, value in (self.facts or {}).items()),
+        ]
+
+    def layer_map_text(self, chosen: LayerMap, *, date: str, settings: Sequence[str] = ()) -> str:
+        """The TOML of `--save`: strategy, figures and `date` (as the caller writes it) in comments."""
+        columns = {column.strategy: column.values for column in self.columns}
+        columns |= self.decider.parts if self.decider else {}
+        comments = [
+            f"{len(self.pick.layers)} of {self.num_layers} layers stay attention, chosen on {date}",
+            *settings,
+            *self.fact_lines,
+            *self.pick.reasons,
+            *(f"warning: {warning}" for warning in self.warnings),
+        ]
+        if columns:
+            comments += ["", ", ".join(["layer", *columns])]
+            for layer in range(self.num_layers):
+                figures = ", ".join([str(layer), *(figure_text(values[layer]) for values in columns.values())])
+                comments.append(f"{figures} G" if layer in self.pick.layers else figures)
+        return dump(chosen, comments)
+
+
+def figure_text(value: float | None) -> str:
+    """A score in a table."""
+    if value is None or value == float("inf"):
+        return "-"
+    text = f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
+    return text.lstrip("-") if float(text) == 0 else text
 
 
 def needs(strategy: str) -> frozenset[str]:
@@ -133,171 +113,126 @@ def needs(strategy: str) -> frozenset[str]:
     return STRATEGIES[strategy].needs
 
 
-def advise(
-    num_layers: int,
-    request: Request,
-    *,
-    teacher: Model | None = None,
-    student: Model | None = None,
-    ids: np.ndarray | None = None,
-    log: Path | None = None,
-    progress: Progress | None = None,
-) -> Advice:
-    """Score all layers and choose. `ids` (sequences, tokens) are calibration tokens.
+def advise(choice: Choice, given: Given) -> Advice:
+    """Score all layers by the strategy of `choice`, and choose.
 
     With a teacher and tokens at hand, the other scores of the same pass are taken along for the table.
 
     Raises:
         HxaconvError: when something that the strategy needs is missing, or does not fit the model.
     """
-    have = {"teacher": teacher, "student": student, "tokens": ids, "log": log}
-    missing = sorted(name for name in needs(request.strategy) if have[name] is None)
+    name, at_hand = choice.strategy, {"tokens": given.ids, "log": given.log, **given.models}
+    missing = sorted(what for what in needs(name) if at_hand.get(what) is None)
     if missing:
-        raise HxaconvError(f"--strategy {request.strategy} needs: {', '.join(missing)}")
-    count = default_count(num_layers) if request.count is None else request.count
-    check_request(request.strategy, num_layers, count, request.rules, allow_layer_0=request.allow_layer_0)
-    columns: list[Column] = []
-    facts: dict[str, float] = {}
-    heads: tuple[tuple[float, ...], ...] = ()
-    warnings: list[str] = []
-    if request.strategy == "log" and log is not None:
-        columns.append(_log_column(log, num_layers))
-    elif request.strategy not in SPACED:
-        assert teacher is not None and ids is not None
-        if not request.tokens_are_text:
-            warnings.append(RANDOM_TOKENS)
-        if request.strategy == "retrieval":
-            found, heads = _retrieval_column(teacher, ids, request, progress)
-            columns.append(found)
-        else:
-            columns, facts, heard = _swept(teacher, student, ids, request, progress)
-            warnings += heard
-    warnings += [warning for column in columns for warning in column.warnings]
-    decider = next((check_finite(column) for column in columns if column.strategy == request.strategy), None)
-    result = pick(request.strategy, num_layers, count, decider, request.rules, allow_layer_0=request.allow_layer_0)
-    converts = request.strategy == "kl" and request.kl_mode == "convert"
+        raise HxaconvError(f"--strategy {name} needs: {', '.join(missing)}")
+    check_choice(choice, given.num_layers)
+    entry = STRATEGIES[name]
+    found = entry.rank(given) if entry.rank else swept(given, name) if entry.score else Found(columns=())
+    random = (RANDOM_TOKENS,) if "tokens" in entry.needs and not given.are_text else ()
+    made = pick(choice, given.num_layers, found.columns[0] if found.columns else None)
+    if name == "kl" and given.kl_mode == "convert":
+        made = replace(made, meaning=KL_CONVERT)
     return Advice(
-        num_layers=num_layers,
-        pick=replace(result, meaning=CONVERT_MEANING) if converts else result,
-        columns=tuple(columns),
-        facts=facts,
-        warnings=tuple(warnings),
-        heads=heads,
+        num_layers=given.num_layers,
+        pick=made,
+        columns=found.columns,
+        facts=found.facts,
+        warnings=(*random, *found.warnings),
+        heads=found.heads,
     )
 
 
-def _log_column(path: Path, num_layers: int) -> Column:
-    from hxaconv.selection.log import read_log, score_log
-
-    found = score_log(read_log(path), num_layers)
-    return Column("log", found.values, found.parts, found.warnings)
+def count_of(choice: Choice, num_layers: int) -> int:
+    """How many layers are to be chosen."""
+    return default_count(num_layers) if choice.count is None else choice.count
 
 
-def _retrieval_column(
-    teacher: Model, ids: np.ndarray, request: Request, progress: Progress | None
-) -> tuple[Column, tuple[tuple[float, ...], ...]]:
-    from hxaconv.selection.attention import retrieval, separator_of, sequences
+def rules_of(choice: Choice, num_layers: int) -> Rules:
+    """The strategy's own rules with the options over them, and without layer 0.
 
-    text = ids if request.tokens_are_text else None
-    separator = separator_of(teacher)
-    asked, expected = sequences(teacher.config.vocab_size, text, separator=separator, seed=request.seed)
-    kept = _kept(request, {"teacher": teacher}, asked.numpy(), ["retrieval"])
-    found = retrieval(teacher, asked, expected, device=request.device, kept=kept, progress=progress)
-    return Column("retrieval", found.scores, warnings=found.warnings), found.heads
-
-
-def _kept(request: Request, models: Mapping[str, Model], ids: np.ndarray, names: list[str]) -> StateFile:
-    from hxaconv.forward.state import StateFile, fingerprint
-
-    settings = {"strategies": names, "kl_mode": request.kl_mode}
-    return StateFile(request.cache, fingerprint(models, ids, settings) if request.cache else "", request.check)
+    Raises:
+        HxaconvError: for gaps that contradict each other, and for --exclude that names no layers of the model.
+    """
+    gaps = {key: getattr(choice, key) for key in ("min_gap", "max_gap", "max_consecutive")}
+    given = {key: value for key, value in gaps.items() if value is not None}
+    problems = [f"{option_words([key])} {value}: from 1 on" for key, value in given.items() if value < 1]
+    if not problems and choice.min_gap and choice.max_gap and choice.min_gap > choice.max_gap:
+        problems.append(f"--min-gap {choice.min_gap} is more than --max-gap {choice.max_gap}")
+    raise_all("the rules cannot be kept:", problems, hint="Adjacent layers have gap 1, and are a run of 2.")
+    excluded = parse_numbers(choice.exclude, num_layers, "--exclude") if choice.exclude else ()
+    barred = frozenset(excluded) | (frozenset() if choice.allow_gqa_layer_0 else {0})
+    return replace(STRATEGIES[choice.strategy].rules, exclude=barred, **given)
 
 
-def _swept(
-    teacher: Model, student: Model | None, ids: np.ndarray, request: Request, progress: Progress | None
-) -> tuple[list[Column], dict[str, float], list[str]]:
-    import torch
+def check_choice(choice: Choice, num_layers: int) -> None:
+    """Refuse, before anything is scored, what no scores could answer.
 
-    from hxaconv.selection.sweep import Sweep
-    from hxaconv.verification.claims import untouched_layers
-
-    along = {name for name in BY_THE_WAY if student is not None or "student" not in needs(name)}
-    names = sorted(along | {request.strategy}, key=lambda name: (name != request.strategy, name))
-    sweep = Sweep(
-        teacher=teacher,
-        student=student,
-        strategies=frozenset(names),
-        kl_mode=request.kl_mode,
-        device=request.device,
-    )
-    models = {"teacher": teacher} | ({"student": student} if student is not None else {})
-    untouched = untouched_layers(student) if student is not None and request.strategy in UNCALIBRATED else ()
-    warnings = []
-    if student is not None and untouched:
-        total = student.config.num_hidden_layers
-        warnings.append(UNCALIBRATED[request.strategy].format(count=len(untouched), total=total))
-    scores = sweep.run(torch.as_tensor(ids, dtype=torch.int64), _kept(request, models, ids, names), progress)
-    columns = [Column(name, tuple(scores[name])) for name in names]
-    facts = {"kl total": scores["kl total"][0]} if "kl total" in scores else {}
-    if facts:
-        harmful = sum(value < 0 for value in scores["kl"])
-        if harmful * 2 > len(scores["kl"]):
-            remedy = CALIBRATE if untouched else NOT_PLAIN
-            warnings.append(HARMFUL.format(count=harmful, total=len(scores["kl"]), remedy=remedy))
-    return columns, facts, warnings
+    Raises:
+        HxaconvError: for an unknown strategy, an impossible count, or rules that no choice keeps to.
+    """
+    wanted, count, most = needs(choice.strategy), count_of(choice, num_layers), num_layers - 1
+    rules = rules_of(choice, num_layers)
+    if not 1 <= count <= most:
+        reason = "one layer has to become RWKV" if choice.allow_gqa_layer_0 else LAYER_0_REASON
+        beyond = f" ({reason})" if count == num_layers else ""
+        raise HxaconvError(f"--count {count}: between 1 and {most} of {num_layers} layers can stay attention{beyond}")
+    if wanted:
+        choose([0.0] * num_layers, count, rules)
+    elif choice.min_gap or choice.max_gap or choice.max_consecutive or choice.exclude:
+        raise HxaconvError(
+            f"--strategy {choice.strategy} has no scores, so --min-gap, --max-gap, --max-consecutive and --exclude"
+            " have nothing to decide by",
+            hint="Choose a strategy with scores, or name the layers: --layers.",
+        )
 
 
-def figure_text(value: float | None) -> str:
-    if value is None or value == float("inf"):
-        return "-"
-    text = f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
-    return text.lstrip("-") if float(text) == 0 else text
+def pick(choice: Choice, num_layers: int, column: Column | None) -> Pick:
+    """The layers that stay attention, by these numbers; without, by their place alone.
 
-
-def fact_lines(advice: Advice) -> list[str]:
-    pick = advice.pick
-    overlap = f"{pick.overlap} of {len(pick.layers)} in common"
-    return [
-        f"uniform would take {', '.join(map(str, pick.uniform))}: {overlap}",
-        *(f"{name}: {value:.4f} nats per token" for name, value in (advice.facts or {}).items()),
-    ]
-
-
-def layer_map(advice: Advice, config: ModelConfig, *, name: str, model: str, model_ids: Sequence[str] = ()) -> LayerMap:
-    """The choice as a layer map for models like `config`; `model` is what its title calls them."""
-    pick = advice.pick
-    return of_config(
-        name,
-        config,
-        pick.layers,
-        title=f"{model}, {len(pick.layers)} of {advice.num_layers} layers by {pick.strategy}",
-        model_ids=tuple(model_ids),
-        source=f"hxaconv, strategy {pick.strategy}",
+    Raises:
+        HxaconvError: for numbers that are not finite, or when no choice keeps to the rules.
+    """
+    count, meaning = count_of(choice, num_layers), STRATEGIES[choice.strategy].meaning
+    even = uniform(num_layers, count)
+    if column is None:
+        layers = even if choice.strategy == "uniform" else tuple(range(num_layers - count, num_layers))
+        return Pick(choice.strategy, meaning, layers, even)
+    bad = [i for i, value in enumerate(column.values) if value is not None and not abs(value) < float("inf")]
+    if bad:
+        several = "s" if len(bad) > 1 else ""
+        raise HxaconvError(
+            f"the {column.strategy} score of layer{several} {', '.join(map(str, bad))} is not a finite number",
+            hint="Do the weights hold NaN or Inf? `hxaconv inspect PATH --stats` counts them, tensor by tensor.",
+        )
+    rules = rules_of(choice, num_layers)
+    rules = replace(rules, exclude=rules.exclude | {i for i, value in enumerate(column.values) if value is None})
+    deciding = scaled(column, rules.exclude)
+    scores = [0.0 if value is None else value for value in deciding]
+    value, layers = choose(scores, count, rules)
+    with_even = solve(scores, count, replace(rules, require=frozenset(even)))
+    return Pick(
+        strategy=choice.strategy,
+        meaning=meaning,
+        layers=layers,
+        uniform=even,
+        rules=rules,
+        scores=deciding,
+        value=value,
+        margins=margins(scores, rules, layers, value),
+        uniform_value=None if with_even is None else with_even[0],
     )
 
 
-def layer_map_text(advice: Advice, chosen: LayerMap, *, date: str, settings: Sequence[str] = ()) -> str:
-    """The TOML of `--save`: strategy, figures and `date` (as the caller writes it) in comments."""
-    columns = {column.strategy: column.values for column in advice.columns}
-    columns |= advice.decider.parts if advice.decider else {}
-    comments = [
-        f"{len(advice.pick.layers)} of {advice.num_layers} layers stay attention, chosen on {date}",
-        *settings,
-        *fact_lines(advice),
-        *reasons(advice.pick),
-        *(f"warning: {warning}" for warning in advice.warnings),
-        "",
-        ", ".join(["layer", *columns]) if columns else "",
-        *(
-            ", ".join([str(layer), *(figure_text(values[layer]) for values in columns.values())])
-            + (" G" if layer in advice.pick.layers else "")
-            for layer in range(advice.num_layers if columns else 0)
-        ),
-    ]
-    return dump(chosen, _trimmed(comments))
+def scaled(column: Column, barred: frozenset[int]) -> Values:
+    """What the choice is made by: 0..1 over the layers that can be picked, the layers to keep high.
 
-
-def _trimmed(lines: list[str]) -> list[str]:
-    while lines and not lines[-1]:
-        lines = lines[:-1]
-    return lines
+    The log's score is a weighted sum of parts in 0..1 already, and taken as it is.
+    """
+    values = [None if layer in barred else value for layer, value in enumerate(column.values)]
+    known = [value for value in values if value is not None]
+    if column.strategy == "log" or not known:
+        return tuple(values)
+    best, worst = max(known), min(known)
+    if not STRATEGIES[column.strategy].high:
+        best, worst = worst, best
+    return tuple(None if x is None else (x - worst) / (best - worst) if best != worst else 0.0 for x in values)

@@ -1,85 +1,157 @@
-"""The strategies, and how their numbers become a choice of layers.
+"""The strategies, one function each, and what they look at.
 
-A strategy is one function where layers are scored one by one, one row of the table where they are not.
-
-A function takes a `Layer` (see sweep.py): the teacher's layer at hand, and the student's where one is needed.
+A function under `each_layer` scores the layer at hand (`Layer` of sweep.py), all such functions that are wanted in one
+pass; one under `ranking` scores all layers by itself. Adding a strategy means adding a function here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from hxaconv.errors import HxaconvError
-from hxaconv.model.layer_choice import LAYER_0_REASON, uniform
-from hxaconv.selection.schedule import LOG_RULES, SOFT_RULES, Choice, Rules, choose, describe, ideal_gap, objective
+from hxaconv.selection.choice import LOG_RULES, Rules
 
 if TYPE_CHECKING:
-    from hxaconv.selection.sweep import Layer
+    import numpy as np
 
-Score = Callable[["Layer"], float]
+    from hxaconv.forward.state import StateFile
+    from hxaconv.model.model import Model
+    from hxaconv.progress import Progress
+    from hxaconv.selection.sweep import Layer, Sweep
+
+Values = tuple[float | None, ...]
+"""A number for every layer; None for layers that cannot be picked."""
 WITH_TEACHER = frozenset({"teacher", "tokens"})
 WITH_STUDENT = frozenset({"teacher", "student", "tokens"})
+
+CALIBRATE = (
+    "Calibrate first: `hxaconv init-from-teacher TEACHER all-rwkv/ --gqa-layers none --init calibrated --text FILE`,"
+    " then score all-rwkv/ with --teacher TEACHER"
+)
+UNCALIBRATED = (
+    "{count} of {total} layers, scored as RWKV, hold their initial values: {strategy} shows what the initial values"
+    f" lose, not what training would leave, and that can MISLEAD. {CALIBRATE}"
+)
+HARMFUL = (
+    "putting attention back makes the student worse in {count} of {total} layers: its RWKV layers compensate for"
+    " each other, so that restore-one KL says little. {remedy}"
+)
+NOT_PLAIN = (
+    "No layer is plain any more, so calibrating is no way out: score with --strategy nll or --kl-mode convert, on more"
+    " text (--tokens), or score a student that was trained"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What strategies look at."""
+
+    num_layers: int
+    teacher: Model | None = None
+    student: Model | None = None
+    """Every layer RWKV."""
+    ids: np.ndarray | None = None
+    """Tokens (sequences, tokens)."""
+    are_text: bool = True
+    log: Path | None = None
+    kl_mode: str = "restore"
+    device: str = "cpu"
+    seed: int = 0
+    cache: Path | None = None
+    """Where an interrupted pass leaves its state, and a finished one its scores; the caller removes it."""
+    check: Callable[[], None] = lambda: None
+    """Called between steps; raises KeyboardInterrupt when somebody asks to stop."""
+    progress: Progress | None = None
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """By role."""
+        roles = {"teacher": self.teacher, "student": self.student}
+        return {role: model for role, model in roles.items() if model is not None}
+
+    def kept(self, ids: np.ndarray, settings: Mapping[str, Any]) -> StateFile:
+        """The state of a pass over these tokens with these settings."""
+        from hxaconv.forward.state import StateFile, fingerprint
+
+        return StateFile(self.cache, fingerprint(self.models, ids, settings) if self.cache else "", self.check)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A strategy's numbers, as measured."""
+
+    strategy: str
+    values: Values
+    parts: Mapping[str, Values] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a ranking found."""
+
+    columns: tuple[Column, ...]
+    """The strategy's own, and what came with it."""
+    facts: Mapping[str, float] = field(default_factory=dict)
+    """Single numbers, nats per token."""
+    warnings: tuple[str, ...] = ()
+    heads: tuple[tuple[float, ...], ...] = ()
+    """Retrieval: share of copied positions per layer and head."""
 
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
     """A way to rank layers. `high` says whether layers with high numbers are the ones to keep as attention."""
 
-    name: str
     meaning: str
     needs: frozenset[str] = frozenset()
     """What it looks at: `teacher`, `student` (every layer RWKV), `tokens`, `log`; nothing: only at the spacing."""
     high: bool = True
-    rules: Rules = SOFT_RULES
-    score: Score | None = None
-    """The number of one layer, where layers are scored one by one."""
+    rules: Rules = Rules()
+    score: Callable[[Layer], float] | None = None
+    rank: Callable[[Given], Found] | None = None
 
 
 STRATEGIES: dict[str, Strategy] = {
-    strategy.name: strategy
-    for strategy in (
-        Strategy("uniform", "evenly spaced, anchored at the last layer"),
-        Strategy("last", "the last layers"),
-        Strategy(
-            "log",
-            "how hard the layer was to align in stage 1, from the training log",
-            needs=frozenset({"log"}),
-            rules=LOG_RULES,
-        ),
-        Strategy(
-            "kl",
-            "how much nearer to the teacher's distribution attention in this layer brings the student",
-            needs=WITH_STUDENT,
-        ),
-        Strategy("retrieval", "share of copied tokens that the best heads find again", needs=WITH_TEACHER),
-    )
+    "uniform": Strategy("evenly spaced, anchored at the last layer"),
+    "last": Strategy("the last layers"),
 }
-"""Those that follow add themselves."""
+"""By name. Those that follow add themselves."""
 
 
-def strategy(
+def each_layer(
     meaning: str, *, needs: frozenset[str] = WITH_TEACHER, high: bool = True
 ) -> Callable[[Callable[[Layer], float]], Callable[[Layer], float]]:
-    """Make a function the strategy of its name."""
+    """Make a function that scores a layer the strategy of its name."""
 
     def added(function: Callable[[Layer], float]) -> Callable[[Layer], float]:
-        name = function.__name__
-        STRATEGIES[name] = Strategy(name, meaning, needs, high, score=function)
+        STRATEGIES[function.__name__] = Strategy(meaning, needs, high, score=function)
         return function
 
     return added
 
 
-@strategy("error of the RWKV mixer on the teacher's inputs, as a share of the attention's energy", needs=WITH_STUDENT)
+def ranking(
+    meaning: str, *, needs: frozenset[str] = WITH_TEACHER, rules: Rules = Rules()
+) -> Callable[[Callable[[Given], Found]], Callable[[Given], Found]]:
+    """Make a function that scores all layers the strategy of its name."""
+
+    def added(function: Callable[[Given], Found]) -> Callable[[Given], Found]:
+        STRATEGIES[function.__name__] = Strategy(meaning, needs, rules=rules, rank=function)
+        return function
+
+    return added
+
+
+@each_layer("error of the RWKV mixer on the teacher's inputs, as a share of the attention's energy", needs=WITH_STUDENT)
 def mse(at: Layer) -> float:
     """0 where the attention adds nothing on these tokens: nothing can be missed there."""
     missed, energy = (part.double().square().sum().item() for part in (at.mixed - at.attended, at.attended))
     return missed / energy if energy else 0.0
 
 
-@strategy("1 - mean cosine of the block's input and output")
+@each_layer("1 - mean cosine of the block's input and output")
 def influence(at: Layer) -> float:
     """Near 0 where the block hardly turns the residual stream."""
     from torch.nn.functional import cosine_similarity
@@ -88,171 +160,114 @@ def influence(at: Layer) -> float:
 
 
 # Sharp heads look something up, which a state of fixed size is worst at.
-@strategy("spread of the attention, 0 one position, 1 all alike; sharp layers stay", high=False)
+@each_layer("spread of the attention, 0 one position, 1 all alike; sharp layers stay", high=False)
 def entropy(at: Layer) -> float:
     """Mean over sequences, heads and queries."""
     return at.entropy_and_distance[0]
 
 
-@strategy("how far back the attention looks, 0 itself, 1 the first token")
+@each_layer("how far back the attention looks, 0 itself, 1 the first token")
 def distance(at: Layer) -> float:
     """Mean over sequences, heads and queries."""
     return at.entropy_and_distance[1]
 
 
-SPACED = tuple(name for name, strategy in STRATEGIES.items() if not strategy.needs)
-"""Strategies that look at no numbers."""
+BY_THE_WAY = ("mse", "influence", "entropy", "distance")
+"""Columns that come almost free with another one of the same pass."""
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A strategy's numbers: as measured, and 0..1 with the layers to keep high. None: cannot be picked."""
+@ranking("share of copied tokens that the best heads find again")
+def retrieval(given: Given) -> Found:
+    """A layer scores the sum of its best max(1, H // 16) heads on texts that are said twice."""
+    from hxaconv.selection.heads import FAINT, copying, separator_of, twice
+    from hxaconv.selection.sweep import Sweep
 
-    strategy: str
-    values: tuple[float | None, ...]
-    parts: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-
-    def scores(self, barred: Collection[int] = ()) -> tuple[float | None, ...]:
-        """What the choice is made by: 0..1 over the layers that can be picked, the layers to keep high.
-
-        The log's score is a weighted sum of parts in 0..1 already, and taken as it is.
-        """
-        values = [None if layer in barred else value for layer, value in enumerate(self.values)]
-        known = [value for value in values if value is not None]
-        if self.strategy == "log" or not known:
-            return tuple(values)
-        best, worst = max(known), min(known)
-        if not STRATEGIES[self.strategy].high:
-            best, worst = worst, best
-        return tuple(None if x is None else (x - worst) / (best - worst) if best != worst else 0.0 for x in values)
-
-
-def check_finite(column: Column) -> Column:
-    """The column, if all its numbers are numbers.
-
-    Raises:
-        HxaconvError: naming the layers whose score is NaN or infinite.
-    """
-    bad = [i for i, value in enumerate(column.values) if value is not None and not abs(value) < float("inf")]
-    if bad:
-        several = "s" if len(bad) > 1 else ""
-        raise HxaconvError(
-            f"the {column.strategy} score of layer{several} {', '.join(map(str, bad))} is not a finite number",
-            hint="Do the weights hold NaN or Inf? `hxaconv inspect PATH --stats` counts them, tensor by tensor.",
-        )
-    return column
-
-
-@dataclass(frozen=True, slots=True)
-class Pick:
-    """A choice of layers and how it came about."""
-
-    strategy: str
-    layers: tuple[int, ...]
-    rules: Rules
-    choice: Choice | None = None
-    """The dynamic programme's answer; None for strategies that look at no numbers."""
-    uniform: tuple[int, ...] = ()
-    uniform_value: float | None = None
-    """What `uniform` would be worth under the same scores and rules; -inf where it breaks one."""
-    scores: tuple[float | None, ...] = ()
-    """What the choice was made by; None for layers that could not be picked."""
-    meaning: str = ""
-    """What the scores say, where the strategy's own words need to be more exact."""
-
-    @property
-    def overlap(self) -> int:
-        """How many layers `uniform` would have picked too."""
-        return len(set(self.layers) & set(self.uniform))
-
-
-def check_request(
-    strategy: str, num_layers: int, count: int, rules: Rules | None, *, allow_layer_0: bool = False
-) -> None:
-    """Refuse, before anything is scored, what no scores could answer.
-
-    Raises:
-        HxaconvError: for an unknown strategy, an impossible count, or rules that no choice keeps to.
-    """
-    if strategy not in STRATEGIES:
-        raise HxaconvError(f"unknown strategy {strategy!r}", hint=f"Strategies: {', '.join(STRATEGIES)}.")
-    most = num_layers - 1
-    if not 1 <= count <= most:
-        reason = "one layer has to become RWKV" if allow_layer_0 else LAYER_0_REASON
-        beyond = f" ({reason})" if count == num_layers else ""
-        raise HxaconvError(f"--count {count}: between 1 and {most} of {num_layers} layers can stay attention{beyond}")
-    if strategy not in SPACED:
-        choose([0.0] * num_layers, count, _without_layer_0(strategy, rules, allow_layer_0), margins=False)
-    elif rules is not None and rules != SOFT_RULES:
-        raise HxaconvError(
-            f"--strategy {strategy} has no scores, so --min-gap, --max-gap, --max-consecutive and --exclude"
-            " have nothing to decide by",
-            hint="Choose a strategy with scores, or name the layers: --layers.",
-        )
-
-
-def _without_layer_0(strategy: str, rules: Rules | None, allow_layer_0: bool) -> Rules:
-    rules = rules or STRATEGIES[strategy].rules
-    return replace(rules, exclude=rules.exclude | (set() if allow_layer_0 else {0}))
-
-
-def pick(
-    strategy: str,
-    num_layers: int,
-    count: int,
-    column: Column | None = None,
-    rules: Rules | None = None,
-    *,
-    allow_layer_0: bool = False,
-) -> Pick:
-    """The `count` layers that stay attention; `rules` None takes the strategy's own.
-
-    Raises:
-        HxaconvError: for an unknown strategy, an impossible count, or rules that no choice keeps to.
-    """
-    check_request(strategy, num_layers, count, rules, allow_layer_0=allow_layer_0)
-    even = uniform(num_layers, count)
-    if strategy in SPACED:
-        layers = even if strategy == "uniform" else tuple(range(num_layers - count, num_layers))
-        return Pick(strategy, layers, SOFT_RULES, uniform=even)
-    assert column is not None and column.strategy == strategy
-    rules = _without_layer_0(strategy, rules, allow_layer_0)
-    unknown = {layer for layer, value in enumerate(column.values) if value is None}
-    rules = replace(rules, exclude=rules.exclude | unknown)
-    found = column.scores(rules.exclude)
-    scores = [0.0 if value is None else value for value in found]
-    choice = choose(scores, count, rules)
-    return Pick(strategy, choice.layers, rules, choice, even, objective(even, scores, rules), found)
-
-
-def reasons(result: Pick) -> list[str]:
-    """Why these layers, in sentences: the rule, then every layer where scores and choice part."""
-    lines = [f"{result.strategy}: {result.meaning or STRATEGIES[result.strategy].meaning}"]
-    if result.choice is None:
-        return lines
-    num_layers, count = len(result.scores), len(result.layers)
-    lines.append(
-        f"best total of 0..1 scores; rules: {describe(result.rules)}; ideal gap {ideal_gap(num_layers, count)}"
+    assert given.teacher is not None
+    config = given.teacher.config
+    asked = twice(
+        config.vocab_size,
+        given.ids if given.are_text else None,
+        separator=separator_of(given.teacher),
+        seed=given.seed,
     )
-    if 0 in result.rules.exclude:
-        lines.append(LAYER_0_REASON)
-    candidates = [layer for layer, score in enumerate(result.scores) if score is not None]
-    order = sorted(candidates, key=lambda layer: -(result.scores[layer] or 0.0))
-    for rank, layer in enumerate(order, 1):
-        margin = result.choice.margins[layer]
-        if rank <= count and layer not in result.layers:
-            lines.append(f"layer {layer} ranks {rank}, but taking it would {_price(margin)}")
-        elif rank > count and layer in result.layers:
-            lines.append(f"layer {layer} ranks {rank}, but leaving it would {_price(margin)}")
-    if result.uniform_value is not None:
-        broken = result.uniform_value == float("-inf")
-        other = "would break a rule" if broken else f"would be worth {result.uniform_value:.3f}"
-        lines.append(f"the choice is worth {result.choice.value:.3f}; uniform {other}")
-    return lines
+    sweep = Sweep(teacher=given.teacher, student=None, measures={"heads": copying}, device=given.device)
+    shares = _run(sweep, given, asked, "retrieval")["heads"]
+    best = max(map(max, shares))
+    faint = (
+        f"no head copies more than {FAINT:.0%} of the positions (the best: {best:.1%}):"
+        " this teacher has no clear copying heads, the retrieval scores are noise"
+    )
+    count = max(1, config.num_attention_heads // 16)
+    scores = tuple(sum(sorted(row)[-count:]) for row in shares)
+    return Found(
+        columns=(Column("retrieval", scores),),
+        warnings=(faint,) if best <= FAINT else (),
+        heads=tuple(map(tuple, shares)),
+    )
 
 
-def _price(margin: float) -> str:
-    if margin == float("inf"):
-        return "break a rule"
-    return f"cost {margin:.3f} of the total" if margin >= 5e-4 else "be worth as much"
+@ranking("how much nearer to the teacher's distribution attention in this layer brings the student", needs=WITH_STUDENT)
+def kl(given: Given) -> Found:
+    """KL on the tokens, one layer at a time: attention put back into the student, or (convert) taken from the teacher."""
+    found = swept(given, "kl", given.kl_mode)
+    values = [value for value in found.columns[0].values if value is not None]
+    harmful = sum(value < 0 for value in values)
+    if given.kl_mode == "convert" or harmful * 2 <= len(values):
+        return found
+    remedy = CALIBRATE if found.warnings else NOT_PLAIN
+    worse = HARMFUL.format(count=harmful, total=len(values), remedy=remedy)
+    return Found(columns=found.columns, facts=found.facts, warnings=(*found.warnings, worse))
+
+
+KL_CONVERT = "how far the teacher's distribution moves when this layer alone becomes RWKV"
+
+
+@ranking("what attention in this layer is worth to the NLL of tokens said a second time", needs=WITH_STUDENT)
+def nll(given: Given) -> Found:
+    """NLL of answer tokens far behind what gives them away, as each layer alone of the teacher becomes RWKV.
+
+    After arXiv 2606.27791, which scores a layer by the NLL of answer tokens in long prompts when the layer alone gets
+    a sliding window, and trains nothing. Here the layer becomes the RWKV layer that will replace it, and the answers
+    are random tokens of the text said again, so that no questions are needed and nothing but recall knows them.
+    """
+    return swept(given, "nll", "convert")
+
+
+def swept(given: Given, name: str, mode: str | None = None) -> Found:
+    """One pass over the layers: the strategy, and the columns that come along with it."""
+    from hxaconv.selection.sweep import Sweep
+    from hxaconv.verification.claims import untouched_layers
+
+    assert given.teacher is not None and given.ids is not None
+    names = [each for each in sorted({name, *BY_THE_WAY}) if given.student or "student" not in STRATEGIES[each].needs]
+    measures = {each: score for each in names if (score := STRATEGIES[each].score)}
+    sweep = Sweep(teacher=given.teacher, student=given.student, measures=measures, mode=mode, device=given.device)
+    scores = _run(sweep, given, given.ids, name)
+    first = ["kl", "nll"] if mode else [name]
+    order = sorted(first, key=lambda each: each != name) + [each for each in measures if each != name]
+    warnings = []
+    if given.student is not None and "student" in STRATEGIES[name].needs and (plain := untouched_layers(given.student)):
+        warnings.append(UNCALIBRATED.format(count=len(plain), total=given.num_layers, strategy=name))
+    facts = {fact: values[0] for fact, values in scores.items() if fact not in order}
+    return Found(
+        columns=tuple(Column(each, tuple(scores[each])) for each in order), facts=facts, warnings=tuple(warnings)
+    )
+
+
+def _run(sweep: Sweep, given: Given, ids: np.ndarray, name: str) -> dict[str, Sequence[Any]]:
+    import torch
+
+    kept = given.kept(ids, {"strategy": name, "measures": list(sweep.measures), "mode": sweep.mode})
+    return sweep.run(torch.as_tensor(ids, dtype=torch.int64), kept, given.progress)
+
+
+@ranking(
+    "how hard the layer was to align in stage 1, from the training log", needs=frozenset({"log"}), rules=LOG_RULES
+)
+def log(given: Given) -> Found:
+    """The weighted sum of the log's signs of difficulty."""
+    from hxaconv.selection.log import read_log, score_log
+
+    assert given.log is not None
+    values, parts, warnings = score_log(read_log(given.log), given.num_layers)
+    return Found(columns=(Column("log", values, parts),), warnings=warnings)

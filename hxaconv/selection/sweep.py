@@ -1,11 +1,11 @@
-"""Scores from one pass over the layers of a teacher (and its all-RWKV student), one layer's weights at a time.
+"""One pass over the layers of a teacher (and its all-RWKV student), one layer's weights at a time.
 
-Residual streams of a sweep, each (B, T, C):
+Residual streams, each (B, T, C), for the tokens, and where there are forks for the needles as well:
 
     teacher      the teacher as it is
-    base         the student with every layer RWKV                                   (kl, restore)
-    fork i       as base, but with layer i as GQA without RoPE, the teacher's weights  (kl, restore)
-                 as teacher, but with layer i replaced by the student's RWKV mixer     (kl, convert)
+    base         the student with every layer RWKV                                     (restore)
+    fork i       as base, but with layer i as GQA without RoPE, the teacher's weights  (restore)
+                 as teacher, but with layer i replaced by the student's RWKV mixer     (convert)
 
 A fork leaves its parent at layer i, so that all candidates together cost L(L+1)/2 layer-forwards beside
 the teacher's and the base's L each, and (L+2) streams of tokens * C * 4 bytes are the whole memory
@@ -14,7 +14,7 @@ beside one layer's weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -31,12 +31,10 @@ from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.plan import layer_bytes
 from hxaconv.progress import Progress, bar
-from hxaconv.selection.attention import entropy_and_distance
-from hxaconv.selection.strategies import STRATEGIES
+from hxaconv.selection.heads import entropy_and_distance
 
-STREAMED = (*(name for name, strategy in STRATEGIES.items() if strategy.score), "kl")
-"""Strategies that a sweep computes, any number of them in one pass."""
-
+NEEDLE, NEEDLES = 64, 2
+"""Tokens that are said again, and how often that is tried."""
 FIRSTS = ("base", "fork 0", "teacher")
 """Whose v_first and k_first are kept: those of base and of all forks after layer 0; those of fork 0, whose first RWKV
 layer is layer 1; what layer 0 of the student makes of the teacher's stream."""
@@ -45,55 +43,64 @@ Step = Callable[[int, str], None]
 """Called between two steps with the bytes of weights that the last one applied: moves the bar, saves, stops."""
 
 
+def needles(ids: Tensor) -> tuple[Tensor, int]:
+    """(random tokens of a text (B, T) said twice, (NEEDLES, 2D); the first place that counts).
+
+    The first eighth of the second time is not counted: nothing tells yet that it is one.
+    """
+    known, random = torch.unique(ids.cpu()), torch.Generator().manual_seed(0)
+    length = max(2, min(NEEDLE, ids.shape[1] // 2))
+    once = known[torch.randint(len(known), (NEEDLES, length), generator=random)]
+    return torch.cat([once, once], dim=1), length + max(1, length // 8)
+
+
 @dataclass(slots=True)
 class Streams:
-    """A sweep between two layers."""
+    """Sequences between two layers."""
 
-    layer: int
-    """The next one."""
+    ids: Tensor
     teacher: Tensor
     base: Tensor | None = None
     forks: Tensor | None = None
     """(L, B, T, C), taken at once: streams that live long among short-lived tensors split the heap."""
     firsts: dict[str, First] = field(default_factory=dict)
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    moved: int = 0
-    """Forks that have passed the next layer already: a sweep may stop between any two of them."""
-    normed: bool = False
-    """Whether the streams have passed the final norm."""
 
-    def fork(self, values: Tensor, num_layers: int) -> None:
-        """The next fork."""
-        if self.forks is None:
-            self.forks = values.new_empty(num_layers, *values.shape)
-        self.forks[self.layer].copy_(values)
-
-    def state(self) -> State:
+    def state(self, name: str, layer: int) -> dict[str, Tensor]:
         """For a file."""
         tensors = {"teacher": self.teacher}
         if self.base is not None:
             tensors["base"] = self.base
         if self.forks is not None:
-            tensors["forks"] = self.forks[: self.layer]
-        for name, pair in self.firsts.items():
+            tensors["forks"] = self.forks[:layer]
+        for whose, pair in self.firsts.items():
             if pair is not None:
-                tensors |= {f"v_first {name}": pair[0], f"k_first {name}": pair[1]}
-        return tensors, {"layer": self.layer, "scores": self.scores, "moved": self.moved, "normed": self.normed}
+                tensors |= {f"v_first {whose}": pair[0], f"k_first {whose}": pair[1]}
+        return {f"{name} {key}": values for key, values in tensors.items()}
 
-    @classmethod
-    def restored(cls, tensors: dict[str, Tensor], facts: dict[str, Any], num_layers: int) -> Streams:
+    def restore(self, tensors: Mapping[str, Tensor], name: str) -> None:
         """The inverse of `state`."""
-        firsts: dict[str, First] = {
-            name: (tensors[f"v_first {name}"], tensors[f"k_first {name}"])
-            for name in FIRSTS
-            if f"v_first {name}" in tensors
+        found = {key.removeprefix(f"{name} "): values for key, values in tensors.items() if key.startswith(f"{name} ")}
+        self.teacher, self.base = found["teacher"], found.get("base")
+        if self.forks is not None:
+            self.forks[: len(found["forks"])].copy_(found["forks"])
+        self.firsts = {
+            whose: (found[f"v_first {whose}"], found[f"k_first {whose}"])
+            for whose in FIRSTS
+            if f"v_first {whose}" in found
         }
-        streams = cls(teacher=tensors["teacher"], base=tensors.get("base"), firsts=firsts, **facts)
-        done = tensors.get("forks")
-        if done is not None:
-            streams.forks = done.new_empty(num_layers, *done.shape[1:])
-            streams.forks[: len(done)].copy_(done)
-        return streams
+
+
+@dataclass(slots=True)
+class Progressed:
+    """How far a pass is."""
+
+    layer: int = 0
+    """The next one."""
+    moved: int = 0
+    """Forks that have passed the next layer already: a pass may stop between any two of them."""
+    normed: bool = False
+    """Whether the streams have passed the final norm."""
+    scores: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -102,8 +109,17 @@ class Layer:
 
     walk: Walk
     index: int
-    x: Tensor
     streams: Streams
+
+    @property
+    def ids(self) -> Tensor:
+        """(B, T)."""
+        return self.streams.ids
+
+    @property
+    def x(self) -> Tensor:
+        """The residual stream before the block."""
+        return self.streams.teacher
 
     @property
     def config(self) -> ModelConfig:
@@ -128,8 +144,7 @@ class Layer:
     @cached_property
     def after(self) -> Tensor:
         """The residual stream behind the block."""
-        inside = self.x + self.attended
-        return self.walk.each(lambda s: llama.feed_forward(s, self.get, self.config, self.index), inside)
+        return self.fed(self.x + self.attended)
 
     @cached_property
     def entropy_and_distance(self) -> tuple[float, float]:
@@ -139,13 +154,42 @@ class Layer:
     @cached_property
     def mixed(self) -> Tensor:
         """What the student's RWKV mixer adds on the teacher's input."""
-        student = self.walk["student"]
-        first = self.streams.firsts.get("teacher")
-        config = student.model.student
-        found, self.streams.firsts["teacher"] = time_mix(
-            self.normed, student.weight, config, self.index, first, self.walk.pool.map
+        found, self.streams.firsts["teacher"] = self._time_mix(
+            self.normed, self.walk["student"].model.student, self.streams.firsts.get("teacher")
         )
         return found
+
+    @property
+    def converted(self) -> Tensor:
+        """The residual stream behind the block if it alone is the student's: its first RWKV layer."""
+        student = self.walk["student"].model.student
+        others = tuple(i for i in range(student.num_hidden_layers) if i != self.index)
+        return self.fed(self.x + self._time_mix(self.normed, replace(student, gqa_layers=others), None)[0])
+
+    def fed(self, x: Tensor) -> Tensor:
+        """The teacher's second half of the block."""
+        return self.walk.each(lambda s: llama.feed_forward(s, self.get, self.config, self.index), x)
+
+    def restored(self, x: Tensor) -> Tensor:
+        """A stream of the student behind the block with attention in it."""
+        student, config = self.walk["student"], self.walk["student"].model.student
+        normed = student.normed(x, self.index)
+        mixed = self.walk.each(lambda s: hxa079.attention(s, self.get, config, self.index, Carry()), normed)
+        return self._student_fed(x + mixed)
+
+    def passed(self, x: Tensor, whose: str) -> Tensor:
+        """A stream of the student behind the block as it is; `whose` v_first and k_first."""
+        config, firsts = self.walk["student"].model.student, self.streams.firsts
+        config = replace(config, gqa_layers=(0,)) if whose == "fork 0" else config
+        mixed, firsts[whose] = self._time_mix(self.walk["student"].normed(x, self.index), config, firsts.get(whose))
+        return self._student_fed(x + mixed)
+
+    def _student_fed(self, x: Tensor) -> Tensor:
+        student, config = self.walk["student"], self.walk["student"].model.student
+        return self.walk.each(lambda s: hxa079.feed_forward(s, student.weight, config, self.index), x)
+
+    def _time_mix(self, normed: Tensor, config: StudentConfig, first: First) -> tuple[Tensor, First]:
+        return time_mix(normed, self.walk["student"].weight, config, self.index, first, self.walk.pool.map)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,49 +198,53 @@ class Sweep:
 
     teacher: Model
     student: Model | None
-    strategies: frozenset[str]
-    kl_mode: str = "restore"
+    measures: Mapping[str, Callable[[Layer], Any]]
+    """What to note of every layer, plain values."""
+    mode: str | None = None
+    """Forks: `restore`, `convert` or none."""
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
-    def __post_init__(self) -> None:
-        assert self.strategies <= set(STREAMED)
-        assert self.kl_mode in ("restore", "convert")
-        if any("student" in STRATEGIES[name].needs for name in self.strategies):
-            assert self.student is not None
-            assert self.student.student.gqa_layers == ()
+    def run(self, ids: Tensor, kept: StateFile | None = None, progress: Progress | None = None) -> dict[str, list[Any]]:
+        """Token ids (B, T) -> name -> one value per layer.
 
-    def run(
-        self, ids: Tensor, kept: StateFile | None = None, progress: Progress | None = None
-    ) -> dict[str, list[float]]:
-        """Token ids (B, T) -> strategy -> one number per layer.
-
-        With kl also `kl total`: one number, the KL of the all-RWKV student (restore).
+        With forks also `kl` and `nll`, which is that of needles, and single figures: `recall of the teacher`, and of
+        the all-RWKV student `kl total` and `recall of the student`.
         """
         kept = kept or StateFile(None)
         saved = kept.load(self.device)
-        if saved and "teacher" not in saved[0]:
-            scores: dict[str, list[float]] = saved[1]["scores"]
+        if saved and not saved[0]:
+            scores: dict[str, list[Any]] = saved[1]["scores"]
             return scores
         models = {"teacher": self.teacher} | ({"student": self.student} if self.student is not None else {})
         with torch.no_grad(), Walk(models, dtype=self.dtype, device=self.device) as walk:
-            resumes = bool(saved)
-            streams = Streams.restored(*saved, self.num_layers) if saved else self._start(walk, ids)
+            rows = {"text": ids} | ({"needles": needles(ids)[0]} if self.mode else {})
+            streams = {name: self._start(walk, some) for name, some in rows.items()}
+            at = Progressed()
+            if saved:
+                at = Progressed(**saved[1])
+                for name, some in streams.items():
+                    some.restore(saved[0], name)
             saved = None
+
+            def state() -> State:
+                tensors = {key: x for name, some in streams.items() for key, x in some.state(name, at.layer).items()}
+                return tensors, {"layer": at.layer, "moved": at.moved, "normed": at.normed, "scores": at.scores}
+
             with bar(progress, "scoring layers", self._work(self.num_layers) + self._head_work) as advance:
-                moved = layer_bytes(self.teacher.plan, streams.layer) * streams.moved if streams.moved else 0
-                advance(self._work(streams.layer) + moved, "resumed" if resumes else "")
+                moved = layer_bytes(self.teacher.plan, at.layer) * at.moved if at.moved else 0
+                advance(self._work(at.layer) + moved, "resumed" if at.layer or at.moved else "")
 
                 def step(done: int, what: str) -> None:
                     advance(done, what)
-                    kept.pause(streams.state)
+                    kept.pause(state)
 
-                for _ in walk.layers(range(streams.layer, self.num_layers)):
-                    self._layer(walk, streams, step)
-                if "kl" in self.strategies:
-                    self._divergences(walk, streams, step)
-        kept.save({}, {"scores": streams.scores})
-        return streams.scores
+                for _ in walk.layers(range(at.layer, self.num_layers)):
+                    self._layer(walk, streams, at, step)
+                if self.mode:
+                    self._divergences(walk, streams, at, step)
+        kept.save({}, {"scores": at.scores})
+        return at.scores
 
     @property
     def num_layers(self) -> int:
@@ -204,108 +252,106 @@ class Sweep:
         return self.teacher.config.num_hidden_layers
 
     def _work(self, layers: int) -> int:
-        # In bytes of weights applied: what time goes with, whatever the strategies.
-        streams = [1 + (self._restores + i + 1 if "kl" in self.strategies else 0) for i in range(layers)]
+        # In bytes of weights applied: what time goes with, whatever is measured.
+        streams = [1 + (self._restores + i + 1 if self.mode else 0) for i in range(layers)]
         return sum(layer_bytes(self.teacher.plan, i) * streams[i] for i in range(layers))
 
     @property
     def _head_work(self) -> int:
         size = self.teacher.config.vocab_size * self.teacher.config.hidden_size * 2
-        return size * (self.num_layers + 1 + self._restores) if "kl" in self.strategies else 0
+        return size * (self.num_layers + 1 + self._restores) if self.mode else 0
 
     @property
     def _restores(self) -> bool:
-        return "kl" in self.strategies and self.kl_mode == "restore"
+        return self.mode == "restore"
 
     def _start(self, walk: Walk, ids: Tensor) -> Streams:
-        return Streams(0, walk["teacher"].start(ids).x, walk["student"].start(ids).x if self._restores else None)
+        base = walk["student"].start(ids).x if self._restores else None
+        streams = Streams(ids, walk["teacher"].start(ids).x, base)
+        if self.mode:
+            streams.forks = streams.teacher.new_empty(self.num_layers, *streams.teacher.shape)
+        return streams
 
-    def _layer(self, walk: Walk, streams: Streams, step: Step) -> None:
+    def _layer(self, walk: Walk, streams: Mapping[str, Streams], at: Progressed, step: Step) -> None:
         """One layer further, every stream in its place."""
-        index = streams.layer
-        at = Layer(walk, index, streams.teacher, streams)
-        found = {name: score(at) for name in self.strategies if (score := STRATEGIES[name].score)}
-        if "kl" in self.strategies:
-            self._restore(at, step) if self._restores else self._convert(at, step)
+        index, size = at.layer, layer_bytes(self.teacher.plan, at.layer)
+        layers = [Layer(walk, index, some) for some in streams.values()]
+        found = {name: measure(layers[0]) for name, measure in self.measures.items()}
+        for i in range(at.moved, index if self.mode else 0):
+            for layer in layers:
+                self._move(layer, i)
+            at.moved += 1
+            step(size, f"layer {index}, candidate {i}")
+        for layer in layers:
+            some = layer.streams
+            if some.forks is not None:
+                some.forks[index].copy_(layer.converted if some.base is None else layer.restored(some.base))
+            if some.base is not None:
+                some.base = layer.passed(some.base, "base")
+            some.teacher = layer.after
         for name, value in found.items():
-            streams.scores.setdefault(name, []).append(value)
-        rest = self._work(index + 1) - self._work(index) - streams.moved * layer_bytes(self.teacher.plan, index)
-        streams.teacher, streams.layer, streams.moved = at.after, index + 1, 0
+            at.scores.setdefault(name, []).append(value)
+        rest = self._work(index + 1) - self._work(index) - at.moved * size
+        at.layer, at.moved = index + 1, 0
         step(rest, f"layer {index}")
 
-    def _move(self, streams: Streams, step: Step, forward: Callable[[int, Tensor], Tensor]) -> None:
-        """All forks pass the layer, but for those that have before an interruption."""
-        size = layer_bytes(self.teacher.plan, streams.layer)
-        for i in range(streams.moved, streams.layer):
-            assert streams.forks is not None
-            streams.forks[i].copy_(forward(i, streams.forks[i]))
-            streams.moved += 1
-            step(size, f"layer {streams.layer}, candidate {i}")
+    def _move(self, layer: Layer, i: int) -> None:
+        """Fork i passes the layer."""
+        forks = layer.streams.forks
+        assert forks is not None
+        if self._restores:
+            forks[i].copy_(layer.passed(forks[i], "fork 0" if i == 0 else "base"))
+        else:
+            after = layer.walk.each(lambda s: llama.layer(s, layer.get, layer.config, layer.index), forks[i])
+            forks[i].copy_(after)
 
-    def _convert(self, at: Layer, step: Step) -> None:
-        walk, index, config, get = at.walk, at.index, at.config, at.get
-        self._move(at.streams, step, lambda _, x: walk.each(lambda s: llama.layer(s, get, config, index), x))
-        alone = tuple(i for i in range(self.num_layers) if i != index)
-        student = walk["student"]
-        settings = replace(student.model.student, gqa_layers=alone)
-        mixed, _ = time_mix(at.normed, student.weight, settings, index, None, walk.pool.map)
-        after = walk.each(lambda s: llama.feed_forward(s, get, config, index), at.x + mixed)
-        at.streams.fork(after, self.num_layers)
-
-    def _restore(self, at: Layer, step: Step) -> None:
-        walk, index, streams = at.walk, at.index, at.streams
-        student = walk["student"]
-        config, get, firsts = student.model.student, student.weight, streams.firsts
-        assert streams.base is not None
-
-        def finish(x: Tensor) -> Tensor:
-            return walk.each(lambda s: hxa079.feed_forward(s, get, config, index), x)
-
-        def mix(x: Tensor, settings: StudentConfig, whose: str | None, first: First) -> Tensor:
-            normed = hxa079.input_norm(x, get, config, index)
-            mixed, first = time_mix(normed, get, settings, index, first, walk.pool.map)
-            if whose is not None:
-                firsts[whose] = first
-            return mixed
-
-        def passed(i: int, x: Tensor) -> Tensor:
-            if i == 0:
-                return finish(x + mix(x, replace(config, gqa_layers=(0,)), "fork 0", firsts.get("fork 0")))
-            return finish(x + mix(x, config, None, firsts["base"]))
-
-        self._move(streams, step, passed)
-        normed = hxa079.input_norm(streams.base, get, config, index)
-        mixed = walk.each(lambda s: hxa079.attention(s, at.get, config, index, Carry()), normed)
-        streams.fork(finish(streams.base + mixed), self.num_layers)
-        first = None if index == 0 else firsts["base"]
-        streams.base = finish(streams.base + mix(streams.base, config, "base", first))
-
-    def _divergences(self, walk: Walk, streams: Streams, step: Step) -> None:
-        """The KLs, from the final streams; these are normed in their place and not streams afterwards."""
-        assert self.student is not None and streams.forks is not None
+    def _divergences(self, walk: Walk, streams: Mapping[str, Streams], at: Progressed, step: Step) -> None:
+        """The figures from the final streams; these are normed in their place and not streams afterwards."""
         role = "student" if self._restores else "teacher"
-        others = list(streams.forks) + ([streams.base] if streams.base is not None else [])
-        if not streams.normed:
-            for owner, x in [("teacher", streams.teacher), *((role, stream) for stream in others)]:
-                for sequence in x:
-                    sequence.copy_(walk[owner].final_norm(sequence[None]))
-            streams.normed = True
-        target = streams.teacher.flatten(0, 1)
+        others = {name: [*_forks(some), *([some.base] if some.base is not None else [])] for name, some in streams.items()}
+        if not at.normed:
+            for name, some in streams.items():
+                for owner, x in [("teacher", some.teacher), *((role, stream) for stream in others[name])]:
+                    for sequence in x:
+                        sequence.copy_(walk[owner].final_norm(sequence[None]))
+            at.normed = True
+        needle, first = streams["needles"], needles(streams["text"].ids)[1]
+        wanted = needle.ids[:, first:].flatten().to(needle.teacher.device)
+        asked = [x[:, first - 1 : -1].flatten(0, 1) for x in (*others["needles"], needle.teacher)]
+        target = streams["text"].teacher.flatten(0, 1)
         recipes = {"teacher": walk["teacher"].head, role: walk[role].head}
-        divergence, step_rows = Divergence(), max(1, LOGITS_AT_ONCE // len(target))
+        kl, nll, step_rows = Divergence(), Divergence(), max(1, LOGITS_AT_ONCE // len(target))
         for start, stop in walk.slices(recipes, "head"):
             heads = [walk.held(name)["head"].values for name in ("teacher", role)]
             for low in range(0, stop - start, step_rows):
                 mine, theirs = (head[low : low + step_rows] for head in heads)
 
                 def logits(i: int, rows: Tensor = theirs) -> Tensor:
-                    return walk.product(others[i].flatten(0, 1), rows)
+                    return walk.product(others["text"][i].flatten(0, 1), rows)
 
-                divergence.add(walk.product(target, mine), len(others), logits, walk.pool.map)
+                def answers(i: int, rows: Tensor = theirs, own: Tensor = mine) -> Tensor:
+                    return walk.product(asked[i], own if i == len(asked) - 1 else rows)
+
+                kl.add(walk.product(target, mine), len(others["text"]), logits, walk.pool.map)
+                # The NLL of a token is the KL from what is certain of it.
+                here = torch.arange(start + low, start + low + len(mine), device=wanted.device)
+                certain = torch.where(wanted[:, None] == here, 0.0, CERTAIN).to(target.dtype)
+                nll.add(certain, len(asked), answers, walk.pool.map)
                 step(int(len(mine) / self.teacher.config.vocab_size * self._head_work), "head")
-        values = [float(kl.mean()) for kl in divergence.result()]
+        kls, (*nlls, teachers) = ([float(x.mean()) for x in each.result()] for each in (kl, nll))
         if self._restores:
-            total = values.pop()
-            streams.scores["kl total"] = [total]
-            values = [total - value for value in values]
-        streams.scores["kl"] = values
+            total, students = kls.pop(), nlls.pop()
+            kls, nlls = [total - value for value in kls], [students - value for value in nlls]
+            at.scores |= {"kl total": [total], "recall of the student": [students]}
+        else:
+            nlls = [value - teachers for value in nlls]
+        at.scores |= {"recall of the teacher": [teachers], "kl": kls, "nll": nlls}
+
+
+CERTAIN = -1e30
+"""A logit that is as good as minus infinity, and with which one can still calculate."""
+
+
+def _forks(some: Streams) -> list[Tensor]:
+    assert some.forks is not None
+    return list(some.forks)
