@@ -1,6 +1,6 @@
-"""Which layers should stay attention: every strategy against evenly spaced and random sets, on SmolLM2 (real_model.py).
+"""Which layers should stay attention: every strategy against evenly spaced and random sets, on SmolLM2.
 
-    python benchmarks/layer_choice.py score [STRATEGY ...]    rank the layers; the figures go to results/layer_choice.jsonl
+    python benchmarks/layer_choice.py score [STRATEGY ...]    rank the layers, for results/layer_choice.jsonl
     python benchmarks/layer_choice.py judge                   what the sets are worth that no line there has judged yet
     python benchmarks/layer_choice.py table                   the results as Markdown
     python benchmarks/layer_choice.py planted [SEEDS]         a small teacher with an induction circuit in known layers
@@ -15,10 +15,7 @@ student that is RWKV throughout and calibrated on 1024 tokens (case "fit" of rea
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +50,7 @@ class Judge:
             self.asked += [(name, row, where - 1) for row, where in some]
         self.said, self.streams, self.firsts = [], [], []
         with torch.no_grad():
-            for name, row, where in self.asked:
+            for _, row, where in self.asked:
                 hidden = llama.embed(row[None], self.theirs.get)
                 for i in range(self.theirs.config.num_hidden_layers):
                     hidden = llama.layer(hidden, self.theirs.get, self.theirs.config, i)

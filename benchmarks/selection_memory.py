@@ -95,7 +95,9 @@ def main() -> None:
     from hxaconv.load import load_teacher
     from hxaconv.model.config import student_of
     from hxaconv.model.model import Model
-    from hxaconv.selection.advice import Request, advise
+    from hxaconv.options import Choice
+    from hxaconv.selection.advice import advise
+    from hxaconv.selection.strategies import Given
     from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 
     if not (arguments.folder / "config.json").is_file():
@@ -116,13 +118,8 @@ def main() -> None:
     sampler = PeakAnonymous()
     sampler.start()
     started = time.monotonic()
-    advise(
-        num_layers,
-        Request(strategy="kl", count=2, device=arguments.device),
-        teacher=teacher,
-        student=student,
-        ids=ids,
-    )
+    given = Given(num_layers=num_layers, teacher=teacher, student=student, ids=ids, device=arguments.device)
+    advise(Choice(strategy="kl", count=2), given)
     seconds = time.monotonic() - started
     sampler.done = True
     sampler.join()

@@ -8,6 +8,9 @@ from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import TeacherConfig, student_of
 from hxaconv.model.model import Model
 from hxaconv.model.plan import Literal, Recipe
+from hxaconv.options import Choice
+from hxaconv.selection.advice import advise
+from hxaconv.selection.strategies import Given
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 
@@ -17,6 +20,13 @@ TEACHER = Path(__file__).resolve().parent.parent / "hxaconv" / "commands" / "emb
 def literal(values, dtype="F32"):
     values = values.to(torch.float32).contiguous()
     return Recipe(dtype, tuple(values.shape), Literal(values.numpy().tobytes()), "made for a test")
+
+
+def advised(teacher=None, student=None, ids=None, *, num_layers=6, log=None, are_text=True, more=(), **choice):
+    """Advice; `more` are further fields of Given."""
+    found = {"teacher": teacher, "student": student, "ids": ids, "are_text": are_text, "log": log, **dict(more)}
+    given = Given(num_layers=num_layers, **found)
+    return advise(Choice(**choice), given)
 
 
 def as_if_trained(teacher, moved=("w1", "a1", "v1", "k1", "g1", "r_k")):

@@ -18,7 +18,7 @@ from hxaconv.calls import parameters_of
 from hxaconv.commands import COMMANDS
 from hxaconv.model import layer_choice, layer_maps
 from hxaconv.save.interruption import Interrupted
-from hxaconv.selection.sweep import Sweep
+from hxaconv.selection.sweep import Progressed, Sweep
 
 Cli = Callable[..., int]
 COMMAND = "pick-gqa-layers"
@@ -47,11 +47,11 @@ class Layers:
         self.stop: tuple[int, int] | None = None
         real = Sweep._layer
 
-        def layer(sweep: Sweep, walk: object, state: object, step: object) -> None:
-            self.seen.append(state.layer)  # type: ignore[attr-defined]
+        def layer(sweep: Sweep, walk: object, streams: object, at: Progressed, step: object) -> None:
+            self.seen.append(at.layer)
             if self.stop is not None and self.stop[0] == self.seen[-1]:
                 os.kill(os.getpid(), self.stop[1])
-            real(sweep, walk, state, step)  # type: ignore[arg-type]
+            real(sweep, walk, streams, at, step)  # type: ignore[arg-type]
 
         monkeypatch.setattr(Sweep, "_layer", layer)
 

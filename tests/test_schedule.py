@@ -6,10 +6,35 @@ import random
 import pytest
 
 from hxaconv.errors import HxaconvError
-from hxaconv.selection.schedule import LOG_RULES, Rules, allowed, choose, objective
+from hxaconv.selection.choice import LOG_RULES, Rules, choose, ideal_gap, margins, solve
 
 # Sums of at most 12 numbers near 1 in another order: far below any real difference between choices.
 TOLERANCE = 1e-12
+
+
+def allowed(layers, rules):
+    gaps = [after - before for before, after in itertools.pairwise(layers)]
+    run, longest = 1, min(1, len(layers))
+    for gap in gaps:
+        run = run + 1 if gap == 1 else 1
+        longest = max(longest, run)
+    return (
+        not rules.exclude & set(layers)
+        and rules.require <= set(layers)
+        and all(rules.min_gap <= gap and (rules.max_gap is None or gap <= rules.max_gap) for gap in gaps)
+        and (rules.max_consecutive is None or longest <= rules.max_consecutive)
+    )
+
+
+def objective(layers, scores, rules):
+    """What a sorted choice is worth; -inf where it breaks a hard rule."""
+    if not allowed(layers, rules):
+        return float("-inf")
+    value, ideal = sum(scores[layer] for layer in layers), ideal_gap(len(scores), len(layers))
+    for before, after in itertools.pairwise(layers):
+        value -= rules.gap_penalty * abs(after - before - ideal) / ideal
+        value -= rules.wide_gap_penalty * (rules.wide_gap is not None and after - before > rules.wide_gap)
+    return value
 
 
 def exhaustive(scores, count, rules):
@@ -50,17 +75,17 @@ def test_equals_exhaustive_search(seed):
                 choose(scores, count, rules)
             continue
         feasible += 1
-        choice = choose(scores, count, rules)
-        assert allowed(choice.layers, rules)
-        assert choice.value == pytest.approx(best, abs=TOLERANCE)
-        assert objective(choice.layers, scores, rules) == pytest.approx(choice.value, abs=TOLERANCE)
+        value, layers = choose(scores, count, rules)
+        assert allowed(layers, rules)
+        assert value == pytest.approx(best, abs=TOLERANCE)
+        assert objective(layers, scores, rules) == pytest.approx(value, abs=TOLERANCE)
     assert feasible
 
 
 def test_the_rules_of_the_log_strategy_with_many_layers():
     rng = random.Random(5)
     scores = [rng.random() for _ in range(18)]
-    assert choose(scores, 5, LOG_RULES).value == pytest.approx(exhaustive(scores, 5, LOG_RULES), abs=TOLERANCE)
+    assert choose(scores, 5, LOG_RULES)[0] == pytest.approx(exhaustive(scores, 5, LOG_RULES), abs=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -77,30 +102,33 @@ def test_the_rules_of_the_log_strategy_with_many_layers():
 def test_each_rule_changes_the_choice(rule, without):
     """Negative control: without the rule, the same scores give another answer."""
     scores = [0.9, 0, 0, 0, 1.0, 1.0, 1.0, 0, 0, 0.1, 0.2]
-    assert choose(scores, 4, rule).layers != choose(scores, 4, without).layers
+    assert choose(scores, 4, rule)[1] != choose(scores, 4, without)[1]
 
 
 def test_ties_go_to_the_end_and_are_stable():
-    assert choose([0.5] * 9, 3, Rules(gap_penalty=0)).layers == (6, 7, 8)
+    assert choose([0.5] * 9, 3, Rules(gap_penalty=0))[1] == (6, 7, 8)
     assert choose([0.5] * 9, 3, Rules(gap_penalty=0)) == choose([0.5] * 9, 3, Rules(gap_penalty=0))
 
 
 def test_margins_are_the_price_of_overruling_the_choice():
     scores = [0.1, 0.8, 0.2, 0.7, 0.3, 0.6]
     rules = Rules(gap_penalty=0.1, exclude=frozenset({0}))
-    choice = choose(scores, 2, rules)
-    for layer, margin in enumerate(choice.margins):
+    value, layers = choose(scores, 2, rules)
+    prices = margins(scores, rules, layers, value)
+    for layer, margin in enumerate(prices):
         others = [
             objective(c, scores, rules)
             for c in itertools.combinations(range(6), 2)
-            if (layer in c) != (layer in choice.layers)
+            if (layer in c) != (layer in layers)
         ]
-        assert margin == pytest.approx(choice.value - max(others), abs=TOLERANCE)
-    assert choice.margins[0] == float("inf")
+        assert margin == pytest.approx(value - max(others), abs=TOLERANCE)
+    assert prices[0] == float("inf")
+    assert solve(scores, 2, Rules(require=frozenset({1, 4})))[0] == objective((1, 4), scores, Rules())
 
 
 def test_large_models_are_quick_enough_to_solve_with_margins():
     rng = random.Random(0)
-    choice = choose([rng.random() for _ in range(64)], 12, LOG_RULES)
-    assert len(choice.layers) == 12
-    assert len(choice.margins) == 64
+    scores = [rng.random() for _ in range(64)]
+    value, layers = choose(scores, 12, LOG_RULES)
+    assert len(layers) == 12
+    assert len(margins(scores, LOG_RULES, layers, value)) == 64

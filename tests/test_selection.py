@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from selection_models import TEACHER, as_if_trained, copying_teacher, literal
+from selection_models import TEACHER, advised, as_if_trained, copying_teacher, literal
 
 from hxaconv.cli import tables
 from hxaconv.commands.plots import draw_advice
@@ -19,11 +19,10 @@ from hxaconv.load import load_teacher
 from hxaconv.model import layer_choice, layer_maps
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
-from hxaconv.selection import advice as report
+from hxaconv.options import Choice
 from hxaconv.selection import sweep as sweep_module
-from hxaconv.selection.advice import Request, advise, needs
-from hxaconv.selection.schedule import Rules
-from hxaconv.selection.strategies import Column, check_finite, pick
+from hxaconv.selection.advice import needs, pick
+from hxaconv.selection.strategies import STRATEGIES, Column
 from hxaconv.selection.sweep import Sweep
 from hxaconv.surgery.arithmetic import tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
@@ -103,7 +102,9 @@ def brute_force_convert(teacher, student, ids):
 
 
 def sweep(teacher, student, ids, *strategies, dtype=EXACT, **more):
-    run = Sweep(teacher=teacher, student=student, strategies=frozenset(strategies), dtype=dtype, **more)
+    mode = more.pop("kl_mode", "restore") if {"kl", "nll"} & {*strategies} else None
+    measures = {name: STRATEGIES[name].score for name in strategies if STRATEGIES[name].score}
+    run = Sweep(teacher=teacher, student=student, measures=measures, mode=mode, dtype=dtype, **more)
     return run.run(torch.from_numpy(ids))
 
 
@@ -219,8 +220,8 @@ def test_entropy_and_distance_of_known_attention():
 def test_deterministic(teacher, student, ids):
     once, again = (sweep(teacher, student, ids, "kl", "mse", dtype=torch.float32) for _ in range(2))
     assert once == again
-    asked, longer = Request(strategy="retrieval", count=2), ids.repeat(4, 1)
-    assert advise(6, asked, teacher=teacher, ids=longer) == advise(6, asked, teacher=teacher, ids=longer)
+    once, again = (advised(teacher, ids=ids.repeat(4, 1), strategy="retrieval", count=2) for _ in range(2))
+    assert once == again
 
 
 def test_kl_in_blocks_equals_kl_whole():
@@ -239,10 +240,9 @@ def test_uncalibrated_students_are_found_and_warned_about(teacher, student, ids)
     fresh = Model(config, init_from_teacher(teacher.plan, config, settings), "fresh")
     assert untouched_layers(fresh) == (0, 1, 2, 3, 4, 5)
     assert untouched_layers(student) == ()
-    asked = Request(strategy="kl", count=2)
-    warned = advise(6, asked, teacher=teacher, student=fresh, ids=ids)
+    warned = advised(teacher, fresh, ids, strategy="kl", count=2)
     assert any("MISLEAD" in w and "--init calibrated" in w for w in warned.warnings)
-    assert not any("initial values" in w for w in advise(6, asked, teacher=teacher, student=student, ids=ids).warnings)
+    assert not any("initial values" in w for w in advised(teacher, student, ids, strategy="kl", count=2).warnings)
 
 
 def test_calibration_is_advised_only_where_layers_are_plain(teacher, student, ids, monkeypatch):
@@ -250,55 +250,56 @@ def test_calibration_is_advised_only_where_layers_are_plain(teacher, student, id
     settings = InitSettings(PRESETS["openmose-stage1"], 0, "BF16")
     fresh = Model(config, init_from_teacher(teacher.plan, config, settings), "fresh")
     monkeypatch.setattr(
-        Sweep, "run", lambda self, *_: {name: [-1.0] * 6 for name in self.strategies} | {"kl total": [1.0]}
+        Sweep,
+        "run",
+        lambda self, *_: {name: [-1.0] * 6 for name in ("kl", "nll", *self.measures)} | {"kl total": [1.0]},
     )
 
     def harmful(model):
-        warned = advise(6, Request(strategy="kl", count=2), teacher=teacher, student=model, ids=ids).warnings
+        warned = advised(teacher, model, ids, strategy="kl", count=2).warnings
         return next(text for text in warned if "putting attention back makes the student worse" in text)
 
     assert "--init calibrated" in harmful(fresh)
     assert "--init calibrated" not in harmful(student)
     assert "--kl-mode convert" in harmful(student)
-    assert "measured on other students" in harmful(student)
 
 
 def test_random_tokens_are_warned_about(teacher, ids):
-    asked = Request(strategy="influence", count=2)
-    assert advise(6, asked, teacher=teacher, ids=ids).warnings == ()
-    assert "real text" in advise(6, replace(asked, tokens_are_text=False), teacher=teacher, ids=ids).warnings[0]
+    asked = {"strategy": "influence", "count": 2}
+    assert advised(teacher, ids=ids, **asked).warnings == ()
+    assert "real text" in advised(teacher, ids=ids, are_text=False, **asked).warnings[0]
 
 
 def test_what_strategies_need(teacher):
     assert needs("uniform") == frozenset()
     assert needs("kl") == {"teacher", "student", "tokens"}
     with pytest.raises(HxaconvError, match="kl needs: student, tokens"):
-        advise(6, Request(strategy="kl"), teacher=teacher)
+        advised(teacher, strategy="kl")
     with pytest.raises(HxaconvError, match="unknown strategy 'best'"):
-        advise(6, Request(strategy="best"))
+        advised(strategy="best")
 
 
 def test_pick_uniform_and_last():
-    assert advise(44, Request()).pick.layers == (8, 15, 22, 29, 36, 43)
-    assert advise(44, Request(strategy="last", count=3)).pick.layers == (41, 42, 43)
+    assert advised(num_layers=44).pick.layers == (8, 15, 22, 29, 36, 43)
+    assert advised(num_layers=44, strategy="last", count=3).pick.layers == (41, 42, 43)
     with pytest.raises(HxaconvError, match="has no scores"):
-        advise(44, Request(rules=Rules(min_gap=3)))
+        advised(num_layers=44, min_gap=3)
     with pytest.raises(HxaconvError, match="between 1 and 43"):
-        advise(44, Request(count=44))
+        advised(num_layers=44, count=44)
 
 
 def test_scores_of_layers_that_cannot_be_picked_do_not_count():
-    column = Column("kl", (100.0, 1.0, 2.0, 3.0))
-    found = pick("kl", 4, 1, column)
-    assert found.scores == (None, 0.0, 0.5, 1.0)
-    assert pick("kl", 4, 1, column, allow_layer_0=True).layers == (0,)
-    assert pick("entropy", 4, 1, Column("entropy", (0.0, 0.2, 0.9, 0.4))).layers == (1,)  # sharp heads stay
+    column, one = Column("kl", (100.0, 1.0, 2.0, 3.0)), Choice(strategy="kl", count=1)
+    assert pick(one, 4, column).scores == (None, 0.0, 0.5, 1.0)
+    assert pick(replace(one, allow_gqa_layer_0=True), 4, column).layers == (0,)
+    sharp = pick(replace(one, strategy="entropy"), 4, Column("entropy", (0.0, 0.2, 0.9, 0.4)))
+    assert sharp.layers == (1,)  # sharp heads stay
     with pytest.raises(HxaconvError, match="layer 2 is not a finite number"):
-        check_finite(Column("kl", (0.0, 1.0, float("nan"))))
+        pick(one, 3, Column("kl", (0.0, 1.0, float("nan"))))
 
 
 def test_report(teacher, student, ids, tmp_path):
-    advice = advise(6, Request(strategy="kl", count=2), teacher=teacher, student=student, ids=ids)
+    advice = advised(teacher, student, ids, strategy="kl", count=2)
     text = "\n".join(tables.summary(advice))
     assert f"GQA layers (2 of 6): {', '.join(map(str, advice.pick.layers))}" in text
     assert "of 2 in common" in text
@@ -308,9 +309,9 @@ def test_report(teacher, student, ids, tmp_path):
     assert len(bars) == len(letters)
     data = json.loads(json.dumps(advice.to_dict()))
     assert data["gqa_layers"] == list(advice.pick.layers)
-    assert set(data["scores"]) == {"kl", "mse", "influence", "entropy", "distance"}
-    chosen = report.layer_map(advice, teacher.config, name="mine", model="demo")
-    (tmp_path / "mine.toml").write_text(report.layer_map_text(advice, chosen, date="2025-01-31"), encoding="utf-8")
+    assert set(data["scores"]) == {"kl", "nll", "mse", "influence", "entropy", "distance"}
+    chosen = layer_maps.of_config("mine", teacher.config, advice.pick.layers)
+    (tmp_path / "mine.toml").write_text(advice.layer_map_text(chosen, date="2025-01-31"), encoding="utf-8")
     assert layer_choice.parse_layers(str(tmp_path / "mine.toml"), 6) == advice.pick.layers
     assert "2025-01-31" in (tmp_path / "mine.toml").read_text()
     assert layer_maps.fits(layer_maps.load(tmp_path / "mine.toml"), teacher.config)
@@ -340,8 +341,8 @@ def long_log(path, num_layers, size=1.0):
 
 
 def test_table_shows_every_layer_and_fits(teacher, ids, tmp_path):
-    advice = advise(6, Request(strategy="influence", count=2), teacher=teacher, ids=ids)
-    from_log = advise(44, Request(strategy="log", count=6), log=long_log(tmp_path / "log.csv", 44))
+    advice = advised(teacher, ids=ids, strategy="influence", count=2)
+    from_log = advised(num_layers=44, strategy="log", count=6, log=long_log(tmp_path / "log.csv", 44))
     for found in (advice, from_log):
         for width in (100, 80, 50):
             lines = shown(found, width)
@@ -357,7 +358,7 @@ def test_table_shows_every_layer_and_fits(teacher, ids, tmp_path):
 
 
 def test_scores_that_do_not_fit_are_left_out_and_named(teacher, ids):
-    advice = advise(6, Request(strategy="influence", count=2), teacher=teacher, ids=ids)
+    advice = advised(teacher, ids=ids, strategy="influence", count=2)
     wide = replace(advice, columns=(*advice.columns, *(Column(f"number{i}", (1e20,) * 6) for i in range(20))))
     names = rows_of(wide)[0].split()
     assert {"number1", "margin", "0..1"} <= set(names)
@@ -370,17 +371,15 @@ def test_scores_that_do_not_fit_are_left_out_and_named(teacher, ids):
 
 
 def test_a_figure_that_rounds_to_zero_has_no_sign(teacher, ids):
-    advice = advise(6, Request(strategy="entropy", count=2), teacher=teacher, ids=ids)
+    advice = advised(teacher, ids=ids, strategy="entropy", count=2)
     tiny = replace(advice, columns=(replace(advice.columns[0], values=(-1e-9, *advice.columns[0].values[1:])),))
     assert "-0.000" not in " ".join(shown(tiny))
-    assert "-0.000" not in report.layer_map_text(
-        tiny, report.layer_map(tiny, teacher.config, name="x", model="y"), date=""
-    )
+    assert "-0.000" not in tiny.layer_map_text(layer_maps.of_config("x", teacher.config, tiny.pick.layers), date="")
 
 
 def test_plot(teacher, ids, tmp_path):
     pytest.importorskip("matplotlib")
-    advice = advise(6, Request(strategy="influence", count=2), teacher=teacher, ids=ids)
+    advice = advised(teacher, ids=ids, strategy="influence", count=2)
     for name in ("a.png", "b.png"):
         draw_advice(advice, tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

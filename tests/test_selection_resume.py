@@ -5,13 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from selection_models import TEACHER, as_if_trained
+from selection_models import TEACHER, advised, as_if_trained
 
 from hxaconv.forward import state as state_module
 from hxaconv.forward.state import StateFile, fingerprint
 from hxaconv.load import load_teacher
-from hxaconv.selection import attention as retrieval
-from hxaconv.selection.advice import Request, advise
+from hxaconv.selection.strategies import STRATEGIES
 from hxaconv.selection.sweep import Sweep
 
 
@@ -61,7 +60,8 @@ class Bar:
 
 @pytest.mark.parametrize("mode", ["restore", "convert"])
 def test_a_sweep_goes_on_from_every_step(teacher, student, ids, tmp_path, mode):
-    run = Sweep(teacher=teacher, student=student, strategies=frozenset({"kl", "mse", "entropy"}), kl_mode=mode)
+    measures = {name: STRATEGIES[name].score for name in ("mse", "entropy")}
+    run = Sweep(teacher=teacher, student=student, measures=measures, mode=mode)
     path, ids = tmp_path / "scores.safetensors", torch.from_numpy(ids)
     whole = Bar()
     expected = run.run(ids, progress=whole)
@@ -81,7 +81,7 @@ def test_a_sweep_goes_on_from_every_step(teacher, student, ids, tmp_path, mode):
 
 def test_a_finished_sweep_keeps_its_scores_alone(teacher, student, ids, tmp_path, monkeypatch):
     """What is still to be done with them (saving a map, writing a student) may fail: they are not computed again."""
-    run = Sweep(teacher=teacher, student=student, strategies=frozenset({"kl"}))
+    run = Sweep(teacher=teacher, student=student, measures={}, mode="restore")
     path, ids = tmp_path / "scores.safetensors", torch.from_numpy(ids)
     expected = run.run(ids, StateFile(path, "a"))
     assert path.stat().st_size < 10_000
@@ -95,7 +95,7 @@ def test_a_pass_saves_by_itself_when_it_is_time(teacher, student, ids, tmp_path,
     """After kill -9, nothing is said and the last saved state counts."""
     path, saved = tmp_path / "scores.safetensors", []
     monkeypatch.setattr(StateFile, "save", lambda *a, real=StateFile.save: (saved.append(1), real(*a)))
-    run = Sweep(teacher=teacher, student=student, strategies=frozenset({"kl"}))
+    run = Sweep(teacher=teacher, student=student, measures={}, mode="restore")
     run.run(torch.from_numpy(ids), StateFile(path, "a"))
     assert len(saved) == 1  # a pass of a second: the scores at its end
     monkeypatch.setattr(state_module, "SECONDS_BETWEEN_SAVES", 0.0)
@@ -104,31 +104,19 @@ def test_a_pass_saves_by_itself_when_it_is_time(teacher, student, ids, tmp_path,
     assert len(saved) > 10
 
 
-def test_retrieval_goes_on_from_every_layer(teacher, ids, tmp_path):
-    path = tmp_path / "scores.safetensors"
-    asked, expected = retrieval.sequences(256, None, separator=0, length=16, count=2)
-    found = retrieval.retrieval(teacher, asked, expected)
-    for calls in range(6):
-        with pytest.raises(KeyboardInterrupt):
-            retrieval.retrieval(teacher, asked, expected, kept=StateFile(path, "a", StopAfter(calls)))
-        bar = Bar()
-        assert retrieval.retrieval(teacher, asked, expected, kept=StateFile(path, "a"), progress=bar) == found
-        assert len(bar.seen) == 6 - calls
-        assert bar.done == bar.total
-        path.unlink()
-
-
 @pytest.mark.parametrize("strategy", ["influence", "retrieval"])
 def test_advice_goes_on_whatever_scores(teacher, ids, tmp_path, strategy):
     ids = np.load(TEACHER / "calibration_tokens.npy")[:, :64].astype(np.int64)
-    request = Request(strategy=strategy, count=2, cache=tmp_path / "c.safetensors", check=StopAfter(2))
+    cache, asked = tmp_path / "c.safetensors", {"ids": ids, "strategy": strategy, "count": 2}
     with pytest.raises(KeyboardInterrupt):
-        advise(6, request, teacher=teacher, ids=ids)
-    assert request.cache.is_file()
+        advised(teacher, **asked, more={"cache": cache, "check": StopAfter(2)})
+    assert cache.is_file()
     bar = Bar()
-    resumed = advise(6, replace(request, check=lambda: None), teacher=teacher, ids=ids, progress=bar)
+    resumed = advised(teacher, **asked, more={"cache": cache, "progress": bar})
     assert bar.seen[0] == "resumed"
-    assert resumed == advise(6, replace(request, check=lambda: None, cache=None), teacher=teacher, ids=ids)
+    assert len(bar.seen) == 4  # layers 3 to 5
+    assert bar.done == bar.total
+    assert resumed == advised(teacher, **asked)
 
 
 def test_a_cache_of_other_inputs_is_not_used(teacher, student, ids, tmp_path):

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from selection_models import advised
 
 from hxaconv.errors import HxaconvError
-from hxaconv.selection.advice import Request, advise
 from hxaconv.selection.log import read_log, score_log
 
 NUM_LAYERS = 5
@@ -49,9 +49,9 @@ def test_log_score_by_definition(tmp_path):
         + 0.15 * min_max(scale[-1])
         + 0.10 * min_max(np.var(np.diff(raw, axis=0), axis=0))
     )
-    found = score_log(read_log(sound_log(tmp_path / "log.csv")), NUM_LAYERS)
-    assert found.values == pytest.approx(expected, abs=1e-7)  # the file has nine digits
-    assert found.warnings == ()
+    found, _, warnings = score_log(read_log(sound_log(tmp_path / "log.csv")), NUM_LAYERS)
+    assert found == pytest.approx(expected, abs=1e-7)  # the file has nine digits
+    assert warnings == ()
 
 
 def test_the_known_fault_is_detected_mapped_and_told(tmp_path):
@@ -60,15 +60,15 @@ def test_the_known_fault_is_detected_mapped_and_told(tmp_path):
     rows = [[s, *r, *c] for s, r, c in zip(steps, raw, scale, strict=True)]
     faulty = score_log(read_log(write_log(tmp_path / "faulty.csv", rows)), NUM_LAYERS)
     sound = score_log(read_log(sound_log(tmp_path / "sound.csv")), NUM_LAYERS)
-    assert faulty.values == sound.values
-    assert "known fault" in faulty.warnings[0]
+    assert faulty[0] == sound[0]
+    assert "known fault" in faulty[2][0]
     # Spreadsheets pad the short rows with empty cells.
     padded = "\n".join(
         line if line.startswith("step") else line + "," * NUM_LAYERS
         for line in (tmp_path / "faulty.csv").read_text().splitlines()
     )
     (tmp_path / "padded.csv").write_text(padded)
-    assert score_log(read_log(tmp_path / "padded.csv"), NUM_LAYERS).values == sound.values
+    assert score_log(read_log(tmp_path / "padded.csv"), NUM_LAYERS)[0] == sound[0]
 
 
 def test_columns_go_by_the_layer_in_their_name(tmp_path):
@@ -78,8 +78,8 @@ def test_columns_go_by_the_layer_in_their_name(tmp_path):
     shuffled = read_log(write_log(tmp_path / "a.csv", rows, header(order)))
     by_position = read_log(write_log(tmp_path / "b.csv", rows, header()))
     sound = score_log(read_log(sound_log(tmp_path / "c.csv")), NUM_LAYERS)
-    assert score_log(shuffled, NUM_LAYERS).values == sound.values
-    assert score_log(by_position, NUM_LAYERS).values != pytest.approx(sound.values, abs=1e-3)
+    assert score_log(shuffled, NUM_LAYERS)[0] == sound[0]
+    assert score_log(by_position, NUM_LAYERS)[0] != pytest.approx(sound[0], abs=1e-3)
 
 
 def test_resumed_partial_and_unfit_logs(tmp_path):
@@ -96,8 +96,8 @@ def test_resumed_partial_and_unfit_logs(tmp_path):
     with pytest.raises(HxaconvError, match="layers up to 4, the model has 3"):
         score_log(log, 3)
     part = score_log(log, 7)
-    assert part.values[5:] == (None, None)
-    assert "layers [5, 6]" in part.warnings[-1]
+    assert part[0][5:] == (None, None)
+    assert "layers [5, 6]" in part[2][-1]
     (tmp_path / "no.csv").write_text("step,loss\n1,2\n")
     with pytest.raises(HxaconvError, match=r"no column layer_\{i\}_rawMSE"):
         read_log(tmp_path / "no.csv")
@@ -107,11 +107,11 @@ def test_resumed_partial_and_unfit_logs(tmp_path):
 
 
 def test_log_advice(tmp_path):
-    advice = advise(7, Request(strategy="log", count=2), log=sound_log(tmp_path / "log.csv"))
+    advice = advised(num_layers=7, strategy="log", count=2, log=sound_log(tmp_path / "log.csv"))
     assert set(advice.pick.layers) <= {1, 2, 3, 4}  # never layer 0, never one without columns
     assert advice.pick.rules.max_consecutive == 2
     assert advice.pick.rules.wide_gap == 8
-    assert advise(7, Request(strategy="log", count=2), log=tmp_path / "log.csv") == advice
+    assert advised(num_layers=7, strategy="log", count=2, log=tmp_path / "log.csv") == advice
 
 
 def test_empty_columns_at_the_end_are_nobodys(tmp_path):
@@ -130,7 +130,7 @@ def test_scales_that_a_table_program_wrote_as_nan(tmp_path):
     rows = [[s, *r, *c] for s, r, c in zip(steps, raw, scale, strict=True)]
     faulty = score_log(read_log(write_log(tmp_path / "faulty.csv", rows)), NUM_LAYERS)
     filled = write_log(tmp_path / "filled.csv", [[*row, *[float("nan")] * NUM_LAYERS] for row in rows])
-    assert score_log(read_log(filled), NUM_LAYERS).values == faulty.values
+    assert score_log(read_log(filled), NUM_LAYERS)[0] == faulty[0]
     assert "known fault" in read_log(filled).warnings[0]
     nowhere = write_log(tmp_path / "no.csv", [[*row[:6], *[float("nan")] * 2 * NUM_LAYERS] for row in rows])
     with pytest.raises(HxaconvError, match=r"no layer has a finite scale in any row; layer_0_scale is 'nan'"):
@@ -145,7 +145,7 @@ def test_a_layer_without_numbers_does_not_cost_the_others(tmp_path):
     assert log.layers == (0, 1, 3, 4)
     assert len(log.steps) == len(rows)
     assert log.warnings == ("layers [2] have no finite rawMSE or scale in any row: they cannot be picked",)
-    assert score_log(log, NUM_LAYERS).values[2] is None
+    assert score_log(log, NUM_LAYERS)[0][2] is None
 
 
 def test_short_rows_under_names_that_go_layer_by_layer_are_refused(tmp_path):
@@ -153,7 +153,7 @@ def test_short_rows_under_names_that_go_layer_by_layer_are_refused(tmp_path):
     names = ["step", *(f"layer_{i}_{kind}" for i in range(NUM_LAYERS) for kind in ("rawMSE", "scaledMSE", "scale"))]
     whole = [[s, *np.stack([r, r * c, c], axis=1).ravel()] for s, r, c in zip(steps, raw, scale, strict=True)]
     sound = score_log(read_log(sound_log(tmp_path / "sound.csv")), NUM_LAYERS)
-    assert score_log(read_log(write_log(tmp_path / "whole.csv", whole, names)), NUM_LAYERS).values == sound.values
+    assert score_log(read_log(write_log(tmp_path / "whole.csv", whole, names)), NUM_LAYERS)[0] == sound[0]
     rows = [[s, *r, *c] for s, r, c in zip(steps, raw, scale, strict=True)]
     with pytest.raises(HxaconvError, match="which field is which cannot be told"):
         read_log(write_log(tmp_path / "short.csv", rows, names))

@@ -392,11 +392,11 @@ def _advice_columns(advice: Advice, width: int) -> tuple[dict[str, Sequence[str]
         "even": ["•" if layer in pick.uniform else "" for layer in layers],
     }
     scores = {decider.strategy: decider.values} if decider else {}
-    if pick.choice and pick.strategy != "log":  # whose score is within 0..1 as it is
+    if pick.margins and pick.strategy != "log":  # whose score is within 0..1 as it is
         scores["0..1"] = pick.scores
     scores |= {column.strategy: column.values for column in advice.columns}
     scores |= {SHORT.get(part, part): values for part, values in decider.parts.items()} if decider else {}
-    last = {"margin": [figure_text(margin) for margin in pick.choice.margins]} if pick.choice else {}
+    last = {"margin": [figure_text(margin) for margin in pick.margins]} if pick.margins else {}
     left_out = []
     for name, values in scores.items():
         figures = [figure_text(value) for value in values]
@@ -426,17 +426,14 @@ def strip(advice: Advice, width: int = STRIP_WIDTH) -> list[str]:
 
 def summary(advice: Advice, width: int = WIDTH) -> list[str]:
     """What the columns say, the pick, its overlap with uniform, and why."""
-    from hxaconv.selection.advice import fact_lines
-    from hxaconv.selection.strategies import reasons
-
     pick, parts = advice.pick, bool(advice.decider and advice.decider.parts)
     lines = [
         "G: stays attention; even: what uniform takes"
-        + ("; 0..1: what decides" if pick.choice and not parts else "")
-        + ("; margin: the price of overruling it" if pick.choice else ""),
+        + ("; 0..1: what decides" if pick.margins and not parts else "")
+        + ("; margin: the price of overruling it" if pick.margins else ""),
         *([f"Parts of log: {', '.join(f'{short} = {part}' for part, short in SHORT.items())}"] if parts else []),
         f"GQA layers ({len(pick.layers)} of {advice.num_layers}): {', '.join(map(str, pick.layers))}",
-        *fact_lines(advice),
+        *advice.fact_lines,
     ]
-    lines += [("why: " if i == 0 else "     ") + line for i, line in enumerate(reasons(pick))]
+    lines += [("why: " if i == 0 else "     ") + line for i, line in enumerate(pick.reasons)]
     return [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="       ")]

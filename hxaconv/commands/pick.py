@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from hxaconv import ranks
 from hxaconv.calls import Call
-from hxaconv.commands.plots import draw_advice, plot_problems
 from hxaconv.errors import HxaconvError, all_of, raise_all
-from hxaconv.load import load_other, load_student
-from hxaconv.load.models import download
-from hxaconv.model import layer_choice
-from hxaconv.model.config import StudentConfig, student_of
-from hxaconv.model.model import Model
-from hxaconv.model.plan import main_dtype
 from hxaconv.options import Argument, Choice, Init, Option, Settings, Shown, Source, TeacherToo, Tokens, Write
-from hxaconv.save.diskio import write_result
-from hxaconv.save.documents import UNTRAINED, history_of, init_record, partly_untrained
-from hxaconv.save.interruption import interruptible
-from hxaconv.save.output import Output, Record, dtype_warnings, kept_shards, lay_out
-from hxaconv.save.run import Outcome, save
-from hxaconv.save.writer import refuse
-from hxaconv.surgery.init import InitSettings, as_options, init_settings
-from hxaconv.surgery.reshape import in_dtype, repick
-from hxaconv.verification.written import OutputCheck, Verify
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from hxaconv.model.config import StudentConfig
+    from hxaconv.model.model import Model
     from hxaconv.progress import Progress
+    from hxaconv.save.output import Output
+    from hxaconv.save.run import Outcome
     from hxaconv.selection.advice import Advice
-    from hxaconv.selection.subject import Subject
+    from hxaconv.surgery.init import InitSettings
     from hxaconv.verification.report import Report
+    from hxaconv.verification.written import Verify
 
 Out = Annotated[str | None, Argument(help="Folder or NAME.pth to create. Without it: advice only.")]
 From = Annotated[
@@ -72,69 +59,42 @@ def pick_gqa_layers(
         HxaconvError: for layers that do not exist, or when no source has what a changed layer needs.
         CheckFailed: when the output does not pass its verification; it is left beside `out`.
     """
-    from hxaconv.selection.subject import refuse_useless, unread_tokens
+    from hxaconv import ranks
+    from hxaconv.selection.subject import open_subject, refuse_useless, score, unread_tokens
 
     refuse_useless(choice, call, writes=out is not None)
-    run = _Run(source, out, choice, teacher, from_, settings, probe, values, write, call)
+    run = _Run(source, out, choice, teacher, from_, settings, values, write, call)
     if choice.layers is not None:
         return run.write_with(choice.layers)
     raise_all("what is asked for cannot be written:", _unwritable(choice, out, write))
-    advised, notes = ranks.in_turn(run.advise), unread_tokens(choice, call)
-    if out is None:
-        advised.save(choice)
-        return replace(advised.advice, notes=(*advised.advice.notes, *notes))
-    outcome = run.write_with(advised.layers)
-    if outcome.written is not None:
-        advised.save(choice)
-    elif advised.cache is not None:
-        notes.append(f"The scores are kept in {advised.cache} for the run itself.")
-    return replace(outcome, advice=advised.advice, notes=[*outcome.notes, *notes])
-
-
-@dataclass(frozen=True, slots=True)
-class _Advised:
-    """The advice, what it is about, and the file that keeps its scores until they are used."""
-
-    advice: Advice
-    subject: Subject
-    settings: tuple[str, ...]
-    cache: Path | None
-
-    @property
-    def layers(self) -> str:
-        """The choice, as the command line names it."""
-        return ",".join(map(str, self.advice.pick.layers)) or "none"
-
-    def save(self, choice: Choice) -> None:
-        """Write the layer map and the picture that are wanted, and drop the scores that they were made of.
-
-        Raises:
-            HxaconvError: when a file cannot be written.
-        """
-        from hxaconv.selection import advice as report
-
-        if ranks.rank():
-            return
-        if choice.save is not None:
-            origin = self.subject.origin
-            chosen = report.layer_map(
-                self.advice,
-                self.subject.model.config,
-                name=Path(choice.save).stem,
-                model=origin.name,
-                model_ids=[origin.repo] if origin.repo else [],
-            )
-            text = report.layer_map_text(self.advice, chosen, date=date.today().isoformat(), settings=self.settings)
-            write_result(Path(choice.save), text.encode())
-        if choice.plot is not None:
-            draw_advice(self.advice, Path(choice.plot))
-        if self.cache is not None:
-            self.cache.unlink(missing_ok=True)
+    beside = choice.save or out or choice.plot
+    cache = Path(f"{beside.rstrip('/')}.scores.safetensors") if beside else None
+    scored = ranks.in_turn(
+        lambda: score(
+            open_subject(source, teacher, from_, settings, values, choice.strategy, call),
+            choice,
+            probe,
+            values,
+            cache=cache,
+            call=call,
+            rehearse=run.rehearse,
+        )
+    )
+    advice, notes = scored.advice, unread_tokens(choice, call)
+    outcome = run.write_with(",".join(map(str, advice.pick.layers))) if out is not None else None
+    if outcome is None or outcome.written is not None:
+        if not ranks.rank():
+            scored.save(choice)
+    elif scored.cache is not None:
+        notes.append(f"The scores are kept in {scored.cache} for the run itself.")
+    if outcome is None:
+        return replace(advice, notes=(*advice.notes, *notes))
+    return replace(outcome, advice=advice, notes=[*outcome.notes, *notes])
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """The command as it was called."""
+    """Writing, as it was called for."""
 
     source: str
     out: str | None
@@ -142,97 +102,41 @@ class _Run:
     teacher: str | None
     from_: str | None
     settings: Settings
-    probe: Tokens
     values: Init
     write: Write
     call: Call
 
-    @property
-    def cache(self) -> Path | None:
-        """Where interrupted scoring keeps its state: beside what will be written, if anything is."""
-        beside = self.choice.save or self.out or self.choice.plot
-        return Path(f"{beside.rstrip('/')}.scores.safetensors") if beside else None
-
-    def advise(self) -> _Advised:
-        """Score the layers of SOURCE: a teacher (its plain initialisation is scored), or a student with its teacher.
-
-        Raises:
-            HxaconvError: when the strategy needs something that is not given.
-            Interrupted: on Ctrl-C or SIGTERM; says what is kept.
-        """
-        from hxaconv.forward.tokens import calibration_tokens, checked_device
-        from hxaconv.selection.advice import Request, advise, needs
-        from hxaconv.selection.strategies import check_request
-        from hxaconv.selection.subject import open_subject, rules_of, tokens_described
-
-        choice, probe, progress = self.choice, self.probe, self.call.progress
-        wanted = needs(choice.strategy)
-        scored = "tokens" in wanted
-        subject = open_subject(
-            self.source, self.teacher, self.from_, self.settings, self.values, strategy=choice.strategy, call=self.call
-        )
-        num_layers = subject.model.config.num_hidden_layers
-        count = layer_choice.default_count(num_layers) if choice.count is None else choice.count
-        request = Request(
-            strategy=choice.strategy,
-            count=count,
-            rules=rules_of(choice, num_layers),
-            kl_mode=choice.kl_mode,
-            allow_layer_0=choice.allow_gqa_layer_0,
-            tokens_are_text=probe.given,
-            device=checked_device(probe.device),
-            seed=self.values.seed,
-            cache=self.cache if scored else None,
-        )
-        check_request(request.strategy, num_layers, count, request.rules, allow_layer_0=request.allow_layer_0)
-        if self.out is not None and scored and not self.write.resume:
-            self._rehearse(layer_choice.uniform(num_layers, count))
-        ids, lines, notes = None, subject.described(choice, self.values, wanted), list[str]()
-        if scored:
-            ids = calibration_tokens(probe, self.values.seed, subject.model, subject.tokenizer).numpy()
-            lines.append(tokens_described(probe, self.values.seed, ids))
-            if ids.size != probe.tokens:
-                notes.append(f"{probe.tokens} tokens are asked for, {ids.size} are used.")
-            if request.cache is None:
-                notes.append(
-                    "Scores are kept nowhere: with --save MAP.toml, interrupted scoring would go on where it stopped."
-                )
-            if progress is not None:
-                for note in notes:
-                    progress.note(note)
-                notes = []
-        with interruptible(lambda: _kept(request.cache)) as signals:
-            if scored:
-                # Before scoring, which does not stop between two layers for as long as a download takes.
-                download(subject.sources, subject.files, subject.models, progress)
-            with signals.deferred():
-                advice = advise(
-                    num_layers,
-                    replace(request, check=signals.stop_if_requested),
-                    teacher=subject.teacher,
-                    student=subject.student,
-                    ids=ids,
-                    log=Path(choice.log) if choice.log else None,
-                    progress=progress,
-                )
-            signals.stop_if_requested()
-        if scored:
-            warnings = (*subject.scaling_warnings, *advice.warnings)
-            advice = replace(advice, warnings=warnings, notes=tuple(notes))
-        return _Advised(advice, subject, tuple(lines), request.cache)
-
     def write_with(self, layers: str) -> Outcome:
         """Write SOURCE with these GQA layers."""
+        from hxaconv.save.run import save
+        from hxaconv.verification.written import OutputCheck
+
         output, verify, warnings, notes = self._repicked(layers)
         return save(output, self.write, check=OutputCheck(verify), warnings=warnings, notes=notes)
 
-    def _rehearse(self, layers: Sequence[int]) -> None:
-        """Refuse before hours of scoring what would be refused after them, with some choice of as many layers."""
-        output, *_ = self._repicked(",".join(map(str, layers)))
+    def rehearse(self, num_layers: int) -> None:
+        """Refuse what cannot be written with as many layers, of whichever choice; where there is something to write."""
+        from hxaconv.model.layer_choice import uniform
+        from hxaconv.save.writer import refuse
+        from hxaconv.selection.advice import count_of
+
+        if self.out is None or self.write.resume:
+            return
+        output, *_ = self._repicked(",".join(map(str, uniform(num_layers, count_of(self.choice, num_layers)))))
         refuse(output, self.write)
 
     def _repicked(self, layers: str) -> tuple[Output, Verify, list[str], list[str]]:
         """(the output of SOURCE with these layers, the check of what was written, warnings, notes)."""
+        from hxaconv.load import load_other, load_student
+        from hxaconv.model import layer_choice
+        from hxaconv.model.config import student_of
+        from hxaconv.model.model import Model
+        from hxaconv.model.plan import main_dtype
+        from hxaconv.save.documents import UNTRAINED, history_of, init_record, partly_untrained
+        from hxaconv.save.output import Record, dtype_warnings, kept_shards, lay_out
+        from hxaconv.surgery.init import as_options, init_settings
+        from hxaconv.surgery.reshape import in_dtype, repick
+
         assert self.out is not None
         student = load_student(
             self.source, self.settings, teacher=self.teacher, continued=False, progress=self.call.progress
@@ -298,14 +202,12 @@ class _Run:
         return output, verify, warnings, notes
 
 
-def _kept(cache: Path | None) -> str:
-    if cache is not None and cache.is_file():
-        return f"Scores so far are kept in {cache}; run the same command again to continue."
-    return "Nothing is kept." if cache is None else "Nothing had been scored yet."
-
-
 def _unwritable(choice: Choice, out: str | None, write: Write) -> list[str]:
     """What could not be written after hours of scoring, a line each."""
+    import os
+
+    from hxaconv.commands.plots import plot_problems
+
     problems = []
     for name, path in (("--save", choice.save), ("OUT", out)):
         if path is None:
@@ -341,6 +243,8 @@ def _uneven(
     settings: InitSettings,
 ) -> list[str]:
     """Warnings where layers made just now are not what the student's others are by its record."""
+    from hxaconv.surgery.init import as_options
+
     found = []
     named = _layers(fresh)
     first: Mapping[str, Any] | None = next(
@@ -372,6 +276,8 @@ def _uneven(
 
 def _trained(source_student: Model | None, name: str | None, dtype: str) -> str:
     """Where layers of the other student come from; empty without one."""
+    from hxaconv.model.plan import main_dtype
+
     if source_student is None:
         return ""
     own = main_dtype(source_student.plan)

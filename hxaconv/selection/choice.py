@@ -34,6 +34,7 @@ class Rules:
     """Charged for every gap above wide_gap."""
 
 
+SOFT_RULES = Rules()
 LOG_RULES = Rules(max_consecutive=2, gap_penalty=0.1, wide_gap=8, wide_gap_penalty=0.75)
 """The rules of those who pick from a training log today."""
 
@@ -48,7 +49,7 @@ class Pick:
     layers: tuple[int, ...]
     uniform: tuple[int, ...]
     """Evenly spaced ones."""
-    rules: Rules = Rules()
+    rules: Rules = SOFT_RULES
     scores: tuple[float | None, ...] = ()
     """What the choice was made by; None for layers that could not be picked."""
     value: float | None = None

@@ -102,7 +102,7 @@ def twice(
     length: int = LENGTH,
     count: int = SEQUENCES,
 ) -> np.ndarray:
-    """Tokens, a separator, the same tokens: (count, 2*length+1), half of random vocabulary, half of text if there is any.
+    """Tokens, a separator, the same tokens: (count, 2*length+1); half of them random, half of the text if there is one.
 
     Raises:
         HxaconvError: for a text that is too short.

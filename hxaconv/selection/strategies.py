@@ -6,12 +6,12 @@ pass; one under `ranking` scores all layers by itself. Adding a strategy means a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.selection.choice import LOG_RULES, Rules
+from hxaconv.selection.choice import LOG_RULES, SOFT_RULES, Rules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,7 +108,7 @@ class Strategy:
     needs: frozenset[str] = frozenset()
     """What it looks at: `teacher`, `student` (every layer RWKV), `tokens`, `log`; nothing: only at the spacing."""
     high: bool = True
-    rules: Rules = Rules()
+    rules: Rules = SOFT_RULES
     score: Callable[[Layer], float] | None = None
     rank: Callable[[Given], Found] | None = None
 
@@ -133,7 +133,7 @@ def each_layer(
 
 
 def ranking(
-    meaning: str, *, needs: frozenset[str] = WITH_TEACHER, rules: Rules = Rules()
+    meaning: str, *, needs: frozenset[str] = WITH_TEACHER, rules: Rules = SOFT_RULES
 ) -> Callable[[Callable[[Given], Found]], Callable[[Given], Found]]:
     """Make a function that scores all layers the strategy of its name."""
 
@@ -208,7 +208,7 @@ def retrieval(given: Given) -> Found:
 
 @ranking("how much nearer to the teacher's distribution attention in this layer brings the student", needs=WITH_STUDENT)
 def kl(given: Given) -> Found:
-    """KL on the tokens, one layer at a time: attention put back into the student, or (convert) taken from the teacher."""
+    """KL on the tokens, one layer at a time: attention put back into the student, or taken from the teacher."""
     found = swept(given, "kl", given.kl_mode)
     values = [value for value in found.columns[0].values if value is not None]
     harmful = sum(value < 0 for value in values)
@@ -254,16 +254,14 @@ def swept(given: Given, name: str, mode: str | None = None) -> Found:
     )
 
 
-def _run(sweep: Sweep, given: Given, ids: np.ndarray, name: str) -> dict[str, Sequence[Any]]:
+def _run(sweep: Sweep, given: Given, ids: np.ndarray, name: str) -> dict[str, list[Any]]:
     import torch
 
     kept = given.kept(ids, {"strategy": name, "measures": list(sweep.measures), "mode": sweep.mode})
     return sweep.run(torch.as_tensor(ids, dtype=torch.int64), kept, given.progress)
 
 
-@ranking(
-    "how hard the layer was to align in stage 1, from the training log", needs=frozenset({"log"}), rules=LOG_RULES
-)
+@ranking("how hard the layer was to align in stage 1, from the training log", needs=frozenset({"log"}), rules=LOG_RULES)
 def log(given: Given) -> Found:
     """The weighted sum of the log's signs of difficulty."""
     from hxaconv.selection.log import read_log, score_log

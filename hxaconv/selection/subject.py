@@ -1,32 +1,29 @@
-"""What is asked: which options go together, the rules they make, and the models that a strategy compares."""
+"""What is asked: which options go together, the models that a strategy compares, and their scoring."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hxaconv.calls import Call
 from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.forward.tokens import calibration_tokens, checked_device
 from hxaconv.load import load_other, load_student, load_teacher, open_checkpoint
+from hxaconv.load.models import download
 from hxaconv.load.student import is_student
-from hxaconv.model import layer_choice
+from hxaconv.model import layer_maps
 from hxaconv.model.config import dropped_scaling, student_of
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.plan import main_dtype, source_files
-from hxaconv.options import Choice, Init, Settings, Tokens, option_words, options_of
-from hxaconv.selection.advice import needs
-from hxaconv.selection.schedule import Rules
-from hxaconv.selection.strategies import STRATEGIES
+from hxaconv.options import Choice, Init, Settings, Tokens, options_of
+from hxaconv.save.diskio import write_result
+from hxaconv.save.interruption import interruptible
+from hxaconv.selection.advice import Advice, advise, check_choice, needs
+from hxaconv.selection.strategies import Given
 from hxaconv.surgery.init import as_options, init_settings, new_student, parse_scale
 from hxaconv.surgery.reshape import in_dtype, repick
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from hxaconv.formats.files import SourceFile
-    from hxaconv.progress import Progress
-
 
 CHOOSING = tuple(name for name in options_of(Choice) if name not in ("layers", "allow_gqa_layer_0"))
 TOKENS = ("input_ids", "text", "tokens", "device")
@@ -45,58 +42,125 @@ class Subject:
     student: Model | None
     """Every layer RWKV."""
     sources: tuple[Checkpoint, ...]
-    """SOURCE first, its teacher last."""
-
-    @property
-    def origin(self) -> Checkpoint:
-        """The teacher's checkpoint where there is one: it names the model that a choice is for."""
-        return self.sources[-1]
-
-    @property
-    def tokenizer(self) -> Checkpoint:
-        """The checkpoint with the tokenizer."""
-        return next((found for found in self.sources if "tokenizer.json" in found.companions), self.sources[0])
-
-    @property
-    def scaling_warnings(self) -> list[str]:
-        """What the configs of the sources say of RoPE that is not followed."""
-        return [line for checkpoint in self.sources for line in dropped_scaling(checkpoint.config or {})]
-
-    @property
-    def models(self) -> list[Model]:
-        """Those that a strategy runs."""
-        return [model for model in (self.teacher, self.student) if model is not None]
-
-    @property
-    def files(self) -> list[SourceFile]:
-        """What they are read from."""
-        return [file for model in self.models for file in source_files(model.plan)]
-
-    def described(self, choice: Choice, values: Init, wanted: frozenset[str]) -> list[str]:
-        """What the scores are of, and what they depend on, by bare names."""
-        if "log" in wanted:
-            return [f"training log: {Path(choice.log or '').name}"]
-        if "tokens" not in wanted:
-            return []
-        lines = [f"SOURCE: {_name(self.sources[0])}"]
-        if len(self.sources) > 1:
-            lines.append(f"teacher: {_name(self.origin)}")
-        if "student" in wanted:
-            lines += [
-                f"layers that SOURCE has as GQA: {_name(other)}, where RWKV there" for other in self.sources[1:-1]
-            ]
-            how = as_options(values.preset, parse_scale(values.scale, values.preset), values.seed)
-            lines.append(f"RWKV layers that exist nowhere yet: {how}")
-        if choice.strategy == "kl":
-            lines.append(f"--kl-mode {choice.kl_mode}")
-        return lines
+    """SOURCE first, its teacher last: it names the model that a choice is for."""
 
 
-def tokens_described(probe: Tokens, seed: int, ids: np.ndarray) -> str:
-    """Which tokens the scores were taken on."""
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The advice, what it is about, and the file that keeps its scores until they are used."""
+
+    advice: Advice
+    subject: Subject
+    described: tuple[str, ...]
+    """What the scores are of, and what they depend on, by bare names."""
+    cache: Path | None
+
+    def save(self, choice: Choice) -> None:
+        """Write the layer map and the picture that are wanted, and drop the scores that they were made of.
+
+        Raises:
+            HxaconvError: when a file cannot be written.
+        """
+        from hxaconv.commands.plots import draw_advice
+
+        if choice.save is not None:
+            origin, picked = self.subject.sources[-1], self.advice.pick
+            chosen = layer_maps.of_config(
+                Path(choice.save).stem,
+                self.subject.model.config,
+                picked.layers,
+                title=f"{origin.name}, {len(picked.layers)} of {self.advice.num_layers} layers by {picked.strategy}",
+                model_ids=(origin.repo,) if origin.repo else (),
+                source=f"hxaconv, strategy {picked.strategy}",
+            )
+            text = self.advice.layer_map_text(chosen, date=date.today().isoformat(), settings=self.described)
+            write_result(Path(choice.save), text.encode())
+        if choice.plot is not None:
+            draw_advice(self.advice, Path(choice.plot))
+        if self.cache is not None:
+            self.cache.unlink(missing_ok=True)
+
+
+def score(
+    subject: Subject,
+    choice: Choice,
+    probe: Tokens,
+    values: Init,
+    *,
+    cache: Path | None,
+    call: Call,
+    rehearse: Callable[[int], None],
+) -> Scored:
+    """Score the layers of SOURCE: a teacher (its plain initialisation is scored), or a student with its teacher.
+
+    `cache` is where interrupted scoring keeps its state; `rehearse` refuses, before hours of scoring, what would be
+    refused after them.
+
+    Raises:
+        HxaconvError: when the strategy needs something that is not given.
+        Interrupted: on Ctrl-C or SIGTERM; says what is kept.
+    """
+    progress, wanted = call.progress, needs(choice.strategy)
+    given = Given(
+        num_layers=subject.model.config.num_hidden_layers,
+        teacher=subject.teacher,
+        student=subject.student,
+        are_text=probe.given,
+        log=Path(choice.log) if choice.log else None,
+        kl_mode=choice.kl_mode,
+        device=checked_device(probe.device),
+        seed=values.seed,
+        progress=progress,
+    )
+    check_choice(choice, given.num_layers)
+    described = _described(subject, choice, values)
+    if "tokens" not in wanted:
+        return Scored(advise(choice, given), subject, tuple(described), None)
+    rehearse(given.num_layers)
+    tokenizer = next((found for found in subject.sources if "tokenizer.json" in found.companions), subject.sources[0])
+    ids = calibration_tokens(probe, values.seed, subject.model, tokenizer).numpy()
     named = probe.text or (probe.input_ids if isinstance(probe.input_ids, str) else None)
-    given = f" of {Path(named).name}" if named else ", given in memory" if probe.given else f", random, seed {seed}"
-    return f"scored on {ids.size} tokens{given}"
+    given_where = f" of {Path(named).name}" if named else ", given in memory"
+    where = given_where if probe.given else f", random, seed {values.seed}"
+    described.append(f"scored on {ids.size} tokens{where}")
+    notes = [f"{probe.tokens} tokens are asked for, {ids.size} are used."] if ids.size != probe.tokens else []
+    if cache is None:
+        notes.append("Scores are kept nowhere: with --save MAP.toml, interrupted scoring would go on where it stopped.")
+    if progress is not None:
+        for note in notes:
+            progress.note(note)
+        notes = []
+    models = [model for model in (subject.teacher, subject.student) if model is not None]
+    with interruptible(lambda: _kept(cache)) as signals:
+        # Before scoring, which does not stop between two layers for as long as a download takes.
+        download(subject.sources, [file for model in models for file in source_files(model.plan)], models, progress)
+        with signals.deferred():
+            advice = advise(choice, replace(given, ids=ids, cache=cache, check=signals.stop_if_requested))
+        signals.stop_if_requested()
+    scaling = [line for checkpoint in subject.sources for line in dropped_scaling(checkpoint.config or {})]
+    advice = replace(advice, warnings=(*scaling, *advice.warnings), notes=tuple(notes))
+    return Scored(advice, subject, tuple(described), cache)
+
+
+def _kept(cache: Path | None) -> str:
+    if cache is not None and cache.is_file():
+        return f"Scores so far are kept in {cache}; run the same command again to continue."
+    return "Nothing is kept." if cache is None else "Nothing had been scored yet."
+
+
+def _described(subject: Subject, choice: Choice, values: Init) -> list[str]:
+    wanted, (source, *others) = needs(choice.strategy), subject.sources
+    if "log" in wanted:
+        return [f"training log: {Path(choice.log or '').name}"]
+    if "tokens" not in wanted:
+        return []
+    lines = [f"SOURCE: {_name(source)}"]
+    lines += [f"teacher: {_name(others[-1])}"] if others else []
+    if "student" in wanted:
+        lines += [f"layers that SOURCE has as GQA: {_name(other)}, where RWKV there" for other in others[:-1]]
+        how = as_options(values.preset, parse_scale(values.scale, values.preset), values.seed)
+        lines.append(f"RWKV layers that exist nowhere yet: {how}")
+    return [*lines, f"--kl-mode {choice.kl_mode}"] if choice.strategy == "kl" else lines
 
 
 def _name(checkpoint: Checkpoint) -> str:
@@ -104,14 +168,7 @@ def _name(checkpoint: Checkpoint) -> str:
 
 
 def open_subject(
-    source: str,
-    teacher: str | None,
-    other: str | None,
-    settings: Settings,
-    values: Init,
-    *,
-    strategy: str,
-    call: Call,
+    source: str, teacher: str | None, other: str | None, settings: Settings, values: Init, strategy: str, call: Call
 ) -> Subject:
     """Open SOURCE and what belongs to it, each once; where the strategy needs a student, every layer of it as RWKV.
 
@@ -120,48 +177,35 @@ def open_subject(
     """
     wanted, progress = needs(strategy), call.progress
     checkpoint = open_checkpoint(source, revision=settings.revision, weights=settings.weights, progress=progress)
-    if is_student(checkpoint):
-        return _student(checkpoint, teacher, other, settings, values, strategy, progress)
-    given = {"--teacher": teacher, "--from": other, "--layer-map": settings.layer_map}
-    given["--tie-word-embeddings"] = None if settings.tie_word_embeddings is None else "given"
-    raise_all(
-        f"{source} is a teacher itself:",
-        [f"{option} has no use" for option, value in given.items() if value is not None],
-        hint="To score a student, name it as SOURCE, and its teacher with --teacher.",
-    )
-    model = load_teacher(checkpoint, settings, lenient=True)
-    plain = None
-    if "student" in wanted:
-        initial = init_settings(values, main_dtype(model.plan))
-        plain = new_student(model, student_of(model.config, ()), initial, label=f"plain student of {model.label}")
-    return Subject(model, model, plain, (checkpoint,))
-
-
-def _student(
-    checkpoint: Checkpoint,
-    teacher: str | None,
-    other: str | None,
-    settings: Settings,
-    values: Init,
-    strategy: str,
-    progress: Progress | None,
-) -> Subject:
-    wanted = needs(strategy)
+    if not is_student(checkpoint):
+        given = {"--teacher": teacher, "--from": other, "--layer-map": settings.layer_map}
+        given["--tie-word-embeddings"] = None if settings.tie_word_embeddings is None else "given"
+        raise_all(
+            f"{source} is a teacher itself:",
+            [f"{option} has no use" for option, value in given.items() if value is not None],
+            hint="To score a student, name it as SOURCE, and its teacher with --teacher.",
+        )
+        model = load_teacher(checkpoint, settings, lenient=True)
+        plain = None
+        if "student" in wanted:
+            initial = init_settings(values, main_dtype(model.plan))
+            plain = new_student(model, student_of(model.config, ()), initial, label=f"plain student of {model.label}")
+        return Subject(model, model, plain, (checkpoint,))
     whole = bool(wanted & {"teacher", "student"})
-    model = load_student(checkpoint, settings, teacher=teacher, whole=whole, continued=False, progress=progress)
-    sources, base = tuple(model.sources.values()), model.base
+    student = load_student(checkpoint, settings, teacher=teacher, whole=whole, continued=False, progress=progress)
+    sources, base = tuple(student.sources.values()), student.base
     if "teacher" in wanted and base is None:
         raise HxaconvError(f"--strategy {strategy} compares with the teacher", hint="Pass --teacher.")
     if "student" not in wanted or base is None:
-        return Subject(model, base, None, sources)
-    initial = init_settings(values, main_dtype(model.plan))
-    config = student_of(model.config, (), model.student.ranks)
-    trained = load_other(other, model, settings, progress=progress) if other is not None else None
-    given = in_dtype(trained, initial.dtype) if trained else None
-    plan = repick(model.plan, base.plan, model.student, config, initial, given)
+        return Subject(student, base, None, sources)
+    initial = init_settings(values, main_dtype(student.plan))
+    config = student_of(student.config, (), student.student.ranks)
+    trained = load_other(other, student, settings, progress=progress) if other is not None else None
     if trained is not None:
         sources = (sources[0], trained.opened, *sources[1:])
-    return Subject(model, base, Model(config, plan, f"{model.label}, every layer RWKV"), sources)
+        trained = in_dtype(trained, initial.dtype)
+    plan = repick(student.plan, base.plan, student.student, config, initial, trained)
+    return Subject(student, base, Model(config, plan, f"{student.label}, every layer RWKV"), sources)
 
 
 def refuse_useless(choice: Choice, call: Call, *, writes: bool) -> None:
@@ -201,20 +245,3 @@ def unread_tokens(choice: Choice, call: Call) -> list[str]:
     if choice.layers is not None or "tokens" in needs(choice.strategy):
         return []
     return call.useless(TOKENS, f"--strategy {choice.strategy} looks at no tokens, they are not read")
-
-
-def rules_of(choice: Choice, num_layers: int) -> Rules | None:
-    """The strategy's own rules with the options over them; None where no option is given.
-
-    Raises:
-        HxaconvError: for gaps that contradict each other, and for --exclude that names no layers of the model.
-    """
-    gaps = {key: getattr(choice, key) for key in ("min_gap", "max_gap", "max_consecutive")}
-    given = {key: value for key, value in gaps.items() if value is not None}
-    problems = [f"{option_words([key])} {value}: from 1 on" for key, value in given.items() if value < 1]
-    if not problems and choice.min_gap and choice.max_gap and choice.min_gap > choice.max_gap:
-        problems.append(f"--min-gap {choice.min_gap} is more than --max-gap {choice.max_gap}")
-    raise_all("the rules cannot be kept:", problems, hint="Adjacent layers have gap 1, and are a run of 2.")
-    if choice.exclude:
-        given["exclude"] = frozenset(layer_choice.parse_numbers(choice.exclude, num_layers, "--exclude"))
-    return replace(STRATEGIES[choice.strategy].rules, **given) if given else None

@@ -65,6 +65,12 @@ class Streams:
     """(L, B, T, C), taken at once: streams that live long among short-lived tensors split the heap."""
     firsts: dict[str, First] = field(default_factory=dict)
 
+    @property
+    def others(self) -> list[Tensor]:
+        """All but the teacher's."""
+        assert self.forks is not None
+        return [*self.forks, *([] if self.base is None else [self.base])]
+
     def state(self, name: str, layer: int) -> dict[str, Tensor]:
         """For a file."""
         tensors = {"teacher": self.teacher}
@@ -308,7 +314,7 @@ class Sweep:
     def _divergences(self, walk: Walk, streams: Mapping[str, Streams], at: Progressed, step: Step) -> None:
         """The figures from the final streams; these are normed in their place and not streams afterwards."""
         role = "student" if self._restores else "teacher"
-        others = {name: [*_forks(some), *([some.base] if some.base is not None else [])] for name, some in streams.items()}
+        others = {name: some.others for name, some in streams.items()}
         if not at.normed:
             for name, some in streams.items():
                 for owner, x in [("teacher", some.teacher), *((role, stream) for stream in others[name])]:
@@ -350,8 +356,3 @@ class Sweep:
 
 CERTAIN = -1e30
 """A logit that is as good as minus infinity, and with which one can still calculate."""
-
-
-def _forks(some: Streams) -> list[Tensor]:
-    assert some.forks is not None
-    return list(some.forks)
