@@ -104,3 +104,11 @@ def test_the_annotated_tree_is_true() -> None:
         assert list((root / "hxaconv").rglob(name)), name
     for name in re.findall(r"^  ([a-z]+)/", tree[1], re.MULTILINE):
         assert (root / "hxaconv" / name).is_dir(), name
+    rows = re.findall(r"^\| [^|]+ \| `([\w/.]+\.py)` \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 8
+    for file, description in rows:
+        source = (root / "hxaconv" / file).read_text(encoding="utf-8")
+        for name in re.findall(r"`(@?\w+)`", description):
+            assert re.search(rf"^\s*(def |class |@)?{name.removeprefix('@')}\b", source, re.MULTILINE), (file, name)
+        for other in re.findall(r"`([\w/]+\.py)`", description):
+            assert (root / "hxaconv" / other).is_file(), other
