@@ -268,12 +268,17 @@ def dropped_scaling(raw: Mapping[str, Any], dropped: bool = False) -> list[str]:
 
 
 def _warnings(raw: Mapping[str, Any], biases: Biases, dropped: bool) -> list[str]:
-    found = dropped_scaling(raw, dropped)
-    if not found and rope_of(raw)[1] is not None:
+    found, scaling = dropped_scaling(raw, dropped), rope_of(raw)[1]
+    if not found and scaling is not None:
         found.append(
             f"the teacher's rope_scaling {scaling_kind(raw)!r} is kept: transformers follows it, RWKV-Infer computes"
             " default frequencies (--drop-rope-scaling makes a student without it)"
         )
+        if scaling.cos_sin_factor != 1:
+            found.append(
+                f"the factor {scaling.cos_sin_factor**2:.3f} of YaRN on the attention's scores goes with RoPE:"
+                " RWKV layers have it, GQA layers, which have no RoPE, do not"
+            )
     if raw.get("mlp_bias") or biases.output:
         found.append("biases on o_proj or the MLP are kept, but RWKV-Infer ignores them")
     return found

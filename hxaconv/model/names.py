@@ -225,11 +225,12 @@ def canonical_names(
     result: dict[str, str | None] = {}
     unknown: list[str] = []
     for name in names:
-        template, index, expert = _numbers(unwrapped(name))
+        plain = unwrapped(name)
+        template, index, expert = _numbers(plain)
         row = reader.get((template, None)) or reader.get((template, kinds.get(-1 if index is None else index)))
         if row is not None:
-            result[name] = _numbered(row.hf, index, expert)
-        elif DROPPED.search(unwrapped(name)):
+            result[name] = plain if row.hf == template else _numbered(row.hf, index, expert)
+        elif DROPPED.search(plain):
             result[name] = None
         else:
             unknown.append(name)
@@ -267,6 +268,8 @@ def _nearest(name: str, key_format: str) -> str:
 
 def stored_name(canonical: str, key_format: str) -> str:
     """The name of a canonical tensor in `key_format`. A KeyError is ours: plans hold known names only."""
+    if key_format == "hf":
+        return canonical
     template, index, expert = _numbers(canonical)
     name = getattr(_BY_HF[template], key_format)
     assert name is not None, f"{canonical} has no name in the {key_format} key format"
