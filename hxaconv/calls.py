@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import re
+import reprlib
 import shlex
 import sys
 import types
@@ -118,7 +119,7 @@ def _group(name: str, kind: type[Group], default: Any, given: Any, fields: dict[
     elif given is None:
         given = default
     if not isinstance(given, kind):
-        raise ValueError(f"{given!r} is neither a {kind.__name__} nor its options by name")
+        raise ValueError(f"{reprlib.repr(given)} is neither a {kind.__name__} nor its options by name")
     return replace(given, **fields)  # type: ignore[type-var]
 
 
@@ -310,8 +311,9 @@ def _progress(given: Any) -> Progress | None:
         return Bars()
     lacking = [method for method in PROGRESS_METHODS if not callable(getattr(given, method, None))]
     if given is not False and (lacking or isinstance(given, type)):
+        why = f"it lacks {lacking[0]}" if lacking else "but its class"
         raise HxaconvError(
-            f"progress: {given!r} is no hxaconv.Progress{f', it lacks {lacking[0]}' if lacking else ', but its class'}",
+            f"progress: {reprlib.repr(given)} is no hxaconv.Progress, {why}",
             hint="Pass an object of a class derived from hxaconv.Progress, or True for a bar.",
         )
     return given or None

@@ -12,7 +12,7 @@ import os
 import re
 import reprlib
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, Self, get_args, get_origin, get_type_hints
@@ -117,9 +117,9 @@ def checked(value: Any, kind: Any, option: Option) -> Any:
         return tuple(map(convert, [value] if alone else value))
     value = convert(value)
     if option.least is not None and not value >= option.least:
-        raise ValueError(f"{value} is not possible, it takes {option.least} or more")
+        raise ValueError(f"{_short(value)} is not possible, it takes {option.least} or more")
     if option.most is not None and not value <= option.most:
-        raise ValueError(f"{value} is not possible, it takes {option.most} or less")
+        raise ValueError(f"{_short(value)} is not possible, it takes {option.most} or less")
     if option.choices and value not in option.choices:
         raise ValueError(f"{value!r} is not known, it takes {', '.join(option.choices)}")
     return value
@@ -132,9 +132,12 @@ def _flag(value: Any) -> bool:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{_short(value)} is not a number")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, numbers.Real):
+            return float(value)
+    except OverflowError:
+        pass
+    raise ValueError(f"{_short(value)} is not a number")
 
 
 def _whole(value: Any) -> int:
@@ -147,8 +150,12 @@ LONGEST_PATH, LONGEST_NAME = 4095, 255
 """Bytes that file systems have room for, in all and between slashes."""
 
 
-def _text(value: Any) -> str:
-    """Text, most often a path; what no file system can name is refused here, once for all."""
+def text_of(value: Any) -> str:
+    """Text, most often a path; what no file system can name is refused here, once for all.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str):
         raise ValueError(f"{_short(value)} is not text")
@@ -162,42 +169,46 @@ def _text(value: Any) -> str:
     return text
 
 
-_CONVERT: Mapping[type, Callable[[Any], Any]] = {bool: _flag, int: _whole, float: _number, str: _text}
+_CONVERT: Mapping[type, Callable[[Any], Any]] = {bool: _flag, int: _whole, float: _number, str: text_of}
 _short = reprlib.Repr().repr
 
 
 def dtype_name(value: Any) -> str:
     """A dtype's name; torch's and numpy's own are taken too."""
     name = value if isinstance(value, str) else getattr(value, "name", getattr(value, "__name__", str(value)))
-    return _text(name).removeprefix("torch.")
+    if not re.fullmatch(r"(torch\.)?[a-zA-Z]\w*", name):
+        raise ValueError(f"{_short(value)} is not a dtype")
+    return str(name).removeprefix("torch.")
 
 
 def _device(value: Any) -> str:
-    return _text(str(value) if type(value).__module__ == "torch" else value)
+    return text_of(str(value) if type(value).__module__ == "torch" else value)
 
 
 def _scale(value: Any) -> str:
     """Factors as the command line has them; from Python they may be a dictionary."""
     if isinstance(value, Mapping):
         return ",".join(f"{name}={_number(factor)!r}" for name, factor in value.items())
-    return _text(value)
+    return text_of(value)
 
 
 def _layers(value: Any) -> str:
     """A choice of layers as the command line has it; from Python it may be a number, or several."""
+    if isinstance(value, str) and "," in value:  # a list of many layers is longer than a name
+        return value
     if isinstance(value, str | os.PathLike):
-        text = os.fspath(value)
-        return text if "," in text else _text(text)  # a list of many layers is longer than a name
+        return text_of(value)
+    several = value.tolist() if hasattr(value, "tolist") else value
+    several = several if isinstance(several, list | tuple | range | Set | Iterator) else [several]
     try:
-        several = value if isinstance(value, Iterable) else [value]
-        return ",".join(str(_whole(layer)) for layer in several) or "none"
-    except (TypeError, ValueError):
+        return ",".join(layer if isinstance(layer, str) else str(_whole(layer)) for layer in several) or "none"
+    except ValueError:
         raise ValueError(f"{_short(value)} is neither text nor layer numbers") from None
 
 
 def _ids(value: Any) -> Any:
     if isinstance(value, str | os.PathLike):
-        return _text(value)
+        return text_of(value)
     if isinstance(value, Sequence) or hasattr(value, "__array__"):
         return value
     raise ValueError(f"{_short(value)} is neither a file nor token ids")
@@ -261,8 +272,9 @@ def parse_size(text: str) -> int:
 
 
 def _size_text(value: Any) -> str:
-    parse_size(_text(value))
-    return _text(value)
+    text = str(value) if isinstance(value, int) else text_of(value)
+    parse_size(text)
+    return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

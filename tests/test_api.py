@@ -104,7 +104,10 @@ def test_options_are_keywords_groups_or_mappings(tiny_teacher: Path, tmp_path: P
         ({"adapter": "a", "adapter_scale": True}, "adapter_scale: True is not a number"),
         ({"scale": {"value": "x"}}, "scale: 'x' is not a number"),
         ({"scale": {"valu": 1}}, "scale is not understood"),
+        ({"gqa_layers": {2: 1}}, "gqa_layers: {2: 1} is neither"),
         ({"device": 3}, "device: 3 is not text"),
+        ({"dtype": b"float32"}, "dtype: b'float32' is not a dtype"),
+        ({"rope_theta": 10**400}, "rope_theta: 10.* is not a number"),
         ({"revision": "a\0b"}, "revision: .* has a null byte"),
         ({"gqa_layers": 99}, "gqa_layers '99' of a model of 6 layers"),
         ({"dtype": torch.int8}, "unknown dtype 'int8'"),
@@ -133,6 +136,7 @@ def test_wrong_arguments_are_one_error_that_names_them(
         ({"dtype": "torch.float16"}, {"dtype": "float16"}),
         ({"scale": {"value": 0.4, "key": np.float64(1)}}, {"scale": "value=0.4,key=1"}),
         ({"gqa_layers": np.int64(3)}, {"gqa_layers": 3.0}),
+        ({"gqa_layers": torch.tensor([2, 3])}, {"gqa_layers": {"2", "3"}}),
     ],
 )
 def test_what_is_plain_is_taken(tiny_teacher: Path, tmp_path: Path, one: dict[str, Any], same: dict[str, Any]) -> None:
@@ -152,6 +156,12 @@ def test_a_bar_is_shown_on_request(student: Path, tmp_path: Path, monkeypatch: p
     assert not made
     hxaconv.to_pth(student, tmp_path / "b.pth", progress=True)
     assert made[0].titles
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "n" * 300, None])
+def test_what_no_file_can_be_called_is_not_opened(name: Any) -> None:
+    with pytest.raises(hxaconv.HxaconvError, match="cannot be opened"):
+        hxaconv.open_checkpoint(name)
 
 
 def test_an_existing_target_is_refused_in_pythons_words(student: Path, tiny_teacher: Path) -> None:

@@ -540,6 +540,17 @@ def test_memory_that_runs_out_is_an_error_in_words(
     assert capsys.readouterr().err.startswith("Error: memory has run out\nWhat to do: ")
 
 
+def test_what_the_system_refuses_is_an_error_without_a_traceback(
+    cli: Cli, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "some/place")
+
+    monkeypatch.setattr("hxaconv.model.layer_maps.shipped", refuse)
+    assert cli("maps") == 2
+    assert capsys.readouterr().err.startswith("Error: [Errno 13] Permission denied: 'some/place'\n")
+
+
 def test_verify_replaces_nothing(cli: Cli, tiny_teacher: Path, tmp_path: Path) -> None:
     student = tmp_path / "s"
     assert cli("init-from-teacher", tiny_teacher, student, "--quiet", "--no-verify") == 0

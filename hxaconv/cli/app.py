@@ -176,8 +176,12 @@ def guarded(run: Callable[[], Any]) -> int:
     try:
         ranks.join()
         run()
-    except (HxaconvError, MemoryError, RuntimeError) as error:
+    except BrokenPipeError:
+        return 0
+    except (HxaconvError, MemoryError, RuntimeError, OSError) as error:
         known = error if isinstance(error, HxaconvError) else out_of_memory(error)
+        if known is None and isinstance(error, OSError):
+            known = HxaconvError(str(error), hint="The system says so; with --debug, a traceback shows where.")
         if known is None:
             raise
         if debug:
@@ -189,8 +193,6 @@ def guarded(run: Callable[[], Any]) -> int:
         Talk().say(stop.message)
         ignore_from_now()
         return stop.exit_code
-    except BrokenPipeError:
-        return 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     return 0

@@ -30,6 +30,7 @@ from hxaconv.model.config import teacher_config
 from hxaconv.model.model import Checkpoint
 from hxaconv.model.names import canonical_names, detect_key_format, layer_kinds, unknown_names
 from hxaconv.model.plan import Plan, same_bytes
+from hxaconv.options import text_of
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress
@@ -70,7 +71,10 @@ def open_checkpoint(
 
 
 def _open(spec: str | Path, revision: str | None, weights: str | None, progress: Progress | None) -> Checkpoint:
-    text = str(spec)
+    try:
+        text = text_of(spec)
+    except ValueError as error:
+        raise HxaconvError(f"{error}: it cannot be opened", hint="Expected a folder, a file or a Hub id.") from None
     path = Path(text).expanduser()
     if revision is not None and path.exists():
         raise HxaconvError(f"--revision {revision} is for Hub ids; {text} is here", hint="Leave it out.")
