@@ -244,6 +244,7 @@ TeacherToo = Annotated[
     str | None,
     Option("Folder or Hub id: completes attention-only checkpoints.", panel="Teacher and settings"),
 ]
+NewDtype = Annotated[str, Option("Dtype of the output.", panel="Output", convert=dtype_name)]
 Dtype = Annotated[
     str | None, Option("bfloat16, float16 or float32. Default: as in the source.", panel="Output", convert=dtype_name)
 ]
@@ -307,6 +308,9 @@ class Settings(Group):
         (), "Adapter to merge into the source, a folder or file (LoRA, DoRA, PiSSA, Bone)."
     )
     adapter_scale: tuple[float, ...] = option((), "Its B A is multiplied by this (with PEFT: too). One per adapter.")
+
+
+OfStudent = Annotated[Settings, Shown(without=("allow_output_bias", "drop_rope_scaling"))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,13 +11,12 @@ from hxaconv.commands.plots import check_plot
 from hxaconv.load import load_student
 from hxaconv.model.layer_choice import layer_0_warning
 from hxaconv.model.model import checked_here
-from hxaconv.options import LARGEST_SEED, Fit, Option, OutAny, Settings, Shown, Source, Write
+from hxaconv.options import LARGEST_SEED, Fit, OfStudent, Option, OutAny, Settings, Shown, Source, Write
 from hxaconv.save.documents import UNTRAINED
 from hxaconv.save.output import Record, dtype_warnings, lay_out
 from hxaconv.save.run import Outcome
 
 Teacher = Annotated[str, Option("Folder or Hub id of the teacher.", panel="Teacher and settings")]
-OfStudent = Annotated[Settings, Shown(without=("allow_output_bias", "drop_rope_scaling"))]
 Seed = Annotated[int, Option("Seed of random tokens.", panel="Calibration", least=0, most=LARGEST_SEED)]
 
 

@@ -11,7 +11,7 @@ from hxaconv.load import load_student
 from hxaconv.model.layer_choice import layer_0_warning
 from hxaconv.model.model import Model
 from hxaconv.model.plan import attention_of
-from hxaconv.options import Dtype, Option, OutFile, OutFolder, Settings, Shown, Source, TeacherToo, Write
+from hxaconv.options import Dtype, OfStudent, Option, OutFile, OutFolder, Settings, Shown, Source, TeacherToo, Write
 from hxaconv.save.documents import CONVERTED
 from hxaconv.save.output import Record, dtype_warnings, lay_out
 from hxaconv.save.run import Outcome, save
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from hxaconv.progress import Progress
     from hxaconv.verification.report import Report
 
-OfStudent = Annotated[Settings, Shown(without=("allow_output_bias", "drop_rope_scaling"))]
 PadFfn = Annotated[int | None, Option("256 or 512: widen MLPs with zeros to a multiple.", panel="Output")]
 All = Annotated[bool, Option("Write every tensor, not only the attention.", panel="Output", names=("--all",))]
 WriteFolder = Annotated[Write, Shown(without=("format",))]
@@ -54,7 +53,7 @@ def to_hf(
         CheckFailed: when the output does not pass its verification; it is left beside `out`.
     """
     student = load_student(source, settings, teacher=teacher, progress=call.progress)
-    return _write(call, "hf", student, reshape(student, dtype, pad_ffn), write)
+    return _write(call, out, "hf", student, reshape(student, dtype, pad_ffn), write)
 
 
 def to_pth(
@@ -81,7 +80,7 @@ def to_pth(
         CheckFailed: when the output does not pass its verification; it is left beside `out`.
     """
     student = load_student(source, settings, teacher=teacher, progress=call.progress)
-    return _write(call, "pth", student, reshape(student, dtype, pad_ffn), write)
+    return _write(call, out, "pth", student, reshape(student, dtype, pad_ffn), write)
 
 
 def to_training(
@@ -107,11 +106,12 @@ def to_training(
         CheckFailed: when the output does not pass its verification; it is left beside `out`.
     """
     student = load_student(source, settings, teacher=teacher, whole=all_tensors, progress=call.progress)
-    return _write(call, "training", student, reshape(student, dtype), write, everything=all_tensors)
+    return _write(call, out, "training", student, reshape(student, dtype), write, everything=all_tensors)
 
 
 def _write(
     call: Call,
+    out: str,
     format: str,
     student: Model,
     changed: Model,
@@ -122,7 +122,7 @@ def _write(
     """Write `changed`, which is the student padded and cast, and compare it with the student that was read."""
     output = lay_out(
         changed,
-        Path(call.options["out"]),
+        Path(out),
         write,
         format=format,
         record=Record(call=call, sources=student.sources, purpose=CONVERTED),

@@ -14,19 +14,7 @@ from hxaconv.load import load_teacher
 from hxaconv.model import layer_choice
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
-from hxaconv.options import (
-    Argument,
-    Fit,
-    Init,
-    Layers,
-    Option,
-    OutAny,
-    Settings,
-    Shown,
-    Write,
-    dtype_name,
-    option_words,
-)
+from hxaconv.options import Argument, Fit, Init, Layers, NewDtype, OutAny, Settings, Shown, Write, option_words
 from hxaconv.save.documents import UNTRAINED, init_record
 from hxaconv.save.output import Record, lay_out
 from hxaconv.save.run import Outcome, save
@@ -49,7 +37,7 @@ def init_from_teacher(
     settings: OfTeacher = Settings(),
     values: Init = Init(),
     calibration: Fit = Fit(),
-    dtype: Annotated[str, Option("Dtype of the output.", panel="Output", convert=dtype_name)] = "bfloat16",
+    dtype: NewDtype = "bfloat16",
     write: Write = Write(),
     call: Call,
 ) -> Outcome:

@@ -15,7 +15,7 @@ from hxaconv.load.student import MissingSettings
 from hxaconv.model.config import StudentConfig, TeacherConfig, dropped_scaling
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.names import EMBEDDING
-from hxaconv.options import STAGES, Check, Option, Probe, Settings, Shown, Source, TeacherToo, option_words
+from hxaconv.options import STAGES, Check, OfStudent, Option, Probe, Settings, Source, TeacherToo, option_words
 from hxaconv.save.documents import history_of, record_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 Against = Annotated[str | None, Option("Checkpoint to compare with: any container, student or teacher.")]
 Digests = Annotated[bool, Option("Only re-check the digests in hxaconv.json, without a forward.")]
-OfStudent = Annotated[Settings, Shown(without=("allow_output_bias", "drop_rope_scaling"))]
 
 
 def verify(
