@@ -76,6 +76,8 @@ class Group:
     """W_h' W_h, (R, N, N)."""
     training: Tensor
     """1.0 for training tokens, 0.0 for validation tokens, (B, T)."""
+    positions: Tensor
+    """RoPE as a turn for each token, (2, T, 1, N/2); see `positions_of`."""
     norms: tuple[Tensor, Tensor] | None = None
     """Weights of r_norm and k_norm, (N) each."""
     k_first: Tensor | None = None
@@ -121,6 +123,14 @@ class Parameters:
     def matrix_k(self) -> Tensor:
         """What the rows of key are multiplied by, (1, N, N)."""
         return rotation(self.turn_k, self.mix_k)
+
+
+def positions_of(tokens: int, config: StudentConfig, device: torch.device) -> Tensor:
+    """RoPE of the first tokens, as `turned` takes it: made once, since its angles are float64."""
+    half = config.head_dim // 2
+    unit = torch.cat([torch.ones(half, device=device), torch.zeros(half, device=device)]).expand(1, tokens, 1, -1)
+    found = rotate(unit, torch.arange(tokens, device=device), config.rope)
+    return found.view(tokens, 1, 2, half).permute(2, 0, 1, 3).contiguous()
 
 
 def start(group: Group) -> Parameters:
@@ -227,8 +237,8 @@ def refine(group: Group, begin: Parameters, steps: int, check: Callable[[], None
 def answer(group: Group, p: Parameters) -> tuple[Tensor, Tensor]:
     """Y without the bonus, and the bonus' r*k, (B, T, R, N) each."""
     norm_q, norm_k = group.norms or (None, None)
-    r = _placed(group.q, p.matrix_q(), norm_q, group.config)
-    k = _placed(group.k[:, :, None], p.matrix_k(), norm_k, group.config)
+    r = _placed(group.q, p.matrix_q(), norm_q, group)
+    k = _placed(group.k[:, :, None], p.matrix_k(), norm_k, group)
     if group.k_first is not None and group.k_mix is not None:
         k = k + (group.k_first[:, :, None] - k) * group.k_mix
     w = -softplus(-_shifted(p.decay_bias, group.decay_shift)) - 0.5
@@ -280,7 +290,7 @@ def rotation(turn: Tensor, mix: Tensor | None = None) -> Tensor:
 
 
 def turned(x: Tensor, turn: Tensor) -> Tensor:
-    """Pairs of channels (n, n + N/2) rotated and scaled; x (..., heads, N), turn (2, heads, N/2)."""
+    """Pairs of channels (n, n + N/2) rotated and scaled; x (..., heads, N), turn (2, ..., heads, N/2)."""
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * turn[0] - second * turn[1], second * turn[0] + first * turn[1]], dim=-1)
@@ -311,8 +321,8 @@ def _shifted(bias: Tensor, shift: Tensor | None) -> Tensor:
     return bias[None, None] if shift is None else bias + shift
 
 
-def _placed(x: Tensor, matrix: Tensor, norm: Tensor | None, config: StudentConfig) -> Tensor:
+def _placed(x: Tensor, matrix: Tensor, norm: Tensor | None, group: Group) -> Tensor:
     x = torch.einsum("btrn,rmn->btrm", x, matrix)
     if norm is not None:
-        x = rmsnorm(x, norm, config.rms_norm_eps)
-    return rotate(x, torch.arange(x.shape[1], device=x.device), config.rope)
+        x = rmsnorm(x, norm, group.config.rms_norm_eps)
+    return turned(x, group.positions)

@@ -29,6 +29,7 @@ from hxaconv.calibration.store import Store
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079
 from hxaconv.forward.chunked import chunked
+from hxaconv.forward.pool import ROWS
 from hxaconv.forward.state import fingerprint
 from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
@@ -61,6 +62,8 @@ STUDENT, TEACHER = "student", "teacher"
 BEST = "polish-best"
 TOGETHER = 64
 """Tokens whose probabilities are made at once."""
+HEADS = 8
+"""Whose directions are made at once."""
 OPERATIONS_PER_SECOND = 6e10
 """Of two cores, at SmolLM2's shape."""
 RECIPE = {"format": 2, "batch": BATCH, "passes": PASSES, "rate": RATE, "momentum": MOMENTUM, "looks": LOOKS}
@@ -142,13 +145,17 @@ class Cost:
     operations: float
 
     @property
+    def seconds(self) -> float:
+        """On two cores like those it was measured on."""
+        return self.operations / OPERATIONS_PER_SECOND
+
+    @property
     def sentence(self) -> str:
-        """For people."""
-        minutes = self.operations / OPERATIONS_PER_SECOND / 60
+        """For the terminal."""
         return (
             f"{self.steps} steps, each of which reads the student's weights twice ({self.nbytes / 1e9:.3g} GB in all),"
-            f" {self.operations:.2g} operations: some {max(1.0, minutes):.0f} minutes on two cores like those it was"
-            " measured on"
+            f" {self.operations:.2g} operations: some {max(1.0, self.seconds / 60):.0f} minutes on two cores like those"
+            " it was measured on"
         )
 
 
@@ -177,6 +184,19 @@ class _Sequence:
     gradient: Tensor = field(default_factory=lambda: torch.empty(0))
     """Of the loss with respect to the stream where the backward pass stands."""
     first_gradient: First = (None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """A mixer's forward with what its gradient is taken of."""
+
+    sequence: _Sequence
+    x: Tensor
+    first: list[Tensor | None]
+    """v_first and k_first as they came in; None in the layer that makes them."""
+    mixed: Tensor
+    """The stream after it."""
+    handed_on: First
 
 
 class _Polish:
@@ -338,39 +358,57 @@ class _Polish:
         weights = {name: self._kept(name).detach().requires_grad_() for name in self.trained[layer]}
         beginning = self.config.rwkv_layers[:1] == (layer,)
 
-        def grow(one: _Sequence) -> dict[str, Tensor]:
+        def through_feed_forward(one: _Sequence) -> _Graph:
+            """The mixer's graph; the sequence's gradient is taken back to where it ends."""
             del one.inputs[layer + 1]
             with torch.enable_grad():
                 x = one.inputs[layer].detach().requires_grad_()
-                handed = [None if beginning or part is None else part.detach().requires_grad_() for part in one.first]
-                carry = hxa079.Carry(handed[0], handed[1])
-                outputs = [self._mix(x, weights, layer, carry)]
-                middle = outputs[0].detach().requires_grad_()
-                gradients = [torch.autograd.grad(self._feed_forward(middle, layer), middle, one.gradient)[0]]
-                if beginning:
-                    for part, gradient in zip((carry.v_first, carry.k_first), one.first_gradient, strict=True):
-                        if part is not None and gradient is not None:
-                            outputs.append(part)
-                            gradients.append(gradient)
-                inputs = [*weights.values(), x, *(part for part in handed if part is not None)]
-                found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
+                first = [None if beginning or part is None else part.detach().requires_grad_() for part in one.first]
+                carry = hxa079.Carry(first[0], first[1])
+                mixed = self._mix(x, weights, layer, carry)
+                parts = zip(
+                    torch.split(mixed.detach(), ROWS, dim=1), torch.split(one.gradient, ROWS, dim=1), strict=True
+                )
+                gradients = [self._feed_forward_gradient(*part, layer) for part in parts]
+            one.gradient = torch.cat(gradients, dim=1)
+            return _Graph(one, x, first, mixed, (carry.v_first, carry.k_first))
+
+        def through_mixer(graph: _Graph) -> dict[str, Tensor]:
+            """Gradients of the weights by name."""
+            one, outputs, gradients = graph.sequence, [graph.mixed], [graph.sequence.gradient]
+            if beginning:
+                for part, gradient in zip(graph.handed_on, one.first_gradient, strict=True):
+                    if part is not None and gradient is not None:
+                        outputs.append(part)
+                        gradients.append(gradient)
+            inputs = [*weights.values(), graph.x, *(part for part in graph.first if part is not None)]
+            found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
             mine = iter([torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)])
             grown = {name: next(mine) for name in weights}
             one.gradient = next(mine)
-            first = [None if part is None else next(mine) for part in handed]
+            first = [None if part is None else next(mine) for part in graph.first]
             if not beginning:
                 one.first_gradient = _sum(one.first_gradient[0], first[0]), _sum(one.first_gradient[1], first[1])
             return grown
 
-        grown = self.walk.pool.map(grow, some)
+        graphs = self.walk.pool.map(through_feed_forward, some)
+        self.walk.release()  # graphs hold what they need
+        grown = self.walk.pool.map(through_mixer, graphs)
+        del graphs
         for name in self.trained[layer]:
-            gradient = torch.stack([one.pop(name) for one in grown]).mean(dim=0)
+            gradient = functools.reduce(Tensor.add_, [one.pop(name) for one in grown]).div_(len(grown))
             weight, momentum = weights.pop(name).detach(), self._kept(name, "momentum")
             momentum = momentum.lerp(gradient, 1 - MOMENTUM)
-            part = name.split(".")[-2]
-            change = orthogonal(gradient.lerp(momentum, MOMENTUM), self.config.head_dim, part in OUTPUTS)
-            size = float(weight.square().mean().sqrt())
-            self._keep(name, weight - change * (rate * size), momentum, later=1)
+            change = orthogonal(
+                gradient.lerp_(momentum, MOMENTUM), self.config.head_dim, name.split(".")[-2] in OUTPUTS
+            )
+            change *= rate * float(weight.square().mean().sqrt())
+            self._keep(name, weight - change, momentum, later=1)
+
+    def _feed_forward_gradient(self, x: Tensor, gradient: Tensor, layer: int) -> Tensor:
+        """Of some tokens of a stream: its gradient before the second half of a layer, from that after it."""
+        x.requires_grad_()
+        return torch.autograd.grad(self._feed_forward(x, layer), x, gradient)[0]
 
 
 def orthogonal(gradient: Tensor, size: int, output: bool, steps: int = 5) -> Tensor:
@@ -379,14 +417,14 @@ def orthogonal(gradient: Tensor, size: int, output: bool, steps: int = 5) -> Ten
     `output`: heads lie along the columns. By the quintic Newton-Schulz iteration, singular values end in 0.7..1.2.
     """
     rows = gradient.T if output else gradient
-    columns = rows.shape[1]
-    x = rows.reshape(-1, size, columns)
-    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-12)
-    a, b, c = NEWTON_SCHULZ
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    found: Tensor = x.flatten(0, 1) * columns**0.5
+    found, (a, b, c) = torch.empty_like(rows), NEWTON_SCHULZ
+    for start in range(0, len(rows), HEADS * size):
+        x = rows[start : start + HEADS * size].reshape(-1, size, rows.shape[1])
+        x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-12)
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        found[start : start + HEADS * size] = x.flatten(0, 1) * rows.shape[1] ** 0.5
     return found.T if output else found
 
 

@@ -218,6 +218,7 @@ class RwkvLayer:
         unit = (self.seen.output_weight * matrix).sum() / matrix.square().sum().clamp_min(1e-30)
         target = self.seen.heads.view_as(q) * unit
         columns = matrix.view(config.hidden_size, -1, config.head_dim)
+        positions = heads.positions_of(x.shape[1], config, x.device)
         shared, groups = config.num_attention_heads // config.num_key_value_heads, []
         for g in range(config.num_key_value_heads):
             mine = slice(g * shared, (g + 1) * shared)
@@ -230,6 +231,7 @@ class RwkvLayer:
                     target=target[:, :, mine],
                     metric=torch.einsum("crn,crm->rnm", columns[:, mine], columns[:, mine]),
                     training=self.seen.training,
+                    positions=positions,
                     norms=(weights["r_norm.weight"], weights["k_norm.weight"]) if config.qk_norm else None,
                     k_first=None if self.first is None else self.first[1][:, :, g],
                     k_mix=None if k_mix is None else k_mix[g],
