@@ -71,6 +71,20 @@ def full() -> None:
     os.pwrite = pwrite
 
 
+def dying() -> None:
+    """Ends before its second layer of a calibration is kept."""
+    from hxaconv.calibration.store import Store
+
+    real = Store.save
+
+    def save(self: Store, name: str, *rest: Any) -> None:
+        if name == "layer-003":
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, name, *rest)
+
+    Store.save = save  # type: ignore[method-assign]
+
+
 def run(
     folder: Path,
     name: str,
@@ -122,6 +136,14 @@ def commands(folder: Path) -> dict[str, Any]:
             trees.append(tree(folder / place / "out"))
             assert [path.name for path in (folder / place).iterdir()] == ["out"]
         found[name] = trees[0] == trees[1]
+    # Layers that other ranks have finished are taken over, by however many.
+    killed = run(folder, "fit-killed", 2, *fit, prepare=dying)
+    assert killed["codes"] == [2, -signal.SIGKILL], killed
+    assert "rank 0 of 2 has lost the others" in killed["said"][0], killed
+    kept = sorted(path.stem for path in (folder / "fit-killed" / "out.calibration").glob("layer-*"))
+    assert kept == [f"layer-{i:03d}" for i in (0, 1, 2, 4)], kept
+    assert run(folder, "fit-killed", 1, *fit)["codes"] == [0]
+    found["fit resumed"] = tree(folder / "fit-killed" / "out") == tree(folder / "fit-1" / "out")
     return found
 
 
