@@ -190,8 +190,8 @@ FAULTS = (
     Fault(
         "wrong CRC in the zip",
         "formats/torchzip.py",
-        "tensor_crcs[body.name]\n",
-        "tensor_crcs[body.name] ^ 1\n",
+        "tensors[self.body.name] if",
+        "tensors[self.body.name] ^ 1 if",
         "to-pth",
     ),
     Fault(
