@@ -27,6 +27,7 @@ import numpy as np
 from hxaconv.formats import FileLayout, safetensors, torchzip
 from hxaconv.formats.dtypes import BY_NAME, num_bytes, parse_dtype
 from hxaconv.formats.gathered import contiguous_strides
+from hxaconv.formats.json_files import as_bytes
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, TeacherConfig, student_of, teacher_config
 from hxaconv.model.layer_choice import uniform
@@ -249,7 +250,7 @@ def make(target: Path, wanted: Wanted) -> int:
         for layout in layouts:
             write_layout(layout, target, fill)
         if len(layouts) > 1:
-            (target / safetensors.INDEX_NAME).write_bytes(safetensors.index_json(plan, layouts))
+            (target / safetensors.INDEX_NAME).write_bytes(as_bytes(safetensors.index(plan, layouts)))
         (target / "config.json").write_text(text)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)

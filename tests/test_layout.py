@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import zipfile
 import zlib
 from pathlib import Path
@@ -190,7 +189,7 @@ def test_shards_are_named_and_indexed_as_the_hub_does():
     assert all(layout.size <= 450 for layout in layouts)
     assert [layout.name for layout in layouts] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert [fill.name for layout in layouts for fill in layout.fills] == list(plan)
-    index = json.loads(safetensors.index_json(plan, layouts))
+    index = safetensors.index(plan, layouts)
     assert index["metadata"] == {"total_parameters": 50, "total_size": 200}
     assert list(index["weight_map"]) == list(plan)
     assert index["weight_map"]["layer.4"] == "model-00003-of-00003.safetensors"

@@ -58,7 +58,7 @@ MOMENTS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "middle": lambda folder, patch: while_filling(folder, patch, 12),
     "last tensor": lambda folder, patch: while_filling(folder, patch, 23),
     **{step: before(writer, step) for step in ("Filling", "finish", "publish")},
-    **{step: before(finish, step) for step in ("read_back", "write_record")},
+    **{step: before(finish, step) for step in ("put", "read_back")},
 }
 
 

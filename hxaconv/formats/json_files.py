@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hxaconv.errors import HxaconvError, raise_all
@@ -101,7 +102,15 @@ def read_sidecar(file: SourceFile) -> dict[str, Any] | None:
 
 def as_bytes(document: Mapping[str, Any]) -> bytes:
     """A JSON file's bytes: two-space indent, UTF-8, a final newline; NaN is ours to avoid."""
-    return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return b"".join(json_chunks(document))
+
+
+def json_chunks(document: Mapping[str, Any]) -> Iterator[bytes]:
+    """The same in chunks, of a document that may be long."""
+    words = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False).iterencode(document)
+    while chunk := "".join(itertools.islice(words, 10_000)):
+        yield chunk.encode()
+    yield b"\n"
 
 
 def plain_data(value: Any, digits: int | None = None) -> Any:

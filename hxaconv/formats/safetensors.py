@@ -205,9 +205,8 @@ def _aligned_order(plan: Plan) -> list[str]:
     return list(plan)
 
 
-def index_json(plan: Plan, layouts: Iterable[FileLayout]) -> bytes:
+def index(plan: Plan, layouts: Iterable[FileLayout]) -> dict[str, Any]:
     """The index that names the file of every tensor, as transformers writes it."""
     where = {fill.name: layout.name for layout in layouts for fill in layout.fills}
     metadata = {"total_parameters": sum(recipe.numel for recipe in plan.values()), "total_size": total_bytes(plan)}
-    index = {"metadata": metadata, "weight_map": {name: where[name] for name in plan}}
-    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+    return {"metadata": metadata, "weight_map": {name: where[name] for name in plan}}

@@ -273,7 +273,7 @@ def stored_name(canonical: str, key_format: str) -> str:
     template, index, expert = _numbers(canonical)
     name = getattr(_BY_HF[template], key_format)
     assert name is not None, f"{canonical} has no name in the {key_format} key format"
-    return _numbered(str(name), index, expert)
+    return canonical if name == template else _numbered(str(name), index, expert)
 
 
 def is_attention(canonical: str) -> bool:

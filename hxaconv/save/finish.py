@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hxaconv.errors import CheckFailed, raise_all
 from hxaconv.formats import FileLayout
-from hxaconv.formats.json_files import PROVENANCE_NAME, plain_data
-from hxaconv.formats.safetensors import INDEX_NAME, index_json
+from hxaconv.formats.json_files import PROVENANCE_NAME, json_chunks, plain_data
+from hxaconv.formats.safetensors import INDEX_NAME, index
 from hxaconv.model.plan import Buffers
 from hxaconv.save.documents import settings_digest
 from hxaconv.save.fill import Finished, digest_of_file
@@ -56,12 +55,12 @@ def finish(
     buffers, report, verdict = Buffers(), None, None
     for name, file in output.copied_files.items():
         staging.write(staging.content / name, file.pieces(0, file.size, buffers.read))
-    documents = dict(output.documents)
+    documents: dict[str, bytes | Mapping[str, Any]] = dict(output.documents)
     if output.is_folder and len(output.files) > 1:
-        documents[INDEX_NAME] = index_json(output.tensors, output.files)
-    for name, data in documents.items():
-        staging.write(staging.content / name, [data])
-    read_back(staging.content, output, documents, tensors, check)
+        documents[INDEX_NAME] = index(output.tensors, output.files)
+    for name, document in documents.items():
+        put(staging, name, document)
+    read_back(staging.content, output, tensors, check)
     if check is not None and options.verify:
         report = check.report(output, staging.checkpoint, allow_nonfinite=options.allow_nonfinite)
         report.raise_if_failed()
@@ -73,8 +72,30 @@ def finish(
     nonfinite = {name: tensor.nonfinite for name, tensor in tensors.items() if tensor.nonfinite}
     if nonfinite:
         record["nonfinite"] = nonfinite
-    write_record(staging, output, record)
+    if output.is_folder:
+        put(staging, PROVENANCE_NAME, record)
+    else:
+        settings = json.loads(output.documents.get(output.sidecar_name, b"{}"))
+        put(staging, output.sidecar_name, {**settings, "hxaconv": record})
     return report
+
+
+def put(staging: Staging, name: str, document: bytes | Mapping[str, Any]) -> None:
+    """Write a small file, and read it back; JSON goes in chunks, as it is long where there are 20,000 tensors.
+
+    Raises:
+        CheckFailed: when something else stands on disk then.
+        OSError: naming the file.
+    """
+
+    def chunks() -> Iterable[bytes]:
+        return [document] if isinstance(document, bytes) else json_chunks(document)
+
+    path = staging.content / name
+    staging.write(path, chunks())
+    with open(path, "rb") as file:
+        if not all(file.read(len(chunk)) == chunk for chunk in chunks()) or file.read(1):
+            raise CheckFailed(f"{path}: on disk is not what was to be written")
 
 
 def _tensors(output: Output, tensors: Mapping[str, Finished], kind: str) -> dict[str, dict[str, str]]:
@@ -93,39 +114,8 @@ def _file_digest(path: Path, output: Output, kind: str) -> str:
     return digest_of_file(path, kind)
 
 
-def write_record(staging: Staging, output: Output, record: Mapping[str, Any]) -> None:
-    """hxaconv.json, or the sidecar's key `hxaconv`: what was done, and what every tensor and small file is.
-
-    Raises:
-        CheckFailed: when something else stands on disk then.
-        OSError: naming the file.
-    """
-    path, document = staging.content / PROVENANCE_NAME, record
-    if not output.is_folder:
-        path = staging.content / output.sidecar_name
-        document = {**json.loads(output.documents.get(path.name, b"{}")), "hxaconv": record}
-    staging.write(path, _json_chunks(document))
-    with open(path, "rb") as file:
-        if not all(file.read(len(chunk)) == chunk for chunk in _json_chunks(document)) or file.read(1):
-            raise CheckFailed(f"{path} is not what was written")
-
-
-def _json_chunks(document: Mapping[str, Any]) -> Iterator[bytes]:
-    """What `as_bytes` gives, in chunks: it is long where there are 20,000 tensors."""
-    words = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False).iterencode(document)
-    while chunk := "".join(itertools.islice(words, 10_000)):
-        yield chunk.encode()
-    yield b"\n"
-
-
-def read_back(
-    content: Path,
-    output: Output,
-    documents: Mapping[str, bytes],
-    tensors: Mapping[str, Finished],
-    check: Check | None,
-) -> None:
-    """Compare what stands on disk with what was to be written: documents, names, shapes, dtypes, places, checksums.
+def read_back(content: Path, output: Output, tensors: Mapping[str, Finished], check: Check | None) -> None:
+    """Compare what stands on disk with what was to be written: settings, names, shapes, dtypes, places, checksums.
 
     Headers and directories are read by code that shares nothing with what wrote them.
 
@@ -136,9 +126,6 @@ def read_back(
     if check is not None:
         name = "config.json" if output.is_folder else output.sidecar_name
         problems += check.settings(output, json.loads((content / name).read_bytes()), name)
-    problems += [
-        f"{name} is not what was written" for name, d in documents.items() if (content / name).read_bytes() != d
-    ]
     sizes = {name: file.size for name, file in output.copied_files.items()} | {f.name: f.size for f in output.files}
     found = {name: (content / name).stat().st_size for name in sizes}
     problems += [
