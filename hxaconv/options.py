@@ -301,8 +301,8 @@ class Settings(Group):
     revision: str | None = option(None, "Branch, tag or commit of a Hub source.")
     weights: str | None = option(
         None,
-        "Of a ZeRO folder: master (float32) or model (what it computes with). Default: master.",
-        choices=("master", "model"),
+        "Of a ZeRO folder: master (float32) or model (what it computes with). Default: master. Of a .pth with several"
+        " state dicts: its key (model, ema, ...).",
     )
     adapter: tuple[str, ...] = option(
         (), "Adapter to merge into the source, a folder or file (LoRA, DoRA, PiSSA, Bone)."

@@ -60,31 +60,35 @@ _NOT_A_CHECKPOINT = (
 )
 
 
-def read_contents(file: SourceFile) -> Contents:
+def read_contents(file: SourceFile, key: str | None = None) -> Contents:
     """The tensors of a weight file of any kind; what it is, its first bytes say, not its name.
 
+    `key` names one of several state dicts in a pickle.
+
     Raises:
-        HxaconvError: when it is no checkpoint, or a damaged one.
+        HxaconvError: when it is no checkpoint, or a damaged one, or has nothing under that key.
     """
     from hxaconv.formats.pickles import Refused
     from hxaconv.formats.state_dict import advised
 
     try:
-        return _read(file, file.read(0, min(file.size, 512)))
+        return _read(file, file.read(0, min(file.size, 512)), key)
     except Refused as refused:
-        raise advised(refused, file) from None
+        raise advised(refused, file, key) from None
 
 
-def _read(file: SourceFile, start: bytes) -> Contents:
+def _read(file: SourceFile, start: bytes, key: str | None) -> Contents:
     # Not above: readers make plans, and plans stand on this package.
     from hxaconv.formats import legacy, safetensors, torchzip
 
     if start[:4] == b"PK\x03\x04":
-        return torchzip.read_torchzip(file)
+        return torchzip.read_torchzip(file, key)
     if start[8:9] == b"{":  # before pickles: the length in front may begin with any byte
+        if key is not None:
+            raise HxaconvError(f"--weights {key}: {file.label} holds one set of weights", hint="Leave --weights out.")
         return safetensors.read_safetensors(file)
     if start[:1] == b"\x80" or start.startswith(legacy.PROTOCOL_1):
-        return legacy.read_legacy(file)
+        return legacy.read_legacy(file, key)
     for magic, what, hint in _NOT_A_CHECKPOINT:
         if start.startswith(magic):
             raise HxaconvError(f"{file.label} {what}", hint=hint)

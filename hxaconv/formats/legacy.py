@@ -20,21 +20,21 @@ _WINDOW_BYTES = 1024 * 1024
 """Enough for the pickles of most files."""
 
 
-def read_legacy(file: SourceFile) -> Contents:
+def read_legacy(file: SourceFile, key: str | None = None) -> Contents:
     """The tensors of a file that torch.save wrote with `_use_new_zipfile_serialization=False`.
 
     Raises:
         HxaconvError: for big-endian files, globals outside the allow-list, and a damaged structure.
     """
     try:
-        return _read(file, file.read(0, min(file.size, _WINDOW_BYTES)))
+        return _read(file, file.read(0, min(file.size, _WINDOW_BYTES)), key)
     except HxaconvError:
         if file.size <= _WINDOW_BYTES:
             raise
-    return _read(file, file.read(0, min(file.size, MAX_PICKLE_BYTES)))
+    return _read(file, file.read(0, min(file.size, MAX_PICKLE_BYTES)), key)
 
 
-def _read(file: SourceFile, data: bytes) -> Contents:
+def _read(file: SourceFile, data: bytes, key: str | None) -> Contents:
     stream = io.BytesIO(data)
 
     def read_next() -> Machine:
@@ -48,7 +48,7 @@ def _read(file: SourceFile, data: bytes) -> Contents:
     if isinstance(system, dict) and system.get("little_endian") is False:
         raise HxaconvError(f"{file.label} {BIG_ENDIAN}", hint="Load and save it again with torch here.")
     whole = read_next()
-    tensors, facts = find_state_dict(whole.value, file.label)
+    tensors, facts = find_state_dict(whole.value, file.label, key)
     keys = read_next().value
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise broken(file.label, "its list of storages is not one")

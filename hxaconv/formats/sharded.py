@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.errors import HxaconvError, NotConverted, raise_all
 from hxaconv.formats import Contents
 from hxaconv.formats.dtypes import BY_TORCH_NAME
 from hxaconv.formats.files import Extent, Section, SourceFile, broken, check_names, show
@@ -90,9 +90,10 @@ def _metadata(folder: Path, label: str) -> tuple[Record, SourceFile]:
     stream = io.BytesIO(file.read(0, file.size))
     value = parse(stream, file.label, inert=TRAINER_OBJECTS, max_steps=_MAX_STEPS).value
     if not isinstance(value, Record) or not value.name.endswith(".Metadata"):
-        raise HxaconvError(
-            f"{file.label} is not the metadata of torch.distributed.checkpoint that FSDP shards come with",
-            hint="If they were saved by accelerate, `accelerate merge-weights FOLDER OUT` makes one file of them.",
+        raise NotConverted(
+            f"{label} is a sharded checkpoint of FSDP whose {METADATA} is none of torch.distributed.checkpoint",
+            hint=f"Copy the whole folder again, {METADATA} too. Of one that the accelerate it was saved with still"
+            " reads, `accelerate merge-weights FOLDER OUT` makes one file.",
         )
     return value, file
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.errors import HxaconvError, NotConverted, raise_all
 from hxaconv.formats.dtypes import BY_NAME, num_bytes
 from hxaconv.formats.files import SourceFile, check_names, show
 from hxaconv.formats.gathered import Strided, is_contiguous, overlaps_itself, span
@@ -25,13 +25,17 @@ Place = Callable[[Storage], tuple[int, int]]
 """A storage's byte offset in the file, and its bytes."""
 
 
-def find_state_dict(value: Any, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def find_state_dict(value: Any, where: str, key: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The mapping name -> tensor in what a pickle holds, wrapped or not, and how it was wrapped.
 
+    `key` names one of several; without it, it is one of WRAPPERS.
+
     Raises:
-        HxaconvError: when there is none, or more than one.
+        HxaconvError: when there is none.
+        NotConverted: when there are several, and none of them is the one that trainers mean.
     """
-    path, ignored, value = _inside(value, where)
+    outer, taken = value, key
+    path, ignored, value = _inside(value, where, key)
     if not isinstance(value, dict):
         kind = _KINDS.get(type(value), type(value).__name__)
         raise HxaconvError(
@@ -48,6 +52,12 @@ def find_state_dict(value: Any, where: str) -> tuple[dict[str, Tensor], dict[str
     raise_all(f"{where}: tensors that are quantized, sparse or nested, not plain numbers:", opaque, hint=hint)
     odd = [f"a key of type {type(key).__name__}" for key in tensors if type(key) is not str]
     raise_all(f"{where}: tensors must be stored by name:", odd)
+    several = _state_dicts(value)
+    if not tensors and several:
+        raise NotConverted(
+            f"{where} holds state dicts under keys of its own: {', '.join(several)}",
+            hint=f"--weights {several[0]} takes that one.",
+        )
     if not tensors:
         keys = ", ".join(show(str(key)) for key in list(value)[:8])
         raise HxaconvError(
@@ -56,24 +66,33 @@ def find_state_dict(value: Any, where: str) -> tuple[dict[str, Tensor], dict[str
         )
     check_names(tensors, where)
     ignored += [show(str(key)) for key in value if key not in tensors]
-    return tensors, {"nested_under": ".".join(path) or None, "ignored": ignored}
+    several = _state_dicts(outer, len(tensors) // 2) if path and taken is None else []
+    others = [other for other in several if other != path[0]]
+    return tensors, {"nested_under": ".".join(path) or None, "ignored": ignored, "others": others}
 
 
-def _inside(value: Any, where: str) -> tuple[list[str], list[str], Any]:
+def _inside(value: Any, where: str, key: str | None = None) -> tuple[list[str], list[str], Any]:
     """Keys that lead to the state dict, what lies beside it on the way, and what they lead to."""
     path: list[str] = []
     ignored: list[str] = []
     while isinstance(value, dict) and len(path) < MAX_NESTING:
-        inside = [key for key in WRAPPERS if isinstance(value.get(key), dict) and _holds_tensors(value[key])]
-        if len(inside) > 1:
-            raise HxaconvError(
-                f"{where} holds several state dicts: {', '.join(inside)}", hint="Save the one to convert by itself."
+        found = [name for name in WRAPPERS if isinstance(value.get(name), dict) and _holds_tensors(value[name])]
+        if key in _state_dicts(value):
+            found, key = [str(key)], None
+        if len(found) > 1:
+            raise NotConverted(
+                f"{where} holds several state dicts: {', '.join(found)}", hint=f"--weights {found[0]} takes that one."
             )
-        if not inside:
+        if not found:
             break
-        ignored += [show(str(key)) for key in value if key != inside[0]]
-        path.append(inside[0])
-        value = value[inside[0]]
+        ignored += [show(str(name)) for name in value if name != found[0]]
+        path.append(found[0])
+        value = value[found[0]]
+    if key is not None:
+        keys = ", ".join(_state_dicts(value)) if isinstance(value, dict) else ""
+        raise HxaconvError(
+            f"{where} holds no state dict under {show(key)}", hint=f"It has {keys}." if keys else "Leave --weights out."
+        )
     return path, ignored, value
 
 
@@ -83,10 +102,21 @@ def _holds_tensors(value: Mapping[Any, Any]) -> bool:
     )
 
 
-def advised(refused: Refused, file: SourceFile) -> HxaconvError:
+def _state_dicts(value: Any, least: int = 1) -> list[str]:
+    """Keys of dictionaries that hold so many tensors, at least, themselves or under one of WRAPPERS."""
+    found = []
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        held = [inner, *(inner.get(wrapper) for wrapper in WRAPPERS)] if isinstance(inner, dict) else []
+        counts = [sum(isinstance(item, Tensor) for item in one.values()) for one in held if isinstance(one, dict)]
+        if type(key) is str and key.isprintable() and max(counts, default=0) >= max(least, 1):
+            found.append(key)
+    return found
+
+
+def advised(refused: Refused, file: SourceFile, key: str | None = None) -> HxaconvError:
     """The error for a pickle with unknown objects, naming the command that gets the weights out where one does."""
     try:
-        path, _, value = _inside(refused.value, file.label)
+        path, _, value = _inside(refused.value, file.label, key)
     except HxaconvError:
         return refused
     if not isinstance(value, dict) or not any(isinstance(item, Tensor) for item in value.values()):
@@ -95,11 +125,11 @@ def advised(refused: Refused, file: SourceFile) -> HxaconvError:
     own, out = shlex.quote(str(file.path or file.name)), shlex.quote(f"{PurePath(file.name).stem}-weights.pth")
     loaded = f"torch.load(sys.argv[1], map_location='cpu', weights_only=False){inside}"
     script = f"import sys, torch; torch.save({loaded}, sys.argv[2])"
-    refused.hint = (
+    hint = (
         "torch.load(weights_only=True) refuses it as well. If you trust its origin, which then runs code of it, this"
         f' saves the weights alone:\n$ python -c "{script}" {own} {out}'
     )
-    return refused
+    return NotConverted(refused.message, hint=hint)
 
 
 def recipes(tensors: Mapping[str, Tensor], place: Place, file: SourceFile) -> tuple[Plan, list[list[str]]]:

@@ -187,14 +187,14 @@ class TorchZip:
         return hashlib.sha256(self._pickled + f"{records} {sorted(self._places.items())}".encode()).hexdigest()
 
 
-def read_torchzip(file: SourceFile) -> Contents:
+def read_torchzip(file: SourceFile, key: str | None = None) -> Contents:
     """The tensors of a `.pth`, `.pt` or `.bin` that torch.save wrote.
 
     Raises:
         HxaconvError: for anything that torch.save does not write, big-endian files, and damage.
     """
     archive = TorchZip(file)
-    tensors, facts = find_state_dict(archive.value, file.label)
+    tensors, facts = find_state_dict(archive.value, file.label, key)
     plan, aliases = recipes(tensors, archive.place, file)
     file.header_digest = archive.digest()
     return Contents(container="pth", tensors=plan, extra={**facts, "aliases": aliases})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,8 @@ def open_checkpoint(
     Args:
         spec: What the user named.
         revision: Branch, tag or commit of a Hub id.
-        weights: Of a trainer's folder: `master`, the optimizer's float32 weights, or `model`, those it computes with.
+        weights: Of a trainer's folder: `master`, the optimizer's float32 weights, or `model`, those it computes with;
+            of a pickle with several state dicts: the key of one.
         judged: Refuse what is neither teacher nor student; otherwise `Checkpoint.problem` says so.
         progress: Shows a download.
 
@@ -80,10 +82,10 @@ def _open(spec: str | Path, revision: str | None, weights: str | None, progress:
         raise HxaconvError(f"--revision {revision} is for Hub ids; {text} is here", hint="Leave it out.")
     if path.is_dir():
         return _open_folder(path, text, weights)
-    if weights is not None:
-        raise HxaconvError(f"--weights {weights} is for folders that a trainer saved; {text} is none")
     if path.exists():
-        return _open_file(path, text)
+        return _open_file(path, text, weights)
+    if weights is not None:
+        raise HxaconvError(f"--weights {weights} is for folders and files here; {text} is none")
     page = _HUB_PAGE.match(text)
     if page:  # the address of a model's page, pasted
         text = page["id"] + (f"@{page['revision']}" if page["revision"] else "")
@@ -141,12 +143,7 @@ def _open_folder(
     folder, trained = local_folder(root, label, repo, revision), find_trained(root, label)
     if trained is not None and (weights is not None or trained.folder == root or not folder.weights):
         return _from_trainer(trained, folder, root, weights)
-    if weights is not None:
-        raise HxaconvError(
-            f"--weights {weights}: {label} was not saved by DeepSpeed's ZeRO, and has one set of weights",
-            hint="Leave --weights out.",
-        )
-    found = assemble(folder)
+    found = assemble(replace(folder, read=partial(read_contents, key=weights)))
     if trained is not None and any(0 in recipe.shape for recipe in found.unknown.values()):
         # A state dict that was saved under ZeRO-3 without gathering: the step beside it has the values.
         return _from_trainer(trained, folder, root, weights)
@@ -188,10 +185,11 @@ class Trained:
         Raises:
             HxaconvError: for what is missing, damaged, or not put together.
         """
-        if self.kind == "zero":
+        if self.kind == "zero" and weights in (None, "master", "model"):
             return zero.read_zero(self.folder, label=self.label, weights=weights)
         if weights is not None:
-            raise HxaconvError(f"{self.label} has one set of weights", hint="Leave --weights out.")
+            sets = "master and model weights" if self.kind == "zero" else "one set of weights"
+            raise HxaconvError(f"--weights {weights}: {self.label} has {sets}", hint="Leave --weights out.")
         read = sharded.read_dcp if self.kind == "dcp" else sharded.read_dtensors
         return read(self.folder, label=self.label)
 
@@ -238,7 +236,7 @@ def _from_trainer(trained: Trained, folder: Folder, root: Path, weights: str | N
     return assemble(folder, read)
 
 
-def _open_file(path: Path, label: str) -> Checkpoint:
+def _open_file(path: Path, label: str, weights: str | None) -> Checkpoint:
     """Open one weight file, with the config or sidecar beside it."""
     shard = SHARD.search(path.name)
     if shard and int(shard[2]) > 1:
@@ -254,7 +252,7 @@ def _open_file(path: Path, label: str) -> Checkpoint:
 
     sizes = {name: (root / name).stat().st_size for name in sorted(names) if (root / name).is_file()}
     folder = Folder(label=label, sizes=sizes, open=opened, root=path.resolve())
-    return assemble(folder, lambda: ([(file, read_contents(file))], None, [file]))
+    return assemble(folder, lambda: ([(file, read_contents(file, weights))], None, [file]))
 
 
 def assemble(folder: Folder, read: Callable[[], _Read] | None = None) -> Checkpoint:
@@ -355,7 +353,7 @@ def _checkpoint(
         code_files={name: folder.open(name) for name in folder.sizes if re.fullmatch(r"[\w-]+\.py", name)},
         shell_config=shells.shell_settings(config or {}),
         shell_files={name: folder.open(name) for name in shells.PROCESSOR_FILES if name in folder.sizes},
-        warnings=_warnings(folder),
+        warnings=tuple(_warnings(folder, opened)),
         root=folder.root,
         repo=folder.repo,
         revision=folder.revision,
@@ -366,12 +364,16 @@ def _checkpoint(
     return replace(found, problem=problem, unknown={**found.unknown, **misfits})
 
 
-def _warnings(folder: Folder) -> tuple[str, ...]:
+def _warnings(folder: Folder, opened: Sequence[tuple[SourceFile, Contents]]) -> Iterator[str]:
     """What people may take for a part of what was opened, and is none."""
-    if ADAPTER not in folder.sizes:
-        return ()
-    kind = kind_of_adapter(read_json(folder.open(ADAPTER)))
-    return (f"{folder.label} holds {kind.what.partition(',')[0]} beside the model, which is left out. {kind.way_out}",)
+    if ADAPTER in folder.sizes:
+        kind = kind_of_adapter(read_json(folder.open(ADAPTER)))
+        yield f"{folder.label} holds {kind.what.partition(',')[0]} beside the model, which is left out. {kind.way_out}"
+    for file, contents in opened:
+        others = contents.extra.get("others")
+        if others:
+            taken = f"{file.label}: the weights under {contents.extra['nested_under']!r} are taken"
+            yield f"{taken}, not those under {shortened(map(repr, others))}: --weights {others[0]} takes these"
 
 
 def _facts(

@@ -203,7 +203,7 @@ def _opened(name: Name, settings: Settings, progress: Progress | None) -> Checkp
         found = open_checkpoint(found, revision=settings.revision, weights=settings.weights, progress=progress)
     merged = [Path(adapter).expanduser().resolve() for adapter in settings.adapter]
     if found.root in (*merged, *(path.parent for path in merged)):  # the adapter beside it is not left out
-        return replace(found, warnings=())
+        return replace(found, warnings=tuple(line for line in found.warnings if "adapter" not in line))
     return found
 
 

@@ -335,8 +335,32 @@ case(name="deepspeed_file", what="mp_rank_00_model_states.pt of DeepSpeed", outc
 case(name="one_pth", what="a trainer's folder with one .pth", outcome=READ, command=TO_HF, met="RWKV-LM",
      build=save(FULL, "rwkv-final.pth"), expected=lambda p: by_torch()(p / "rwkv-final.pth"))
 case(name="many_pth", what="a trainer's folder with several .pth of the same tensors", outcome=REFUSED,
-     do="name the one to convert", command=TO_HF, words=("Give the one file",),
+     do="name the one to convert", command=TO_HF, words=("Give the one file",), kind="2 files with the same tensors",
      build=lambda p: (save(FULL, "rwkv-0.pth")(p), torch.save(FULL, p / "rwkv-1.pth")))
+AVERAGE = mixers("RGR", seed=30)
+EMA = "a .pth with several state dicts: the model's and its moving average's (ema)"
+for name, inside, words in (
+    ("ema", {"model": FULL, "ema": AVERAGE, "optimizer": {"state": {0: {"exp_avg": noise(3)}}}}, ("'ema'",)),
+    ("ema_nested", {"state_dict": FULL, "model_ema": {"module": AVERAGE}, "step": 3}, ("'model_ema'",)),
+):
+    case(name=name, what=EMA, outcome=WARNED, do="nothing for the model's; --weights ema for the other", command=TO_HF,
+         inside="x.pth", build=save(inside), words=(*words, "--weights"), expected=by_torch(next(iter(inside))))
+case(name="ema_chosen", what=EMA, outcome=WARNED, command=(*TO_HF, "--weights", "ema"), inside="x.pth",
+     build=save({"model": FULL, "ema": AVERAGE}), expected=by_torch("ema"))
+SEVERAL = "a .pth with several state dicts, none of which is the usual one"
+case(name="student_and_teacher", what=SEVERAL, outcome=REFUSED, do="--weights takes the one that it names",
+     command=TO_HF, inside="x.pth", build=save({"student": FULL, "teacher": tensors()}),
+     words=("student, teacher", "--weights student"), kind="state dicts under keys of its own")
+case(name="model_and_state_dict", what=SEVERAL, outcome=REFUSED, command=TO_HF, inside="x.pth",
+     build=save({"model": FULL, "state_dict": FULL}), words=("state_dict, model", "--weights"),
+     kind="several state dicts")
+case(name="no_such_weights", what=SEVERAL, outcome=REFUSED, command=(*TO_HF, "--weights", "average"), inside="x.pth",
+     build=save({"student": FULL, "teacher": tensors()}), words=("under average", "It has student, teacher"))
+case(name="fsdp_metadata", what="FSDP's shards whose .metadata cannot be read", outcome=REFUSED, command=TO_HF,
+     do="copy the whole folder again", words=("a sharded checkpoint of FSDP", "accelerate merge-weights"),
+     kind="a sharded checkpoint of FSDP", met="accelerate#2848, verl#533", build=lambda p: (
+         save({"a": 1}, ".metadata", _use_new_zipfile_serialization=False)(p / "pytorch_model_fsdp_0"),
+         (p / "pytorch_model_fsdp_0" / "__0_0.distcp").write_bytes(b"x")))
 case(name="stage_1_rwkv_layers_only", what="stage 1's trainable_only_weights.pth, with the RWKV layers alone",
      outcome=READ, do="--teacher; --layer-map or --gqa-layers confirms", command=TO_HF, inside="x.pth",
      build=save(STAGE_1), expected=by_torch())
@@ -386,7 +410,7 @@ case(name="weights_only_list", what="a .pth with anything that torch.load(weight
 case(name="namespace", what="a .pth with other objects beside the weights (argparse.Namespace, numpy numbers)",
      outcome=REFUSED, do="the command that the message shows saves the weights alone", command=TO_HF, inside="x.pth",
      met="mlperf-automations#465", build=save({"model": FULL, "args": argparse.Namespace(lr=1)}),
-     words=("argparse.Namespace", "weights_only=True) refuses it as well", "python -c"))
+     words=("argparse.Namespace", "weights_only=True) refuses it as well", "python -c"), kind="argparse.Namespace")
 case(name="numpy_scalar", what="a .pth with other objects beside the weights (argparse.Namespace, numpy numbers)",
      outcome=REFUSED, command=TO_HF, inside="x.pth", met="deepmd-kit#4147",
      build=save({"model": FULL, "loss": np.float64(2.5)}), words=("numpy", "python -c"))

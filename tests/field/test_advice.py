@@ -19,7 +19,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.formats.pickles import Machine
 from hxaconv.load.kinds import PEFT
 from tests.field import builder
-from tests.field.cases import CASES, INIT, Case
+from tests.field.cases import CASES, Case
 
 Cli = Callable[..., int]
 
@@ -57,6 +57,8 @@ def test_the_command_for_a_pickle_with_other_objects_works(
         ("index_of_another_sharding", (), lambda path: (path / "model.safetensors.index.json").unlink()),
         ("stale_index", (), lambda path: (path / "model.safetensors.index.json").unlink()),
         ("tokenizer_empty", (), lambda path: (path / "tokenizer.json").unlink()),
+        ("student_and_teacher", ("--weights", "student"), None),
+        ("model_and_state_dict", ("--weights", "state_dict"), None),
         ("tie_unsaid", ("--tie-word-embeddings",), None),
         ("short_file_beside_shards", (), lambda path: (path / "model.safetensors").unlink()),
     ],
@@ -64,8 +66,9 @@ def test_the_command_for_a_pickle_with_other_objects_works(
 def test_the_hint_cures(
     name: str, words: tuple[str, ...], cure: Callable[[Path], None] | None, cli: Cli, tmp_path: Path
 ) -> None:
-    _, source = built(name, tmp_path)
-    command = [word.format(**{"in": source, "out": tmp_path / "out"}) for word in (*INIT, "--no-verify", "--quiet")]
+    case, source = built(name, tmp_path)
+    places = {"in": source, "out": tmp_path / "out", "teacher": builder.teacher(tmp_path / "teacher")}
+    command = [word.format(**places) for word in (*case.command, "--no-verify", "--quiet")]
     assert cli(*command) == 2
     if cure is not None:
         cure(source)
