@@ -154,11 +154,20 @@ def test_links_within_the_folder(tmp_path: Path) -> None:
     assert len(open_checkpoint(tmp_path).plan) == 2
 
 
-@pytest.mark.parametrize("spec", ["nothing/here.pth", "./a/b", "/nowhere/at/all", "nothing", "a/b/c", "~nobody/x"])
+NOWHERE = ("nothing/here.pth", "./a/b", "/nowhere/at/all", "nothing", "a/b/c", "~nobody/x", "~no such user/x")
+
+
+@pytest.mark.parametrize("spec", NOWHERE)
 def test_what_is_no_path_and_no_hub_id(spec: str) -> None:
     with pytest.raises(HxaconvError, match="does not exist") as caught:
         open_checkpoint(spec)
     assert "Hub id" in caught.value.hint
+
+
+@pytest.mark.parametrize("spec", ["x" * 300, "/" + "y/" * 4000, "a\0b", "models/" + "z" * 300 + ".pth"])
+def test_what_no_file_system_can_name(spec: str) -> None:
+    with pytest.raises(HxaconvError, match="cannot be opened"):
+        open_checkpoint(spec)
 
 
 def test_a_source_that_changes_after_it_was_opened(tmp_path: Path) -> None:

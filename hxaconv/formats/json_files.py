@@ -78,6 +78,8 @@ def _not_json(file: SourceFile) -> str:
         return "It is a web page: the download went wrong; download it again."
     if re.fullmatch(rb"(\.\./)+blobs/[0-9a-f]{40,64}\s*", start):
         return "It is a link of the Hub's cache written out as text: copy the cache with its links, or download again."
+    if start.startswith(b"\xef\xbb\xbf"):
+        return "Save it as UTF-8 without a byte order mark, which no reader of such files takes."
     return "Correct it, or download it again." if start else "The file is empty: download it again."
 
 

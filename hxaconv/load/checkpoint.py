@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -77,7 +78,7 @@ def _open(spec: str | Path, revision: str | None, weights: str | None, progress:
         text = text_of(spec)
     except ValueError as error:
         raise HxaconvError(f"{error}: it cannot be opened", hint="Expected a folder, a file or a Hub id.") from None
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # a user whom nobody knows is left in it
     if revision is not None and path.exists():
         raise HxaconvError(f"--revision {revision} is for Hub ids; {text} is here", hint="Leave it out.")
     if path.is_dir():
@@ -353,7 +354,7 @@ def _checkpoint(
         code_files={name: folder.open(name) for name in folder.sizes if re.fullmatch(r"[\w-]+\.py", name)},
         shell_config=shells.shell_settings(config or {}),
         shell_files={name: folder.open(name) for name in shells.PROCESSOR_FILES if name in folder.sizes},
-        warnings=tuple(_warnings(folder, opened)),
+        warnings=tuple(_warnings(folder, opened, files)),
         root=folder.root,
         repo=folder.repo,
         revision=folder.revision,
@@ -364,11 +365,16 @@ def _checkpoint(
     return replace(found, problem=problem, unknown={**found.unknown, **misfits})
 
 
-def _warnings(folder: Folder, opened: Sequence[tuple[SourceFile, Contents]]) -> Iterator[str]:
+def _warnings(
+    folder: Folder, opened: Sequence[tuple[SourceFile, Contents]], files: Sequence[SourceFile]
+) -> Iterator[str]:
     """What people may take for a part of what was opened, and is none."""
     if ADAPTER in folder.sizes:
         kind = kind_of_adapter(read_json(folder.open(ADAPTER)))
         yield f"{folder.label} holds {kind.what.partition(',')[0]} beside the model, which is left out. {kind.way_out}"
+    names = [file.name for file in files]
+    if (beside := folder.others(names)) and not any("/" in name for name in names):
+        yield f"{folder.label}: {shortened(names[:3])} is read, {shortened(beside)} is not: name the file to read that"
     for file, contents in opened:
         others = contents.extra.get("others")
         if others:

@@ -21,10 +21,11 @@ WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 _OTHER = re.compile(
     r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states|lr_scheduler|sampler)([._-].*)?\.(bin|pt|pth)$"
     r"|^(optimizer|scheduler)_\d+\.(bin|pt|pth)$"
-    r"|^adapter_model\.\w+$"
+    r"|^adapter_model\.\w+$|^model-rank-\d+-part-\d+\.safetensors$"
 )
 _SECOND = re.compile(r"^consolidated[.\d]*\.(pth|safetensors)$")
 """A second copy of the weights, in another layout."""
+_SECOND_FORM = re.compile(rf"{_SECOND.pattern}|^pytorch_model(-\d{{5}}-of-\d{{5}})?\.bin$")
 ADAPTER = "adapter_config.json"
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
 _BLOB = re.compile(r"^[0-9a-f]{40}([0-9a-f]{24})?$")
@@ -68,6 +69,10 @@ class Folder:
         weights = (name for name in self.sizes if name.endswith(WEIGHTS) and not _OTHER.match(name))
         return tuple(name for name in weights if name not in chosen)
 
+    def others(self, chosen: Collection[str]) -> list[str]:
+        """Of the strays, those that are no second form of the same weights, by their names."""
+        return [name for name in self.strays(chosen) if "/" not in name and not _SECOND_FORM.match(name)]
+
 
 @dataclass(frozen=True, slots=True)
 class Index:
@@ -93,12 +98,20 @@ def local_folder(root: Path, label: str, repo: str | None = None, revision: str 
     except OSError as error:
         raise HxaconvError(f"{label}: {error.strerror}") from None
     odd = [f"{entry.name} is {kind_of(entry)}" for entry in entries if entry.name not in sizes and _matters(entry)]
-    raise_all(f"{label}: these should be files:", odd, hint="Put the files themselves there; download again.")
+    hint = "Put the files themselves there; download again."
+    filled = [entry.name for entry in entries if entry.name.endswith(WEIGHTS) and entry.is_dir() and _weights_in(entry)]
+    if filled:  # DeepSpeed's zero_to_fp32.py since 0.15.3, which takes the name of a folder
+        hint = f"The weights are inside {filled[0]}: move its files beside config.json, and delete it."
+    raise_all(f"{label}: these should be files:", odd, hint=hint)
 
     def opened(name: str) -> SourceFile:
         return SourceFile.local(inside(root, name, label), name=name, label=f"{label.rstrip('/')}/{name}")
 
     return Folder(label=label, sizes=sizes, open=opened, root=root, repo=repo, revision=revision)
+
+
+def _weights_in(folder: Path) -> bool:
+    return any(path.name.endswith(WEIGHTS) for path in folder.iterdir())
 
 
 def listed(entries: Iterable[Path]) -> Iterator[tuple[str, Path]]:
@@ -175,7 +188,7 @@ def _nothing(folder: Folder) -> HxaconvError:
     found = []
     if folder.root is not None and folder.root.is_dir():
         for path in sorted(folder.root.iterdir())[:1000]:
-            if path.is_dir() and any(name.name.endswith(WEIGHTS) for name in path.iterdir()):
+            if path.is_dir() and _weights_in(path):
                 found.append(path.name)
     hint = "Expected *.safetensors, *.bin, *.pth, *.pt or *.ckpt in the folder itself."
     if found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping
@@ -83,7 +84,7 @@ def _kind(checkpoint: Checkpoint, config: ModelConfig | None, problem: str | Non
     label, path = checkpoint.label, shlex.quote(checkpoint.label)
     if checkpoint.problem is not None:
         first, *rest = checkpoint.problem.message.split("\n")
-        first = first.removeprefix(f"{label} is ").removeprefix(f"{label}: ").removeprefix(f"{label} ")
+        first = re.sub(rf"^{re.escape(label)}(/\S+)?:? (is )?", "", first)
         return first.removesuffix(":"), [*rest, *([checkpoint.problem.hint] if checkpoint.problem.hint else [])]
     kinds = layer_kinds(checkpoint.plan)
     rwkv, gqa = (sorted(i for i, kind in kinds.items() if kind == name) for name in ("rwkv", "gqa"))

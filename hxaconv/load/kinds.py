@@ -73,7 +73,8 @@ ORIGINAL = "Take the bf16 original of the model (its model card links it as the 
 _DEQUANTIZED = " If its weights have been dequantized since, delete quantization_config from config.json."
 _OF_TRANSFORMERS = (
     "Take the files of the transformers format (model.safetensors, config.json) from the same page of the Hub, or"
-    " convert it with transformers' convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py."
+    " convert it with convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py, which stand in the repository"
+    " of transformers and not in its package."
 )
 
 # --- files ------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ _OF_TRANSFORMERS = (
 _FILES: tuple[tuple[str, str, str], ...] = (
     (r"adapter_model\.(safetensors|bin)", "an adapter of PEFT without its adapter_config.json", "Copy that as well."),
     (r"__\d+_\d+\.distcp|\.metadata", "a folder of torch.distributed.checkpoint (FSDP) without its .metadata or shards",
-     "Copy the whole folder again; `accelerate merge-weights FOLDER OUT` makes one file of a whole one."),
+     "Copy the whole folder again: it is read here. `accelerate merge-weights FOLDER OUT` makes one file of it."),
     (r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt|zero_to_fp32\.py|latest",
      "a checkpoint of DeepSpeed ZeRO without the folder of its step",
      "Copy its global_step* folder as well, all ranks of it, and give this folder again."),
@@ -92,6 +93,8 @@ _FILES: tuple[tuple[str, str, str], ...] = (
      "Take the safetensors or PyTorch files of the model."),
     (r"flax_model.*\.msgpack", "a Flax model", "Take the safetensors or PyTorch files of the model."),
     (r".*\.onnx", "an ONNX model", "Take the safetensors or PyTorch files of the model."),
+    (r"model-rank-\d+-part-\d+\.safetensors", "the slices of a model that vLLM saved for each of its ranks",
+     "Take the folder that vLLM loaded; slices are not put together here."),
     (r"latest_checkpointed_iteration\.txt", "a checkpoint of Megatron-LM",
      "Convert it to the transformers format with Megatron's own tools/checkpoint first."),
     (r".*\.nemo", "a model of NeMo", "Export it to the transformers format with NeMo first."),
@@ -119,10 +122,11 @@ _METHODS = {
     "quark": "Quark", "fp_quant": "FP-Quant",
 }  # fmt: skip
 _WAYS_BACK = {
-    "fp8": "Or let transformers dequantize it: FineGrainedFP8Config(dequantize=True) when loading, then save it.",
-    "bitsandbytes": "Or let transformers dequantize it: model.dequantize() after loading, then save it.",
-    "compressed-tensors": "Or let transformers decompress it: CompressedTensorsConfig(run_compressed=False) when"
-    " loading, then save it.",
+    "fp8": "Or let transformers (5 or newer) dequantize it: AutoModelForCausalLM.from_pretrained(THIS,"
+    " dtype='bfloat16', quantization_config=FineGrainedFP8Config(dequantize=True))"
+    ".save_pretrained(OUT, save_original_format=False).",
+    "bitsandbytes": "Transformers has model.dequantize() for it, where bitsandbytes is installed.",
+    "compressed-tensors": "The library compressed-tensors decompresses it.",
 }
 _SHELLS = ("text_config", "llm_config", "language_config", "thinker_config")
 _OTHER_RWKV = re.compile(r"(hf_)?rwkv[\w-]*", re.IGNORECASE)
@@ -147,7 +151,7 @@ def _quantized(raw: Mapping[str, Any]) -> Kind | None:
         return None
     method = found.get("quant_method")
     if method is None and "group_size" in found and "bits" in found:
-        named, back = "MLX", "Or dequantize it: `python -m mlx_lm convert --hf-path THIS --mlx-path OUT -d`."
+        named, back = "MLX", "MLX's own converter, mlx_lm.convert, dequantizes it with its option -d."
     else:
         named, back = _METHODS.get(str(method), str(method or "an unknown method")), _WAYS_BACK.get(str(method), "")
     details = [f"{found['bits']} bits"] if isinstance(found.get("bits"), int) else []
@@ -231,7 +235,7 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
     (r"^(model\.)?(visual|vision_tower|vision_model|multi_modal_projector|mm_projector|audio_tower|language_model)\.",
      "a model of several modalities", "Save its language model alone first, under the names of a text model."),
     (r"(^|\.)transformer\.h\.\d+\.attn\.(attn|qkv)\.", "a model of LitGPT",
-     "Export it: `litgpt convert_from_litgpt`, then name the tensors as transformers does."),
+     "LitGPT has a command for it, convert_from_litgpt; the tensors must have the names of transformers then."),
     (r"(^|\.)(transformer\.h|gpt_neox\.layers|h)\.\d+\.", "a transformer of the GPT-2, GPT-J or GPT-NeoX kind", ""),
     (r"(^|\.)(decoder\.layers|language_model\.encoder\.layers)\.\d+\.", "a model with the names of Megatron-LM",
      "Convert it to the transformers format with Megatron's own tools first."),

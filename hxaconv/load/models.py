@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -201,7 +202,7 @@ def _opened(name: Name, settings: Settings, progress: Progress | None) -> Checkp
     found = name
     if not isinstance(found, Checkpoint):
         found = open_checkpoint(found, revision=settings.revision, weights=settings.weights, progress=progress)
-    merged = [Path(adapter).expanduser().resolve() for adapter in settings.adapter]
+    merged = [Path(os.path.expanduser(adapter)).resolve() for adapter in settings.adapter]
     if found.root in (*merged, *(path.parent for path in merged)):  # the adapter beside it is not left out
         return replace(found, warnings=tuple(line for line in found.warnings if "adapter" not in line))
     return found

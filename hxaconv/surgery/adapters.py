@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class _Opened:
 
 
 def _open(spec: str) -> _Opened:
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if not path.exists():
         raise HxaconvError(
             f"adapter {spec} does not exist", hint="Expected a folder or a file here; download it from the Hub first."

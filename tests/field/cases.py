@@ -131,8 +131,8 @@ case(name="two_values_of_one_tensor", what="a tensor in two shards, with differe
      build=lambda p: shards(p, config(tie_word_embeddings=True),
                             [PARTS[0], PARTS[1] | {"model.embed_tokens.weight": noise(64, 32, seed=5)}], INDEX),
      words=("model.embed_tokens.weight", "stale"))
-case(name="single_file_beside_shards", what="model.safetensors beside indexed shards of another model", outcome=READ,
-     do="nothing: model.safetensors wins, as in transformers; inspect names the others", met="Blaizzy/mlx-vlm#1464",
+case(name="single_file_beside_shards", what="model.safetensors beside indexed shards of another model", outcome=WARNED,
+     do="delete the others, if model.safetensors is the model: it wins, as in transformers", met="Blaizzy/mlx-vlm#1464",
      build=lambda p: (shards(p, config(), halves({n: v * 2 for n, v in tensors().items()})[0], halves(tensors())[1]),
                       save_file(tensors(), p / "model.safetensors", {"format": "pt"})),
      expected=by_transformers)
@@ -148,6 +148,37 @@ def short_file_beside_shards(path: Path) -> None:
 
 case(name="short_file_beside_shards", what=SHORT, outcome=REFUSED, do="delete model.safetensors",
      build=short_file_beside_shards, words=("delete model.safetensors",))
+BESIDE = "fine-tuned weights of another name beside the model's own (torchtune's hf_model_0001_0.pt)"
+case(name="torchtune_beside_the_base", what=BESIDE, outcome=WARNED, met="torchtune#1388, torchtune#1744",
+     do="name the file, or delete the model's own weights", words=("hf_model_0001_0.pt is not",), build=lambda p: (
+         builder.teacher(p), torch.save({n: v * 2 for n, v in tensors().items()}, p / "hf_model_0001_0.pt")),
+     expected=by_transformers)
+case(name="torchtune_alone", what="weights of any name ending (torchtune's hf_model_0001_0.pt), alone", outcome=READ,
+     met="torchtune#1388", build=lambda p: (
+         folder(p, config(), {}), *(torch.save(part, p / f"hf_model_000{number}_0.pt")
+                                    for number, part in enumerate(halves(tensors())[0], 1))),
+     expected=lambda p: {n: v for n, v in tensors().items() if "self_attn" not in n})
+case(name="pickle_named_safetensors", what="a pickle under the name model.safetensors", outcome=READ,
+     met="safetensors#414", build=lambda p: (folder(p, config(), {}), torch.save(tensors(), p / "model.safetensors")),
+     expected=lambda p: {n: v for n, v in tensors().items() if "self_attn" not in n})
+case(name="slices_of_vllm", what="model-rank-0-part-0.safetensors, the slices that vLLM saves for each rank",
+     outcome=REFUSED, do="take the folder that vLLM loaded", met="vllm#7304", words=("slices", "vLLM"), kind="vLLM",
+     build=lambda p: (folder(p, config(), {}), *(save_file(
+         {n: v[:16].clone() for n, v in tensors().items()}, p / f"model-rank-{rank}-part-0.safetensors")
+         for rank in (0, 1))))
+FOLDER_OF_BIN = "a folder named pytorch_model.bin, as DeepSpeed's zero_to_fp32.py makes it since 0.15.3"
+
+
+def folder_named_bin(path: Path) -> None:
+    """What the old command line makes of the new script."""
+    folder(path, config(), {})
+    (path / "pytorch_model.bin").mkdir()
+    torch.save(tensors(), path / "pytorch_model.bin" / "pytorch_model.bin")
+
+
+case(name="folder_named_bin", what=FOLDER_OF_BIN, outcome=REFUSED, do="move its files beside config.json",
+     met="JIA-Lab-research/LISA#155", words=("pytorch_model.bin is a folder", "move its files beside config.json"),
+     build=folder_named_bin)
 case(name="appledouble", what="macOS's ._ files beside the weights", outcome=READ, met="SceneWorks#1333",
      build=lambda p: (shards(p, config(tie_word_embeddings=True), PARTS, None),
                       (p / "._model-00001-of-00002.safetensors").write_bytes(b"\x00\x05\x16\x07" + bytes(60)),
@@ -188,6 +219,13 @@ case(name="tie_unsaid_smollm3", what="a config.json without tie_word_embeddings:
      outcome=READ, build=lambda p: folder(
          p, config("smollm3", tie_word_embeddings=..., pad_token_id=0, no_rope_layers=[1, 1, 1]), TIED),
      expected=by_transformers)
+case(name="tied_in_text_config", what="a shell whose text_config alone ties the head (Ministral 3)", outcome=READ,
+     met="transformers#43429", build=lambda p: folder(
+         p, {"model_type": "mistral3", "vision_config": {}, "text_config": config(
+             "mistral", tie_word_embeddings=True, sliding_window=None)},
+         {n.replace("model.", "model.language_model.", 1): v for n, v in TIED.items()}),
+     expected=lambda p: {n.replace("language_model.", ""): v for n, v in load_file(p / "model.safetensors").items()
+                         if "s.0.self_attn" not in n and "s.2.self_attn" not in n})
 case(name="vocab_size", what="a config.json of other sizes than the tensors", outcome=REFUSED, met="llama.cpp#8445",
      do="take the config.json of this model", build=lambda p: folder(p, config(vocab_size=60), tensors()),
      words=("has shape (64, 32), the config implies (60, 32)",))
@@ -301,7 +339,7 @@ case(name="peft_weights_alone", outcome=REFUSED, what=OTHER_ADAPTERS, words=("an
      inside="adapter_model.safetensors", command=TO_HF, build=adapter("ia3_l"))
 case(name="soft_prompt", outcome=REFUSED, what="a soft prompt of PEFT", do="convert the model that it was trained on",
      words=("soft prompt", "Convert the model"), kind="soft prompt", build=adapter("prompt", peft_type="P_TUNING"))
-case(name="adapter_beside_the_model", outcome=WARNED, what="an adapter beside a whole model",
+case(name="adapter_beside_the_model", outcome=WARNED, what="an adapter beside a whole model", met="transformers#43746",
      do="--adapter merges it; without, the model alone is converted", words=("of the kind LoRA", "--adapter"),
      build=lambda p: (builder.teacher(p), adapter("lora_A.weight", peft_type="LORA")(p)),
      expected=lambda p: load_file(p / "model.safetensors"), kind="a teacher")
@@ -344,7 +382,8 @@ for name, inside, words in (
     ("ema_nested", {"state_dict": FULL, "model_ema": {"module": AVERAGE}, "step": 3}, ("'model_ema'",)),
 ):
     case(name=name, what=EMA, outcome=WARNED, do="nothing for the model's; --weights ema for the other", command=TO_HF,
-         inside="x.pth", build=save(inside), words=(*words, "--weights"), expected=by_torch(next(iter(inside))))
+         met="zhuyu-cs/MeanFlow#12", inside="x.pth", build=save(inside), words=(*words, "--weights"),
+         expected=by_torch(next(iter(inside))))
 case(name="ema_chosen", what=EMA, outcome=WARNED, command=(*TO_HF, "--weights", "ema"), inside="x.pth",
      build=save({"model": FULL, "ema": AVERAGE}), expected=by_torch("ema"))
 SEVERAL = "a .pth with several state dicts, none of which is the usual one"
@@ -459,6 +498,10 @@ for name, changes, words in (
 case(name="duplicate_keys", what="a JSON file with one key twice", outcome=REFUSED, do="delete the wrong one",
      build=lambda p: (builder.teacher(p), (p / "config.json").write_text(
          (p / "config.json").read_text().replace("{", '{"rope_theta": 5e5, ', 1))), words=("occurs twice",))
+case(name="byte_order_mark", what="a config.json with a byte order mark, as editors of Windows save it",
+     outcome=REFUSED, do="save it as UTF-8 without", met="simpletransformers#1169",
+     words=("not valid JSON", "without a byte order mark"),
+     build=lambda p: (builder.teacher(p), (p / "config.json").write_text(json.dumps(config()), encoding="utf-8-sig")))
 case(name="endless_number", what="a JSON file with a number of thousands of digits", outcome=REFUSED,
      do="download it again", build=lambda p: (builder.teacher(p), (p / "config.json").write_text(
          json.dumps(config())[:-1] + ', "x": ' + "9" * 5000 + "}")), words=("not valid JSON",))

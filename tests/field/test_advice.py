@@ -49,6 +49,13 @@ def test_the_command_for_a_pickle_with_other_objects_works(
     assert torch.equal(found["model.layers.0.self_attn.w2"], held[name])
 
 
+def out_of(folder: Path) -> None:
+    """Its files beside it, in its place."""
+    folder.rename(folder.parent / "moved")
+    for file in list((folder.parent / "moved").iterdir()):
+        file.rename(folder.parent / file.name)
+
+
 @pytest.mark.parametrize(
     ("name", "words", "cure"),
     [
@@ -60,11 +67,13 @@ def test_the_command_for_a_pickle_with_other_objects_works(
         ("student_and_teacher", ("--weights", "student"), None),
         ("model_and_state_dict", ("--weights", "state_dict"), None),
         ("tie_unsaid", ("--tie-word-embeddings",), None),
+        ("byte_order_mark", (), lambda path: (path / "config.json").write_text(json.dumps(builder.config()))),
+        ("folder_named_bin", (), lambda path: out_of(path / "pytorch_model.bin")),
         ("short_file_beside_shards", (), lambda path: (path / "model.safetensors").unlink()),
     ],
 )
 def test_the_hint_cures(
-    name: str, words: tuple[str, ...], cure: Callable[[Path], None] | None, cli: Cli, tmp_path: Path
+    name: str, words: tuple[str, ...], cure: Callable[[Path], object] | None, cli: Cli, tmp_path: Path
 ) -> None:
     case, source = built(name, tmp_path)
     places = {"in": source, "out": tmp_path / "out", "teacher": builder.teacher(tmp_path / "teacher")}
@@ -80,6 +89,31 @@ def test_bits_that_were_saved_as_integers_are_converted_once_they_are_viewed(cli
     held = load_file(source / "model.safetensors")
     save_file({name: x.view(torch.bfloat16) for name, x in held.items()}, source / "model.safetensors")
     assert cli("init-from-teacher", source, tmp_path / "out", "--gqa-layers", 1, "--no-verify", "--quiet") == 0
+
+
+def test_blocks_of_fp8_are_dequantized_as_the_hint_says(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    monkeypatch.chdir(tmp_path)
+    held, made = builder.tensors(), {}
+    for name, value in held.items():
+        blocks = [-(-size // 16) for size in value.shape]
+        scale = value.float().abs().max() / 448
+        if "proj" in name:
+            made |= {name: (value.float() / scale).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale.repeat(*blocks)}
+    quantization = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    builder.folder(tmp_path / "in", builder.config(quantization_config=quantization), held | made)
+    words = ("--gqa-layers", 1, "--no-verify", "--quiet")
+    assert cli("init-from-teacher", "in", "out", *words) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    code = re.search(r"AutoModelForCausalLM.*?save_original_format=False\)", said)[0]  # type: ignore[index]
+    names = {name: getattr(transformers, name) for name in ("AutoModelForCausalLM", "FineGrainedFP8Config")}
+    exec(code, names | {"THIS": "in", "OUT": "whole"})
+    assert cli("init-from-teacher", "whole", "out", *words) == 0
+    name = "model.layers.1.mlp.down_proj.weight"
+    difference = load_file("out/model.safetensors")[name].float() - held[name].float()
+    assert 0 < difference.abs().max() < held[name].float().abs().max() / 16
 
 
 def test_a_config_that_still_names_a_quantization_can_be_corrected(cli: Cli, tmp_path: Path) -> None:
