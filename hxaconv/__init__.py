@@ -7,7 +7,7 @@ The commands are functions here; their arguments are the command's options, or g
     outcome = hxaconv.init_from_teacher("teacher/", "student/", gqa_layers=[8, 15, 22], overwrite=True)
     report = hxaconv.verify("student/", against="teacher/")
 
-Nothing is printed; `progress` is told what goes on. Results show themselves in a notebook, pickle, and have
+Nothing is printed; work is reported to `progress`. Results show themselves in a notebook, pickle, and have
 `to_dict()`. What a user can do wrong is a `HxaconvError`.
 """
 

@@ -140,7 +140,7 @@ class Call:
         return frozenset(parameter.name for parameter in self.differing)
 
     def useless(self, names: Iterable[str], reason: str) -> list[str]:
-        """A line that tells why those of `names` that were given have no use, if there are any."""
+        """The reason why those of `names` that were given have no use, as a line; none where none was given."""
         found = [name for name in names if name in self.given]
         return [f"{option_words(found)}: {reason}"] if found else []
 
@@ -261,8 +261,8 @@ def _described(parameters: Iterable[Parameter]) -> str:
         if parameter.option.panel != panel:
             panel = parameter.option.panel
             lines.append(f"  {panel or 'In order'}")
-        told = "" if parameter.default in (MISSING, None, False) else f" Default: {parameter.default}."
-        lines.append(f"    {parameter.name}: {in_python(parameter.option.help, [parameter])}{told}")
+        default = "" if parameter.default in (MISSING, None, False) else f" Default: {parameter.default}."
+        lines.append(f"    {parameter.name}: {in_python(parameter.option.help, [parameter])}{default}")
     return "\n".join(lines)
 
 
@@ -291,14 +291,14 @@ def in_python(text: str, parameters: Iterable[Parameter]) -> str:
 
 
 def _of_groups(group: type[Group]) -> Iterator[Parameter]:
-    """The options of all groups: what one command says may be about another."""
+    """The options of all groups: a message of one command may name those of another."""
     for kind in group.__subclasses__():
         yield from (Parameter(name, of, None, option) for name, (of, option) in options_of(kind).items())
         yield from _of_groups(kind)
 
 
 def _progress(given: Any) -> Progress | None:
-    """What is told of the work: a bar for True, and in a notebook; elsewhere the library is silent.
+    """What progress is reported to: a bar for True, and in a notebook; elsewhere the library is silent.
 
     Raises:
         HxaconvError: for an object without the methods of Progress.

@@ -10,11 +10,11 @@ MAX_LISTED = 12
 
 
 class HxaconvError(Exception):
-    """Wrong use or bad input: `message` says what and where, `hint` what to do about it."""
+    """Wrong use or bad input: `message` is what and where, `hint` what to do about it."""
 
     exit_code = 2
     shared = False
-    """Whether every rank of a run has it, so that one of them says it."""
+    """Whether every rank of a run raises it, so that one of them prints it."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -40,7 +40,7 @@ class CheckFailed(HxaconvError):
 
 
 def all_of(*checks: Callable[[], Any]) -> list[Any]:
-    """What each of the checks gives; what several of them refuse is said at once.
+    """What each of the checks returns; what several of them refuse is one error.
 
     Raises:
         HxaconvError: the one error, or one with the messages and hints of all.
@@ -63,11 +63,11 @@ def all_of(*checks: Callable[[], Any]) -> list[Any]:
 def out_of_memory(error: BaseException) -> HxaconvError | None:
     """The same as an error of ours, if memory has run out: Python's, numpy's, or PyTorch's on any device."""
     text = (str(error).strip().splitlines() or [""])[0].partition("DefaultCPUAllocator: ")
-    said = text[2] or text[0]
-    if not isinstance(error, MemoryError) and not (text[2] or "out of memory" in said):
+    reason = text[2] or text[0]
+    if not isinstance(error, MemoryError) and not (text[2] or "out of memory" in reason):
         return None
     return HxaconvError(
-        f"memory has run out{f': {said}' if said else ''}",
+        f"memory has run out{f': {reason}' if reason else ''}",
         hint="Take fewer tokens, skip the check with --no-verify where a command has it, or use a larger machine.",
     )
 

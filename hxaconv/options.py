@@ -23,7 +23,7 @@ from hxaconv.model.variants import VARIANTS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """What an option says of itself, beside its name, type and default."""
+    """What belongs to an option beside its name, type and default."""
 
     help: str = field(kw_only=False)
     panel: str = ""
@@ -36,7 +36,7 @@ class Option:
     most: int | None = None
     choices: tuple[str, ...] = ()
     convert: Callable[[Any], Any] | None = None
-    """From what Python may give to what the field holds; ValueError says what is wrong."""
+    """From what Python may give to what the field holds; a ValueError names what is wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ def checked(value: Any, kind: Any, option: Option) -> Any:
     """The value as a field of this type holds it: paths as text, numbers of numpy as numbers.
 
     Raises:
-        ValueError: saying what the field takes.
+        ValueError: naming what the field takes.
     """
     kinds = get_args(kind) or (kind,)
     if value is None and types.NoneType in kinds:
@@ -154,7 +154,7 @@ def text_of(value: Any) -> str:
     """Text, most often a path; what no file system can name is refused here, once for all.
 
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: naming what is wrong with it.
     """
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str):
@@ -280,23 +280,23 @@ def _size_text(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings(Group):
-    """Settings of the source that no file tells, or that overrule what a file tells."""
+    """Settings of the source that are in no file, or that overrule those in a file."""
 
     PANEL: ClassVar[str] = "Teacher and settings"
 
     layer_map: str | None = option(None, "Layer map that names rope_theta and eps.")
     gqa_layers: str | None = option(None, "Confirms which layers are GQA, where a file lacks some.", convert=_layers)
-    rope_theta: float | None = option(None, "Where no file says it, or to override it.")
-    rms_norm_eps: float | None = option(None, "Where no file says it, or to override it.")
+    rope_theta: float | None = option(None, "Where no file has it, or to override it.")
+    rms_norm_eps: float | None = option(None, "Where no file has it, or to override it.")
     tie_word_embeddings: bool | None = option(
         None,
-        "Whether the head is the embedding, where no file says it.",
+        "Whether the head is the embedding, where no file has it.",
         names=("--tie-word-embeddings/--no-tie-word-embeddings",),
     )
     allow_output_bias: bool = option(False, "Keep o_proj and MLP biases.")
     drop_rope_scaling: bool = option(False, "Go on without rope_scaling.")
     variant: str | None = option(
-        None, "Variant of the RWKV layers; asked for where tensors and files do not tell.", choices=tuple(VARIANTS)
+        None, "Variant of the RWKV layers; needed where tensors and files leave it open.", choices=tuple(VARIANTS)
     )
     revision: str | None = option(None, "Branch, tag or commit of a Hub source.")
     weights: str | None = option(
@@ -377,7 +377,7 @@ class Tokens(Group):
 
     @property
     def given(self) -> bool:
-        """Whether the tokens are somebody's text, not random."""
+        """Whether the tokens are given, not random."""
         return self.input_ids is not None or self.text is not None
 
 
@@ -418,7 +418,7 @@ class Check(Group):
     expect: str | None = option(
         None,
         "untrained, calibrated, attention-trained, identical, close or report. Default: identical for the same"
-        " architecture; for a student and its teacher what its record says, else attention-trained.",
+        " architecture; for a student and its teacher as recorded, else attention-trained.",
         choices=(*STAGES, "identical", "close", "report"),
     )
     max_logit: float | None = option(None, "Largest difference of a logit (identical: 0).", least=0)

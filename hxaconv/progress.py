@@ -1,4 +1,4 @@
-"""How work reports: progress while it goes on, a protocol that anybody can implement, and results in the end."""
+"""How work reports: progress while it runs, by a protocol that is easy to implement, and results in the end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """What long work tells about itself; `total` and `n` are bytes unless the title says otherwise.
+    """What long work reports; `total` and `n` are bytes unless the title names another unit.
 
     Derive from it to leave out methods that are of no interest.
     """
@@ -23,7 +23,7 @@ class Progress(Protocol):
         """The stretch has ended."""
 
     def note(self, text: str) -> None:
-        """Something to know before the work goes on."""
+        """A sentence to read before the work continues."""
 
     def show(self, result: Result) -> None:
         """A result on the way: what will be written, before its first byte is."""

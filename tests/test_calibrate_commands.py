@@ -114,7 +114,7 @@ def test_a_layer_that_kept_its_values_and_one_that_stays_attention_are_told_apar
     lines = calibration_section(report()).splitlines()
     assert lines[-3:] == [
         "| 0 | rwkv | 1.000 | 0.250 | 0.9 to 0.996 | 0.1 to 0.3 | 0.0% | no |",
-        "| 1 | rwkv, kept plain | 1.000 | 1.000 | 0.5 to 0.6 |  | 0.0% | no |",
+        "| 1 | rwkv, fell back | 1.000 | 1.000 | 0.5 to 0.6 |  | 0.0% | no |",
         "| 2 | gqa | 0.800 | 0.500 |  |  | 0.0% | yes |",
     ]
     assert not any("KL" in line for line in lines)
@@ -142,7 +142,7 @@ def test_the_plot_is_drawn_and_the_same_each_time(tmp_path: Path, suffix: str) -
         plot(told, tmp_path / "b.svg")
         plot(report(), tmp_path / "c.svg")
         assert files(tmp_path)["a.svg"] == files(tmp_path)["b.svg"] != files(tmp_path)["c.svg"]
-        assert "kept plain" in (tmp_path / "a.svg").read_text()
+        assert "fell back" in (tmp_path / "a.svg").read_text()
         plot(told.not_taken(), tmp_path / "d.svg")
         assert "nats, not used" in (tmp_path / "d.svg").read_text()
         assert "not used" not in (tmp_path / "a.svg").read_text()

@@ -133,7 +133,7 @@ def _typer_parameter(parameter: Parameter) -> inspect.Parameter:
 
 
 def _help(doc: str) -> str:
-    """The text of `--help`: what the function says it does, and the examples of its command line."""
+    """The text of `--help`: the first part of a docstring, and the examples of its command line."""
     described, *sections = re.split(r"\n\n(?=[A-Z][a-z ]+:\n)", doc)
     examples = next((text for text in sections if text.startswith("Command line:")), "")
     lines = [line.strip() for line in examples.splitlines()[1:]]
@@ -152,7 +152,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def stopping() -> Iterator[None]:
-    """An interruption inside says what is kept."""
+    """An interruption inside carries what is kept past Typer."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -181,7 +181,9 @@ def guarded(run: Callable[[], Any]) -> int:
     except (HxaconvError, MemoryError, RuntimeError, OSError) as error:
         known = error if isinstance(error, HxaconvError) else out_of_memory(error)
         if known is None and isinstance(error, OSError):
-            known = HxaconvError(str(error), hint="The system says so; with --debug, a traceback shows where.")
+            known = HxaconvError(
+                str(error), hint="This is the system's own message; with --debug, a traceback shows where."
+            )
         if known is None:
             raise
         if debug:

@@ -1,4 +1,4 @@
-"""Everything that people see: talk and progress on stderr, results on stdout, errors in one place."""
+"""Everything that people see: notes, progress and errors on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Talk:
         self.plan_shown = False
 
     def say(self, text: str) -> None:
-        """One line of talk, on stderr."""
+        """A note, on stderr."""
         if not self.quiet and ranks.rank() == 0:
             _print(_console(stderr=True), text)
 
@@ -93,14 +93,14 @@ class Talk:
         sys.stdout.flush()
 
     def on_the_way(self, result: Result) -> None:
-        """A result before the work goes on, for people: JSON has everything in one piece at the end."""
+        """A result before the work is done, for people: JSON has everything in one piece at the end."""
         if not self.json_output:
-            with contextlib.suppress(BrokenPipeError):  # the work goes on, whoever stops reading of it
+            with contextlib.suppress(BrokenPipeError):  # work continues when its reader has gone
                 self.write(result)
             self.plan_shown = type(result).__name__ == "Outcome" and not self.plan_shown
 
     def show(self, result: Result) -> None:
-        """What a command came to: JSON on stdout where wanted, else what people read; notes and warnings on stderr.
+        """The result of a command: as JSON or for people on stdout; its notes and warnings on stderr.
 
         Raises:
             CheckFailed: when the result is a check that failed.
@@ -143,7 +143,7 @@ class Bars(Progress):
             console=_console(stderr=True),
             transient=True,
             expand=True,
-            # A step may take minutes: from the last half minute alone no time left could be told.
+            # A step may take minutes: the last half minute alone would give no estimate.
             speed_estimate_period=SECONDS_OF_ESTIMATE,
         )
         self._task: TaskID | None = None
@@ -168,7 +168,7 @@ class Bars(Progress):
         self._bars.stop()
 
     def note(self, text: str) -> None:
-        """Say it."""
+        """Print it."""
         if self._talk is not None:
             self._talk.say(text)
 
@@ -187,7 +187,7 @@ class Lines(Progress):
     def start(self, title: str, total: int) -> None:
         """Remember what begins."""
         self._title, self._total, self._done = title, total, 0
-        # What is done before any time has passed (by an earlier run) says nothing about the speed.
+        # What is done before any time has passed (by an earlier run) is no measure of the speed.
         self._before: int | None = None
         self._began = self._last = self._clock()
 
@@ -211,7 +211,7 @@ class Lines(Progress):
         """Nothing: what comes next speaks for itself."""
 
     def note(self, text: str) -> None:
-        """Say it."""
+        """Print it."""
         self._talk.say(text)
 
     def show(self, result: Result) -> None:

@@ -144,7 +144,7 @@ def _calibrated(report: CalibrationReport) -> list[RenderableType]:
     rows = [
         (
             layer.layer,
-            layer.kind + (" (kept plain)" if layer.fell_back else ""),
+            layer.kind + (" (fell back)" if layer.fell_back else ""),
             f"{layer.error_before:.3f}",
             f"{layer.error_after:.3f}",
             spread(layer.decay),
@@ -241,7 +241,7 @@ def _map_lines(found: LayerMap) -> list[RenderableType]:
     return [
         f"{found.name}: {found.title or 'without a title'}",
         f"For {', '.join(found.model_ids) or 'no named model'}. Source: {found.source or 'not given'}",
-        *(_strip_block(letters) if count else ["How many layers its model has, it does not say."]),
+        *(_strip_block(letters) if count else ["The number of its model's layers is not given."]),
         f"GQA layers: {', '.join(map(str, found.gqa_layers))}",
         *([table("", ("setting", "value"), list(found.model.items()))] if found.model else []),
     ]
@@ -425,7 +425,7 @@ def strip(advice: Advice, width: int = STRIP_WIDTH) -> list[str]:
 
 
 def summary(advice: Advice, width: int = WIDTH) -> list[str]:
-    """What the columns say, the pick, its overlap with uniform, and why."""
+    """What the columns mean, the pick, its overlap with uniform, and why."""
     pick, parts = advice.pick, bool(advice.decider and advice.decider.parts)
     lines = [
         "G: stays attention; even: what uniform takes"

@@ -21,11 +21,11 @@ SUMMARIES = {
     "to-training": "Write a student under the names that published trainers load, to train it further.",
     "pick-gqa-layers": "Choose the layers that stay attention: change the choice, or get advice on it.",
     "verify": "Check a checkpoint with an independent reference forward, alone or against another.",
-    "inspect": "Say what a checkpoint is, from its headers alone.",
+    "inspect": "Describe a checkpoint, from its headers alone.",
     "maps": "List the shipped layer maps, or show one.",
     "demo": "Run the whole main job on a small embedded teacher, every step an ordinary command; no network needed.",
 }
-"""Name on the command line -> what `hxaconv --help` says, in its order: the first line of the function's docstring."""
+"""Name on the command line -> its line in `hxaconv --help`, in that order: the first line of its docstring."""
 
 _MODULES = {"init-from-teacher": "init", "pick-gqa-layers": "pick"} | dict.fromkeys(
     ("to-hf", "to-pth", "to-training"), "convert"
@@ -33,7 +33,7 @@ _MODULES = {"init-from-teacher": "init", "pick-gqa-layers": "pick"} | dict.fromk
 
 
 class _Commands(Mapping[str, Callable[..., Any]]):
-    """Name on the command line -> function, imported when it is asked for: `hxaconv --help` needs none."""
+    """Name on the command line -> function, imported at its first use: `hxaconv --help` needs none."""
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         module = import_module(f"hxaconv.commands.{_MODULES.get(name, name)}")

@@ -42,7 +42,7 @@ def to_hf(
     """Write a student as a Hugging Face folder that transformers and RWKV-Infer load.
 
     Bits are copied unless `dtype` (every float tensor is cast, rounded once) or `pad_ffn` (which changes no result)
-    says otherwise. A `teacher` completes a checkpoint that holds attention alone.
+    is given. A `teacher` completes a checkpoint that holds attention alone.
 
     Command line:
         hxaconv to-hf student.pth student-hf/ --layer-map reka-flash-3

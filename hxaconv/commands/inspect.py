@@ -42,7 +42,7 @@ def inspect(
     ] = None,
     call: Call,
 ) -> Inspection:
-    """Say what a checkpoint is, from its headers alone.
+    """Describe a checkpoint, from its headers alone.
 
     With `stats`, every weight is read. A pickle on the Hub has to be downloaded before it can be read.
 

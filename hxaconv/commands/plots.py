@@ -27,7 +27,7 @@ _NO_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
 def file_problems(path: Path, suffixes: Sequence[str], *, overwrite: bool) -> list[str]:
-    """Why a result could not be written as `path`, a line each: asked before hours of computing it."""
+    """Why a result could not be written as `path`, a line each: checked before hours of computing it."""
     problems = []
     if path.suffix not in suffixes:
         problems.append(f"{path.name}: its name ends in {', '.join(suffixes)}")
@@ -58,7 +58,7 @@ def check_plot(path: str | Path | None, *, overwrite: bool) -> None:
 
 
 def draw_report(report: Report, path: Path) -> None:
-    """Draw a comparison into a .png, .svg or .pdf file; GQA layers are hatched, shapes tell lines apart.
+    """Draw a comparison into a .png, .svg or .pdf file; GQA layers are hatched, marks distinguish the lines.
 
     Raises:
         HxaconvError: without matplotlib, for another suffix, or for a report without layers.
@@ -94,7 +94,7 @@ def draw_calibration(report: CalibrationReport, path: Path) -> None:
         kept = [layer for layer in layers if layer.fell_back]
         if kept:
             places = [layer.layer for layer in kept], [layer.error_after for layer in kept]
-            upper.plot(*places, "kx", markersize=8, label="kept plain")
+            upper.plot(*places, "kx", markersize=8, label="fell back")
         upper.set_ylim(bottom=0)
         upper.set_ylabel("held-out mixer error\n(teacher's energy: 1)")
         points = [(layer.layer, 1 - decay) for layer in layers for decay in layer.decay]
@@ -106,7 +106,7 @@ def draw_calibration(report: CalibrationReport, path: Path) -> None:
             used = "" if report.taken else ", not used"
             figure.suptitle(
                 f"KL(teacher || student) on {kl.tokens} held-out tokens: {kl.calibrated:.3g} nats{used}"
-                f" (plain {kl.plain:.3g}, attention zeroed {kl.attention_zeroed:.3g})",
+                f" (baseline {kl.plain:.3g}, attention zeroed {kl.attention_zeroed:.3g})",
                 fontsize=10,
             )
 
@@ -144,7 +144,7 @@ def _by_depth(path: Path, label: str, width: float = 8) -> Iterator[tuple[Figure
 
 
 def _lines(axes: Axes, depth: Sequence[int], values: Mapping[str, Sequence[float]]) -> None:
-    """A line for each name, told apart by their marks and strokes."""
+    """A line for each name, with marks and strokes of their own."""
     styles: tuple[dict[str, Any], ...] = ({"marker": "o"}, {"marker": "^", "linestyle": "--", "fillstyle": "none"})
     for style, (name, heights) in zip(styles, values.items(), strict=False):
         axes.plot(depth, heights, color="black", markersize=4, linewidth=1, label=name, **style)
@@ -152,7 +152,7 @@ def _lines(axes: Axes, depth: Sequence[int], values: Mapping[str, Sequence[float
 
 @contextmanager
 def _saved(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure, saved in the end as the suffix says; the same figure gives the same bytes.
+    """A figure, saved in the end in the format of its suffix; the same figure gives the same bytes.
 
     Raises:
         HxaconvError: when it cannot be drawn or written.

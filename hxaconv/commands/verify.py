@@ -88,7 +88,9 @@ def verify(
     own(report, checkpoint, record_of(checkpoint))
     for one, two in ((checkpoint, other), (other, checkpoint)):
         if one is not None and two is not None and teacher is None and tells_nothing(one):
-            report.notes.append(f"{one.label} says nothing of rope_theta, rms_norm_eps and tying: as in {two.label}")
+            report.notes.append(
+                f"{one.label} does not record rope_theta, rms_norm_eps and tying: taken from {two.label}"
+            )
     report.notes += [line for found in opened for line in dropped_scaling(found.config or {})]
     if check.plot is not None and report.layers:
         draw_report(report, Path(check.plot))
@@ -98,7 +100,7 @@ def verify(
 def _models(
     checkpoint: Checkpoint, other: Checkpoint | None, teacher: str | None, settings: Settings
 ) -> tuple[Model, ...]:
-    """The model, or both; one of them may say what the other cannot, and a teacher completes what holds a part."""
+    """The model, or both; one may have settings that the other lacks, and a teacher completes what holds a part."""
     if other is None:
         return (load_model(checkpoint, settings, teacher=teacher),)
     others = of_another(settings)
@@ -153,7 +155,7 @@ def _run(
 
 
 def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: HxaconvError) -> Report:
-    """The report on a checkpoint that is no model at all: what does not fit, and what loaders would say."""
+    """The report on a checkpoint that is no model at all: what does not fit, and what loaders do with it."""
     from hxaconv.verification.lint import lint
     from hxaconv.verification.report import Report
 

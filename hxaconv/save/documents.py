@@ -261,7 +261,7 @@ def calibration_section(report: CalibrationReport) -> str:
     for layer in report.layers:
         cells = (
             layer.layer,
-            layer.kind + (", kept plain" if layer.fell_back else ""),
+            layer.kind + (", fell back" if layer.fell_back else ""),
             f"{layer.error_before:.3f}",
             f"{layer.error_after:.3f}",
             _spread(layer.decay),
