@@ -385,7 +385,7 @@ class Tokens(Group):
 class Probe(Tokens):
     """The forward of `verify`: its tokens, and how it is computed."""
 
-    tokens: int = option(64, "Tokens per sequence.", least=1)
+    tokens: int = option(64, "Tokens per sequence; 16 where nothing is compared.", least=1)
     batch: int = option(1, "Sequences.", least=1)
     seed: int = option(0, "Seed of random tokens.", least=0, most=LARGEST_SEED)
     dtype: str = option("float32", "float32 or float64.", choices=("float32", "float64"), convert=dtype_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,10 +126,12 @@ def _run(
     """Run one model, or both on the same tokens."""
     from hxaconv.forward.tokens import checked_device, forward_need, tokens_of
     from hxaconv.verification.compare import Thresholds, compare_models, verify_model
-    from hxaconv.verification.invariants import History, check_against
+    from hxaconv.verification.invariants import PROBE_TOKENS, History, check_against
     from hxaconv.verification.lint import lint
 
     tokenizer = next((found for found in opened if "tokenizer.json" in found.companions), checkpoint)
+    if len(models) == 1 and not probe.given and not call.given & {"tokens", "logits_out"}:
+        probe = replace(probe, tokens=PROBE_TOKENS)  # nothing is measured that more would make exact
     vocabulary, need = min(model.config.vocab_size for model in models), forward_need(models, probe.dtype)
     how: dict[str, Any] = {
         "device": checked_device(probe.device),
