@@ -20,7 +20,8 @@ get      canonical tensor name -> weight in the compute dtype; asked for one lay
     x = x + mixer(rmsnorm(x, input_layernorm))
     x = x + mlp(rmsnorm(x, post_attention_layernorm))
 
-What an RWKV layer computes of these is its variant's: `hxaconv/model/variants/`.
+What an RWKV layer computes of these is its variant's: `hxaconv/model/variants/`. What stands outside the mixers is the
+teacher's, `llama.py`; the mixers share nothing with it.
 """
 
 from __future__ import annotations
@@ -30,14 +31,20 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, normalize, softplus
+from torch.nn.functional import normalize, softplus
 
-from hxaconv.forward.llama import frequencies
-from hxaconv.forward.mlp import mlp
+from hxaconv.forward import llama
+from hxaconv.forward.llama import Get as Get
+from hxaconv.forward.llama import embed as embed
+from hxaconv.forward.llama import feed_forward as feed_forward
+from hxaconv.forward.llama import final_norm as final_norm
+from hxaconv.forward.llama import input_norm as input_norm
+from hxaconv.forward.llama import logits as logits
+from hxaconv.forward.llama import project as _project
+from hxaconv.forward.llama import rmsnorm as rmsnorm
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.rope import Rope
 
-Get = Callable[[str], Tensor]
 Recurrence = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(r, w, k, v, kk, a, S) -> (y, S after the last token), all (B, T, H, N) but S."""
 
@@ -71,20 +78,10 @@ def forward(ids: Tensor, get: Get, config: StudentConfig, carry: Carry | None = 
     return logits(x, get, config), hidden
 
 
-def embed(ids: Tensor, get: Get) -> Tensor:
-    """(B, T) -> (B, T, C)."""
-    return get("model.embed_tokens.weight")[ids]
-
-
 def layer(x: Tensor, get: Get, config: StudentConfig, index: int, carry: Carry) -> Tensor:
     """One block: (B, T, C) -> (B, T, C)."""
     x = x + mixer(input_norm(x, get, config, index), get, config, index, carry)
     return feed_forward(x, get, config, index)
-
-
-def input_norm(x: Tensor, get: Get, config: StudentConfig, index: int) -> Tensor:
-    """What the mixer of a layer sees of the residual stream."""
-    return rmsnorm(x, get(f"model.layers.{index}.input_layernorm.weight"), config.rms_norm_eps)
 
 
 def mixer(
@@ -212,42 +209,9 @@ def attention(x: Tensor, get: Get, config: StudentConfig, index: int, carry: Car
     return _project(y.flatten(2), get, f"{name}.o_proj", config.output_bias)
 
 
-def feed_forward(x: Tensor, get: Get, config: StudentConfig, index: int) -> Tensor:
-    """The second half of a block: x + mlp(rmsnorm(x))."""
-    name = f"model.layers.{index}"
-    normed = rmsnorm(x, get(f"{name}.post_attention_layernorm.weight"), config.rms_norm_eps)
-    return x + mlp(normed, get, config, index)
-
-
-def logits(x: Tensor, get: Get, config: StudentConfig) -> Tensor:
-    """The residual stream after the last layer (B, T, C) -> (B, T, V)."""
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return linear(final_norm(x, get, config), get(head))
-
-
-def final_norm(x: Tensor, get: Get, config: StudentConfig) -> Tensor:
-    """What the head sees of the residual stream."""
-    return rmsnorm(x, get("model.norm.weight"), config.rms_norm_eps)
-
-
-def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Over the last axis. In the compute dtype; published code drops to float32 inside the mixers."""
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
-
-
 def rotate(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
-    """RoPE in the rotate-half layout, x (B, T, heads, N): channel n is paired with n + N/2."""
-    half = x.shape[-1] // 2
-    # The angles in float64: at position 10,000 float32 is off by 1e-3.
-    per_token, factor = frequencies(rope, half, x.device)
-    angles = (positions.to(torch.float64)[:, None] * per_token)[:, None, :]
-    cos, sin = (angles.cos() * factor).to(x.dtype), (angles.sin() * factor).to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def _project(x: Tensor, get: Get, name: str, bias: bool) -> Tensor:
-    return linear(x, get(f"{name}.weight"), get(f"{name}.bias") if bias else None)
+    """RoPE of x (B, T, heads, N)."""
+    return llama.rotate(x.transpose(1, 2), positions, rope).transpose(1, 2)
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:

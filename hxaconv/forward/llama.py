@@ -11,6 +11,14 @@ get   canonical tensor name -> weight in the compute dtype; asked for one layer 
 
     x = x + attention(rmsnorm(x, input_layernorm))
     x = x + mlp(rmsnorm(x, post_attention_layernorm))
+
+The MLP is one SwiGLU, or a mixture of them:
+
+    swiglu(x)  = down_proj(silu(gate_proj(x)) * up_proj(x))
+    mixture(x) = sum over the k experts e with the largest p_e of  p_e * swiglu_e(x),   p = softmax(gate(x))
+
+p is divided by its sum over those k where norm_topk_prob says so. Only experts that tokens go to are asked for, one
+after the other. Published code takes the softmax in float32, here it is in the compute dtype.
 """
 
 from __future__ import annotations
@@ -19,10 +27,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
-from hxaconv.forward.mlp import mlp
 from hxaconv.model.config import ModelConfig
+from hxaconv.model.experts import Experts
 from hxaconv.model.rope import Rope
 
 Get = Callable[[str], Tensor]
@@ -86,9 +94,9 @@ def attention(
     """
     name = f"model.layers.{index}.self_attn"
     past = cache[index][0].shape[2] if cache and index in cache else 0
-    q = _heads(_project(x, get, f"{name}.q_proj", config.attention_bias), config.head_dim)
-    k = _heads(_project(x, get, f"{name}.k_proj", config.attention_bias), config.head_dim)
-    v = _heads(_project(x, get, f"{name}.v_proj", config.attention_bias), config.head_dim)
+    q = _heads(project(x, get, f"{name}.q_proj", config.attention_bias), config.head_dim)
+    k = _heads(project(x, get, f"{name}.k_proj", config.attention_bias), config.head_dim)
+    v = _heads(project(x, get, f"{name}.v_proj", config.attention_bias), config.head_dim)
     if config.qk_norm:
         q = rmsnorm(q, get(f"{name}.q_norm.weight"), config.rms_norm_eps)
         k = rmsnorm(k, get(f"{name}.k_norm.weight"), config.rms_norm_eps)
@@ -101,7 +109,7 @@ def attention(
             k, v = torch.cat([cache[index][0], k], dim=2), torch.cat([cache[index][1], v], dim=2)
         cache[index] = (k, v)
     y = attend(q, k, v)
-    return _project(y.transpose(1, 2).flatten(2), get, f"{name}.o_proj", config.output_bias)
+    return project(y.transpose(1, 2).flatten(2), get, f"{name}.o_proj", config.output_bias)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -120,6 +128,34 @@ def feed_forward(x: Tensor, get: Get, config: ModelConfig, index: int) -> Tensor
     name = f"model.layers.{index}"
     normed = rmsnorm(x, get(f"{name}.post_attention_layernorm.weight"), config.rms_norm_eps)
     return x + mlp(normed, get, config, index)
+
+
+def mlp(x: Tensor, get: Get, config: ModelConfig, index: int) -> Tensor:
+    """What a layer's MLP or mixture adds, of a normed input (B, T, C)."""
+    name = f"model.layers.{index}.mlp"
+    if config.experts is not None and config.experts.in_layer(index):
+        return _mixture(x.flatten(0, -2), get, name, config.experts).view_as(x)
+    return _swiglu(x, get, name, config.mlp_bias)
+
+
+def _swiglu(x: Tensor, get: Get, name: str, bias: bool = False) -> Tensor:
+    gate = project(x, get, f"{name}.gate_proj", bias)
+    up = project(x, get, f"{name}.up_proj", bias)
+    return project(silu(gate) * up, get, f"{name}.down_proj", bias)
+
+
+def _mixture(x: Tensor, get: Get, name: str, experts: Experts) -> Tensor:
+    """(tokens, C) -> (tokens, C)."""
+    shares = linear(x, get(f"{name}.gate.weight")).softmax(dim=-1)
+    weights, chosen = shares.topk(experts.num_experts_per_tok, dim=-1)
+    if experts.norm_topk_prob:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    y = torch.zeros_like(x)
+    for expert in sorted(set(chosen.flatten().tolist())):
+        token, place = torch.where(chosen == expert)
+        part = _swiglu(x[token], get, f"{name}.experts.{expert}")
+        y = y.index_add(0, token, part * weights[token, place, None])
+    return y
 
 
 def logits(x: Tensor, get: Get, config: ModelConfig) -> Tensor:
@@ -159,7 +195,8 @@ def rotate(x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _project(x: Tensor, get: Get, name: str, bias: bool) -> Tensor:
+def project(x: Tensor, get: Get, name: str, bias: bool) -> Tensor:
+    """x times a weight, plus its bias where there is one."""
     return linear(x, get(f"{name}.weight"), get(f"{name}.bias") if bias else None)
 
 
