@@ -28,7 +28,7 @@ from hxaconv.forward.chunked import chunked
 from hxaconv.forward.pool import BLOCK_BYTES, Matrix, Pool
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
-from hxaconv.model.names import EMBEDDING, HEAD, expert_index, is_expert, layer_index
+from hxaconv.model.names import EMBEDDING, HEAD, expert_index, layer_index
 from hxaconv.model.plan import Buffers, Plan, Ranges, Recipe, has_rows, rows
 from hxaconv.surgery.arithmetic import SERIAL_BYTES, tensor, tensor_rows, torch_dtype
 
@@ -83,9 +83,13 @@ class Held:
     """A tensor in memory, as it is stored."""
 
     recipe: Recipe
+    start: int
+    """In the arena."""
     values: Tensor = field(default_factory=lambda: torch.empty(0))
     nonfinite: int = 0
     """How many of its values are NaN or infinite."""
+    twins: list[tuple[str, str, Held]] = field(default_factory=list)
+    """Role, name and what is held of the same tensor of later models, which may have the same bits."""
 
 
 class Walk:
@@ -101,9 +105,14 @@ class Walk:
     ) -> None:
         self.dtype, self.device = dtype, device
         self.pool = Pool(workers, device)
-        plans = {role: _by_layer(model.plan) for role, model in models.items()}
-        self._plans = {role: {i: _experts(plan, False) for i, plan in found.items()} for role, found in plans.items()}
-        self._experts = {role: {i: _experts(plan, True) for i, plan in found.items()} for role, found in plans.items()}
+        self._plans: dict[str, dict[int | None, Plan]] = {}
+        self._experts: dict[str, dict[int | None, dict[int, Plan]]] = {}
+        for role, model in models.items():
+            layers, experts = self._plans.setdefault(role, {}), self._experts.setdefault(role, {})
+            for name, recipe in model.plan.items():
+                layer, expert = layer_index(name), expert_index(name)
+                of_layer = layers.setdefault(layer, {})
+                (of_layer if expert is None else experts.setdefault(layer, {}).setdefault(expert, {}))[name] = recipe
         self._tracks = {role: Track(self, role, model) for role, model in models.items()}
         self._held: dict[str, dict[str, Held]] = {role: {} for role in models}
         self._arena = torch.empty(0, dtype=torch.uint8)
@@ -134,18 +143,15 @@ class Walk:
             yield layer
         self.release()
 
-    def experts_of(self, role: str, layer: int) -> Plan:
-        """The tensors of a layer's experts."""
+    def experts_of(self, role: str, layer: int) -> Mapping[int, Plan]:
+        """The tensors of each of a layer's experts."""
         return self._experts[role].get(layer, {})
 
     def experts(self, layer: int) -> Iterator[int]:
         """Load one expert of a layer after the other, of all models, in place of what was held of the layer."""
         plans = {role: self.experts_of(role, layer) for role in self._experts}
-        numbers = {role: {name: expert_index(name) for name in plan} for role, plan in plans.items()}
-        for expert in sorted({number for known in numbers.values() for number in known.values() if number is not None}):
-            self.hold(
-                {role: {n: r for n, r in plan.items() if numbers[role][n] == expert} for role, plan in plans.items()}
-            )
+        for expert in sorted({expert for found in plans.values() for expert in found}):
+            self.hold({role: found.get(expert, {}) for role, found in plans.items()})
             yield expert
 
     def outside(self, role: str) -> Plan:
@@ -176,58 +182,51 @@ class Walk:
     def hold(self, plans: Mapping[str, Plan]) -> None:
         """Read these tensors of each role into the arena, over those of before."""
         self._forget()
-        fresh: list[Held] = []
-        twins: dict[int, list[tuple[str, str, Held]]] = {}
-        known: dict[str, list[Held]] = {}
-        spaces, used = [], 0
+        known: dict[tuple[str, str, tuple[int, ...]], Held] = {}
+        held, used = list[Held](), 0
         for role, plan in plans.items():
             for name, recipe in plan.items():
-                before = known.setdefault(name, [])
-                twin = next((held for held in before if _comparable(held.recipe, recipe)), None)
-                if twin is not None and twin.recipe.make == recipe.make:
-                    self._held[role][name] = twin
+                first = known.get(key := (name, recipe.dtype, recipe.shape))
+                if first is not None and first.recipe.make == recipe.make:
+                    self._held[role][name] = first
                     continue
-                held = self._held[role][name] = Held(recipe)
-                before.append(held)
-                spaces.append((held, used))
+                held.append(one := Held(recipe, used))
+                self._held[role][name] = one
                 used += -(-recipe.nbytes // ALIGNMENT) * ALIGNMENT
-                if twin is None:
-                    fresh.append(held)
+                if first is None:
+                    known[key] = one
                 else:
-                    twins.setdefault(id(twin), []).append((role, name, held))
+                    first.twins.append((role, name, one))
         if used > len(self._arena):
             self._arena = torch.empty(used, dtype=torch.uint8)  # pages that nobody writes to take no memory
-        for held, start in spaces:
-            flat = self._arena[start : start + held.recipe.nbytes].view(torch_dtype(held.recipe.dtype))
-            held.values = flat.view(held.recipe.shape)
-        self._read(fresh, twins)
+        for one in held:
+            flat = self._arena[one.start : one.start + one.recipe.nbytes].view(torch_dtype(one.recipe.dtype))
+            one.values = flat.view(one.recipe.shape)
+        differing = self._read(list(known.values()))
+        for first in known.values():
+            for role, name, twin in first.twins:
+                if twin not in differing:
+                    self._held[role][name] = first
+        self._read(list(differing))
 
-    def _read(self, fresh: Sequence[Held], twins: Mapping[int, Sequence[tuple[str, str, Held]]]) -> None:
-        """Read what is new; of the others, which may be the same as one of those, only what turns out not to be."""
-        differing: set[int] = set()
+    def _read(self, held: Sequence[Held]) -> set[Held]:
+        """Read tensors; of their twins, only blocks to compare with: those of which one differs."""
+        differing: set[Held] = set()
 
         def read(job: tuple[Held, int, int]) -> int:
-            held, start, stop = job
-            block = _read(held, start, stop)
-            for _, _, other in twins.get(id(held), ()):
-                if id(other) not in differing and not _equals(other.recipe, block, start, stop):
-                    differing.add(id(other))
-            return count_nonfinite(block, held.recipe.dtype)
+            one, start, stop = job
+            flat = one.values.reshape(-1).view(torch.uint8)
+            block = memoryview(flat.numpy())[start:stop]  # type: ignore[arg-type]
+            _read_into(one.recipe, start, block)
+            for _, _, twin in one.twins:
+                if twin not in differing and not _equals(twin.recipe, block, start, stop):
+                    differing.add(twin)
+            return count_nonfinite(block, one.recipe.dtype)
 
-        self._count(fresh, read)
-        rest = []
-        for origin in fresh:
-            for role, name, held in twins.get(id(origin), ()):
-                if id(held) in differing:
-                    rest.append(held)
-                else:
-                    self._held[role][name] = origin
-        self._count(rest, lambda job: count_nonfinite(_read(*job), job[0].recipe.dtype))
-
-    def _count(self, held: Sequence[Held], read: Callable[[tuple[Held, int, int]], int]) -> None:
         jobs = [(one, start, stop) for one in held for start, stop in _blocks(one.recipe)]
         for (one, _, _), count in zip(jobs, self.pool.map(read, jobs), strict=True):
             one.nonfinite += count
+        return differing
 
     def _forget(self) -> None:
         for track in self._tracks.values():
@@ -287,12 +286,16 @@ class Track:
 
     def mix(self, streams: Sequence[Stream], index: int) -> None:
         """The first half of a layer: what the mixer adds is added, and kept as `mixed`."""
-        for some in _together(streams):
-            joined = some[0] if len(some) == 1 else _joined(some)
-            mixed = self.mixer(self.normed(joined.x, index), index, joined.carry)
-            for stream, (part, v_first, k_first) in zip(some, _parted(mixed, joined.carry, some), strict=True):
-                stream.mixed, stream.carry = part, hxa079.Carry(v_first, k_first)
-                stream.x = stream.x + part
+        alike = len({(stream.x.shape[1], stream.carry.v_first is None) for stream in streams}) == 1
+        few = sum(stream.x.shape[0] * stream.x.shape[1] for stream in streams) <= TOGETHER
+        # At once where that goes: the weights are cast once for all of them.
+        for some in [list(streams)] if alike and few else [[stream] for stream in streams]:
+            carry = hxa079.Carry(_joined([s.carry.v_first for s in some]), _joined([s.carry.k_first for s in some]))
+            mixed = self.mixer(self.normed(torch.cat([stream.x for stream in some]), index), index, carry)
+            sizes = [len(stream.x) for stream in some]
+            firsts = zip(_parted(carry.v_first, sizes), _parted(carry.k_first, sizes), strict=True)
+            for stream, part, (v, k) in zip(some, torch.split(mixed, sizes), firsts, strict=True):
+                stream.mixed, stream.carry, stream.x = part, hxa079.Carry(v, k), stream.x + part
 
     def feed(self, streams: Sequence[Stream], index: int) -> None:
         """The second half of a layer, the MLP."""
@@ -355,43 +358,13 @@ def time_mix(
     return torch.cat(outputs), first
 
 
-def _together(streams: Sequence[Stream]) -> list[list[Stream]]:
-    """Streams that pass a mixer at once: the weights are cast once for all of them."""
-    alike = len({(stream.x.shape[1], stream.carry.v_first is None) for stream in streams}) == 1
-    if alike and sum(stream.x.shape[0] * stream.x.shape[1] for stream in streams) <= TOGETHER:
-        return [list(streams)]
-    return [[stream] for stream in streams]
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
 
 
-def _joined(streams: Sequence[Stream]) -> Stream:
-    carries = [stream.carry for stream in streams]
-    v = [carry.v_first for carry in carries if carry.v_first is not None]
-    k = [carry.k_first for carry in carries if carry.k_first is not None]
-    carry = hxa079.Carry(torch.cat(v) if v else None, torch.cat(k) if k else None)
-    return Stream(torch.cat([stream.x for stream in streams]), carry)
-
-
-def _parted(
-    mixed: Tensor, carry: hxa079.Carry, streams: Sequence[Stream]
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    start = 0
-    for stream in streams:
-        mine = slice(start, start + len(stream.x))
-        v = None if carry.v_first is None else carry.v_first[mine]
-        k = None if carry.k_first is None else carry.k_first[mine]
-        yield mixed[mine], v, k
-        start = mine.stop
-
-
-def _by_layer(plan: Plan) -> dict[int | None, Plan]:
-    found: dict[int | None, Plan] = {}
-    for name, recipe in plan.items():
-        found.setdefault(layer_index(name), {})[name] = recipe
-    return found
-
-
-def _experts(plan: Plan, wanted: bool) -> Plan:
-    return {name: recipe for name, recipe in plan.items() if is_expert(name) == wanted}
+def _parted(whole: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
+    return [None] * len(sizes) if whole is None else torch.split(whole, sizes)
 
 
 def _part(recipe: Recipe, start: int, stop: int) -> Recipe:
@@ -399,23 +372,11 @@ def _part(recipe: Recipe, start: int, stop: int) -> Recipe:
     return recipe if stop - start == recipe.shape[0] else rows(recipe, start, stop, recipe.origin)
 
 
-def _comparable(one: Recipe, other: Recipe) -> bool:
-    return (one.dtype, one.shape) == (other.dtype, other.shape)
-
-
 def _blocks(recipe: Recipe) -> Iterator[tuple[int, int]]:
     """Ranges of bytes that can be read alone; a tensor that has to be made is made whole."""
     step = BLOCK_BYTES if isinstance(recipe.make, Ranges) else max(1, recipe.nbytes)
     for start in range(0, recipe.nbytes, step):
         yield start, min(recipe.nbytes, start + step)
-
-
-def _read(held: Held, start: int, stop: int) -> memoryview:
-    """Read a range of a tensor to where it is held."""
-    flat = held.values.reshape(-1).view(torch.uint8)
-    room = memoryview(flat.numpy())[start:stop]  # type: ignore[arg-type]
-    _read_into(held.recipe, start, room)
-    return room
 
 
 def _read_into(recipe: Recipe, start: int, room: memoryview) -> None:
@@ -446,12 +407,6 @@ def _equals(recipe: Recipe, expected: memoryview, start: int, stop: int) -> bool
         buffer = _LOCAL.buffer = bytearray(size)
     room = memoryview(buffer)[:size]
     _read_into(recipe, start if alone else 0, room)
-    return same_bytes(room if alone else room[start:stop], expected)
-
-
-def same_bytes(one: memoryview, other: memoryview) -> bool:
-    """Whether two stretches of memory hold the same; comparing memoryviews is thirty times as slow."""
-    whole = len(one) // 8 * 8
-    if len(one) != len(other) or one[whole:] != other[whole:]:
-        return False
-    return np.array_equal(np.frombuffer(one[:whole], dtype=np.uint64), np.frombuffer(other[:whole], dtype=np.uint64))
+    found = room if alone else room[start:stop]
+    # Comparing memoryviews is thirty times as slow.
+    return np.array_equal(np.frombuffer(found, np.uint8), np.frombuffer(expected, np.uint8))

@@ -193,13 +193,15 @@ class Pass:
             for role in (SOURCE, OTHER)
         )
         # Experts are not held: are they read from the same places?
-        mine, theirs = (self.walk.experts_of(role, index) for role in (SOURCE, OTHER))
-        experts = mine.keys() == theirs.keys() and all(mine[name].make == theirs[name].make for name in mine)
+        mine, theirs = (
+            {name: recipe.make for plan in self.walk.experts_of(role, index).values() for name, recipe in plan.items()}
+            for role in (SOURCE, OTHER)
+        )
         a, b = self.left.config, right.config
         settings = a == b and self.left.reference is right.reference
         if mlp:
             settings = (a.rms_norm_eps, a.mlp_bias, a.experts) == (b.rms_norm_eps, b.mlp_bias, b.experts)
-        return settings and one == two and experts
+        return settings and one == two and mine == theirs
 
     def _head(self, name: str, recipes: Mapping[str, Recipe], streams: _Streams | None) -> float:
         """The heads, and what comes out of them end to end, some of the vocabulary at a time: the largest |logit|."""
