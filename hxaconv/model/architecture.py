@@ -29,9 +29,17 @@ def expected_tensors(config: ModelConfig) -> Shapes:
 
 def mixer_tensors(config: ModelConfig, layer: int) -> Shapes:
     """The mixer's tensors of one layer, without the `self_attn.` prefix."""
-    if isinstance(config, StudentConfig) and config.layer_kind(layer) == "rwkv":
-        return _time_mix(config)
-    return _gqa(config)
+    rwkv = isinstance(config, StudentConfig) and config.layer_kind(layer) == "rwkv"
+    shapes = dict(config.variant.shapes(config)) if isinstance(config, StudentConfig) and rwkv else {}
+    c, a, kv = config.hidden_size, config.attention_size, config.key_value_size
+    names = ("receptance", "key", "value", "output") if rwkv else ("q_proj", "k_proj", "v_proj", "o_proj")
+    for name, out_size, in_size in zip(names, (a, kv, kv, c), (c, c, c, a), strict=True):
+        shapes[f"{name}.weight"] = (out_size, in_size)
+        if config.output_bias if name == names[3] else config.attention_bias:
+            shapes[f"{name}.bias"] = (out_size,)
+    if config.qk_norm:
+        shapes |= dict.fromkeys(("r_norm.weight" if rwkv else "q_norm.weight", "k_norm.weight"), (config.head_dim,))
+    return shapes
 
 
 def _mlp(config: ModelConfig, layer: int) -> Shapes:
@@ -43,29 +51,4 @@ def _mlp(config: ModelConfig, layer: int) -> Shapes:
         shapes[f"{name}.weight"] = (out_size, in_size)
         if config.mlp_bias:
             shapes[f"{name}.bias"] = (out_size,)
-    return shapes
-
-
-def _projections(config: ModelConfig, names: tuple[str, str, str, str]) -> Shapes:
-    c, a, kv = config.hidden_size, config.attention_size, config.key_value_size
-    shapes: Shapes = {}
-    for name, out_size, in_size in zip(names, (a, kv, kv, c), (c, c, c, a), strict=True):
-        shapes[f"{name}.weight"] = (out_size, in_size)
-        if config.output_bias if name == names[3] else config.attention_bias:
-            shapes[f"{name}.bias"] = (out_size,)
-    return shapes
-
-
-def _gqa(config: ModelConfig) -> Shapes:
-    shapes = _projections(config, ("q_proj", "k_proj", "v_proj", "o_proj"))
-    if config.qk_norm:
-        shapes |= {"q_norm.weight": (config.head_dim,), "k_norm.weight": (config.head_dim,)}
-    return shapes
-
-
-def _time_mix(config: StudentConfig) -> Shapes:
-    shapes = config.variant.shapes(config)
-    shapes |= _projections(config, ("receptance", "key", "value", "output"))
-    if config.qk_norm:
-        shapes |= {"r_norm.weight": (config.head_dim,), "k_norm.weight": (config.head_dim,)}
     return shapes

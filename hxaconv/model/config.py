@@ -122,12 +122,6 @@ class StudentConfig(ModelConfig):
         return "".join("G" if self.layer_kind(i) == "gqa" else "R" for i in range(self.num_hidden_layers))
 
 
-def stored_dtype(raw: Mapping[str, Any]) -> str | None:
-    """`torch_dtype` or, as transformers 5 writes it, `dtype`."""
-    value = raw.get("dtype", raw.get("torch_dtype"))
-    return None if value is None else str(value).removeprefix("torch.")
-
-
 def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling: bool) -> list[str]:
     kind = str(raw.get("model_type"))
     found = []
@@ -227,7 +221,10 @@ def teacher_config(
     raise_all(f"{where}: config.json is not usable:", problems)
     assert theta is not None and eps is not None
     heads, family = sizes["num_attention_heads"], FAMILIES[raw["model_type"]]
-    biases = family.biases(raw)
+    biases, dtype = (
+        family.biases(raw),
+        raw.get("dtype", raw.get("torch_dtype")),
+    )  # the first as transformers 5 writes it
     tied = raw.get("tie_word_embeddings") if tie_word_embeddings is None else tie_word_embeddings
     return TeacherConfig(
         **sizes,
@@ -244,7 +241,7 @@ def teacher_config(
         mlp_bias=bool(raw.get("mlp_bias")),
         experts=Experts(**experts) if experts else None,
         model_type=raw["model_type"],
-        dtype=stored_dtype(raw),
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         raw=dict(raw),
         warnings=tuple(_warnings(raw, biases, drop_rope_scaling)),
     )

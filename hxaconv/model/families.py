@@ -37,20 +37,12 @@ def _seed_oss_biases(raw: Raw) -> Biases:
     return Biases(inputs=bool(raw.get("attention_bias", True)), output=bool(raw.get("attention_out_bias")))
 
 
-def _no_layers(raw: Raw) -> tuple[int, ...]:
-    return ()
-
-
 def _smollm3_layers(raw: Raw) -> tuple[int, ...]:
     with_rope, layers = raw.get("no_rope_layers"), range(raw["num_hidden_layers"])
     if with_rope is None:
         interval = raw.get("no_rope_layer_interval", 4)
         with_rope = [(layer + 1) % interval != 0 for layer in layers]
     return tuple(layer for layer in layers if not with_rope[layer])
-
-
-def _no_problems(raw: Raw) -> list[str]:
-    return []
 
 
 def _granite_problems(raw: Raw) -> list[str]:
@@ -68,10 +60,6 @@ def _granite_problems(raw: Raw) -> list[str]:
         for key, value in neutral.items()
         if raw.get(key, 1.0) != value
     ]
-
-
-def _no_window(raw: Raw) -> str | None:
-    return None
 
 
 def _window(default: int | None) -> Callable[[Raw], str | None]:
@@ -136,14 +124,14 @@ class Family:
     biases: Callable[[Raw], Biases] = _biases_of_inputs
     qk_norm: bool = False
     """Norms on q and k over head_dim."""
-    nope_layers: Callable[[Raw], tuple[int, ...]] = _no_layers
+    nope_layers: Callable[[Raw], tuple[int, ...]] = lambda raw: ()
     """Layers whose attention has no RoPE."""
-    window: Callable[[Raw], str | None] = _no_window
+    window: Callable[[Raw], str | None] = lambda raw: None
     """Why attention does not see everything, or None: what transformers' class makes of `sliding_window`,
     `use_sliding_window`, `max_window_layers` and `layer_types`. Without a rule the class reads none of them."""
     activation: str = "silu"
     """What transformers reads into a config.json without `hidden_act`."""
-    problems: Callable[[Raw], list[str]] = _no_problems
+    problems: Callable[[Raw], list[str]] = lambda raw: []
     """What else a student could not compute, a line each."""
     experts: bool = False
     """Whether MLPs are mixtures of experts, where config.json names any."""

@@ -82,7 +82,8 @@ def _numbers(text: str, num_layers: int) -> tuple[list[int], list[str]]:
         if found is None:
             problems.append(f"{item!r} is not a layer number or a range such as 15-17")
             continue
-        first, last = (_from_end(int(end or found[1]), num_layers) for end in (found[1], found[2]))
+        ends = [int(end or found[1]) for end in found.groups()]
+        first, last = (end + num_layers if -num_layers <= end < 0 else end for end in ends)
         if first > last:
             problems.append(f"range {item} runs backwards: {first} to {last}")
         layers += range(first, min(last, first + num_layers) + 1)
@@ -90,10 +91,6 @@ def _numbers(text: str, num_layers: int) -> tuple[list[int], list[str]]:
 
 
 _HINT = "Layers are numbered from 0, -1 is the last: 8,15-17,-1. Or `none`, `all`, a layer map's name or file."
-
-
-def _from_end(layer: int, num_layers: int) -> int:
-    return layer + num_layers if -num_layers <= layer < 0 else layer
 
 
 def from_map(layer_map: LayerMap, num_layers: int, *, allow_layer_0: bool = False) -> tuple[int, ...]:

@@ -152,11 +152,6 @@ def has_rows(recipe: Recipe) -> bool:
     return isinstance(recipe.make, Divisible)
 
 
-def same_ranges(one: Recipe, other: Recipe) -> bool:
-    """Whether both are copies of the same ranges of the same opened files."""
-    return isinstance(one.make, Ranges) and one.make == other.make and one.dtype == other.dtype
-
-
 def _undivided(recipe: Recipe) -> HxaconvError:
     return HxaconvError(
         f"{recipe.origin} is not stored contiguously, so that its rows can be neither split nor padded",
