@@ -3,7 +3,6 @@ ends with an exit code, errors without a traceback, interruptions with what is k
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
 import io
@@ -12,7 +11,7 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
@@ -98,8 +97,10 @@ def _command(name: str, function: Callable[..., Any]) -> tuple[Callable[..., Non
     def run(**values: Any) -> None:
         talk = Talk(quiet=values.pop("quiet"), json_output=values.pop("json"))
         try:
-            with stopping():
-                talk.show(invoke(function, name, values, talk.progress()))
+            talk.show(invoke(function, name, values, talk.progress()))
+        except KeyboardInterrupt as stop:
+            message = getattr(stop, "message", NOTHING_PUBLISHED)
+            raise Stopped(message, getattr(stop, "exit_code", 130)) from None
         except WrongOption as error:
             words = {parameter.name: parameter.words[0].split("/")[-1] for parameter in found}
             raise WrongOption(error.lines, lambda name: words.get(name, name)) from None
@@ -148,16 +149,6 @@ class Stopped(Exception):
         super().__init__(message)
         self.message = message
         self.exit_code = exit_code
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[None]:
-    """An interruption inside carries what is kept past Typer."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        message = getattr(stop, "message", NOTHING_PUBLISHED)
-        raise Stopped(message, getattr(stop, "exit_code", 130)) from None
 
 
 def run() -> int:

@@ -8,12 +8,17 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
+from rich.console import Console, RenderableType
+from rich.filesize import decimal as human_size
+from rich.filesize import pick_unit_and_suffix
+from rich.table import Table
+from rich.text import Text
+
 from hxaconv.cli.console import visible
 from hxaconv.errors import MAX_LISTED, shortened
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from hxaconv.calibration.report import CalibrationReport
     from hxaconv.commands.demo import Demo, Generated
     from hxaconv.commands.inspect import Inspection
@@ -55,8 +60,6 @@ def shown(result: Result, width: int, *, plan: bool = True) -> list[RenderableTy
 
 def html(result: Result) -> str:
     """A result for a notebook: what the command line shows, in the same columns."""
-    from rich.console import Console
-
     console = Console(record=True, file=io.StringIO(), width=WIDTH, markup=False, emoji=False)
     for part in shown(result, WIDTH):
         console.print(visible(part) if isinstance(part, str) else part)
@@ -65,10 +68,6 @@ def html(result: Result) -> str:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: int = 1) -> RenderableType:
     """A plain table; columns from number `right` on are aligned to the right."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     result = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
         result.add_column(column, justify="right" if position >= right else "left", overflow="fold")
@@ -82,19 +81,10 @@ def strip_lines(letters: str, width: int = STRIP_WIDTH) -> list[str]:
     return [f"{start:>4}  {letters[start : start + width]}" for start in range(0, len(letters), width)]
 
 
-def human_bytes(count: float) -> str:
-    """`41.8 GB`: decimal units, as the Hub shows sizes."""
-    from rich.filesize import decimal
-
-    return decimal(int(count))
-
-
-def human_count(count: float) -> str:
+def human_count(count: int) -> str:
     """`20.9B` parameters."""
-    from rich.filesize import pick_unit_and_suffix
-
-    unit, suffix = pick_unit_and_suffix(int(count), ["", "K", "M", "B", "T"], 1000)
-    return f"{count / unit:.1f}{suffix}" if suffix else f"{count}"
+    unit, suffix = pick_unit_and_suffix(count, ["", "K", "M", "B", "T"], 1000)
+    return f"{count / unit:.1f}{suffix}" if suffix else str(count)
 
 
 def plan_tables(outcome: Outcome) -> list[RenderableType]:
@@ -105,7 +95,7 @@ def plan_tables(outcome: Outcome) -> list[RenderableType]:
             part.name,
             part.tensors,
             human_count(part.parameters),
-            human_bytes(part.nbytes),
+            human_size(part.nbytes),
             ", ".join(f"{count} {kind}" for kind, count in sorted(part.how.items())),
         )
         for part in outcome.parts
@@ -117,7 +107,7 @@ def plan_tables(outcome: Outcome) -> list[RenderableType]:
         f"Low-rank sizes: {ranks}",
         table("", ("part", "tensors", "parameters", "size", "made by"), parts),
         table("", ("file", "tensors", "bytes"), files),
-        f"{len(outcome.plan)} tensors, {outcome.nbytes:,} bytes of weights ({human_bytes(outcome.nbytes)})",
+        f"{len(outcome.plan)} tensors, {outcome.nbytes:,} bytes of weights ({human_size(outcome.nbytes)})",
     ]
 
 
@@ -164,11 +154,11 @@ def inspection_tables(inspection: Inspection) -> list[RenderableType]:
     if not facts["files"]:
         return lines
     parts = [
-        (part, entry["tensors"], human_count(entry["parameters"]), human_bytes(entry["bytes"]))
+        (part, entry["tensors"], human_count(entry["parameters"]), human_size(entry["bytes"]))
         for part, entry in facts["parts"].items()
     ]
     settings = [(key, "not known" if value is None else value) for key, value in facts["dimensions"].items()]
-    size = f"{facts['bytes']:,} bytes ({human_bytes(facts['bytes'])})"
+    size = f"{facts['bytes']:,} bytes ({human_size(facts['bytes'])})"
     dtypes = ", ".join(f"{count} x {dtype}" for dtype, count in facts["dtypes"].items())
     lines += [
         f"{facts['format']}, {facts['key_format']} names, {facts['variant']}",
@@ -182,7 +172,7 @@ def inspection_tables(inspection: Inspection) -> list[RenderableType]:
         lines.append(
             f"KV cache {memory['kv_cache_bytes_per_token']:,} bytes per token in bf16"
             f" (teacher: {memory['teacher_kv_cache_bytes_per_token']:,}),"
-            f" recurrent state {human_bytes(memory['state_bytes_per_sequence'])} per sequence in float32"
+            f" recurrent state {human_size(memory['state_bytes_per_sequence'])} per sequence in float32"
         )
     left, unknown = facts["left_behind"], facts["unknown_names"]
     remarks = {
