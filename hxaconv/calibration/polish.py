@@ -33,7 +33,7 @@ from hxaconv.forward.pool import ROWS
 from hxaconv.forward.state import fingerprint
 from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
-from hxaconv.model.names import is_attention, layer_index
+from hxaconv.model.names import EMBEDDING, HEAD, is_attention, layer_index
 from hxaconv.model.plan import Plan
 from hxaconv.progress import Progress, bar
 from hxaconv.surgery.arithmetic import tensor, torch_dtype
@@ -64,8 +64,8 @@ TOGETHER = 64
 """Tokens whose probabilities are made at once."""
 HEADS = 8
 """Whose directions are made at once."""
-OPERATIONS_PER_SECOND = 6e10
-"""Of two cores, at SmolLM2's shape."""
+OPERATIONS_PER_CPU_SECOND = 5.5e10
+"""5.1e10 at SmolLM2's shape, 6e10 at Reka's, on one core of a virtual machine with AVX-512."""
 RECIPE = {"format": 2, "batch": BATCH, "passes": PASSES, "rate": RATE, "momentum": MOMENTUM, "looks": LOOKS}
 
 First = tuple[Tensor | None, Tensor | None]
@@ -140,34 +140,41 @@ class Cost:
     """What a polish takes, before anything is computed."""
 
     steps: int
-    nbytes: int
-    """Of weights that are read."""
+    read: int
+    """Bytes that a step reads."""
+    written: int
+    """Bytes that a step writes; twice as many stand beside the output."""
     operations: float
+    """Of a step."""
 
     @property
-    def seconds(self) -> float:
-        """On two cores like those it was measured on."""
-        return self.operations / OPERATIONS_PER_SECOND
+    def cpu_seconds(self) -> float:
+        """Of a step."""
+        return self.operations / OPERATIONS_PER_CPU_SECOND
 
     @property
     def sentence(self) -> str:
         """For the terminal."""
         return (
-            f"{self.steps} steps, each of which reads the student's weights twice ({self.nbytes / 1e9:.3g} GB in all),"
-            f" {self.operations:.2g} operations: some {max(1.0, self.seconds / 60):.0f} minutes on two cores like those"
-            " it was measured on"
+            f"{self.steps} steps, each of which reads {self.read / 1e9:.3g} GB, writes {self.written / 1e9:.3g} GB and"
+            f" takes some {self.cpu_seconds:.0f} CPU seconds: {max(1.0, self.steps * self.cpu_seconds / 60):.0f} CPU"
+            f" minutes in all; {2 * self.written / 1e9:.3g} GB of disk until it is done"
         )
 
 
 def cost(student: Model, trained: Tensor) -> Cost:
     """Of a polish on these sequences (count, T)."""
-    tokens, steps = trained.numel() * PASSES, steps_of(len(trained))
-    layers = [recipe for name, recipe in student.plan.items() if layer_index(name) is not None]
-    mixers = sum(recipe.numel for name, recipe in student.plan.items() if is_attention(name))
-    head = student.config.vocab_size * student.config.hidden_size
-    # Forward, forward again and the gradient of the input; for projections that of the weights too.
-    operations = tokens * (6.0 * sum(recipe.numel for recipe in layers) + 2.0 * mixers + 6.0 * head)
-    return Cost(steps, 2 * steps * sum(recipe.nbytes for recipe in layers), operations)
+    rows, steps = min(BATCH, len(trained)), steps_of(len(trained))
+    layers = {name: recipe for name, recipe in student.plan.items() if layer_index(name) is not None}
+    mine = {name: recipe for name, recipe in layers.items() if is_attention(name) and name.endswith(WEIGHTS)}
+    numel, mixers = (sum(recipe.numel for recipe in plan.values()) for plan in (layers, mine))
+    frozen = sum(recipe.nbytes for name, recipe in layers.items() if name not in mine)
+    head = student.plan[EMBEDDING if student.config.tie_word_embeddings else HEAD]
+    # Forward, forward again and the gradient of the input; for projections that of the weights, and their directions.
+    operations = rows * trained.shape[1] * (6.0 * numel + 2.0 * mixers + 6.0 * head.numel)
+    operations += 20.0 * student.config.head_dim * mixers
+    # Weights of two passes, the head of both models and once more; weights and momenta are float32.
+    return Cost(steps, 2 * frozen + 12 * mixers + 3 * rows * head.nbytes, 8 * mixers, operations)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -128,6 +129,32 @@ class CalibrationReport:
     polish: PolishReport | None = None
     taken: bool = True
     """Whether the fitted layers are used; False where the student as a whole is no nearer with them."""
+
+    @property
+    def notes(self) -> list[str]:
+        """For the terminal: how near the student is."""
+        found = [self.polish.sentence] if self.polish else []
+        if self.distances is not None:
+            found += [self.distances.sentence, *([self.distances.recall_sentence] if self.distances.recall else [])]
+        return found
+
+    @property
+    def all_warnings(self) -> list[str]:
+        """Those of the whole run, those of layers with how many have it, and how many layers kept the plain values."""
+        count, kl = len(self.layers), self.distances
+        each = Counter(text for layer in self.layers for text in layer.warnings)
+        found = [*self.warnings, *(f"{number} of {count} layers: {text}" for text, number in each.items())]
+        if kl is not None and self.taken and kl.recall_falls:
+            found.append(f"recall is worse than with the plain initialisation. {kl.recall_sentence}")
+        if kl is not None and not self.taken:
+            found.append(
+                f"the calibration is NOT USED, every layer keeps its plain values: on the {kl.tokens} held-out tokens,"
+                f" KL(teacher || student) is {kl.calibrated:.3g} calibrated and {kl.plain:.3g} plain. Give it more"
+                " tokens of real text (--tokens), or try --refit-output never"
+            )
+        elif kept := sum(layer.fell_back for layer in self.layers):
+            found.append(f"{kept} of {count} layers keep the plain values: no fit was better on held-out tokens")
+        return found
 
     def not_taken(self) -> CalibrationReport:
         """The report where every layer is left plain in the end: of the fit, only the distances remain."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +16,7 @@ from hxaconv.model.model import Model
 from hxaconv.options import Write
 from hxaconv.save.documents import CALIBRATED, UNTRAINED, calibration_section
 from hxaconv.save.interruption import interruptible
-from hxaconv.save.output import Output, Record
+from hxaconv.save.output import Output
 from hxaconv.save.run import Outcome, save
 from hxaconv.save.writer import refuse
 from hxaconv.verification.written import OutputCheck
@@ -62,91 +60,53 @@ def save_calibrated(
         for note in notes:
             progress.note(note)
         notes = []
-    calibrated = calibrate_student(task, output, write)
-    outcome = save(
-        output.refilled(calibrated.student, calibrated.described_in(output.record)),
-        write,
-        check=OutputCheck(functools.partial(calibrated.verify, factors)),
-        warnings=[*warnings, *calibrated.warnings],
-        notes=[*notes, *calibrated.notes],
+    from hxaconv.surgery.initial import made_once
+
+    folder = Path(f"{output.target.absolute()}.calibration")
+    task = replace(task, plain=replace(task.plain, plan=made_once(task.plain.plan, folder)))
+    student, replaced, report = calibrate_student(task, output, write, folder)
+    record = replace(
+        output.record,
+        purpose=CALIBRATED if replaced else UNTRAINED,
+        section=calibration_section(report),
+        extra={**output.record.extra, "calibration": report.json()},
     )
-    shutil.rmtree(calibrated.folder, ignore_errors=True)
-    if plot is not None:
-        draw_calibration(calibrated.report, Path(plot))
-    return replace(outcome, calibration=calibrated.report)
 
-
-@dataclass(frozen=True, slots=True)
-class Calibrated:
-    """A calibrated student, not written yet, and the figures of how it went."""
-
-    task: Task
-    student: Model
-    replaced: tuple[str, ...]
-    report: CalibrationReport
-    folder: Path
-
-    def described_in(self, record: Record) -> Record:
-        """The record of the plain student, now with the figures of the calibrated one."""
-        return replace(
-            record,
-            purpose=CALIBRATED if self.replaced else UNTRAINED,
-            section=calibration_section(self.report),
-            extra={**record.extra, "calibration": self.report.json()},
-        )
-
-    @property
-    def notes(self) -> list[str]:
-        """For people: how near the student is."""
-        polish = self.report.polish
-        found = [polish.sentence] if polish is not None else []
-        told = self.report.distances
-        if told is not None:
-            found.append(told.sentence)
-            found += [told.recall_sentence] if told.recall else []
-        return found
-
-    @property
-    def warnings(self) -> list[str]:
-        """Those of the whole run, those of layers with how many say so, and how many layers kept the plain values."""
-        layers = self.report.layers
-        counts = Counter(text for layer in layers for text in layer.warnings)
-        kept = sum(layer.fell_back for layer in layers)
-        found = [*self.report.warnings, *(f"{count} of {len(layers)} layers: {text}" for text, count in counts.items())]
-        told = self.report.distances
-        if told is not None and self.report.taken and told.recall_falls:
-            found.append(f"recall is worse than with the plain initialisation. {told.recall_sentence}")
-        if told is not None and not self.report.taken:
-            found.append(
-                "the calibration is NOT USED, every layer keeps its plain values: on the"
-                f" {told.tokens} held-out tokens, KL(teacher || student) is {told.calibrated:.3g} calibrated and"
-                f" {told.plain:.3g} plain. Give it more tokens of real text (--tokens), or try --refit-output never"
-            )
-        elif kept:
-            found.append(f"{kept} of {len(layers)} layers keep the plain values: no fit was better on held-out tokens")
-        return found
-
-    def verify(self, factors: Mapping[str, float] | None, output: Model, progress: Progress | None) -> Report:
-        """The check of the written student, on the held-out tokens."""
+    def verify(written: Model, progress: Progress | None) -> Report:
         from hxaconv.calibration.check import check_calibrated
 
-        task = self.task
         return check_calibrated(
             task.teacher,
             task.plain,
-            output,
-            replaced=self.replaced,
+            written,
+            replaced=replaced,
             ids=task.heldout,
             factors=factors,
             device=task.settings.device,
             progress=progress,
         )
 
+    outcome = save(
+        output.refilled(student, record),
+        write,
+        check=OutputCheck(verify),
+        warnings=[*warnings, *report.all_warnings],
+        notes=[*notes, *report.notes],
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    if plot is not None and ranks.rank() == 0:
+        draw_calibration(report, Path(plot))
+    return replace(outcome, calibration=report)
 
-def calibrate_student(task: Task, output: Output, write: Write) -> Calibrated:
-    """Fit the plain student; finished layers are kept beside the target until it is published.
 
-    Layers are judged one by one, and then all together: where they leave the student no nearer to its teacher than
+Calibrated = tuple[Model, tuple[str, ...], "CalibrationReport"]
+"""The student, the names of the tensors that are fitted, and the figures of how that went."""
+
+
+def calibrate_student(task: Task, output: Output, write: Write, folder: Path) -> Calibrated:
+    """Fit the plain student; finished layers are kept in a folder, beside the target until that is published.
+
+    Layers are validated one by one, and then all together: where they leave the student no nearer to its teacher than
     the plain one, that is what comes back. Ranks divide the layers; polish and measurement are the first one's, whose
     figures the others take over.
 
@@ -156,13 +116,10 @@ def calibrate_student(task: Task, output: Output, write: Write) -> Calibrated:
     from hxaconv.calibration.report import CalibrationReport, settings_of
     from hxaconv.calibration.store import Store, key_of, locked
     from hxaconv.calibration.streaming import Calibration, calibrate
-    from hxaconv.surgery.initial import made_once
 
     with ranks.together():
         refuse(output, write)
     fit, progress = task.settings, output.record.call.progress
-    folder = Path(f"{output.target.absolute()}.calibration")
-    task = replace(task, plain=replace(task.plain, plan=made_once(task.plain.plan, folder)))
 
     def kept() -> str:
         done = len(list(folder.glob("layer-*.safetensors")))
@@ -194,10 +151,10 @@ def calibrate_student(task: Task, output: Output, write: Write) -> Calibrated:
                 allow_nonfinite=write.allow_nonfinite,
                 progress=progress,
             )
-        return ranks.in_turn(lambda: _judged(task, done, store, measured, progress))
+        return ranks.in_turn(lambda: _as_a_whole(task, done, store, measured, progress))
 
 
-def _judged(task: Task, done: Calibration, store: Store, measured: Store, progress: Progress | None) -> Calibrated:
+def _as_a_whole(task: Task, done: Calibration, store: Store, measured: Store, progress: Progress | None) -> Calibrated:
     """The student as a whole: polished where that is asked for, then measured, then taken or not."""
     from hxaconv.calibration.check import measure
     from hxaconv.calibration.polish import polish
@@ -229,4 +186,4 @@ def _judged(task: Task, done: Calibration, store: Store, measured: Store, progre
         distances = Distances(**kept | {"recall": tuple(Recall(**one) for one in kept["recall"])})
     if replaced and not distances.nearer:
         student, replaced, report = task.plain, {}, report.not_taken()
-    return Calibrated(task, student, tuple(replaced), replace(report, distances=distances), store.folder)
+    return student, tuple(replaced), replace(report, distances=distances)
