@@ -39,6 +39,7 @@ if GUIDED:
 
 from hostile import corpus, forge  # noqa: E402
 
+from hxaconv.calls import Call  # noqa: E402
 from hxaconv.errors import HxaconvError  # noqa: E402
 from hxaconv.formats import Contents, read_contents  # noqa: E402
 from hxaconv.formats.dtypes import num_bytes  # noqa: E402
@@ -53,6 +54,7 @@ from hxaconv.load.student import is_student, student_model  # noqa: E402
 from hxaconv.model.config import student_of  # noqa: E402
 from hxaconv.model.plan import Buffers, Plan, Ranges, Recipe  # noqa: E402
 from hxaconv.save.documents import model_card, student_json  # noqa: E402
+from hxaconv.save.output import Record  # noqa: E402
 
 MAX_INPUT_BYTES = 16_384
 MEMORY_LIMIT = 1_500_000_000
@@ -161,7 +163,7 @@ def fuzz_config(data: bytes) -> None:
         teacher = load_teacher(opened)
         config, carried = student_of(teacher.config, ()), teacher.raw
     as_bytes(student_json(config, carried, "BF16"))
-    model_card(config, base_model="x", purpose="", how="", raw=carried)
+    model_card(config, carried, Record(call=Call("to-hf")))
 
 
 TARGETS: tuple[Callable[[bytes], None], ...] = (

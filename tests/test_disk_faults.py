@@ -183,8 +183,8 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_full_disk_is_found_out_before_and_survived_meanwhile(tmp_path, monkeypatch, small_batches, small_disk, name):
-    monkeypatch.setattr("hxaconv.save.writer.SLACK_BYTES", 0)
-    monkeypatch.setattr("hxaconv.save.writer.SLACK_BYTES_PER_TENSOR", 0)
+    monkeypatch.setattr("hxaconv.save.checks.SLACK_BYTES", 0)
+    monkeypatch.setattr("hxaconv.save.checks.SLACK_BYTES_PER_TENSOR", 0)
     out = output(small_disk / name, plan_over(source(tmp_path, count=150_000)))
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(700_000))

@@ -16,7 +16,7 @@ from writing import TARGETS, leftovers, output, partials, plan_over, reference, 
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.formats import safetensors, torchzip
 from hxaconv.options import Write
-from hxaconv.save import diskio, documents, fill, finish, staging, writer
+from hxaconv.save import checks, diskio, documents, fill, staging, writer
 
 Cli = Callable[..., int]
 
@@ -57,8 +57,8 @@ MOMENTS: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {
     "first tensor": lambda folder, patch: while_filling(folder, patch, 0),
     "middle": lambda folder, patch: while_filling(folder, patch, 12),
     "last tensor": lambda folder, patch: while_filling(folder, patch, 23),
-    **{step: before(writer, step) for step in ("Filling", "finish", "publish")},
-    **{step: before(finish, step) for step in ("put", "read_back")},
+    **{step: before(writer, step) for step in ("Filling", "publish")},
+    **{step: before(checks, step) for step in ("finish", "put", "read_back")},
 }
 
 
@@ -318,7 +318,7 @@ def test_a_copy_of_a_kept_shard_that_was_damaged_is_copied_again(
     whole = tree(tmp_path / "p")
     shutil.rmtree(tmp_path / "p")
     with monkeypatch.context() as patch:
-        patch.setattr(finish, "read_back", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(checks, "read_back", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert cli(*pick) == 130
     (partial,) = tmp_path.glob("p.partial-*/content")
     for path in partial.glob("*.safetensors"):

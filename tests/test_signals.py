@@ -48,7 +48,7 @@ sys.exit(main())
 """
 INT, TERM = int(signal.SIGINT), int(signal.SIGTERM)
 PLANNING = "hxaconv.commands.init:load_teacher"
-WRITTEN = "hxaconv.save.finish:put"
+WRITTEN = "hxaconv.save.checks:put"
 KEPT = "hxaconv.save.writer:_Run.what_is_kept"
 SAYING = "hxaconv.cli.console:Talk.say"
 PUBLISHING = "hxaconv.save.staging:_rename_into_place"

@@ -44,12 +44,6 @@ def _libc(name: str) -> Callable[..., int] | None:
     return call  # type: ignore[no-any-return]
 
 
-def _last_errno() -> int:
-    import ctypes
-
-    return ctypes.get_errno()
-
-
 def reserve(fd: int, size: int) -> None:
     """Give the file its final size, and its blocks where the file system can.
 
@@ -61,8 +55,10 @@ def reserve(fd: int, size: int) -> None:
     """
     fallocate = _libc("fallocate")
     if size and fallocate is not None:
+        import ctypes
+
         while fallocate(fd, 0, 0, size) != 0:
-            number = _last_errno()
+            number = ctypes.get_errno()
             if number in _NOT_OFFERED:
                 break
             if number != errno.EINTR:
@@ -70,18 +66,11 @@ def reserve(fd: int, size: int) -> None:
     os.ftruncate(fd, size)
 
 
-def start_writing_back(fd: int, offset: int, count: int) -> None:
-    """Ask for these dirty pages to go to disk, without waiting."""
+def write_back(fd: int, offset: int, count: int, *, wait: bool = False) -> None:
+    """Ask for these dirty pages to go to disk, or wait until they are; errors are left for the fsync that follows."""
     call = _libc("sync_file_range")
     if call is not None:
-        call(fd, offset, count, _SYNC_WRITE)
-
-
-def wait_written_back(fd: int, offset: int, count: int) -> None:
-    """Wait until these pages are on disk. Errors are left for the fsync that follows in any case."""
-    call = _libc("sync_file_range")
-    if call is not None:
-        call(fd, offset, count, _SYNC_WAIT_BEFORE | _SYNC_WRITE | _SYNC_WAIT_AFTER)
+        call(fd, offset, count, _SYNC_WAIT_BEFORE | _SYNC_WRITE | _SYNC_WAIT_AFTER if wait else _SYNC_WRITE)
 
 
 def drop_cached(fd: int, offset: int = 0, count: int = 0) -> None:
@@ -124,8 +113,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], workplace: Path
     It is written in the folder `workplace`, on the same file system: a crash leaves nothing beside `path`.
     """
     temporary = workplace / f"{path.name}.tmp-{os.getpid()}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    fd = os.open(temporary, flags, 0o666)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         try:
             for chunk in chunks:
@@ -168,13 +156,26 @@ def memory_limit() -> int | None:
 
 
 _NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
+_HINTS = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Choose a folder that files can be made in."),
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE), "Raise the limit of open files (ulimit -n), or end programs that hold many."
+    ),
+}
 
 
 def output_error(error: OSError, path: Path, doing: str, total: int | None = None) -> HxaconvError:
     """What went wrong while writing `path`, and what to do; `total` bytes are what the whole output takes."""
-    hint = _space_hint(path.parent, total) if error.errno in _NO_SPACE else hint_for(error)
+    hint = _HINTS.get(error.errno or 0, "Check the disk or the network file system.")
+    if error.errno in _NO_SPACE:
+        hint = "" if total is None else f"The output needs {total:,} bytes in all; "
+        try:
+            free = free_bytes(path.parent)
+            full = free < (total or PIECE_BYTES)
+            hint += f"{free:,} are free now{'' if full else ': what has run out is a quota, or inodes (`df -i`)'}."
+        except OSError:
+            hint += "how much is free is not known."
+        hint += " Make room, or choose another disk."
     return HxaconvError(f"{path}: {doing} failed: {error.strerror or error}", hint=hint)
 
 
@@ -185,29 +186,6 @@ def explained(path: Path, doing: str = "writing", total: int | None = None) -> I
         yield
     except OSError as error:
         raise output_error(error, Path(os.fsdecode(error.filename or path)), doing, total) from error
-
-
-def hint_for(error: OSError) -> str:
-    """What to do about an error of the system, as far as its number says."""
-    if error.errno in _TOO_MANY_OPEN:
-        return "Raise the limit of open files (ulimit -n), or end programs that hold many."
-    if error.errno in _NOT_ALLOWED:
-        return "Choose a folder that files can be made in."
-    return "Check the disk or the network file system."
-
-
-def _space_hint(folder: Path, total: int | None) -> str:
-    need = "" if total is None else f"The output needs {total:,} bytes in all; "
-    try:
-        free = free_bytes(folder)
-    except OSError:
-        return f"{need}how much is free is not known. Make room, or choose another disk."
-    if free < (total or PIECE_BYTES):
-        return f"{need}{free:,} are free now. Make room, or choose another disk."
-    return (
-        f"{need}{free:,} are free now: what has run out is a quota, or inodes (`df -i`)."
-        " Delete files, or choose another disk."
-    )
 
 
 @contextlib.contextmanager
@@ -239,11 +217,13 @@ def _acquire(path: Path, target: Path) -> int:
                     f"{target}: {_holder(fd)} is writing the same target",
                     hint="Wait until it has finished, or stop it first; --resume takes over what it has done.",
                 )
-            if _still_there(fd, path):
-                with contextlib.suppress(OSError):  # on a full disk the lock is held without saying by whom
-                    os.ftruncate(fd, 0)
-                    os.write(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-                return fd
+            # Its last holder may have removed the file between our opening and locking it.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(path)):
+                    with contextlib.suppress(OSError):  # on a full disk the lock is held without saying by whom
+                        os.ftruncate(fd, 0)
+                        os.write(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+                    return fd
         except BaseException:
             os.close(fd)
             raise
@@ -261,14 +241,6 @@ def _lock(fd: int) -> bool:
     except (OSError, ImportError):  # a file system, or a system, without such locks
         return True
     return True
-
-
-def _still_there(fd: int, path: Path) -> bool:
-    # Its last holder may have removed the file between our opening and locking it.
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _holder(fd: int) -> str:

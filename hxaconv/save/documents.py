@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hxaconv.calibration.report import CalibrationReport
     from hxaconv.model.model import Checkpoint
     from hxaconv.options import Init
-    from hxaconv.save.output import Output
+    from hxaconv.save.output import Output, Record
     from hxaconv.surgery.init import InitSettings
 
 CODE_FILES = ("configuration_hxa079.py", "modeling_hxa079.py")
@@ -96,19 +96,11 @@ def documents(output: Output) -> dict[str, bytes]:
         settings = {key: value for key, value in settings.items() if key not in ("auto_map", "architectures")}
         return {output.sidecar_name: as_bytes(settings | (_loadmodel(output) if output.format == "pth" else {}))}
     code = resources.files("hxaconv") / "model" / "hf"
-    card = model_card(
-        config,
-        base_model=record.base_model,
-        taught="teacher" in record.sources,
-        purpose=record.purpose,
-        section=record.section,
-        how=f"`{record.call.line}` with hxaconv {__version__}.",
-        raw=raw,
-    )
     # What a shell's config.json says of the parts that are carried along.
     shell = record.shell.shell_config if output.shell and record.shell else {}
     found = {name: (code / name).read_bytes() for name in CODE_FILES}
-    return found | {"README.md": card, "config.json": as_bytes({**settings, **shell, **settings})}
+    found["README.md"] = model_card(config, raw, record)
+    return found | {"config.json": as_bytes({**settings, **shell, **settings})}
 
 
 def _loadmodel(output: Output) -> dict[str, Any]:
@@ -122,48 +114,6 @@ def _loadmodel(output: Output) -> dict[str, Any]:
 
 STRIP_WIDTH = 60
 """Layers in a line of the layer strip."""
-
-_TEMPLATE = """---
-{front_matter}
----
-
-# {title}
-
-An RWKV-7/GQA hybrid ({variant}){made_from}.{purpose}
-
-## Layers
-
-`R` is an RWKV-7 time-mix layer (RoPE on), `G` a grouped-query attention layer (no RoPE).
-
-```
-{strip}
-```
-
-| | |
-|---|---|
-| layers | {layers}, of which {rwkv} RWKV and {gqa} GQA {gqa_list} |
-| hidden size, MLP, vocabulary | {hidden}, {mlp}, {vocab} |
-| heads, kv heads, head_dim | {heads}, {groups}, {head_dim} |
-| KV cache per token | {kv} bytes in bf16 ({gqa} of {layers} layers) |
-| recurrent state per sequence | {state} bytes in float32 |
-| rope_theta, rms_norm_eps | {theta:g}, {eps:g} |
-
-## How to use it
-
-```python
-from transformers import AutoModelForCausalLM
-
-# Before transformers 4.56: torch_dtype="auto"
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True, dtype="auto")
-```
-
-{infer}
-{section}
-## How it was made
-
-{how} Details, with the origin of every tensor, are in `hxaconv.json`.
-"""
-
 UNTRAINED = (
     "Its RWKV layers are initialised from the teacher's attention and not trained yet:"
     " it is the starting point of a distillation, not a finished model."
@@ -186,54 +136,60 @@ def partly_untrained(layers: Sequence[int]) -> str:
     )
 
 
-def model_card(
-    config: StudentConfig,
-    *,
-    base_model: str | None,
-    purpose: str,
-    how: str,
-    raw: Mapping[str, Any],
-    section: str = "",
-    taught: bool = True,
-) -> bytes:
-    """README.md with the Hub's front matter; `base_model` is a Hub id or a bare folder name, never a path.
-
-    `taught`: it is the teacher, not the student that this one was converted from.
-
-    `section` is Markdown that goes before the story of how it was made.
-    """
+def model_card(config: StudentConfig, raw: Mapping[str, Any], record: Record) -> bytes:
+    """README.md with the Hub's front matter; `raw` is the config.json that the model came from, with its license."""
+    base = record.base_model  # a Hub id or a bare folder name, never a path
+    layers, gqa, name = config.num_hidden_layers, len(config.gqa_layers), config.rwkv_architecture
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
-    if base_model and "/" in base_model:
-        front.append(f"base_model: {base_model}")
+    if base and "/" in base:
+        front.append(f"base_model: {base}")
     if re.fullmatch(r"[\w.+-]+", str(raw.get("license", ""))):
         front.append(f"license: {raw['license']}")
     front += ["tags:", *(f"- {tag}" for tag in ("linear-attention", "rwkv", "hybrid", "knowledge-distillation"))]
-    layers, gqa, name = config.num_hidden_layers, len(config.gqa_layers), config.rwkv_architecture
-    return _TEMPLATE.format(
-        front_matter="\n".join(front),
-        title=f"{name} student of {base_model}" if base_model and taught else f"{name} student",
-        variant=name,
-        made_from=f" made from {base_model}" if base_model else "",
-        purpose=f" {purpose}" if purpose else "",
-        strip="\n".join(config.strip[start : start + STRIP_WIDTH] for start in range(0, layers, STRIP_WIDTH)),
-        layers=layers,
-        rwkv=layers - gqa,
-        gqa=gqa,
-        gqa_list=f"({', '.join(map(str, config.gqa_layers))})" if gqa else "",
-        hidden=config.hidden_size,
-        mlp=config.intermediate_size,
-        vocab=config.vocab_size,
-        heads=config.num_attention_heads,
-        groups=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        kv=config.kv_cache_bytes(gqa),
-        state=config.state_bytes,
-        theta=config.rope_theta,
-        eps=config.rms_norm_eps,
-        how=how,
-        section=f"\n{section}\n" if section else "",
-        infer=_infer_text(config),
-    ).encode()
+    lines, listed = "\n".join(front), f"({', '.join(map(str, config.gqa_layers))})" if gqa else ""
+    title = f"{name} student of {base}" if base and "teacher" in record.sources else f"{name} student"
+    strip = "\n".join(config.strip[start : start + STRIP_WIDTH] for start in range(0, layers, STRIP_WIDTH))
+    section = f"\n{record.section}\n" if record.section else ""
+    return f"""---
+{lines}
+---
+
+# {title}
+
+An RWKV-7/GQA hybrid ({name}){f" made from {base}" if base else ""}.{f" {record.purpose}" if record.purpose else ""}
+
+## Layers
+
+`R` is an RWKV-7 time-mix layer (RoPE on), `G` a grouped-query attention layer (no RoPE).
+
+```
+{strip}
+```
+
+| | |
+|---|---|
+| layers | {layers}, of which {layers - gqa} RWKV and {gqa} GQA {listed} |
+| hidden size, MLP, vocabulary | {config.hidden_size}, {config.intermediate_size}, {config.vocab_size} |
+| heads, kv heads, head_dim | {config.num_attention_heads}, {config.num_key_value_heads}, {config.head_dim} |
+| KV cache per token | {config.kv_cache_bytes(gqa)} bytes in bf16 ({gqa} of {layers} layers) |
+| recurrent state per sequence | {config.state_bytes} bytes in float32 |
+| rope_theta, rms_norm_eps | {config.rope_theta:g}, {config.rms_norm_eps:g} |
+
+## How to use it
+
+```python
+from transformers import AutoModelForCausalLM
+
+# Before transformers 4.56: torch_dtype="auto"
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True, dtype="auto")
+```
+
+{_infer_text(config)}
+{section}
+## How it was made
+
+`{record.call.line}` with hxaconv {__version__}. Details, with the origin of every tensor, are in `hxaconv.json`.
+""".encode()
 
 
 def calibration_section(report: CalibrationReport) -> str:

@@ -274,10 +274,10 @@ class Writeback:
         if self._window_bytes < WINDOW_BYTES:
             return
         for start, size in self._window:
-            diskio.start_writing_back(self._fd, start, size)
+            diskio.write_back(self._fd, start, size)
         if not self._keep_cache:
             for start, size in self._before:
-                diskio.wait_written_back(self._fd, start, size)
+                diskio.write_back(self._fd, start, size, wait=True)
                 diskio.drop_cached(self._fd, start, size)
             for source in self._sources:
                 diskio.drop_cached(source.open())

@@ -22,7 +22,7 @@ from hxaconv.model.plan import Recipe, attention_of, source_files, total_bytes
 from hxaconv.model.variants.base import RANK_KEYS
 from hxaconv.options import Write
 from hxaconv.progress import Result
-from hxaconv.save.finish import Check
+from hxaconv.save.checks import Check
 from hxaconv.save.interruption import interruptible
 from hxaconv.save.output import Output
 from hxaconv.save.writer import WriteResult, refuse, write

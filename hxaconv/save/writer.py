@@ -7,28 +7,24 @@ same files; the first of them does the rest.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hxaconv import ranks
-from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, raise_all, shortened
+from hxaconv.errors import CheckFailed, HxaconvError, raise_all
 from hxaconv.formats import FileLayout, Fill
 from hxaconv.formats.files import SourceChanged, SourceFile
-from hxaconv.formats.json_files import read_sidecar
 from hxaconv.options import Write
 from hxaconv.progress import Progress, bar
-from hxaconv.save import diskio
+from hxaconv.save import checks, diskio
 from hxaconv.save.fill import Filling, Finished
-from hxaconv.save.finish import Check, finish
 from hxaconv.save.interruption import Signals, interruptible
 from hxaconv.save.output import Output
 from hxaconv.save.staging import (
     Journal,
-    Staging,
     plan_record,
     publish,
     read_journals,
@@ -43,10 +39,6 @@ if TYPE_CHECKING:
 
 Prepare = Callable[[Sequence[SourceFile]], None]
 """Gets source files ready to be read: downloads them."""
-
-
-class NonfiniteError(HxaconvError):
-    """Tensors that hold NaN or infinite values, which nobody has allowed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +62,7 @@ def write(
     output: Output,
     options: Write,
     *,
-    check: Check | None = None,
+    check: checks.Check | None = None,
     prepare: Prepare | None = None,
     progress: Progress | None = None,
 ) -> WriteResult:
@@ -87,7 +79,7 @@ def write(
     target = run.output.target
     with ExitStack() as stack:
         with run.step():
-            run.refuse(place_alone=True)
+            checks.refuse(run.output, run.staging, overwrite=options.overwrite, place_alone=True)
             if ranks.rank() == 0:
                 stack.enter_context(diskio.held(target.with_name(f".{target.name}.hxaconv-lock"), target))
         signals = stack.enter_context(interruptible(run.what_is_kept))
@@ -118,7 +110,7 @@ def refuse(output: Output, options: Write) -> None:
     """
     run = _Run(output, options, None)
     with run.explained():
-        run.refuse()
+        checks.refuse(run.output, run.staging, overwrite=options.overwrite)
 
 
 class _Run:
@@ -134,7 +126,7 @@ class _Run:
         self.options, self.progress = options, progress
         self.record = plan_record(self.output, options.digest)
         self.staging = staging_of(target, self.record)
-        self.needed = bytes_needed(self.output)
+        self.needed = checks.bytes_needed(self.output)
         self.published = False
         self.tensors: Mapping[str, Finished] = {}
         self.report: Report | None = None
@@ -154,7 +146,7 @@ class _Run:
         """Errors end with what is kept and how to go on; what is of no use to anybody is removed."""
         try:
             yield
-        except (NonfiniteError, SourceChanged):
+        except (checks.NonfiniteError, SourceChanged):
             if ranks.rank() == 0:
                 self.staging.remove()
             raise
@@ -180,17 +172,6 @@ class _Run:
             return f"Nothing had been finished; {target} is as before."
         return f"{count} finished tensors are kept in {path}; the same command with --resume continues."
 
-    def refuse(self, *, place_alone: bool = False) -> None:
-        """Refuse a place that nothing may be written to, not even a lock, then what is in the way and does not fit.
-
-        Raises:
-            HxaconvError: listing every problem.
-        """
-        problems = place_problems(self.output, self.staging)
-        if self.output.target.parent.is_dir() and (problems or not place_alone):
-            problems += content_problems(self.output, self.staging, self.needed, overwrite=self.options.overwrite)
-        raise_all(f"{self.output.target} cannot be written:", problems, hint="Nothing was written.")
-
     def begin(self, signals: Signals) -> bool:
         """Make what is needed to write tensors, or find that all is published already (True)."""
         staging, resume = self.staging, self.options.resume
@@ -200,7 +181,7 @@ class _Run:
         if complete and resume:
             self._look_at_target(signals)
             return True
-        self.refuse()
+        checks.refuse(self.output, staging, overwrite=self.options.overwrite)
         count = len(read_journals(staging.path))
         if count and not resume:
             raise HxaconvError(
@@ -243,7 +224,7 @@ class _Run:
         finally:
             journal.close()
 
-    def finish(self, signals: Signals, check: Check | None) -> None:
+    def finish(self, signals: Signals, check: checks.Check | None) -> None:
         """Everything but the tensors, the verdict on them, and the target's name."""
         output, staging = self.output, self.staging
         self.tensors = read_journals(staging.path)
@@ -253,10 +234,10 @@ class _Run:
             hint="Something else changes that folder. Run the command again.",
         )
         if not self.options.allow_nonfinite:
-            refuse_nonfinite(output, self.tensors)
+            checks.refuse_nonfinite(output, self.tensors)
         self._check_sources()
         try:
-            self.report = finish(staging, output, self.tensors, self.options, check)
+            self.report = checks.finish(staging, output, self.tensors, self.options, check)
         except SourceChanged as error:
             self._check_sources()
             # It is none of those that the tensors were made of: what is written stays good, or can be repaired.
@@ -313,139 +294,3 @@ def share(files: Sequence[FileLayout], rank: int, world: int) -> list[tuple[File
         if fills:
             mine.append((layout, fills))
     return mine
-
-
-def refuse_nonfinite(output: Output, tensors: Mapping[str, Finished]) -> None:
-    """Name all tensors with NaN or infinite values.
-
-    Raises:
-        NonfiniteError: when there are any.
-    """
-    found = {name: recipe for name, recipe in output.tensors.items() if tensors[name].nonfinite}
-    if not found:
-        return
-    problems = [f"{name}: {tensors[name].nonfinite} of {r.numel} ({r.origin})" for name, r in found.items()]
-    hint = "The source is damaged or its training diverged. To convert it all the same, add --allow-nonfinite."
-    if any(recipe.dtype == "F16" and recipe.make.kind in ("cast", "scale") for recipe in found.values()):
-        hint = "float16 ends at 65504: use --dtype bfloat16 or float32, or add --allow-nonfinite."
-    raise NonfiniteError(f"these tensors hold NaN or infinite values:\n{bullet_list(problems)}", hint=hint)
-
-
-# What can be known to go wrong before the first byte, found all at once
-
-SLACK_BYTES, SLACK_BYTES_PER_TENSOR = 256 * 1024, 1024
-"""For journal, index, provenance and the file system's own blocks."""
-LONGEST_NAME = 255
-"""Bytes of a file's name on the file systems in use."""
-_REPLACEABLE = re.compile(
-    r"(model|pytorch_model)((-\d{5}-of-\d{5})?\.(safetensors|bin)|\.(safetensors|bin)\.index\.json)"
-    r"|(hxaconv|config|generation_config|preprocessor_config|processor_config|chat_template)\.json"
-    r"|(tokenizer|vocab|merges|special_tokens|added_tokens)\w*\.(json|txt|model)|chat_template\.jinja"
-    r"|README\.md|(LICENSE|NOTICE|USE_POLICY)(\.\w+)?|\.gitattributes|\.cache|__pycache__|additional_chat_templates"
-    r"|(configuration|modeling|tokenization|processing|image_processing)_\w+\.py"
-)
-"""Names in a checkpoint's folder: what this package, transformers and downloads from the Hub put there."""
-
-
-def bytes_needed(output: Output) -> int:
-    """Disk space that writing an output takes; a source's file that can be linked takes none."""
-    documents = sum(len(data) for data in output.documents.values())
-    copied = sum(file.size for file in output.copied_files.values())
-    slack = SLACK_BYTES + SLACK_BYTES_PER_TENSOR * len(output.tensors)
-    parent = output.target.parent
-    linked = sum(layout.size for layout in output.files if _same_device(layout.hard_link, parent))
-    return output.nbytes - linked + documents + copied + slack
-
-
-def _same_device(file: SourceFile | None, folder: Path) -> bool:
-    """Whether the file is on the folder's file system, so that a link there can stand for it."""
-    if file is None or file.path is None:
-        return False
-    try:
-        return os.stat(file.path).st_dev == os.stat(folder).st_dev
-    except OSError:
-        return False
-
-
-def place_problems(output: Output, staging: Staging) -> list[str]:
-    """Why nothing may be written at a target."""
-    parent = output.target.parent
-    if not parent.is_dir():
-        return [f"{parent} is not a folder; create it first (mkdir -p)"]
-    problems = []
-    if not os.access(parent, os.W_OK | os.X_OK):
-        problems.append(f"{parent} is not writable for this user")
-    if len(os.fsencode(staging.path.name)) > LONGEST_NAME:
-        problems.append(f"its name with the suffix of the work folder is longer than {LONGEST_NAME} bytes")
-    target = output.target.resolve()
-    for path in _source_paths(output):
-        if path == target:
-            problems.append(f"it is the source {path} itself")
-        elif target in path.parents:
-            problems.append(f"the source {path} lies inside it")
-        elif path in target.parents:
-            problems.append(f"it lies inside the source {path}")
-    return problems
-
-
-def _source_paths(output: Output) -> list[Path]:
-    """The folders and files that sources were opened from, and files that are in none of them."""
-    roots = [source.root.resolve() for source in output.record.sources.values() if source.root is not None]
-    files = [file.path.resolve() for file in output.sources() if file.path is not None]
-    outside = [path for path in files if not any(root == path or root in path.parents for root in roots)]
-    return list(dict.fromkeys([*roots, *outside]))
-
-
-def content_problems(output: Output, staging: Staging, needed: int, *, overwrite: bool) -> list[str]:
-    """Why an output does not fit, and what is in the way of it."""
-    problems = _space_problems(staging, needed)
-    for _, final in staging.moves():
-        if not os.path.lexists(final):
-            continue
-        if not overwrite:
-            problems.append(f"{final} exists; choose another name, or add --overwrite")
-        elif final.is_symlink():
-            problems.append(f"{final} is a symbolic link; name the place it points to, or remove it")
-        elif final == output.target and output.is_folder:
-            problems += _folder_problems(final, {*output.documents, *output.copied_files})
-        elif not final.is_file():
-            problems.append(f"{final} is not a file")
-        elif final != output.target and not _is_sidecar(final):
-            problems.append(f"--overwrite would replace {final}, which is no sidecar of a .pth; move it away")
-    return problems
-
-
-def _folder_problems(folder: Path, new: Collection[str]) -> list[str]:
-    """--overwrite deletes the folder: it may hold the files of a checkpoint, `new` ones too, and nothing else."""
-    if not folder.is_dir():
-        return [f"{folder} is not a folder"]
-    foreign = [
-        f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
-        if entry.name not in new and not _REPLACEABLE.fullmatch(entry.name)
-    ]
-    if not foreign:
-        return []
-    return [
-        f"--overwrite would delete what is no part of a checkpoint in {folder}: {shortened(foreign)}; move that away"
-    ]
-
-
-def _is_sidecar(path: Path) -> bool:
-    """Whether it is ours: others may have that name by chance."""
-    try:
-        return read_sidecar(SourceFile.local(path)) is not None
-    except HxaconvError:
-        return False
-
-
-def _space_problems(staging: Staging, needed: int) -> list[str]:
-    parent = staging.target.parent
-    there = min(staging.allocated_bytes(), needed)
-    free = diskio.free_bytes(parent)
-    if free >= needed - there:
-        return []
-    already = f", {there:,} of them taken by the interrupted run" if there else ""
-    others = [other for other in stagings_at(staging.target) if other.path != staging.path]
-    could_go = "".join(f"; {o.path.name} of another run takes {o.allocated_bytes():,}" for o in others)
-    return [f"{needed:,} bytes are needed{already}; {free:,} are free on the file system of {parent}{could_go}"]

@@ -1,32 +1,52 @@
-"""What follows the last tensor: small files are written, everything is read back from disk, and the record says so."""
+"""What is looked at before the first byte of an output, and after its last tensor, when small files follow."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hxaconv.errors import CheckFailed, raise_all
+from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, raise_all, shortened
 from hxaconv.formats import FileLayout
-from hxaconv.formats.json_files import PROVENANCE_NAME, json_chunks, plain_data
+from hxaconv.formats.files import SourceFile
+from hxaconv.formats.json_files import PROVENANCE_NAME, json_chunks, plain_data, read_sidecar
 from hxaconv.formats.safetensors import INDEX_NAME, index
 from hxaconv.model.plan import Buffers
+from hxaconv.save import diskio
 from hxaconv.save.documents import settings_digest
 from hxaconv.save.fill import Finished, digest_of_file
 from hxaconv.save.output import Output
-from hxaconv.save.staging import Staging
+from hxaconv.save.staging import Staging, stagings_at
 
 if TYPE_CHECKING:
     from hxaconv.options import Write
     from hxaconv.verification.report import Report
 
+SLACK_BYTES, SLACK_BYTES_PER_TENSOR = 256 * 1024, 1024
+"""For journal, index, provenance and the file system's own blocks."""
+LONGEST_NAME = 255
+"""Bytes of a file's name on the file systems in use."""
+_REPLACEABLE = re.compile(
+    r"(model|pytorch_model)((-\d{5}-of-\d{5})?\.(safetensors|bin)|\.(safetensors|bin)\.index\.json)"
+    r"|(hxaconv|config|generation_config|preprocessor_config|processor_config|chat_template)\.json"
+    r"|(tokenizer|vocab|merges|special_tokens|added_tokens)\w*\.(json|txt|model)|chat_template\.jinja"
+    r"|README\.md|(LICENSE|NOTICE|USE_POLICY)(\.\w+)?|\.gitattributes|\.cache|__pycache__|additional_chat_templates"
+    r"|(configuration|modeling|tokenization|processing|image_processing)_\w+\.py"
+)
+"""Names in a checkpoint's folder: what this package, transformers and downloads from the Hub put there."""
 SMALL_BYTES = 64 * 1024
 """Records of a zip that are read back whole."""
 VERDICT_DIGITS = 3
 """Significant digits of what a verification measured in hxaconv.json: beyond them, sums depend on the machine."""
+
+
+class NonfiniteError(HxaconvError):
+    """Tensors that hold NaN or infinite values, which nobody has allowed."""
 
 
 class Check(Protocol):
@@ -39,6 +59,144 @@ class Check(Protocol):
     def report(self, output: Output, staged: Path, *, allow_nonfinite: bool) -> Report:
         """What a verification of the staged checkpoint finds; asked unless --no-verify."""
         ...
+
+
+# Before the first byte: what can be known to go wrong, found all at once
+
+
+def bytes_needed(output: Output) -> int:
+    """Disk space that writing an output takes; a source's file that can be linked takes none."""
+    documents = sum(len(data) for data in output.documents.values())
+    copied = sum(file.size for file in output.copied_files.values())
+    slack = SLACK_BYTES + SLACK_BYTES_PER_TENSOR * len(output.tensors)
+    parent = output.target.parent
+    linked = sum(layout.size for layout in output.files if _same_device(layout.hard_link, parent))
+    return output.nbytes - linked + documents + copied + slack
+
+
+def _same_device(file: SourceFile | None, folder: Path) -> bool:
+    """Whether the file is on the folder's file system, so that a link there can stand for it."""
+    if file is None or file.path is None:
+        return False
+    try:
+        return os.stat(file.path).st_dev == os.stat(folder).st_dev
+    except OSError:
+        return False
+
+
+def refuse(output: Output, staging: Staging, *, overwrite: bool, place_alone: bool = False) -> None:
+    """Refuse a place that nothing may be written to, not even a lock; then what is in the way, and what does not fit.
+
+    Raises:
+        HxaconvError: listing every problem.
+    """
+    problems = _place_problems(output, staging)
+    if output.target.parent.is_dir() and (problems or not place_alone):
+        problems += _content_problems(output, staging, overwrite=overwrite)
+    raise_all(f"{output.target} cannot be written:", problems, hint="Nothing was written.")
+
+
+def _place_problems(output: Output, staging: Staging) -> list[str]:
+    """Why nothing may be written at a target."""
+    parent = output.target.parent
+    if not parent.is_dir():
+        return [f"{parent} is not a folder; create it first (mkdir -p)"]
+    problems = []
+    if not os.access(parent, os.W_OK | os.X_OK):
+        problems.append(f"{parent} is not writable for this user")
+    if len(os.fsencode(staging.path.name)) > LONGEST_NAME:
+        problems.append(f"its name with the suffix of the work folder is longer than {LONGEST_NAME} bytes")
+    target = output.target.resolve()
+    for path in _source_paths(output):
+        if path == target:
+            problems.append(f"it is the source {path} itself")
+        elif target in path.parents:
+            problems.append(f"the source {path} lies inside it")
+        elif path in target.parents:
+            problems.append(f"it lies inside the source {path}")
+    return problems
+
+
+def _source_paths(output: Output) -> list[Path]:
+    """The folders and files that sources were opened from, and files that are in none of them."""
+    roots = [source.root.resolve() for source in output.record.sources.values() if source.root is not None]
+    files = [file.path.resolve() for file in output.sources() if file.path is not None]
+    outside = [path for path in files if not any(root == path or root in path.parents for root in roots)]
+    return list(dict.fromkeys([*roots, *outside]))
+
+
+def _content_problems(output: Output, staging: Staging, *, overwrite: bool) -> list[str]:
+    """Why an output does not fit, and what is in the way of it."""
+    problems = _space_problems(output, staging)
+    for _, final in staging.moves():
+        if not os.path.lexists(final):
+            continue
+        if not overwrite:
+            problems.append(f"{final} exists; choose another name, or add --overwrite")
+        elif final.is_symlink():
+            problems.append(f"{final} is a symbolic link; name the place it points to, or remove it")
+        elif final == output.target and output.is_folder:
+            problems += _folder_problems(final, {*output.documents, *output.copied_files})
+        elif not final.is_file():
+            problems.append(f"{final} is not a file")
+        elif final != output.target and not _is_sidecar(final):
+            problems.append(f"--overwrite would replace {final}, which is no sidecar of a .pth; move it away")
+    return problems
+
+
+def _folder_problems(folder: Path, new: Collection[str]) -> list[str]:
+    """--overwrite deletes the folder: it may hold the files of a checkpoint, `new` ones too, and nothing else."""
+    if not folder.is_dir():
+        return [f"{folder} is not a folder"]
+    foreign = [
+        f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
+        if entry.name not in new and not _REPLACEABLE.fullmatch(entry.name)
+    ]
+    if not foreign:
+        return []
+    return [
+        f"--overwrite would delete what is no part of a checkpoint in {folder}: {shortened(foreign)}; move that away"
+    ]
+
+
+def _is_sidecar(path: Path) -> bool:
+    """Whether it is ours: others may have that name by chance."""
+    try:
+        return read_sidecar(SourceFile.local(path)) is not None
+    except HxaconvError:
+        return False
+
+
+def _space_problems(output: Output, staging: Staging) -> list[str]:
+    parent, needed = staging.target.parent, bytes_needed(output)
+    there = min(staging.allocated_bytes(), needed)
+    free = diskio.free_bytes(parent)
+    if free >= needed - there:
+        return []
+    already = f", {there:,} of them taken by the interrupted run" if there else ""
+    others = [other for other in stagings_at(staging.target) if other.path != staging.path]
+    could_go = "".join(f"; {o.path.name} of another run takes {o.allocated_bytes():,}" for o in others)
+    return [f"{needed:,} bytes are needed{already}; {free:,} are free on the file system of {parent}{could_go}"]
+
+
+# After the last tensor
+
+
+def refuse_nonfinite(output: Output, tensors: Mapping[str, Finished]) -> None:
+    """Name all tensors with NaN or infinite values.
+
+    Raises:
+        NonfiniteError: when there are any.
+    """
+    found = {name: recipe for name, recipe in output.tensors.items() if tensors[name].nonfinite}
+    if not found:
+        return
+    problems = [f"{name}: {tensors[name].nonfinite} of {r.numel} ({r.origin})" for name, r in found.items()]
+    hint = "The source is damaged or its training diverged. To convert it all the same, add --allow-nonfinite."
+    if any(recipe.dtype == "F16" and recipe.make.kind in ("cast", "scale") for recipe in found.values()):
+        hint = "float16 ends at 65504: use --dtype bfloat16 or float32, or add --allow-nonfinite."
+    raise NonfiniteError(f"these tensors hold NaN or infinite values:\n{bullet_list(problems)}", hint=hint)
 
 
 def finish(
