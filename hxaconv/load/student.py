@@ -94,6 +94,28 @@ def parameters_found(plan: Plan) -> set[str]:
     return {short for layer, dot, short in split if "." not in short and f"{layer}{dot}" in rwkv}
 
 
+LOW_RANK = {"w1": "decay", "a1": "iclr", "v1": "value", "k1": "key", "g1": "gate", "dv1": "own_value"}
+_SHAPES: dict[str, tuple[str, ...]] = {
+    "model.embed_tokens.weight": ("vocab_size",),
+    "self_attn.r_k": ("num_attention_heads", "head_dim"),
+    "self_attn.r_norm.weight": ("head_dim",),
+    "self_attn.q_norm.weight": ("head_dim",),
+    "self_attn.key.weight": ("key_rows",),
+    "self_attn.receptance.weight": ("rows", "hidden_size"),
+    "self_attn.q_proj.weight": ("rows", "hidden_size"),
+    **{f"self_attn.{name}": ("", RANK_KEYS[rank]) for name, rank in LOW_RANK.items()},
+    "mlp.up_proj.weight": ("intermediate_size",),
+    "mlp.experts.{e}.up_proj.weight": ("moe_intermediate_size",),
+}
+"""What the sizes of a tensor are, first to last."""
+_SWITCHES = {
+    "qk_norm": ("self_attn.q_norm.weight", "self_attn.r_norm.weight"),
+    "attention_bias": ("self_attn.q_proj.bias", "self_attn.receptance.bias"),
+    "output_bias": ("self_attn.o_proj.bias", "self_attn.output.bias"),
+}
+"""What is true where there is one of these tensors."""
+
+
 def tensor_settings(plan: Plan) -> dict[str, Any]:
     """What shapes and names alone say about a student's config, whole or attention only."""
     kinds = layer_kinds(plan)
@@ -101,48 +123,27 @@ def tensor_settings(plan: Plan) -> dict[str, Any]:
         "num_hidden_layers": max(kinds) + 1 if kinds else 0,
         "gqa_layers": tuple(sorted(i for i, kind in kinds.items() if kind == "gqa")),
     }
-    if EMBEDDING in plan:
-        facts["vocab_size"] = plan[EMBEDDING].shape[0]
-    for name, recipe in plan.items():
-        template = template_of(name)[0]
-        short = template.rsplit("self_attn.", 1)[-1] if ".self_attn." in template else template
-        _shape_settings(short, recipe.shape, facts)
-    experts = {expert_index(name) for name in plan if is_expert(name)} - {None}
+    shapes = {template_of(name)[0].removeprefix("model.layers.{i}."): recipe.shape for name, recipe in plan.items()}
+    sizes: dict[str, int] = {}
+    for name, keys in _SHAPES.items():
+        if len(shapes.get(name, ())) >= len(keys):
+            sizes |= zip(keys, shapes[name], strict=False)
+    key_rows, rows, _ = (sizes.pop(key, None) for key in ("key_rows", "rows", ""))
+    if "head_dim" in sizes and key_rows:
+        facts["num_key_value_heads"] = key_rows // sizes["head_dim"]
+    if "head_dim" in sizes and rows:
+        facts["num_attention_heads"] = rows // sizes["head_dim"]
+    facts |= sizes
+    experts = [expert_index(name) or 0 for name in plan if is_expert(name)]
     if experts:
-        facts["num_experts"] = max(expert or 0 for expert in experts) + 1
-    key_rows, rows = facts.pop("rwkv_key_rows", None), facts.pop("rwkv_rows", None)
-    if key_rows and "head_dim" in facts:
-        facts["num_key_value_heads"] = key_rows // facts["head_dim"]
-    if rows and "head_dim" in facts:
-        facts.setdefault("num_attention_heads", rows // facts["head_dim"])
-    names = {template_of(name)[0].rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1] for name in plan if "." in name}
-    if plan:
-        facts["qk_norm"] = bool(names & {"r_norm.weight", "q_norm.weight"})
-        facts["attention_bias"] = bool(names & {"receptance.bias", "q_proj.bias"})
-        facts["output_bias"] = bool(names & {"output.bias", "o_proj.bias"})
-    if "intermediate_size" in facts:
-        facts["mlp_bias"] = "up_proj.bias" in names
-    return facts
-
-
-def _shape_settings(short: str, shape: tuple[int, ...], facts: dict[str, Any]) -> None:
-    ranks = {"w1": "decay", "a1": "iclr", "v1": "value", "k1": "key", "g1": "gate", "dv1": "own_value"}
-    if short == "r_k" and len(shape) == 2:
-        facts["num_attention_heads"], facts["head_dim"] = shape
-    elif short in ("r_norm.weight", "q_norm.weight"):
-        facts.setdefault("head_dim", shape[0])
-    elif short == "key.weight":
-        facts["rwkv_key_rows"] = shape[0]
-    elif short in ("receptance.weight", "q_proj.weight"):
-        facts["rwkv_rows"], facts["hidden_size"] = shape
-    elif short in ranks and len(shape) == 2:
-        facts[RANK_KEYS[ranks[short]]] = shape[1]
-    elif short == "layer_architecture":
+        facts["num_experts"] = max(experts) + 1
+    if "self_attn.layer_architecture" in shapes:
         facts["layer_records"] = True
-    elif short.endswith("mlp.up_proj.weight"):
-        facts["intermediate_size"] = shape[0]
-    elif short.endswith("mlp.experts.{e}.up_proj.weight"):
-        facts["moe_intermediate_size"] = shape[0]
+    if plan:
+        facts |= {key: any(name in shapes for name in names) for key, names in _SWITCHES.items()}
+    if "intermediate_size" in facts:
+        facts["mlp_bias"] = "mlp.up_proj.bias" in shapes
+    return facts
 
 
 def config_settings(raw: Mapping[str, Any], where: str) -> dict[str, Any]:

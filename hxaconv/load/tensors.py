@@ -112,59 +112,41 @@ def _experts(name: str, plan: Plan, config: ModelConfig) -> Plan:
     """One layer's experts: as transformers 5 has them, (E, 2I, C) and (E, C, I), or each matrix transposed."""
     if config.experts is None:
         raise Inconsistent(f"{name} holds experts, and config.json has no num_experts")
-    recipe, count = plan[name], config.experts.num_experts
-    matrix = _matrix(name, config)
-    if recipe.shape not in ((count, *matrix), (count, *reversed(matrix))):
-        turned = (count, *reversed(matrix))
-        raise Inconsistent(
-            f"{name}: shape {recipe.shape}, the config implies {(count, *matrix)}, or {turned} transposed"
-        )
-    make = _transposed if _is_transposed(name, plan, config) else _straight
+    c, i, count = config.hidden_size, config.experts.moe_intermediate_size, config.experts.num_experts
+    matrices = {"gate_up_proj": (2 * i, c), "down_proj": (c, i)}
     base, _, fused = name.rpartition(".")
-    number = matrix[0] // 2 if fused == "gate_up_proj" else matrix[0]
+    recipe, matrix = plan[name], matrices[fused]
+    straight, turned = (count, *matrix), (count, *reversed(matrix))
+    if recipe.shape not in (straight, turned):
+        raise Inconsistent(f"{name}: shape {recipe.shape}, the config implies {straight}, or {turned} transposed")
+    # Where its matrices are square, the layer's other ones tell whether they are transposed.
+    shapes = [(plan.get(f"{base}.{other}"), matrices[other]) for other in (fused, *matrices)]
+    told = (found.shape[1:] != shape for found, shape in shapes if found and shape[0] != shape[1])
+    is_turned = next(told, False)
     parts = ("gate_proj", "up_proj") if fused == "gate_up_proj" else ("down_proj",)
+    number = matrix[0] // len(parts)
     return {
-        f"{base}.{expert}.{part}.weight": make(recipe, matrix, expert, place * number, number)
+        f"{base}.{expert}.{part}.weight": _expert_rows(recipe, expert, matrix, place * number, number, is_turned)
         for expert in range(count)
         for place, part in enumerate(parts)
     }
 
 
-def _matrix(name: str, config: ModelConfig) -> tuple[int, int]:
-    """(rows, columns) of one expert's matrix in a fused tensor."""
-    assert config.experts is not None
-    c, i = config.hidden_size, config.experts.moe_intermediate_size
-    return (2 * i, c) if name.endswith("gate_up_proj") else (c, i)
-
-
-def _is_transposed(name: str, plan: Plan, config: ModelConfig) -> bool:
-    """By its shape; where its matrices are square, by that of the layer's other one."""
-    base = name.rpartition(".")[0]
-    for one in (name, f"{base}.gate_up_proj", f"{base}.down_proj"):
-        matrix = _matrix(one, config)
-        if one in plan and matrix[0] != matrix[1]:
-            return plan[one].shape[1:] != matrix
-    return False
-
-
-def _straight(recipe: Recipe, matrix: tuple[int, int], expert: int, first: int, number: int) -> Recipe:
-    """Rows of one expert's matrix."""
-    assert isinstance(recipe.make, Divisible)
-    itemsize = BY_NAME[recipe.dtype].itemsize
-    start, size = (expert * matrix[0] + first) * matrix[1], number * matrix[1]
-    part = recipe.make.part(start * itemsize, size * itemsize)
-    return Recipe(recipe.dtype, (number, matrix[1]), part, f"{recipe.origin}[{expert}] rows {first}:{first + number}")
-
-
-def _transposed(recipe: Recipe, matrix: tuple[int, int], expert: int, first: int, number: int) -> Recipe:
-    """The same rows where they are stored as columns."""
-    assert isinstance(recipe.make, Ranges)
-    extent, itemsize = recipe.make.extents[0], BY_NAME[recipe.dtype].itemsize
-    assert extent.file is not None
-    offset = extent.offset + (expert * matrix[0] * matrix[1] + first) * itemsize
-    make = Strided(extent.file, offset, itemsize, (number, matrix[1]), (1, matrix[0]))
-    origin = f"{recipe.origin}[{expert}] columns {first}:{first + number}"
-    return Recipe(recipe.dtype, (number, matrix[1]), make, origin)
+def _expert_rows(recipe: Recipe, expert: int, matrix: tuple[int, int], first: int, number: int, turned: bool) -> Recipe:
+    """Rows of one expert's matrix; `turned`: they are stored as columns."""
+    height, width = matrix
+    itemsize, make = BY_NAME[recipe.dtype].itemsize, recipe.make
+    origin = f"{recipe.origin}[{expert}] {'columns' if turned else 'rows'} {first}:{first + number}"
+    if turned:
+        assert isinstance(make, Ranges)
+        extent = make.extents[0]
+        assert extent.file is not None
+        offset = extent.offset + (expert * height * width + first) * itemsize
+        strided = Strided(extent.file, offset, itemsize, (number, width), (1, height))
+        return Recipe(recipe.dtype, (number, width), strided, origin)
+    assert isinstance(make, Divisible)
+    part = make.part((expert * height + first) * width * itemsize, number * width * itemsize)
+    return Recipe(recipe.dtype, (number, width), part, origin)
 
 
 def complete(student: Model) -> Model:
