@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hxaconv.errors import MAX_LISTED, HxaconvError, NotConverted, bullet_list, shortened
+from hxaconv.errors import HxaconvError, NotConverted, bullet_list, raise_all, shortened
 from hxaconv.formats import Contents, read_contents, sharded, zero
 from hxaconv.formats.files import SourceFile, show
 from hxaconv.formats.json_files import PROVENANCE_NAME, read_config, read_json, read_sidecar
@@ -31,7 +31,7 @@ from hxaconv.model import shells
 from hxaconv.model.config import teacher_config
 from hxaconv.model.model import Checkpoint
 from hxaconv.model.names import canonical_names, detect_key_format, layer_kinds, unknown_names
-from hxaconv.model.plan import Plan, same_bytes
+from hxaconv.model.plan import Plan, Recipe, same_bytes
 from hxaconv.options import text_of
 
 if TYPE_CHECKING:
@@ -171,28 +171,12 @@ def _snapshot(cache: Path, label: str) -> Path:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
+class Trained(NamedTuple):
     """Weights that several ranks of a trainer saved, not opened yet."""
 
     folder: Path
-    kind: str
-    """`zero` (DeepSpeed), `dcp` (torch.distributed.checkpoint) or `dtensor`."""
-    label: str
-
-    def read(self, weights: str | None) -> tuple[list[SourceFile], Contents]:
-        """Its files and the tensors in them; `weights` is `master` or `model`, where there are both.
-
-        Raises:
-            HxaconvError: for what is missing, damaged, or not put together.
-        """
-        if self.kind == "zero" and weights in (None, "master", "model"):
-            return zero.read_zero(self.folder, label=self.label, weights=weights)
-        if weights is not None:
-            sets = "master and model weights" if self.kind == "zero" else "one set of weights"
-            raise HxaconvError(f"--weights {weights}: {self.label} has {sets}", hint="Leave --weights out.")
-        read = sharded.read_dcp if self.kind == "dcp" else sharded.read_dtensors
-        return read(self.folder, label=self.label)
+    read: Callable[[str | None], tuple[list[SourceFile], Contents]]
+    """Its files and the tensors in them; of DeepSpeed's, `master` or `model` weights."""
 
 
 def find_trained(root: Path, label: str) -> Trained | None:
@@ -201,21 +185,31 @@ def find_trained(root: Path, label: str) -> Trained | None:
     Raises:
         HxaconvError: when it names a step that is not there, or holds several.
     """
-
-    def at(folder: Path, kind: str) -> Trained:
-        return Trained(folder, kind, label if folder == root else f"{label.rstrip('/')}/{folder.name}")
-
-    step = zero.step_folder(root)
-    if step is not None:
-        return at(step, "zero")
-    if sharded.holds_dcp(root) or sharded.holds_dtensors(root):
-        return at(root, "dcp" if sharded.holds_dcp(root) else "dtensor")
     inner = [path for path in sorted(root.iterdir()) if _SHARDED.match(path.name) and path.is_dir()]
-    found = [path for path in inner if sharded.holds_dcp(path)]
-    if len(found) > 1:
+    found = [root] if sharded.holds_dcp(root) else [path for path in inner if sharded.holds_dcp(path)]
+    step = zero.step_folder(root)
+    sets: tuple[str, ...] = ()
+    reader: Callable[..., tuple[list[SourceFile], Contents]] = sharded.read_dcp
+    if step is not None:
+        folder, reader, sets = step, zero.read_zero, ("master", "model")
+    elif sharded.holds_dtensors(root):
+        folder, reader = root, sharded.read_dtensors
+    elif len(found) == 1:
+        folder = found[0]
+    elif found:
         names = ", ".join(path.name for path in found)
         raise HxaconvError(f"{label} holds several models: {names}", hint="Give one of these folders.")
-    return at(found[0], "dcp") if found else None
+    else:
+        return None
+    where = label if folder == root else f"{label.rstrip('/')}/{folder.name}"
+
+    def read(weights: str | None) -> tuple[list[SourceFile], Contents]:
+        if weights is not None and weights not in sets:
+            held = "master and model weights" if sets else "one set of weights"
+            raise HxaconvError(f"--weights {weights}: {where} has {held}", hint="Leave --weights out.")
+        return reader(folder, label=where, **({"weights": weights} if sets else {}))
+
+    return Trained(folder, read)
 
 
 def _from_trainer(trained: Trained, folder: Folder, root: Path, weights: str | None) -> Checkpoint:
@@ -265,11 +259,11 @@ def assemble(folder: Folder, read: Callable[[], _Read] | None = None) -> Checkpo
     config = read_config(folder.open("config.json")) if "config.json" in folder.sizes else None
     kind = kind_of_config(config or {})
     if kind is not None and folder.handle is not None:  # before anything large is read over the network
-        return _nothing_of(folder, config, kind.error(folder.label))
+        return Checkpoint(label=folder.label, config=config, problem=kind.error(folder.label))
     try:
         return _checkpoint(folder, config, *(read() if read else _chosen(folder)))
     except NotConverted as error:
-        return _nothing_of(folder, config, kind.error(folder.label) if kind else error)
+        return Checkpoint(label=folder.label, config=config, problem=kind.error(folder.label) if kind else error)
 
 
 def _chosen(folder: Folder) -> _Read:
@@ -297,20 +291,6 @@ def _instead(folder: Folder, names: Sequence[str]) -> str:
     except HxaconvError:
         return ""
     return f"If {shortened(others[:3])} hold the model, delete {names[0]}: they are read then."
-
-
-def _nothing_of(folder: Folder, config: Mapping[str, Any] | None, problem: HxaconvError) -> Checkpoint:
-    """A checkpoint of which nothing but its config is known."""
-    return Checkpoint(
-        label=folder.label,
-        container="",
-        key_format="",
-        plan={},
-        stored_names={},
-        config=config,
-        files=(),
-        problem=problem,
-    )
 
 
 def _checkpoint(
@@ -361,7 +341,7 @@ def _checkpoint(
         extra=first.extra | _facts(folder, opened, index, files),
         handle=folder.handle,
     )
-    problem = problem or _problem(found, kind_of_shell(config or {})) or _misfit(misfits, folder.label)
+    problem = problem or _problem(found, kind_of_shell(config or {}), misfits)
     return replace(found, problem=problem, unknown={**found.unknown, **misfits})
 
 
@@ -394,7 +374,6 @@ def _facts(
     facts: dict[str, Any] = {
         "stray_files": folder.strays([PurePosixPath(file.name).name for file in files]),
         "index": index.name if index else None,
-        "index_lacks": sorted(held - weight_map.keys()) if index else [],
         "only_in_index": {name: file for name, file in weight_map.items() if name not in held},
     }
     for key in ("ignored", "aliases"):
@@ -413,20 +392,12 @@ def _merged(label: str, opened: Sequence[tuple[SourceFile, Contents]], index: In
     # Files that stand for themselves are models of their own, however much alike: which one is for the user to say.
     parts = index is not None or all(SHARD.search(file.name) for file, _ in opened)
     for file, contents in opened:
-        for name in contents.tensors:
-            if name not in merged:
-                continue
-            other = merged[name]
-            same = parts and not any(
-                source.path is None for recipe in (other, contents.tensors[name]) for source in recipe.make.sources()
-            )
-            if not same or not same_bytes(other, contents.tensors[name]):
+        for name, recipe in contents.tensors.items():
+            other = merged.setdefault(name, recipe)
+            if other is not recipe and not (parts and _same_here(other, recipe)):
                 differing.append(f"{show(name)} ({other.origin}; {file.name})")
-        merged |= {name: recipe for name, recipe in contents.tensors.items() if name not in merged}
-    if not differing:
-        return merged
-    if not parts:
-        each = "\n".join(f"  - {file.name}: {len(contents.tensors)} tensors" for file, contents in opened[:MAX_LISTED])
+    if differing and not parts:
+        each = bullet_list(f"{file.name}: {len(contents.tensors)} tensors" for file, contents in opened)
         raise NotConverted(
             f"{label} holds {len(opened)} files with the same tensors, each a checkpoint of its own:\n{each}",
             hint="Give the one file to convert by its path.",
@@ -434,28 +405,26 @@ def _merged(label: str, opened: Sequence[tuple[SourceFile, Contents]], index: In
     hint = "One of the shards is stale: download the folder again."
     if index is not None:
         hint = "Readers take either; take the stale copy out, or download the folder again."
-    raise HxaconvError(
-        f"{label}: tensors that several files hold:\n" + "\n".join(f"  - {line}" for line in differing[:12]),
-        hint=hint,
-    )
+    raise_all(f"{label}: tensors that several files hold, and not the same:", differing, hint=hint)
+    return merged
 
 
-def _problem(found: Checkpoint, wrapped: Kind | None = None) -> HxaconvError | None:
+def _same_here(one: Recipe, other: Recipe) -> bool:
+    """Whether two tensors are the same, by their bytes; those of files that are not here yet are not compared."""
+    here = all(file.path is not None for recipe in (one, other) for file in recipe.make.sources())
+    return here and same_bytes(one, other)
+
+
+def _problem(found: Checkpoint, wrapped: Kind | None, misfits: Plan) -> HxaconvError | None:
     """Why a checkpoint is neither teacher nor student: by its config first, then by names, dtypes and shapes."""
-    kind = kind_of_config(found.config or {})
+    kind, config = kind_of_config(found.config or {}), found.config
     if kind is not None:
         return kind.error(found.label)
-    hybrid = (found.config or {}).get("rwkv_architecture") or "rwkv" in layer_kinds(found.plan).values()
-    if (found.unknown or wrapped) and found.config is not None and not hybrid:
+    hybrid = (config or {}).get("rwkv_architecture") or "rwkv" in layer_kinds(found.plan).values()
+    if (found.unknown or wrapped) and config is not None and not hybrid:
+        given: dict[str, Any] = {"rope_theta": 1e4, "rms_norm_eps": 1e-5}
         try:
-            teacher_config(
-                found.config,
-                where=found.label,
-                rope_theta=1e4,
-                rms_norm_eps=1e-5,
-                allow_output_bias=True,
-                drop_rope_scaling=True,
-            )
+            teacher_config(config, where=found.label, allow_output_bias=True, drop_rope_scaling=True, **given)
         except HxaconvError as error:
             if wrapped is None:
                 return error
@@ -467,24 +436,18 @@ def _problem(found: Checkpoint, wrapped: Kind | None = None) -> HxaconvError | N
         return kind.error(found.label)
     if found.unknown:
         return unknown_names(list(found.unknown), found.key_format, found.label)
-    return None
-
-
-def _misfit(misfits: Plan, label: str) -> HxaconvError | None:
-    """The error for shapes that a tensor of that name never has: nobody else has to expect them."""
     if not misfits:
         return None
-    odd = [f"{name} has shape {list(recipe.shape)}" for name, recipe in misfits.items()]
+    # Shapes that a tensor of that name never has: nobody else has to expect them.
+    what = f"{found.label}: tensors with the wrong number of dimensions, or without elements:"
     empty = sum(0 in recipe.shape for recipe in misfits.values())
-    hint = ""
-    if empty:
-        hint = (
-            f"{empty} are empty: ZeRO-3 saves them so where the trainer does not gather them first."
-            " Give the folder that its step is in (global_step*, with the files of all ranks), or set"
-            " stage3_gather_16bit_weights_on_model_save and save again."
-        )
-    what = f"{label}: tensors with the wrong number of dimensions, or without elements:"
-    return HxaconvError(f"{what}\n{bullet_list(odd)}", hint=hint)
+    hint = (
+        f"{empty} are empty: ZeRO-3 saves them so where the trainer does not gather them first. Give the folder that"
+        " its step is in (global_step*, with the files of all ranks), or set"
+        " stage3_gather_16bit_weights_on_model_save and save again."
+    )
+    odd = bullet_list(f"{name} has shape {list(recipe.shape)}" for name, recipe in misfits.items())
+    return HxaconvError(f"{what}\n{odd}", hint=hint if empty else "")
 
 
 def _fits(name: str, shape: tuple[int, ...]) -> bool:

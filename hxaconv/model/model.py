@@ -20,12 +20,12 @@ class Checkpoint:
 
     label: str
     """As the user named it."""
-    container: str
+    container: str = ""
     """`safetensors`, `pth` (zip) or `legacy`."""
-    key_format: str
-    plan: Plan
+    key_format: str = ""
+    plan: Plan = field(default_factory=dict)
     """Canonical name -> recipe, in storage order."""
-    stored_names: Mapping[str, str]
+    stored_names: Mapping[str, str] = field(default_factory=dict)
     """Canonical name -> name in the file."""
     shell: Plan = field(default_factory=dict)
     """Stored name -> recipe of what wraps a text model: vision, audio."""
@@ -47,7 +47,7 @@ class Checkpoint:
     """NAME.json beside NAME.pth, where it is one of ours."""
     record: SourceFile | None = None
     """hxaconv.json beside the weights, unread."""
-    files: tuple[SourceFile, ...]
+    files: tuple[SourceFile, ...] = ()
     companions: Mapping[str, SourceFile] = field(default_factory=dict)
     code_files: Mapping[str, SourceFile] = field(default_factory=dict)
     root: Path | None = None
