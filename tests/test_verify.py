@@ -280,7 +280,7 @@ def test_integers_are_no_weights() -> None:
     model = student("reka_tiny")
     name = "model.layers.0.input_layernorm.weight"
     plan = model.plan | {name: Recipe("I16", (48,), Literal(bytes(96)), "integers")}
-    assert "I16" in failed(verify_model(dataclasses.replace(model, plan=plan), ids=ids(model)))["dtypes"]
+    assert "I16" in failed(verify_model(dataclasses.replace(model, plan=plan), ids=ids(model)))["names and shapes"]
 
 
 def test_logits_out_holds_everything(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hxaconv.formats.dtypes import num_bytes
 from hxaconv.formats.files import write_from
+from hxaconv.formats.safetensors import file_layout
 from hxaconv.model.config import ModelConfig
+from hxaconv.model.plan import Ranges, Recipe
 from hxaconv.save.diskio import output_error
 from hxaconv.surgery.arithmetic import dtype_name
 
@@ -25,19 +25,14 @@ class Dump:
         batch, length = ids.shape
         self._vocabulary = config.vocab_size
         name = dtype_name(dtype)
-        entries = {"input_ids": ("I64", (batch, length)), "logits": (name, (batch, length, config.vocab_size))}
-        entries |= {f"hidden.{i}": (name, (batch, length, config.hidden_size)) for i in range(config.num_hidden_layers)}
-        header: dict[str, dict[str, object]] = {}
-        starts, position = {}, 0
-        for key, (kind, shape) in entries.items():
-            end = position + num_bytes(kind, shape)
-            header[key] = {"dtype": kind, "shape": list(shape), "data_offsets": [position, end]}
-            starts[key], position = position, end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._starts = {key: 8 + len(text) + start for key, start in starts.items()}
+        shapes = {f"hidden.{i}": (batch, length, config.hidden_size) for i in range(config.num_hidden_layers)}
+        shapes = {"logits": (batch, length, config.vocab_size), **shapes}
+        plan = {key: Recipe(name, shape, Ranges(()), "a forward") for key, shape in shapes.items()}
+        layout = file_layout(path.name, {"input_ids": Recipe("I64", (batch, length), Ranges(()), "given"), **plan})
+        self._starts = {fill.name: fill.offset for fill in layout.fills}
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
-        write_from(self._fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        for offset, data in layout.segments:
+            write_from(self._fd, memoryview(data), offset)
         self.append("input_ids", ids)
 
     def append(self, name: str, values: Tensor) -> None:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from hxaconv.errors import raise_all, shortened
-from hxaconv.formats.dtypes import FLOATS
+from hxaconv.errors import Inconsistent, raise_all, shortened
 from hxaconv.forward.logits import dumping
 from hxaconv.forward.walk import Walk, compute_settings
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD
-from hxaconv.model.plan import same_bytes
+from hxaconv.model.plan import check, same_bytes
 from hxaconv.progress import Progress
 from hxaconv.verification.claims import MADE, ORIGIN, Claim, States
 from hxaconv.verification.measure import Pass
@@ -172,20 +170,11 @@ def _check_tensors(report: Report, model: Model) -> None:
         same = EMBEDDING in plan and same_bytes(plan[HEAD], plan[EMBEDDING])
         report.check("tied head", same, f"the stored head and the embedding: {'equal' if same else 'different'}")
         plan = {name: recipe for name, recipe in plan.items() if name != HEAD}
-    problems = [f"{name} is missing, expected {shape}" for name, shape in expected.items() if name not in plan]
-    problems += [f"{name} is not part of the architecture" for name in plan if name not in expected]
-    problems += [
-        f"{name} has shape {plan[name].shape}, the config implies {shape}"
-        for name, shape in expected.items()
-        if name in plan and plan[name].shape != shape
-    ]
-    report.check(
-        "names and shapes", not problems, shortened(problems, "; ") or f"{len(expected)} tensors, all as expected"
-    )
-    odd = [f"{name} is {recipe.dtype}" for name, recipe in plan.items() if recipe.dtype not in FLOATS]
-    counts = Counter(recipe.dtype for recipe in plan.values())
-    found = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
-    report.check("dtypes", not odd, shortened(odd, "; ") or found)
+    try:
+        check(plan, expected, model.label)
+        report.check("names and shapes", True, f"{len(expected)} tensors, all as expected")
+    except Inconsistent as error:
+        report.check("names and shapes", False, str(error))
 
 
 def _check_config(report: Report, config: ModelConfig) -> None:
