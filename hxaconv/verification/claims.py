@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
 import torch
@@ -251,7 +251,7 @@ def _to_come(made: Recipe, origin: Recipe) -> float | None:
 # --- Statements ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Claim:
     """What is said of some tensors of the model that was made; subclasses say when it `holds` of one."""
 
@@ -262,6 +262,7 @@ class Claim:
     """What is said of the tensors of which it holds, and of those of which it does not."""
     wanted: Callable[[str], bool]
     """Of which tensors, by canonical name."""
+    _: KW_ONLY
     role: str = ORIGIN
     """Whose tensors they are held against."""
     complete: bool = False
@@ -315,7 +316,7 @@ class Scaled(Claim):
     """Projections of RWKV layers are the teacher's times a factor, norms are the teacher's."""
 
     factors: Mapping[str, float]
-    cast_since: bool = False
+    cast: bool = False
     """Whether it may have been cast after it was initialised."""
     parts: set[str] = field(default_factory=set)
 
@@ -324,7 +325,7 @@ class Scaled(Claim):
         self.parts.add(part)
         if other is None:
             return False
-        ways = [None, torch.bfloat16, torch.float16] if self.cast_since else [None]
+        ways = [None, torch.bfloat16, torch.float16] if self.cast else [None]
         return any(is_rounded(made.values, other.values, self.factors.get(part, 1.0), between) for between in ways)
 
     def conclude(self, report: Report) -> None:

@@ -169,7 +169,7 @@ def check_against(
                 layers=made.layers,
                 without=functools.partial(_changed, layers=fitted, parts=FITTED),
                 seed=made.seed,
-                cast_since=True,
+                cast=True,
             )
     report = compare_models(student, teacher, expect=expect, claims=[*claims, states], **how)
     _explain(report, plain=bool(config.rwkv_layers) and set(states.found.values()) <= {"untrained", "kept"})
@@ -266,14 +266,12 @@ def completed(model: Model, base: Model) -> Model:
 
 def copied(config: StudentConfig, *, without: Callable[[str], bool] = lambda name: False) -> Claim:
     """Everything outside the mixers of RWKV layers is the teacher's, but for some names."""
-    return Copied(
-        check="copied tensors",
-        good="are the teacher's",
-        bad="differ from the teacher's",
-        wanted=lambda name: not in_rwkv_layer(config, name) and not without(name),
-        complete=True,
-        padded=True,
-    )
+
+    def wanted(name: str) -> bool:
+        return not in_rwkv_layer(config, name) and not without(name)
+
+    good, bad = "are the teacher's", "differ from the teacher's"
+    return Copied("copied tensors", good, bad, wanted, complete=True, padded=True)
 
 
 def initial_claims(
@@ -285,7 +283,7 @@ def initial_claims(
     role: str = "other",
     seed: int | None = None,
     sampled: bool = False,
-    cast_since: bool = False,
+    cast: bool = False,
 ) -> list[Claim]:
     """RWKV layers (all, or some) are as they were initialised, but for some names."""
     from_teacher = specification.FACTORS | specification.NORMS
@@ -297,26 +295,11 @@ def initial_claims(
     good = "are as published, random matrices orthogonal"
     if seed is not None:
         good = f"{good}, one of each layer drawn again from seed {seed}" if sampled else f"are those of seed {seed}"
-    bad = "are not what they should be"
+    bad, projections = "are not what they should be", functools.partial(wanted, projection=True)
+    others = functools.partial(wanted, projection=False)
     return [
-        Scaled(
-            check="scaled projections",
-            good="are the teacher's",
-            bad=bad,
-            wanted=lambda name: wanted(name, projection=True),
-            role=role,
-            factors=factors,
-            cast_since=cast_since,
-        ),
-        Initial(
-            check="initial values",
-            good=good,
-            bad=bad,
-            wanted=lambda name: wanted(name, projection=False),
-            config=config,
-            seed=seed,
-            sampled=sampled,
-        ),
+        Scaled("scaled projections", "are the teacher's", bad, projections, role=role, factors=factors, cast=cast),
+        Initial("initial values", good, bad, others, config=config, seed=seed, sampled=sampled),
     ]
 
 
@@ -387,14 +370,8 @@ def check_converted(source: Model, output: Model, *, progress: Progress | None =
     """
     cast = any(recipe.dtype != output.plan[name].dtype for name, recipe in source.plan.items() if name in output.plan)
     padded = output.config.intermediate_size > source.config.intermediate_size
-    rounded = Copied(
-        check="tensors",
-        good="are the source's, rounded or padded with zeros",
-        bad="are not the source's",
-        wanted=lambda name: True,
-        complete=True,
-        padded=True,
-    )
+    good, bad = "are the source's, rounded or padded with zeros", "are not the source's"
+    rounded = Copied("tensors", good, bad, lambda name: True, complete=True, padded=True)
     report = compare_models(
         completed(output, source),
         source,
@@ -425,29 +402,20 @@ def check_repicked(
     taken = {i for i in changed if other and other.student.layer_kind(i) == config.layer_kind(i)}
     gqa = {i for i in changed - taken if config.layer_kind(i) == "gqa"}
 
-    def mixers(check: str, role: str, some: Collection[int], good: str, bad: str) -> Claim:
-        wanted = lambda name: is_attention(name) and layer_index(name) in some  # noqa: E731
-        return Copied(check=check, good=good, bad=bad, wanted=wanted, role=role)
+    def mixers(some: Collection[int]) -> Callable[[str], bool]:
+        return lambda name: is_attention(name) and layer_index(name) in some
 
-    claims: list[Claim] = [
-        Copied(
-            check="kept tensors",
-            good="have the bits of the source",
-            bad="differ from the source",
-            wanted=lambda name: not (is_attention(name) and layer_index(name) in changed),
-            role="before",
-            exact=True,
-        )
-    ]
+    good, bad, rest = "have the bits of the source", "differ from the source", mixers(changed)
+    claims: list[Claim] = [Copied("kept tensors", good, bad, lambda n: not rest(n), role="before", exact=True)]
     beside = {"before": source}
     if other is not None and taken:
-        beside["source_student"] = other
+        beside["from"] = other
         good = f"of layers {', '.join(map(str, sorted(taken)))} are those of --from"
-        claims.append(mixers("layers taken over", "source_student", taken, good, "differ from the other checkpoint"))
+        claims.append(Copied("layers taken over", good, "differ from the other checkpoint", mixers(taken), role="from"))
     if teacher is not None and changed - taken:
         beside["teacher"] = teacher
-        good = "are the teacher's attention"
-        claims.append(mixers("new GQA layers", "teacher", gqa, good, "differ from the teacher's"))
+        good, bad = "are the teacher's attention", "differ from the teacher's"
+        claims.append(Copied("new GQA layers", good, bad, mixers(gqa), role="teacher"))
         claims += initial_claims(config, factors, layers=changed - taken - gqa, role="teacher")
     report = verify_model(output, ids=_probe(output), beside=beside, claims=claims, progress=progress)
     # What is particular to the layers may change, nothing else.
