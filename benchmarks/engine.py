@@ -16,7 +16,7 @@ def initialise(teacher: str) -> None:
     """Make every initial value of the default student, and print how long it took."""
     from hxaconv.load import load_teacher
     from hxaconv.model.config import student_of
-    from hxaconv.model.layer_choice import uniform
+    from hxaconv.model.layer_maps import uniform
     from hxaconv.model.plan import Buffers
     from hxaconv.surgery.initial import initial_parameters
 

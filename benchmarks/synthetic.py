@@ -30,7 +30,7 @@ from hxaconv.formats.gathered import contiguous_strides
 from hxaconv.formats.json_files import as_bytes
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, TeacherConfig, student_of, teacher_config
-from hxaconv.model.layer_choice import uniform
+from hxaconv.model.layer_maps import uniform
 from hxaconv.model.names import stored_name
 from hxaconv.model.plan import Literal, Plan, Recipe
 from hxaconv.options import parse_size

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hxaconv.errors import HxaconvError
-from hxaconv.model import layer_choice, layer_maps
+from hxaconv.model import layer_maps
 from hxaconv.model.config import student_of, teacher_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +59,7 @@ def test_shipped_maps_are_the_published_choices():
         assert m.model["rope_theta"]
         assert m.model["rms_norm_eps"]
         assert m.model["hidden_size"]
-        assert layer_choice.check(m.gqa_layers, m.num_hidden_layers) == []
+        assert layer_maps.check(m.gqa_layers, m.num_hidden_layers) == []
 
 
 @pytest.mark.parametrize(
@@ -74,15 +74,15 @@ def test_shipped_maps_are_the_published_choices():
     ],
 )
 def test_uniform_reproduces_published_choices(num_layers, count, expected):
-    assert list(layer_choice.uniform(num_layers, count)) == expected
+    assert list(layer_maps.uniform(num_layers, count)) == expected
 
 
 def test_uniform_by_default_takes_a_seventh():
-    assert list(layer_choice.uniform(44)) == [8, 15, 22, 29, 36, 43]
-    assert layer_choice.uniform(6) == (5,)
-    assert layer_choice.uniform(2, 0) == ()
+    assert list(layer_maps.uniform(44)) == [8, 15, 22, 29, 36, 43]
+    assert layer_maps.uniform(6) == (5,)
+    assert layer_maps.uniform(2, 0) == ()
     with pytest.raises(HxaconvError, match="3 GQA layers asked for, the model has 2"):
-        layer_choice.uniform(2, 3)
+        layer_maps.uniform(2, 3)
 
 
 def test_the_real_reka_config_is_recognised():
@@ -135,9 +135,9 @@ def test_a_map_survives_being_written(tmp_path):
 def test_a_user_file_may_be_one_line(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("gqa_layers = [3, 1]")
-    assert layer_choice.parse_layers(str(path), 6) == (1, 3)
+    assert layer_maps.parse_layers(str(path), 6) == (1, 3)
     with pytest.raises(HxaconvError, match="out of range"):
-        layer_choice.parse_layers(str(path), 3)
+        layer_maps.parse_layers(str(path), 3)
 
 
 def test_a_broken_file_is_explained_at_once(tmp_path):
@@ -176,22 +176,22 @@ def test_unknown_names_point_to_the_nearest():
     ],
 )
 def test_what_layers_may_say(text, layers):
-    assert layer_choice.parse_layers(text, 44) == layers
+    assert layer_maps.parse_layers(text, 44) == layers
 
 
 def test_everything_wrong_with_layers_is_said_at_once():
     with pytest.raises(HxaconvError) as caught:
-        layer_choice.parse_layers("0,3,3,99,-45,x,9-5,7-", 44)
+        layer_maps.parse_layers("0,3,3,99,-45,x,9-5,7-", 44)
     for part in ("out of range (the last is 43): -45, 99", "more than once: 3", "layer 0 as GQA", "zero v_first",
                  "'x'", "9-5 runs backwards", "'7-'"):  # fmt: skip
         assert part in str(caught.value)
-    assert layer_choice.parse_layers("0,3", 44, allow_layer_0=True) == (0, 3)
+    assert layer_maps.parse_layers("0,3", 44, allow_layer_0=True) == (0, 3)
     with pytest.raises(HxaconvError, match="say `none`"):
-        layer_choice.parse_layers(" ", 44)
+        layer_maps.parse_layers(" ", 44)
     with pytest.raises(HxaconvError, match="say `all`"):
-        layer_choice.parse_layers("0-43", 44)
+        layer_maps.parse_layers("0-43", 44)
     with pytest.raises(HxaconvError, match="for 44 layers, the model has 40"):
-        layer_choice.parse_layers("reka-flash-3", 40)
+        layer_maps.parse_layers("reka-flash-3", 40)
 
 
 def test_an_installed_package_finds_its_maps(tmp_path):
@@ -213,22 +213,22 @@ def test_a_file_and_its_layers_in_the_model_are_judged_at_once(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text('titel = "x"\ngqa_layers = [2, 2, 0, 9]\n')
     with pytest.raises(HxaconvError) as caught:
-        layer_choice.parse_layers(str(path), 6)
+        layer_maps.parse_layers(str(path), 6)
     for part in ("'titel'", "more than once: 2", "out of range (the last is 5): 9", "layer 0 as GQA"):
         assert part in str(caught.value)
     path.write_text("gqa_layers = 3")
     with pytest.raises(HxaconvError) as caught:
-        layer_choice.load_for(str(path), 6)
+        layer_maps.load(str(path), 6)
     assert "no layer is named" not in str(caught.value)
     path.write_text("gqa_layers = [2, 2]\n[model]\nnum_hidden_layers = 4")
     with pytest.raises(HxaconvError, match=r"(?s)it is for 4 layers, the model has 6.*more than once: 2"):
-        layer_choice.load_for(str(path), 6)
+        layer_maps.load(str(path), 6)
 
 
 @pytest.mark.parametrize("text", ["1 3", "1-3-4"])
 def test_what_is_not_understood_is_not_called_empty(text):
     with pytest.raises(HxaconvError, match="is not a layer number") as caught:
-        layer_choice.parse_layers(text, 6)
+        layer_maps.parse_layers(text, 6)
     assert "no layer is named" not in str(caught.value)
 
 

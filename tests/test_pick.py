@@ -16,7 +16,7 @@ from models import weights
 
 from hxaconv.calls import parameters_of
 from hxaconv.commands import COMMANDS
-from hxaconv.model import layer_choice, layer_maps
+from hxaconv.model import layer_maps
 from hxaconv.save.interruption import Interrupted
 from hxaconv.selection.sweep import Progressed, Sweep
 
@@ -367,7 +367,7 @@ def test_every_source_is_opened_once(
 
 
 def test_messages_name_commands_and_options_that_exist() -> None:
-    root = Path(layer_choice.__file__).parents[1]
+    root = Path(layer_maps.__file__).parents[1]
     text = "\n".join(path.read_text() for path in root.rglob("*.py") if not {"hf", "verification"} & {*path.parts})
     assert set(re.findall(r"`hxaconv ([a-z][a-z-]+)", text)) <= set(COMMANDS)
     options = [parameter.words[0] for function in COMMANDS.values() for parameter in parameters_of(function)]
@@ -445,7 +445,7 @@ def test_why_says_why_never_layer_0(
     for options, said in (([], True), (["--allow-gqa-layer-0"], False)):
         assert cli(*words, *options) == 0
         why = json.loads(capsys.readouterr().out)["why"]
-        assert (layer_choice.LAYER_0_REASON in why) == said
+        assert (layer_maps.LAYER_0_REASON in why) == said
 
 
 def test_retrieval_says_how_many_tokens_to_pass(

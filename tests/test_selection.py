@@ -16,7 +16,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.logits import Divergence
 from hxaconv.load import load_teacher
-from hxaconv.model import layer_choice, layer_maps
+from hxaconv.model import layer_maps
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
 from hxaconv.options import Choice
@@ -312,7 +312,7 @@ def test_report(teacher, student, ids, tmp_path):
     assert set(data["scores"]) == {"kl", "nll", "mse", "influence", "entropy", "distance"}
     chosen = layer_maps.of_config("mine", teacher.config, advice.pick.layers)
     (tmp_path / "mine.toml").write_text(advice.layer_map_text(chosen, date="2025-01-31"), encoding="utf-8")
-    assert layer_choice.parse_layers(str(tmp_path / "mine.toml"), 6) == advice.pick.layers
+    assert layer_maps.parse_layers(str(tmp_path / "mine.toml"), 6) == advice.pick.layers
     assert "2025-01-31" in (tmp_path / "mine.toml").read_text()
     assert layer_maps.fits(layer_maps.load(tmp_path / "mine.toml"), teacher.config)
 

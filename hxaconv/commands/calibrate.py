@@ -9,7 +9,7 @@ from hxaconv.calls import Call
 from hxaconv.commands.calibrated import save_calibrated
 from hxaconv.commands.plots import check_plot
 from hxaconv.load import load_student
-from hxaconv.model.layer_choice import layer_0_warning
+from hxaconv.model.layer_maps import layer_0_warning
 from hxaconv.model.model import checked_here
 from hxaconv.options import LARGEST_SEED, Fit, OfStudent, Option, OutAny, Settings, Shown, Source, Write
 from hxaconv.save.documents import UNTRAINED

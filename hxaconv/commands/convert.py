@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from hxaconv.calls import Call
 from hxaconv.load import load_student
-from hxaconv.model.layer_choice import layer_0_warning
+from hxaconv.model.layer_maps import layer_0_warning
 from hxaconv.model.model import Model
 from hxaconv.model.plan import attention_of
 from hxaconv.options import Dtype, OfStudent, Option, OutFile, OutFolder, Settings, Shown, Source, TeacherToo, Write

@@ -11,7 +11,7 @@ from hxaconv.commands.plots import check_plot
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.dtypes import parse_dtype
 from hxaconv.load import load_teacher
-from hxaconv.model import layer_choice
+from hxaconv.model import layer_maps
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
 from hxaconv.options import Argument, Fit, Init, Layers, NewDtype, OutAny, Settings, Shown, Write, option_words
@@ -62,7 +62,7 @@ def init_from_teacher(
     check_plot(calibration.plot, overwrite=write.overwrite)
     initial = init_settings(values, parse_dtype(dtype))
     source = load_teacher(teacher, settings, progress=call.progress)
-    layers, reason = layer_choice.choose(source.teacher, teacher, choice)
+    layers, reason = layer_maps.choose(source.teacher, teacher, choice)
     format = write.format_of(out)
     student = new_student(source, student_of(source.config, layers, variant=settings.variant), initial, label=out)
     if format == "training":  # which holds attention alone
@@ -79,7 +79,7 @@ def init_from_teacher(
             extra={"init": init_record(student.student.rwkv_layers, values, initial), "layer_choice": reason},
         ),
     )
-    warnings = [*source.teacher.warnings, *layer_choice.layer_0_warning(student.student)]
+    warnings = [*source.teacher.warnings, *layer_maps.layer_0_warning(student.student)]
     notes = [f"GQA layers: {reason}"]
     if calibrated:
         from hxaconv.calibration.task import prepare

@@ -116,7 +116,7 @@ class _Run:
 
     def rehearse(self, num_layers: int) -> None:
         """Refuse what cannot be written with as many layers, of whichever choice; where there is something to write."""
-        from hxaconv.model.layer_choice import uniform
+        from hxaconv.model.layer_maps import uniform
         from hxaconv.save.writer import refuse
         from hxaconv.selection.advice import count_of
 
@@ -128,7 +128,7 @@ class _Run:
     def _repicked(self, layers: str) -> tuple[Output, Verify, list[str], list[str]]:
         """(the output of SOURCE with these layers, the check of what was written, warnings, notes)."""
         from hxaconv.load import load_other, load_student
-        from hxaconv.model import layer_choice
+        from hxaconv.model import layer_maps
         from hxaconv.model.config import student_of
         from hxaconv.model.model import Model
         from hxaconv.model.plan import main_dtype
@@ -143,9 +143,7 @@ class _Run:
         )
         base, sources, old = student.base, student.sources, student.student
         chosen, initial = all_of(
-            lambda: layer_choice.parse_layers(
-                layers, old.num_hidden_layers, allow_layer_0=self.choice.allow_gqa_layer_0
-            ),
+            lambda: layer_maps.parse_layers(layers, old.num_hidden_layers, allow_layer_0=self.choice.allow_gqa_layer_0),
             lambda: init_settings(self.values, main_dtype(student.plan)),
         )
         new = student_of(old, chosen, old.ranks)
@@ -188,7 +186,7 @@ class _Run:
                 f"{linked} of {len(shards or ())} files do not change: they become hard links to the source's, where"
                 " the file system has links, so that editing one of them in place edits both"
             )
-        warnings = [*student.source_warnings, *dtype_warnings(plan), *layer_choice.layer_0_warning(new)]
+        warnings = [*student.source_warnings, *dtype_warnings(plan), *layer_maps.layer_0_warning(new)]
         warnings += _uneven(history, fresh, new, self.values.preset, initial)
         if other and not taken:
             warnings.append(f"--from {self.from_} has none of the changed layers in its new kind: it is not used")

@@ -13,7 +13,7 @@ from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.load.files import refuse_broken
 from hxaconv.load.student import FLAGS, SettingsSource, is_student, student_model, student_settings
 from hxaconv.load.tensors import complete, refuse_known_gaps, split_fused, split_tied_head
-from hxaconv.model import layer_choice, layer_maps
+from hxaconv.model import layer_maps
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, StudentConfig, teacher_config
 from hxaconv.model.model import Checkpoint, Model, checked_here
@@ -276,7 +276,7 @@ def _layers_named(checkpoint: Checkpoint, settings: Settings, count: int) -> lis
     """Sources that say which layers of a student are GQA, beside its tensors; the strongest first."""
     found = []
     if settings.gqa_layers is not None:
-        layers = layer_choice.parse_layers(settings.gqa_layers, count, allow_layer_0=True, option="--gqa-layers")
+        layers = layer_maps.parse_layers(settings.gqa_layers, count, allow_layer_0=True, option="--gqa-layers")
         found.append(SettingsSource("--gqa-layers", {"gqa_layers": layers}))
     for source, raw in (("config.json", checkpoint.config), ("the sidecar", checkpoint.sidecar)):
         if raw and raw.get("transformer_layers") is not None:

@@ -1,11 +1,12 @@
-"""Layer maps: which layers stay attention, as TOML. The shipped ones and a user's own."""
+"""Which layers stay attention: layer maps in TOML, shipped ones and a user's own, and what `--layers` may say."""
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats.json_files import why_unread
 
 if TYPE_CHECKING:
-    from hxaconv.model.config import ModelConfig
+    from hxaconv.model.config import ModelConfig, StudentConfig, TeacherConfig
+    from hxaconv.options import Layers
 
 _MODEL_KEYS: dict[str, tuple[type, ...]] = {
     "model_type": (str,),
@@ -29,8 +31,6 @@ _MODEL_KEYS: dict[str, tuple[type, ...]] = {
     "rms_norm_eps": (float, int),
     "tie_word_embeddings": (bool,),
 }
-Check = Callable[[Sequence[int], int | None], list[str]]
-"""(layers, how many the map says that its model has) -> what is wrong with them, a line each."""
 _TOP_KEYS = ("title", "model_ids", "default", "gqa_layers", "source", "variant", "model")
 
 
@@ -73,12 +73,10 @@ def shipped() -> dict[str, LayerMap]:
     return {path.stem: read(path) for path in sorted(folder().glob("*.toml"))}
 
 
-def load(name: str | Path, check: Check | None = None) -> LayerMap:
+def load(name: str | Path, num_layers: int | None = None, *, allow_layer_0: bool = False) -> LayerMap:
     """A map by its name or by the path of a TOML file; a shipped name wins.
 
-    Args:
-        name: What to read.
-        check: What is wrong with its layers, where more is known of the model than the file says.
+    With `num_layers`, those of the model that it is for, its layers must be such that the model can have them.
 
     Raises:
         HxaconvError: naming the nearest shipped maps where there is no such map or file, or everything
@@ -87,10 +85,10 @@ def load(name: str | Path, check: Check | None = None) -> LayerMap:
     text = str(name)
     names = [path.stem for path in sorted(folder().glob("*.toml"))]
     if text in names:
-        return read(folder() / f"{text}.toml", check)
+        return read(folder() / f"{text}.toml", num_layers, allow_layer_0)
     path = Path(text)
     if os.path.isfile(text):  # unlike Path's, no error for a name that is too long
-        return read(path, check)
+        return read(path, num_layers, allow_layer_0)
     if os.path.isdir(text):
         raise HxaconvError(f"layer map {text}: that is a folder, expected a TOML file", hint=_WHERE)
     if path.suffix == ".toml" or "/" in text or "\\" in text:
@@ -108,8 +106,8 @@ _WHERE = "Name the file, or one of the shipped maps: hxaconv maps"
 MAX_BYTES = 1024 * 1024
 
 
-def read(path: Path, check: Check | None = None) -> LayerMap:
-    """Parse one file; `check` as `load` has it.
+def read(path: Path, num_layers: int | None = None, allow_layer_0: bool = False) -> LayerMap:
+    """Parse one file; the others as `load` has them.
 
     Raises:
         HxaconvError: listing everything in it that is not understood.
@@ -123,7 +121,7 @@ def read(path: Path, check: Check | None = None) -> LayerMap:
     except (ValueError, RecursionError) as error:
         raise HxaconvError(f"layer map {path} is not valid TOML: {why_unread(error)}") from None
     minimal = "" if "gqa_layers" in raw else "A minimal map is one line: gqa_layers = [4, 9, 14]"
-    raise_all(f"layer map {path}:", _problems(raw, check or range_problems), hint=minimal)
+    raise_all(f"layer map {path}:", _problems(raw, num_layers, allow_layer_0), hint=minimal)
     return LayerMap(
         name=path.stem,
         gqa_layers=tuple(sorted(raw["gqa_layers"])),
@@ -141,7 +139,7 @@ def _is(value: object, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
 
 
-def _problems(raw: Mapping[str, Any], check: Check) -> list[str]:
+def _problems(raw: Mapping[str, Any], num_layers: int | None, allow_layer_0: bool) -> list[str]:
     found = [f"unknown key {key!r}{_near(key, _TOP_KEYS)}" for key in raw if key not in _TOP_KEYS]
     layers, model = raw.get("gqa_layers"), raw.get("model", {})
     if not isinstance(layers, list) or not all(_is(layer, (int,)) for layer in layers):
@@ -160,8 +158,10 @@ def _problems(raw: Mapping[str, Any], check: Check) -> list[str]:
             found.append(f"unknown key model.{key}{_near(key, tuple(_MODEL_KEYS))}")
         elif not _is(value, _MODEL_KEYS[key]) or (not isinstance(value, str | bool) and value <= 0):
             found.append(f"model.{key} is {value!r}, expected {_MODEL_KEYS[key][0].__name__}, above 0")
-    depth = model.get("num_hidden_layers")
-    return found + ([] if layers is None else check(layers, depth if _is(depth, (int,)) else None))
+    if layers is not None:
+        depth = model.get("num_hidden_layers")
+        found += _misfits(layers, depth if _is(depth, (int,)) else None, num_layers, allow_layer_0)
+    return found
 
 
 def _near(key: str, known: Sequence[str]) -> str:
@@ -248,3 +248,136 @@ def _toml(value: object) -> str:
         plain = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in plain) + '"'
     return repr(value)
+
+
+# --- Which layers stay attention: what `--layers` may say, evenly spaced ones, and what is wrong with a choice --------
+
+LAYER_0_REASON = (
+    "layer 0 as GQA: the published trainer mixes a zero v_first into the first RWKV layer, the inference"
+    " engine takes that layer's own v and k, so the two disagree about such a model"
+)
+
+
+def uniform(num_layers: int, count: int | None = None) -> tuple[int, ...]:
+    """Evenly spaced and end-anchored: L-1-floor(L/K)*(K-1-j) for j < K; K is L//7, at least 1, unless given.
+
+    Raises:
+        HxaconvError: when `count` is not between 0 and the number of layers.
+    """
+    count = default_count(num_layers) if count is None else count
+    if not 0 <= count <= num_layers:
+        raise HxaconvError(f"{count} GQA layers asked for, the model has {num_layers} layers")
+    return tuple(num_layers - 1 - num_layers // count * (count - 1 - j) for j in range(count))
+
+
+def default_count(num_layers: int) -> int:
+    """K where nobody says: a seventh of the layers (6 of 44), at least one."""
+    return max(1, num_layers // 7)
+
+
+_ITEM = re.compile(r"(-?[0-9]{1,6})(?:-(-?[0-9]{1,6}))?")
+
+
+def parse_layers(
+    text: str, num_layers: int, *, allow_layer_0: bool = False, option: str = "--layers"
+) -> tuple[int, ...]:
+    """`8,15-17,-1`, `none`, `all`, the name of a layer map or a file -> layer numbers, sorted.
+
+    Negative numbers count from the end: -1 is the last layer.
+
+    Raises:
+        HxaconvError: listing everything that is wrong at once.
+    """
+    word = text.strip()
+    if word in ("none", "all"):
+        return tuple(range(num_layers)) if word == "all" else ()
+    named = "," not in word or word.endswith(".toml") or os.path.isfile(word)
+    if word and named and not re.fullmatch(r"[-\d,\s]+", word):
+        return load(word, num_layers, allow_layer_0=allow_layer_0).gqa_layers
+    layers, problems = _numbers(word, num_layers)
+    if layers or not problems:
+        problems += check(layers, num_layers, allow_layer_0=allow_layer_0)
+    raise_all(f"{option} {text!r} of a model of {num_layers} layers:", problems, hint=_NUMBERS_HINT)
+    return tuple(sorted(layers))
+
+
+def parse_numbers(text: str, num_layers: int, option: str) -> tuple[int, ...]:
+    """`0,5-7,-1` -> layer numbers, sorted; unlike a choice of layers, any of them.
+
+    Raises:
+        HxaconvError: listing everything that is wrong at once.
+    """
+    layers, problems = _numbers(text, num_layers)
+    problems += range_problems(layers, num_layers)
+    hint = "Layers are numbered from 0, -1 is the last: 8,15-17,-1."
+    raise_all(f"{option} {text!r} of a model of {num_layers} layers:", problems, hint=hint)
+    return tuple(sorted(layers))
+
+
+def _numbers(text: str, num_layers: int) -> tuple[list[int], list[str]]:
+    """(layer numbers, what is not understood, a line each)."""
+    layers: list[int] = []
+    problems: list[str] = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        found = _ITEM.fullmatch(item)
+        if found is None:
+            problems.append(f"{item!r} is not a layer number or a range such as 15-17")
+            continue
+        ends = [int(end or found[1]) for end in found.groups()]
+        first, last = (end + num_layers if -num_layers <= end < 0 else end for end in ends)
+        if first > last:
+            problems.append(f"range {item} runs backwards: {first} to {last}")
+        layers += range(first, min(last, first + num_layers) + 1)
+    return layers, problems
+
+
+_NUMBERS_HINT = "Layers are numbered from 0, -1 is the last: 8,15-17,-1. Or `none`, `all`, a layer map's name or file."
+
+
+def _misfits(layers: Sequence[int], depth: int | None, num_layers: int | None, allow_layer_0: bool) -> list[str]:
+    """What is wrong with the layers of a map for `depth` layers in a model of `num_layers`, where it is known."""
+    if num_layers is None:
+        return range_problems(layers, depth)
+    if depth not in (None, num_layers):
+        return [f"it is for {depth} layers, the model has {num_layers}", *range_problems(layers, depth)]
+    return check(layers, num_layers, allow_layer_0=allow_layer_0)
+
+
+def check(layers: Sequence[int], num_layers: int, *, allow_layer_0: bool = False) -> list[str]:
+    """Everything wrong with a choice, a line each. Every layer, or none, must be asked for by that word."""
+    found = range_problems(layers, num_layers)
+    if not layers:
+        found.append("no layer is named; say `none` to make every layer RWKV")
+    elif set(range(num_layers)) <= set(layers):
+        found.append("every layer is named, so nothing becomes RWKV; say `all` if that is meant")
+    elif 0 in layers and not allow_layer_0:
+        found.append(f"{LAYER_0_REASON}; --allow-gqa-layer-0 goes on")
+    return found
+
+
+def layer_0_warning(config: StudentConfig) -> list[str]:
+    """The sentence about layer 0 as GQA, where it is and RWKV layers follow."""
+    return [LAYER_0_REASON] if 0 in config.gqa_layers and config.rwkv_layers else []
+
+
+def choose(config: TeacherConfig, teacher: str, choice: Layers) -> tuple[tuple[int, ...], str]:
+    """The GQA layers of a new student and why: those named, else the teacher's shipped map, else evenly spaced.
+
+    Raises:
+        HxaconvError: for two choices at once, and for layers that the model does not have.
+    """
+    count, allowed = config.num_hidden_layers, choice.allow_gqa_layer_0
+    if choice.layer_map is not None and choice.gqa_layers is not None:
+        raise HxaconvError("--layer-map and --gqa-layers both choose the layers", hint="Give one of them.")
+    if choice.gqa_layers is not None:
+        named = parse_layers(choice.gqa_layers, count, allow_layer_0=allowed, option="--gqa-layers")
+        return named, "as asked for"
+    if choice.layer_map is not None:
+        found = load(choice.layer_map, count, allow_layer_0=allowed)
+        return found.gqa_layers, f"layer map {found.name}"
+    found_map = match(config, [teacher])
+    if found_map is not None:
+        problems = _misfits(found_map.gqa_layers, found_map.num_hidden_layers, count, allowed)
+        raise_all(f"layer map {found_map.label}:", problems)
+        return found_map.gqa_layers, f"layer map {found_map.name}"
+    return uniform(count), f"evenly spaced, {default_count(count)} of {count}"

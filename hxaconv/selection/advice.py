@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.model.layer_choice import LAYER_0_REASON, default_count, parse_numbers, uniform
-from hxaconv.model.layer_maps import LayerMap, dump
+from hxaconv.model.layer_maps import LAYER_0_REASON, LayerMap, default_count, dump, parse_numbers, uniform
 from hxaconv.options import Choice, option_words
 from hxaconv.progress import Result
 from hxaconv.selection.choice import Pick, Rules, choose, margins, solve

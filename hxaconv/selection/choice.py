@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hxaconv.errors import HxaconvError
-from hxaconv.model.layer_choice import LAYER_0_REASON
+from hxaconv.model.layer_maps import LAYER_0_REASON
 
 IMPOSSIBLE = float("-inf")
 
