@@ -1,20 +1,29 @@
 """Which layers should stay attention: every strategy against evenly spaced and random sets, on SmolLM2.
 
-    python benchmarks/layer_choice.py score [STRATEGY ...]    rank the layers, for results/layer_choice.jsonl
-    python benchmarks/layer_choice.py judge                   what the sets are worth that no line there has judged yet
-    python benchmarks/layer_choice.py table                   the results as Markdown
-    python benchmarks/layer_choice.py planted [SEEDS]         a small teacher with an induction circuit in known layers
+    python benchmarks/layer_choice.py real [STRATEGY ...]     choose 4 and 8 of 30 layers and judge them
+    python benchmarks/layer_choice.py planted [SEEDS]         how often each finds the planted layers of a small teacher
+    python benchmarks/layer_choice.py table                   results/layer_choice.jsonl as Markdown
 
-A set of layers is judged as `pick-gqa-layers` writes it: the teacher's attention, without RoPE, put back into the
-student that is RWKV throughout and calibrated on 1024 tokens (case "fit" of real_model.py).
+On the real model (real_model.py builds it) a set of layers is judged as `pick-gqa-layers` writes it: the teacher's
+attention, without RoPE, put back into the student that is RWKV throughout and calibrated on 1024 tokens (case "fit").
+Layers are ranked on 1024 tokens that were not fitted, the gates on half of them.
 
     KL        KL(teacher || student) on 2048 held-out tokens, nats per token
     repeat    random words said again 64 and 256 tokens later: NLL of the second time
     lookup    "The WORD is WORD." asked again: NLL of the second word
+
+The planted teacher is that of tests/selection_models.py: 8 layers, two of which look up what followed a token.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,9 +34,12 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results" / "layer_choice.jsonl"
-COUNTS = (4, 8)
-RANDOM_SETS = 5
-TOKENS = 1024
+COUNTS, RANDOM_SETS = (4, 8), 10
+STRATEGIES = (
+    *("uniform", "last", "random", "gates", "nll", "retrieval", "kl", "kl convert"),
+    *("distance", "entropy", "mse", "influence"),
+)
+FIGURES = ("kl", "repeat 64", "repeat 256", "lookup 64", "lookup 256")
 ROWS = slice(0, None, 2)
 """One held-out passage of 512 tokens of each of the four texts."""
 
@@ -104,3 +116,107 @@ class Judge:
             found.setdefault(name, []).append(-float(mine.gather(1, wanted).mean()))
             found.setdefault(f"{name} teacher", []).append(-float(said.gather(1, wanted).mean()))
         return {name: round(float(np.mean(values)), 4) for name, values in found.items()}
+
+
+def sets_of(strategy: str) -> Iterable[tuple[int, tuple[int, ...], float]]:
+    """(how many layers, which, CPU seconds that choosing took)."""
+    from hxaconv.load import load_student, load_teacher
+    from hxaconv.options import Choice
+    from hxaconv.selection.advice import advise, pick
+    from hxaconv.selection.strategies import Given
+
+    teacher = load_teacher(str(real_model.BUILD / "teacher"))
+    student = load_student(str(real_model.BUILD / "students" / "fit"))
+    num_layers = teacher.config.num_hidden_layers
+    if strategy == "random":
+        random = np.random.default_rng(0)
+        for count in COUNTS:
+            for _ in range(RANDOM_SETS):
+                yield count, tuple(sorted((random.permutation(num_layers - 1)[:count] + 1).tolist())), 0.0
+        return
+    name, _, mode = strategy.partition(" ")
+    ids = np.load(real_model.BUILD / "fit.npy")[2 : 3 if name == "gates" else 4]
+    given = Given(num_layers=num_layers, teacher=teacher, student=student, ids=ids, kl_mode=mode or "restore")
+    advice = None
+    for count in COUNTS:
+        choice, began = Choice(strategy=name, count=count), time.process_time()
+        if advice is None or name == "gates":
+            advice = advise(choice, given)
+            print(strategy, [round(value or 0.0, 3) for value in advice.columns[0].values] if advice.columns else "")
+        picked = pick(choice, num_layers, advice.columns[0] if advice.columns else None)
+        yield count, picked.layers, round(time.process_time() - began)
+
+
+def real(strategies: Iterable[str]) -> None:
+    """Choose and judge; a line of the results for each set."""
+    torch.set_num_threads(1)
+    judge = Judge()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    about = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+    }
+    for strategy in strategies:
+        for count, layers, seconds in [(0, (), 0.0)] if strategy == "none" else sets_of(strategy):
+            row = {"strategy": strategy, "count": count, "layers": layers, "cpu": seconds, **judge.figures(layers)}
+            print(row, flush=True)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row | about) + "\n")
+
+
+def planted(seeds: int) -> None:
+    """A line for each strategy: in how many teachers it finds the planted layers."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from selection_models import advised, calibrated_student, induction_ids, induction_teacher
+
+    torch.set_num_threads(1)
+    names = [name for name in STRATEGIES if name not in ("random", "kl convert")]
+    hits = dict.fromkeys(names, 0)
+    for seed in range(seeds):
+        teacher, layers = induction_teacher(seed)
+        student, ids = calibrated_student(teacher, seed), induction_ids(seed)
+        for name in names:
+            hits[name] += advised(teacher, student, ids, num_layers=8, strategy=name, count=2).pick.layers == layers
+        print(seed, layers, hits, flush=True)
+    print("\n".join(f"| {name} | {found} of {seeds} |" for name, found in hits.items()))
+
+
+def table() -> str:
+    """The results as Markdown."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    lines = [f"| kept | by | layers | {' | '.join(FIGURES)} | CPU s |", "|--:|---|---|" + "--:|" * (len(FIGURES) + 1)]
+    for count in (0, *COUNTS):
+        mine = [row for row in rows if row["count"] == count]
+        random = [row for row in mine if row["strategy"] == "random"]
+        shown = [row for row in mine if row["strategy"] != "random"]
+        if random:
+            mean = {name: float(np.mean([row[name] for row in random])) for name in FIGURES}
+            best = {name: min(row[name] for row in random) for name in FIGURES}
+            shown.append({"strategy": f"random, mean of {len(random)}", "layers": [], "cpu": "", **mean})
+            shown.append(
+                {"strategy": f"random, best of {len(random)}, column by column", "layers": [], "cpu": "", **best}
+            )
+        for row in sorted(shown, key=lambda row: row["kl"]):
+            figures = " | ".join(f"{row[name]:.2f}" for name in FIGURES)
+            layers = " ".join(map(str, row["layers"]))
+            lines.append(f"| {count} | {row['strategy']} | {layers} | {figures} | {row['cpu']} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("real", "planted", "table"))
+    parser.add_argument("names", nargs="*", metavar="STRATEGY or SEEDS", help=", ".join(STRATEGIES))
+    options = parser.parse_args()
+    if options.what == "real":
+        real(options.names or ("none", *STRATEGIES))
+    elif options.what == "planted":
+        planted(int(options.names[0]) if options.names else 20)
+    else:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()

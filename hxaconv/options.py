@@ -334,7 +334,9 @@ class Choice(Group):
 
     layers: str | None = option(None, "The layers that become GQA: 8,15-17,-1, a layer map or file.", convert=_layers)
     count: int | None = option(None, "How many to choose. Default: L//7.")
-    strategy: str = option("uniform", "uniform, last, log, mse, influence, entropy, distance, kl, nll or retrieval.")
+    strategy: str = option(
+        "uniform", "uniform, last, log, mse, influence, entropy, distance, kl, nll, retrieval, gates."
+    )
     min_gap: int | None = option(None, "Least distance of two.")
     max_gap: int | None = option(None, "Greatest distance of two.")
     max_consecutive: int | None = option(None, "Longest run of adjacent ones.")

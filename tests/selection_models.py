@@ -1,14 +1,17 @@
 """Teachers and students for the tests of layer selection."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from hxaconv.calibration.streaming import calibrate
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import TeacherConfig, student_of
 from hxaconv.model.model import Model
 from hxaconv.model.plan import Literal, Recipe
-from hxaconv.options import Choice
+from hxaconv.options import Choice, Fit
 from hxaconv.selection.advice import advise
 from hxaconv.selection.strategies import Given
 from hxaconv.surgery.arithmetic import tensor
@@ -83,8 +86,69 @@ def copying_teacher(*, plant=True):
     return Model(config, {name: literal(x) for name, x in values.items()}, "planted", {"bos_token_id": VOCAB - 1})
 
 
-def _plant_previous_token(values):
-    name, half = "model.layers.0.self_attn", HEAD_DIM // 2
+def induction_teacher(seed, num_layers=8):
+    """(a teacher with induction circuits, the layers that look up): layers drawn, all other heads random.
+
+    One layer writes the previous token beside each token. Two later ones look up what followed the current token, one
+    for even and one for odd tokens, and say it. What the other heads write goes to channels of its own, and moves the
+    distribution but not what is copied. Channels: current token, previous token, the answer, noise.
+    """
+    random, noise = torch.Generator().manual_seed(seed), 32
+    first, *lookups = sorted((torch.randperm(num_layers - 1, generator=random)[:3] + 1).tolist())
+    config = TeacherConfig(
+        num_hidden_layers=num_layers,
+        hidden_size=3 * VOCAB + noise,
+        intermediate_size=8,
+        vocab_size=VOCAB,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=HEAD_DIM,
+        rms_norm_eps=1e-6,
+        rope_theta=1e36,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        model_type="qwen2",
+    )
+    values = {name: torch.zeros(shape) for name, shape in expected_tensors(config).items()}
+    for name, value in values.items():
+        if name.endswith("norm.weight"):
+            value.fill_(1.0)
+        elif ".o_proj.weight" in name:
+            value[-noise:] = torch.randn(noise, value.shape[1], generator=random) * 0.05
+        elif ".self_attn." in name:
+            value.copy_(torch.randn(value.shape, generator=random) * 0.1)
+    values["model.embed_tokens.weight"][:, :VOCAB] = torch.eye(VOCAB)
+    values["lm_head.weight"][:, 2 * VOCAB : 3 * VOCAB] = torch.eye(VOCAB) * 2
+    values["lm_head.weight"][:, -noise:] = torch.randn(VOCAB, noise, generator=random) * 0.1
+    _plant_previous_token(values, first)
+    for start, layer in enumerate(lookups):
+        _plant_lookup(values, layer, range(start, VOCAB, 2))
+        name = f"model.layers.{layer}.self_attn"
+        values[f"{name}.v_proj.weight"][:HEAD_DIM] = 0
+        values[f"{name}.v_proj.bias"][:HEAD_DIM] = 0
+        for token in range(VOCAB):
+            values[f"{name}.v_proj.weight"][token, token] = 1.0
+            values[f"{name}.o_proj.weight"][2 * VOCAB + token, token] = 1.0
+    plan = {name: literal(value) for name, value in values.items()}
+    return Model(config, plan, f"planted {seed}", {"bos_token_id": VOCAB - 1}), tuple(lookups)
+
+
+def induction_ids(seed, rows=4):
+    """Random tokens, said twice in every row of 64."""
+    once = np.random.default_rng(seed).integers(0, VOCAB, (rows, 32))
+    return np.concatenate([once, once], axis=1)
+
+
+def calibrated_student(teacher, seed, steps=5):
+    """Every layer RWKV, fitted in a moment."""
+    config = student_of(teacher.config, ())
+    plan = init_from_teacher(teacher.plan, config, InitSettings(PRESETS["openmose-stage2"], 0, "F32"))
+    student, ids = Model(config, plan, "student"), torch.from_numpy(induction_ids(seed + 1000, 8))
+    return replace(student, plan={**plan, **calibrate(teacher, student, ids, Fit(refine_steps=steps)).replaced})
+
+
+def _plant_previous_token(values, layer=0):
+    name, half = f"model.layers.{layer}.self_attn", HEAD_DIM // 2
     for part in ("q", "k", "v"):
         values[f"{name}.{part}_proj.weight"][:HEAD_DIM] = 0
         values[f"{name}.{part}_proj.bias"][:HEAD_DIM] = 0
@@ -99,12 +163,12 @@ def _plant_previous_token(values):
         values[f"{name}.o_proj.weight"][VOCAB + token, token] = 1.0
 
 
-def _plant_lookup(values):
-    name, half = "model.layers.1.self_attn", HEAD_DIM // 2
+def _plant_lookup(values, layer=1, tokens=range(VOCAB)):
+    name, half = f"model.layers.{layer}.self_attn", HEAD_DIM // 2
     for part in ("q", "k"):
         values[f"{name}.{part}_proj.weight"][:HEAD_DIM] = 0
         values[f"{name}.{part}_proj.bias"][:HEAD_DIM] = 0
-    for token in range(VOCAB):
+    for token in tokens:
         channel = 6 + token if token < 40 else 6 + half + token - 40
         values[f"{name}.q_proj.weight"][channel, token] = 5.0
         values[f"{name}.k_proj.weight"][channel, VOCAB + token] = 5.0

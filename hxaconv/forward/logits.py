@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from hxaconv.model.config import ModelConfig
 from hxaconv.model.plan import Ranges, Recipe
 from hxaconv.save.diskio import output_error
 from hxaconv.surgery.arithmetic import dtype_name
+
+if TYPE_CHECKING:
+    from hxaconv.forward.walk import Walk
 
 
 class Dump:
@@ -112,3 +116,31 @@ class Divergence:
     def result(self) -> list[Tensor]:
         """(tokens) for every q."""
         return [m - self._log_p + q for m, q in zip(self._moved, self._log_q, strict=True)]
+
+
+TOKENS_AT_ONCE = 1024
+
+
+def kl_and_gradient(walk: Walk, role: str, hidden: Tensor, other: str, wanted: Tensor) -> tuple[float, Tensor]:
+    """(mean KL in nats per token, its gradient with respect to `hidden`) of what the heads of two models see, (T, C).
+
+    The KL is from the distribution that model `other` has of `wanted` to that which model `role` has of `hidden`.
+    Whole logits of both are held, (T, V).
+    """
+    seen = {role: hidden, other: wanted}
+    heads = {name: walk[name].head for name in seen}
+    logits = {name: wanted.new_empty(len(wanted), head.shape[0]) for name, head in heads.items()}
+    for start, stop in walk.slices(heads, "head"):
+        for name, x in seen.items():
+            logits[name][:, start:stop] = walk.product(x, walk.held(name)["head"].values)
+    kl = []
+    # Two matrices of logits are enough: some tokens at a time, the model's become the gradient.
+    for mine, theirs in zip(*(torch.split(logits[name], TOKENS_AT_ONCE) for name in seen), strict=True):
+        q, p = mine.log_softmax(dim=-1), theirs.log_softmax(dim=-1)
+        kl.append((p.exp() * (p - q)).sum(dim=-1))
+        mine.copy_(q.exp_().sub_(p.exp_()).div_(len(wanted)))
+    gradient = torch.zeros_like(hidden)
+    for start, stop in walk.slices({role: walk[role].head}, "head"):
+        block = walk.held(role)["head"].values.to(walk.device)
+        gradient.addmm_(logits[role][:, start:stop], block.to(gradient.dtype))
+    return float(torch.cat(kl).double().mean()), gradient

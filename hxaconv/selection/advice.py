@@ -125,7 +125,8 @@ def advise(choice: Choice, given: Given) -> Advice:
     if missing:
         raise HxaconvError(f"--strategy {name} needs: {', '.join(missing)}")
     check_choice(choice, given.num_layers)
-    entry = STRATEGIES[name]
+    entry, rules = STRATEGIES[name], rules_of(choice, given.num_layers)
+    given = replace(given, count=count_of(choice, given.num_layers), barred=rules.exclude)
     found = entry.rank(given) if entry.rank else swept(given, name) if entry.score else Found(columns=())
     random = (RANDOM_TOKENS,) if "tokens" in entry.needs and not given.are_text else ()
     made = pick(choice, given.num_layers, found.columns[0] if found.columns else None)

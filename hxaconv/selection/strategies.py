@@ -57,6 +57,10 @@ class Given:
     are_text: bool = True
     log: Path | None = None
     kl_mode: str = "restore"
+    count: int = 1
+    """How many are to be chosen,"""
+    barred: frozenset[int] = frozenset()
+    """and among which they are not."""
     device: str = "cpu"
     seed: int = 0
     cache: Path | None = None
@@ -233,10 +237,23 @@ def nll(given: Given) -> Found:
     return swept(given, "nll", "convert")
 
 
+@ranking(
+    "how far the gate from RWKV to attention opens when all gates are trained within the budget", needs=WITH_STUDENT
+)
+def gates(given: Given) -> Found:
+    """Gates trained together in a model that mixes both mixers in every layer, after arXiv 2606.30562; see gates.py."""
+    import torch
+
+    from hxaconv.selection.gates import train
+
+    values, losses = train(given, torch.as_tensor(given.ids, dtype=torch.int64))
+    facts = {"KL with all gates alike": losses[0], "KL before the last step": losses[-1]}
+    return Found(columns=(Column("gates", tuple(values)),), facts=facts, warnings=_plain(given, "gates"))
+
+
 def swept(given: Given, name: str, mode: str | None = None) -> Found:
     """One pass over the layers: the strategy, and the columns that come along with it."""
     from hxaconv.selection.sweep import Sweep
-    from hxaconv.verification.claims import untouched_layers
 
     assert given.teacher is not None and given.ids is not None
     names = [each for each in sorted({name, *BY_THE_WAY}) if given.student or "student" not in STRATEGIES[each].needs]
@@ -245,13 +262,20 @@ def swept(given: Given, name: str, mode: str | None = None) -> Found:
     scores = _run(sweep, given, given.ids, name)
     first = ["kl", "nll"] if mode else [name]
     order = sorted(first, key=lambda each: each != name) + [each for each in measures if each != name]
-    warnings = []
-    if given.student is not None and "student" in STRATEGIES[name].needs and (plain := untouched_layers(given.student)):
-        warnings.append(UNCALIBRATED.format(count=len(plain), total=given.num_layers, strategy=name))
     facts = {fact: values[0] for fact, values in scores.items() if fact not in order}
     return Found(
-        columns=tuple(Column(each, tuple(scores[each])) for each in order), facts=facts, warnings=tuple(warnings)
+        columns=tuple(Column(each, tuple(scores[each])) for each in order), facts=facts, warnings=_plain(given, name)
     )
+
+
+def _plain(given: Given, name: str) -> tuple[str, ...]:
+    """A warning where the student's layers hold their initial values."""
+    from hxaconv.verification.claims import untouched_layers
+
+    if given.student is None or "student" not in STRATEGIES[name].needs:
+        return ()
+    plain = untouched_layers(given.student)
+    return (UNCALIBRATED.format(count=len(plain), total=given.num_layers, strategy=name),) if plain else ()
 
 
 def _run(sweep: Sweep, given: Given, ids: np.ndarray, name: str) -> dict[str, list[Any]]:

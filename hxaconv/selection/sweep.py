@@ -43,14 +43,15 @@ Step = Callable[[int, str], None]
 """Called between two steps with the bytes of weights that the last one applied: moves the bar, saves, stops."""
 
 
-def needles(ids: Tensor) -> tuple[Tensor, int]:
-    """(random tokens of a text (B, T) said twice, (NEEDLES, 2D); the first place that counts).
+def needles(ids: Tensor, count: int = NEEDLES) -> tuple[Tensor, int]:
+    """(random tokens of a text (B, T) said twice, (count, 2D); the first place that counts).
 
     The first eighth of the second time is not counted: nothing tells yet that it is one.
     """
     known, random = torch.unique(ids.cpu()), torch.Generator().manual_seed(0)
     length = max(2, min(NEEDLE, ids.shape[1] // 2))
-    once = known[torch.randint(len(known), (NEEDLES, length), generator=random)]
+    picked = [torch.randperm(max(length, len(known)), generator=random)[:length] % len(known) for _ in range(count)]
+    once = known[torch.stack(picked)]
     return torch.cat([once, once], dim=1), length + max(1, length // 8)
 
 
