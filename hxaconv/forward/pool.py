@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -142,11 +142,6 @@ class Matrix:
             return found
 
         return torch.cat(self._pool.map(one, torch.split(x, ROWS)))
-
-    def blocks(self) -> Iterator[Tensor]:
-        """Its rows, some at a time, as stored."""
-        for start in self._starts():
-            yield self.stored[start : start + self._height]
 
     @property
     def _height(self) -> int:

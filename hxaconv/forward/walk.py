@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hxaconv.errors import HxaconvError
-from hxaconv.formats.dtypes import count_nonfinite, parse_dtype
+from hxaconv.formats.dtypes import count_nonfinite
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
 from hxaconv.forward.pool import BLOCK_BYTES, Matrix, Pool
@@ -51,21 +51,16 @@ def reference_of(model: Model) -> ModuleType:
     return hxa079 if isinstance(model.config, StudentConfig) else llama
 
 
-def compute_settings(dtype: str, device: str) -> tuple[torch.dtype, str]:
-    """The torch dtype and device to run on.
+def compute_dtype(name: str) -> torch.dtype:
+    """What a forward computes in.
 
     Raises:
-        HxaconvError: for a dtype in which agreement would mean nothing, and a device that is not there.
+        HxaconvError: for a dtype in which agreement would mean nothing.
     """
-    name = parse_dtype(dtype)
-    if name not in ("F32", "F64"):
-        raise HxaconvError(f"the reference forward does not run in {dtype}", hint="Use float32 or float64.")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise HxaconvError(f"device {device!r} cannot be used: {reason}", hint="Use --device cpu.") from None
-    return torch_dtype(name), device
+    if name not in ("float32", "float64"):
+        raise HxaconvError(f"the reference forward does not run in {name}", hint="Use float32 or float64.")
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 @dataclass

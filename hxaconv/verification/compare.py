@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hxaconv.errors import Inconsistent, raise_all, shortened
 from hxaconv.forward.logits import dumping
-from hxaconv.forward.walk import Walk, compute_settings
+from hxaconv.forward.walk import Walk, compute_dtype
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Model
@@ -107,7 +107,7 @@ def compare_models(
         if not any(isinstance(claim, Claim) and claim.check == "tensors" for claim in claims):
             _same_tensors(report, exactly=report.expect == "identical")
         found = report.config_differences
-        report.check("config", not found, "; ".join(found) or "the same settings")
+        report.problems("config", found, "the same settings")
     if report.logits is not None:
         given = {name: limit for name, limit in asdict(thresholds or Thresholds()).items() if limit is not None}
         _within(report, report.logits, replace(USUAL.get(report.expect, Thresholds()), **given))
@@ -133,7 +133,7 @@ def _run(
 ) -> None:
     """One pass over all tensors, with a forward where there are ids."""
     began = time.monotonic()
-    compute, device = compute_settings(dtype, device)
+    compute = compute_dtype(dtype)
     with (
         dumping(logits_out, models[MADE].config, ids, compute) as dump,
         Walk(models, dtype=compute, device=device) as walk,
@@ -195,7 +195,7 @@ def _check_config(report: Report, config: ModelConfig) -> None:
                 "Layer 0 is GQA: the published trainer mixes a zero v_first into the first RWKV layer, the inference"
                 " engine takes that layer's own v and k. The forward here follows the engine."
             )
-    report.check("config", not problems, shortened(problems, "; ") or "consistent")
+    report.problems("config", problems, "consistent")
 
 
 # --- After it: what an expectation and its limits say ----------------------------------------------------------------

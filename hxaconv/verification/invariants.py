@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from hxaconv.errors import shortened
 from hxaconv.forward.tokens import probe_tokens
 from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Model
@@ -214,7 +215,7 @@ def _check_states(report: Report, expect: str, states: States) -> None:
     fine = {"untrained", "kept"} | ({"calibrated"} if expect == "calibrated" else set())
     wrong = [f"layer {i} is {state}" for i, state in states.found.items() if state not in fine]
     hint = " (of a student that was trained since: --expect attention-trained)" if wrong else ""
-    report.check(f"as {expect}", not wrong, specification.listed(wrong) + hint or "every layer")
+    report.check(f"as {expect}", not wrong, shortened(wrong, "; ") + hint or "every layer")
 
 
 def against_teacher(
@@ -314,7 +315,7 @@ def check_settings(report: Report, student: StudentConfig, teacher: ModelConfig)
     elif student.rope_scaling != teacher.rope_scaling:
         wrong.append(f"rope_scaling is {student.rope_scaling}, the teacher's is {teacher.rope_scaling}")
     theta, eps = f"{student.rope_theta:.10g}", f"{student.rms_norm_eps:g}"
-    report.check("settings", not wrong, "; ".join(wrong) or f"the teacher's: rope_theta {theta}, rms_norm_eps {eps}")
+    report.problems("settings", wrong, f"the teacher's: rope_theta {theta}, rms_norm_eps {eps}")
 
 
 def check_ranks(report: Report, config: StudentConfig) -> None:
@@ -324,7 +325,7 @@ def check_ranks(report: Report, config: StudentConfig) -> None:
     found = {first: getattr(config.ranks, names[first]) for first in wanted}
     wrong = [f"{n} has rank {found[n]}, published is {rank}" for n, rank in wanted.items() if found[n] != rank]
     if config.rwkv_layers:
-        report.check("ranks", not wrong, "; ".join(wrong) or ", ".join(f"{n} {rank}" for n, rank in found.items()))
+        report.problems("ranks", wrong, ", ".join(f"{n} {rank}" for n, rank in found.items()))
 
 
 def check_one_dtype(report: Report, plan: Plan) -> None:
@@ -342,7 +343,7 @@ def _check_copied_dtypes(report: Report, student: Plan, teacher: Plan) -> None:
         for name, dtype in copies.items()
         if dtype != usual and (name not in teacher or dtype != teacher[name].dtype)
     ]
-    report.check("dtypes of copies", not odd, specification.listed(odd) or usual)
+    report.problems("dtypes of copies", odd, usual)
 
 
 def check_gqa_layers(report: Report, *, without: Collection[int | None] = ()) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from hxaconv.errors import shortened
 from hxaconv.forward import llama
 from hxaconv.forward.hxa079 import Carry
 from hxaconv.forward.logits import LOGITS_AT_ONCE, Divergence, Dump
@@ -73,8 +72,8 @@ class Pass:
                 advance(sum(layer_bytes(model.plan, index) for model in models.values()), f"layer {index}")
             heads = {role: plan[end] for role, model in models.items() if end in (plan := with_head(model))}
             highest = self._head(end, heads, streams)
-        detail = shortened(self.broken, "; ") or f"{len(self.left.model.plan)} tensors without NaN or infinity"
-        self.report.check("finite weights", not self.broken, detail)
+        good = f"{len(self.left.model.plan)} tensors without NaN or infinity"
+        self.report.problems("finite weights", self.broken, good)
         if ids is not None:
             where = "" if self.lost is None else f"; the residual stream is lost in layer {self.lost}"
             finite = f"{ids.numel()} tokens, largest |logit| {highest:.3g}"

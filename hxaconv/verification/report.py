@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hxaconv.errors import CheckFailed, bullet_list
+from hxaconv.errors import CheckFailed, bullet_list, shortened
 from hxaconv.formats.json_files import plain_data
 from hxaconv.progress import Result
 
@@ -113,6 +114,10 @@ class Report(Result):
     def check(self, name: str, passed: bool, detail: str) -> None:
         """Record the outcome of a check."""
         self.checks.append(Check(name, passed, detail))
+
+    def problems(self, name: str, found: Collection[str], good: str) -> None:
+        """Record a check that fails on what was found; `good` says what there is where nothing was."""
+        self.check(name, not found, shortened(found, "; ") or good)
 
     def tensor_counts(self) -> dict[str, int]:
         """Status -> number of tensors."""

@@ -12,7 +12,7 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -318,9 +318,3 @@ def wrong_checksums(path: Path, workers: int = 2) -> list[str]:
 
     with ThreadPoolExecutor(workers) as pool:
         return [text for text in pool.map(problem, records) if text]
-
-
-def listed(problems: Iterable[str], most: int = 3) -> str:
-    """The first few, in one line."""
-    found = list(problems)
-    return "; ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")

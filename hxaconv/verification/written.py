@@ -21,7 +21,6 @@ from hxaconv.save.documents import settings_digest
 from hxaconv.save.fill import DIGESTS, Checks, digest_of_file
 from hxaconv.verification import specification
 from hxaconv.verification.report import Report
-from hxaconv.verification.specification import listed
 
 if TYPE_CHECKING:
     from hxaconv.save.output import Output
@@ -90,7 +89,7 @@ def check_output(
     stored = set(checkpoint.stored_names.values()) | checkpoint.shell.keys()
     wrong = [f"{name} is missing" for name in names if name not in stored]
     wrong += [f"{name} is there" for name in stored if name not in names]
-    files.check("tensors as asked", not wrong, listed(wrong) or f"{len(stored)}, no other")
+    files.problems("tensors as asked", wrong, f"{len(stored)}, no other")
     if checkpoint.shell:
         differing = [
             f"{name} differs from the source's"
@@ -98,7 +97,7 @@ def check_output(
             if name in names and not same_bytes(found, names[name])
         ]
         good = f"{len(checkpoint.shell)} tensors, the source's"
-        files.check("what wraps the text model", not differing, listed(differing) or good)
+        files.problems("what wraps the text model", differing, good)
     wanted = dict(asked.plan)
     if HEAD not in wanted and EMBEDDING in wanted:
         wanted[HEAD] = wanted[EMBEDDING]
@@ -107,13 +106,13 @@ def check_output(
         for name, found in checkpoint.plan.items()
         if name in wanted and (found.dtype, found.shape) != (wanted[name].dtype, wanted[name].shape)
     ]
-    files.check("dtypes as asked", not wrong, listed(wrong) or f"{len(checkpoint.plan)} tensors")
+    files.problems("dtypes as asked", wrong, f"{len(checkpoint.plan)} tensors")
     _check_names(files, checkpoint)
     raw, where = _settings_of(checkpoint)
     if raw:
         expected = intended(asked.student, dtype) | specification.shape_values(checkpoint.plan, dtypes=False)
         wrong = specification.wrong_values(expected, raw, where)
-        files.check("settings as asked", not wrong, listed(wrong) or f"{where} says them all")
+        files.problems("settings as asked", wrong, f"{where} says them all")
     _check_files(files, checkpoint)
     if not files.passed:
         return files
@@ -131,14 +130,14 @@ def check_own(report: Report, checkpoint: Checkpoint, provenance: Mapping[str, A
     if raw:
         said, implied = specification.config_values(raw), specification.shape_values(checkpoint.plan)
         wrong = specification.wrong_values({k: v for k, v in implied.items() if said[k] is not None}, raw, where)
-        report.check("config and tensors", not wrong, listed(wrong) or f"{where} says what the tensors show")
+        report.problems("config and tensors", wrong, f"{where} says what the tensors show")
     if checkpoint.key_format == "rwkv":
         _check_names(report, checkpoint)
     check_dtypes(report, checkpoint, provenance)
     _check_files(report, checkpoint)
     if provenance.get("files"):
         wrong = wrong_files(checkpoint, provenance)
-        report.check("recorded files", not wrong, listed(wrong) or "config, sidecar and code are as they were written")
+        report.problems("recorded files", wrong, "config, sidecar and code are as they were written")
 
 
 def check_dtypes(report: Report, checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> None:
@@ -168,7 +167,7 @@ def check_dtypes(report: Report, checkpoint: Checkpoint, provenance: Mapping[str
     if odd and not wrong:
         report.notes.append(f"{len(odd)} tensors are not {usual}, as the others are: {shortened(odd)}")
     good = f"{len(checkpoint.plan) - len(odd)} of {len(checkpoint.plan)} tensors are {usual}"
-    report.check("dtypes and config", not wrong, listed(wrong) or good)
+    report.problems("dtypes and config", wrong, good)
 
 
 def _settings_of(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
@@ -180,7 +179,7 @@ def _settings_of(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
 
 def _check_names(report: Report, checkpoint: Checkpoint) -> None:
     wrong = specification.wrong_names(checkpoint.stored_names, checkpoint.key_format)
-    report.check("names", not wrong, listed(wrong) or f"those of the {checkpoint.key_format} key format")
+    report.problems("names", wrong, f"those of the {checkpoint.key_format} key format")
 
 
 def _check_files(report: Report, checkpoint: Checkpoint) -> None:
@@ -189,11 +188,11 @@ def _check_files(report: Report, checkpoint: Checkpoint) -> None:
         return
     if checkpoint.container == "safetensors" and checkpoint.root.is_dir():
         wrong = specification.wrong_index(checkpoint.root)
-        report.check("index", not wrong, listed(wrong) or "names what the files hold")
+        report.problems("index", wrong, "names what the files hold")
     elif checkpoint.container == "pth":
         paths = [file.path for file in checkpoint.files if file.path is not None]
         wrong = [problem for path in paths for problem in specification.wrong_checksums(Path(path))]
-        report.check("checksums", not wrong, listed(wrong) or "every CRC-32 in the file is that of its bytes")
+        report.problems("checksums", wrong, "every CRC-32 in the file is that of its bytes")
 
 
 def intended(config: StudentConfig, dtype: str) -> dict[str, Any]:
