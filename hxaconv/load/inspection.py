@@ -41,7 +41,7 @@ def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
     Values that nothing names are None and listed under `unknown`, never filled in.
     """
     plan = checkpoint.plan
-    config, problem = _config(checkpoint)
+    config, problem = _judged(checkpoint)
     everything = [*plan.values(), *checkpoint.unknown.values()]
     report: dict[str, Any] = {
         "path": checkpoint.label,
@@ -68,9 +68,7 @@ def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
         "dimensions": _dimensions(checkpoint, config),
         "problem": problem,
     }
-    if config is not None and problem is None:
-        report["problem"] = _contradictions(checkpoint, config)
-    report["kind"], advice = _kind(checkpoint, config, report["problem"])
+    report["kind"], advice = _kind(checkpoint, config, problem)
     report["advice"] = [*advice, *checkpoint.warnings]
     report["unknown"] = [key for key, value in report["dimensions"].items() if value is None]
     report["memory"] = _memory(report["dimensions"], plan)
@@ -107,66 +105,58 @@ def _kind(checkpoint: Checkpoint, config: ModelConfig | None, problem: str | Non
 
 def describe_format(checkpoint: Checkpoint) -> str:
     """For people: what kind of files these are."""
+    facts, count = checkpoint.extra, len(checkpoint.files)
+    if not count:
+        return "not opened"
+    ranks = facts.get("ranks")
     kinds = {
         "safetensors": "safetensors",
         "pth": "PyTorch zip",
         "legacy": "PyTorch legacy pickle (before 1.6)",
-        "zero": _describe_zero(checkpoint.extra),
+        "zero": f"DeepSpeed ZeRO-{facts.get('zero_stage')}, master weights of {ranks} rank{'s' if ranks != 1 else ''}",
         "dcp": "torch.distributed.checkpoint",
         "dtensor": "DTensors of several ranks",
     }
-    count = len(checkpoint.files)
-    if not count:
-        return "not opened"
-    return f"{kinds.get(checkpoint.container, checkpoint.container)}, {count} file{'s' if count != 1 else ''}"
+    kind = kinds.get(checkpoint.container, checkpoint.container)
+    if checkpoint.container == "zero" and facts.get("weights") == "model":
+        kind = "DeepSpeed, the model's own weights"
+    return f"{kind}, {count} file{'s' if count != 1 else ''}"
 
 
-def _describe_zero(facts: Mapping[str, Any]) -> str:
-    stage, ranks = facts.get("zero_stage"), facts.get("ranks")
-    if facts.get("weights") == "model":
-        return "DeepSpeed, the model's own weights"
-    return f"DeepSpeed ZeRO-{stage}, master weights of {ranks} rank{'s' if ranks != 1 else ''}"
-
-
-def _config(checkpoint: Checkpoint) -> tuple[ModelConfig | None, str | None]:
+def _judged(checkpoint: Checkpoint) -> tuple[ModelConfig | None, str | None]:
+    """Its config, and why there is none, or what the tensors lack or have too much by it."""
+    config: ModelConfig
+    plan = checkpoint.plan
     try:
         if is_student(checkpoint):
-            return student_model(checkpoint, headers_only=True).config, None
-        if checkpoint.config is not None:
-            return teacher_config(checkpoint.config, where=checkpoint.label), None
+            config = student_model(checkpoint, headers_only=True).config
+        elif checkpoint.config is not None:
+            config = teacher_config(checkpoint.config, where=checkpoint.label)
+        else:
+            return None, None
     except MissingSettings as error:
         return None, f"no file says {', '.join(error.missing)}"
     except HxaconvError as error:
         return None, error.message
-    return None, None
-
-
-def _contradictions(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
-    """What the tensors lack or have too much, by the config; an attention-only checkpoint lacks nothing else."""
-    plan, expected = checkpoint.plan, expected_tensors(config)
-    if all(is_attention(name) for name in plan):
+    expected = expected_tensors(config)
+    if all(is_attention(name) for name in plan):  # such a checkpoint lacks nothing else
         expected = {name: shape for name, shape in expected.items() if is_attention(name)}
     try:
         plan = split_fused(plan, config)
         check({name: recipe for name, recipe in plan.items() if name != HEAD or name in expected}, expected, "it")
     except HxaconvError as error:
-        return error.message
-    return None
+        return config, error.message
+    return config, None
 
 
 def _variant(checkpoint: Checkpoint) -> str:
-    if any(kind == "rwkv" for kind in layer_kinds(checkpoint.plan).values()):
-        return _variant_name(checkpoint)
-    family = (checkpoint.config or {}).get("model_type")
-    if family:
-        return f"transformer ({family})"
-    return "attention layers only" if layer_kinds(checkpoint.plan) else "unknown"
-
-
-def _variant_name(checkpoint: Checkpoint) -> str:
+    kinds, raw = layer_kinds(checkpoint.plan).values(), checkpoint.config or {}
+    if "rwkv" not in kinds:
+        family = raw.get("model_type")
+        return f"transformer ({family})" if family else "attention layers only" if kinds else "unknown"
     found = parameters_found(checkpoint.plan)
     candidates = [variant.name for variant in matching(found)]
-    told = (checkpoint.config or {}).get("rwkv_architecture") or (checkpoint.sidecar or {}).get("rwkv_architecture")
+    told = raw.get("rwkv_architecture") or (checkpoint.sidecar or {}).get("rwkv_architecture")
     if told is not None and (not candidates or told in candidates):
         return str(told)
     if told is not None:

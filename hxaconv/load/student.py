@@ -157,17 +157,12 @@ def config_settings(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     raise_all(f"{where}: config.json is not a student's that is known here:", problems, hint=hint, kind=Inconsistent)
     switches = ("tie_word_embeddings", "attention_bias", "mlp_bias")
     keys = ("rwkv_architecture", *SIZES, "rms_norm_eps", *switches, *RANK_KEYS.values())
-    facts = {key: raw[key] for key in keys if raw.get(key) is not None} | expert_facts(raw)
-    facts["rope_scaling"] = scaling
-    if theta is not None:
-        facts["rope_theta"] = theta
     renamed = {"enable_qk_norm": "qk_norm", "attention_out_bias": "output_bias", "has_layer_records": "layer_records"}
-    for key, ours in renamed.items():
-        if raw.get(key) is not None:
-            facts[ours] = bool(raw[key])
+    facts = {ours: raw.get(key) for key, ours in (*zip(keys, keys, strict=True), *renamed.items())}
     if raw.get("transformer_layers") is not None:
         facts["gqa_layers"] = tuple(sorted(raw["transformer_layers"]))
-    return facts
+    known = {key: value for key, value in (facts | {"rope_theta": theta}).items() if value is not None}
+    return known | expert_facts(raw) | {"rope_scaling": scaling}
 
 
 def _config_problems(raw: Mapping[str, Any]) -> list[str]:
@@ -315,32 +310,21 @@ def resolve(sources: list[SettingsSource], where: str, plan: Plan | None = None)
             f" {' or '.join(candidates)}",
             hint="The file belongs to another model, or names the wrong variant.",
         )
-    sizes = {key: values[key] for key in SIZES}
+    experts = {key: values[key] for key in EXPERT_KEYS if key in values and "num_experts" in values}
+    hint = "Its config.json, or --teacher, has to say how tokens are routed."
+    raise_all(f"{where} holds experts:", expert_problems(experts), hint=hint)
+    switches = ("tie_word_embeddings", "qk_norm", "attention_bias", "output_bias", "mlp_bias", "layer_records")
+    own: dict[str, Any] = {key: values[key] for key in SIZES} | {key: bool(values.get(key)) for key in switches}
     return StudentConfig(
-        **sizes,
+        **own,
         rms_norm_eps=float(values["rms_norm_eps"]),
         rope_theta=float(values["rope_theta"]),
-        tie_word_embeddings=bool(values["tie_word_embeddings"]),
         rope_scaling=values.get("rope_scaling"),
         rwkv_architecture=variant.name,
         gqa_layers=values["gqa_layers"],
         ranks=Ranks(**{name: values[RANK_KEYS[name]] for name in variant.rank_names}),
-        layer_records=values.get("layer_records", False),
-        qk_norm=bool(values.get("qk_norm")),
-        attention_bias=bool(values.get("attention_bias")),
-        output_bias=bool(values.get("output_bias")),
-        mlp_bias=bool(values.get("mlp_bias")),
-        experts=_experts(values, where),
+        experts=Experts(**experts) if experts else None,
     )
-
-
-def _experts(values: Mapping[str, Any], where: str) -> Experts | None:
-    facts = {key: values[key] for key in EXPERT_KEYS if key in values}
-    if "num_experts" not in facts:
-        return None
-    hint = "Its config.json, or --teacher, has to say how tokens are routed."
-    raise_all(f"{where} holds experts:", expert_problems(facts), hint=hint)
-    return Experts(**facts)
 
 
 def _refuse_gaps(values: Mapping[str, Any], where: str, plan: Plan) -> None:
