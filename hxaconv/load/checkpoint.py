@@ -16,6 +16,7 @@ from hxaconv.formats.files import SourceFile, show
 from hxaconv.formats.json_files import PROVENANCE_NAME, read_config, read_json, read_sidecar
 from hxaconv.load.files import (
     ADAPTER,
+    ADAPTER_LEFT_OUT,
     SHARD,
     WEIGHTS,
     Folder,
@@ -351,7 +352,7 @@ def _warnings(
     """What people may take for a part of what was opened, and is none."""
     if ADAPTER in folder.sizes:
         kind = kind_of_adapter(read_json(folder.open(ADAPTER)))
-        yield f"{folder.label} holds {kind.what.partition(',')[0]} beside the model, which is left out. {kind.way_out}"
+        yield f"{folder.label} holds {kind.what.partition(',')[0]} {ADAPTER_LEFT_OUT}. {kind.way_out}"
     names = [file.name for file in files]
     if (beside := folder.others(names)) and not any("/" in name for name in names):
         yield f"{folder.label}: {shortened(names[:3])} is read, {shortened(beside)} is not: name the file to read that"

@@ -27,6 +27,7 @@ _SECOND = re.compile(r"^consolidated[.\d]*\.(pth|safetensors)$")
 """A second copy of the weights, in another layout."""
 _SECOND_FORM = re.compile(rf"{_SECOND.pattern}|^pytorch_model(-\d{{5}}-of-\d{{5}})?\.bin$")
 ADAPTER = "adapter_config.json"
+ADAPTER_LEFT_OUT = "beside the model, which is left out"
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.\w+$")
 _BLOB = re.compile(r"^[0-9a-f]{40}([0-9a-f]{24})?$")
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all, shortened
 from hxaconv.load.checkpoint import open_checkpoint
-from hxaconv.load.files import refuse_broken
+from hxaconv.load.files import ADAPTER_LEFT_OUT, refuse_broken
 from hxaconv.load.student import FLAGS, SettingsSource, is_student, student_model, student_settings
 from hxaconv.load.tensors import complete, refuse_known_gaps, split_fused, split_tied_head
 from hxaconv.model import layer_maps
@@ -204,7 +204,7 @@ def _opened(name: Name, settings: Settings, progress: Progress | None) -> Checkp
         found = open_checkpoint(found, revision=settings.revision, weights=settings.weights, progress=progress)
     merged = [Path(os.path.expanduser(adapter)).resolve() for adapter in settings.adapter]
     if found.root in (*merged, *(path.parent for path in merged)):  # the adapter beside it is not left out
-        return replace(found, warnings=tuple(line for line in found.warnings if "adapter" not in line))
+        return replace(found, warnings=tuple(line for line in found.warnings if ADAPTER_LEFT_OUT not in line))
     return found
 
 
@@ -241,63 +241,55 @@ def _layers(
     """
     found, count = layer_kinds(checkpoint.plan), base.num_hidden_layers
     absent = [layer for layer in range(count) if layer not in found]
-    named = _layers_named(checkpoint, settings, count)
+    named = _gqa_layers_named(checkpoint, settings, count)
     if not absent or max(found, default=0) >= count:
         return None, ()
     how = "" if named else "; --layer-map or --gqa-layers would confirm it"
     note = f"{numbers(absent)}: not in {checkpoint.label}, the teacher's attention (GQA){how}"
     if isinstance(base, StudentConfig):
-        named = [*named, SettingsSource("the student that completes it", {"gqa_layers": base.gqa_layers})]
+        named["the student that completes it"] = base.gqa_layers
         note = f"{numbers(absent)}: not in {checkpoint.label}, those of the student that completes it"
+    said = {layer: (KINDS[kind], "its tensors") for layer, kind in found.items()}
+    problems = []
+    for source, layers in named.items():
+        for layer in range(count):
+            kind, by = said.setdefault(layer, (KINDS["gqa" if layer in layers else "rwkv"], source))
+            if kind != KINDS["gqa" if layer in layers else "rwkv"]:
+                problems.append(f"layer {layer} is {kind} by {by}, {'RWKV' if kind == 'GQA' else 'GQA'} by {source}")
     raise_all(
         f"{checkpoint.label}: what its tensors are contradicts what the layers are said to be:",
-        _contradictions({layer: KINDS[kind] for layer, kind in found.items()}, named, count),
+        problems,
         hint="One of them belongs to another run.",
         kind=Inconsistent,
     )
-    gqa = set(named[0].values["gqa_layers"]) if named else set(absent)
-    lost = [layer for layer in absent if layer not in gqa]
-    lacking = None
+    source, layers = next(iter(named.items()), ("", absent))
+    lost = [layer for layer in absent if layer not in layers]
+    lacking = f"holds {numbers(found)} as attention and no RWKV layer" if "rwkv" not in found.values() else ""
     if lost:
-        lacking = f"holds nothing of {numbers(lost)}, RWKV by {named[0].source}, which no teacher has"
-    elif "rwkv" not in found.values():
-        lacking = f"holds {numbers(found)} as attention and no RWKV layer, which no teacher has"
+        lacking = f"holds nothing of {numbers(lost)}, RWKV by {source}"
     if lacking and not isinstance(base, StudentConfig):
         raise Inconsistent(
-            f"{checkpoint.label} {lacking}",
+            f"{checkpoint.label} {lacking}, which no teacher has",
             hint="If the run was continued from a student, give that student as --teacher: it completes the file."
             " Otherwise the file is not whole.",
         )
-    kept = gqa.intersection(absent) | {layer for layer, kind in found.items() if kind == "gqa"}
+    kept = {layer for layer, kind in found.items() if kind == "gqa"}.union(set(layers).intersection(absent))
     return SettingsSource("the layers", {"num_hidden_layers": count, "gqa_layers": tuple(sorted(kept))}), (note,)
 
 
-def _layers_named(checkpoint: Checkpoint, settings: Settings, count: int) -> list[SettingsSource]:
-    """Sources that say which layers of a student are GQA, beside its tensors; the strongest first."""
-    found = []
+def _gqa_layers_named(checkpoint: Checkpoint, settings: Settings, count: int) -> dict[str, Collection[int]]:
+    """Which layers of a student are GQA, by sources beside its tensors; the strongest first."""
+    found: dict[str, Collection[int]] = {}
     if settings.gqa_layers is not None:
         layers = layer_maps.parse_layers(settings.gqa_layers, count, allow_layer_0=True, option="--gqa-layers")
-        found.append(SettingsSource("--gqa-layers", {"gqa_layers": layers}))
+        found["--gqa-layers"] = layers
     for source, raw in (("config.json", checkpoint.config), ("the sidecar", checkpoint.sidecar)):
         if raw and raw.get("transformer_layers") is not None:
-            found.append(SettingsSource(source, {"gqa_layers": tuple(raw["transformer_layers"])}))
+            found[source] = raw["transformer_layers"]
     if settings.layer_map is not None:
         chosen = layer_maps.load(settings.layer_map)
-        found.append(SettingsSource(f"layer map {chosen.name}", {"gqa_layers": chosen.gqa_layers}))
+        found[f"layer map {chosen.name}"] = chosen.gqa_layers
     return found
-
-
-def _contradictions(given: dict[int, str], named: Iterable[SettingsSource], count: int) -> list[str]:
-    """Layers of which two sources say different kinds, a line each; `given` are those of the tensors."""
-    problems = []
-    origin = dict.fromkeys(given, "its tensors")
-    for source in named:
-        for layer in range(count):
-            kind = KINDS["gqa" if layer in source.values["gqa_layers"] else "rwkv"]
-            if given.setdefault(layer, kind) != kind:
-                problems.append(f"layer {layer} is {given[layer]} by {origin[layer]}, {kind} by {source.source}")
-            origin.setdefault(layer, source.source)
-    return problems
 
 
 def numbers(layers: Iterable[int]) -> str:

@@ -22,6 +22,7 @@ from tests.field import builder
 from tests.field.cases import CASES, Case
 
 Cli = Callable[..., int]
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def built(name: str, path: Path) -> tuple[Case, Path]:
@@ -49,6 +50,11 @@ def test_the_command_for_a_pickle_with_other_objects_works(
     assert torch.equal(found["model.layers.0.self_attn.w2"], held[name])
 
 
+def without(name: str, file: Path) -> None:
+    """One tensor taken out of a file."""
+    save_file({key: value for key, value in load_file(file).items() if key != name}, file, {"format": "pt"})
+
+
 def out_of(folder: Path) -> None:
     """Its files beside it, in its place."""
     folder.rename(folder.parent / "moved")
@@ -67,6 +73,7 @@ def out_of(folder: Path) -> None:
         ("student_and_teacher", ("--weights", "student"), None),
         ("model_and_state_dict", ("--weights", "state_dict"), None),
         ("tie_unsaid", ("--tie-word-embeddings",), None),
+        ("two_values_of_one_tensor", (), lambda path: without(EMBEDDING, path / "model-00002-of-00002.safetensors")),
         ("byte_order_mark", (), lambda path: (path / "config.json").write_text(json.dumps(builder.config()))),
         ("folder_named_bin", (), lambda path: out_of(path / "pytorch_model.bin")),
         ("short_file_beside_shards", (), lambda path: (path / "model.safetensors").unlink()),
@@ -173,6 +180,25 @@ def test_an_adapter_is_merged_as_the_hint_says(
         assert cli("init-from-teacher", "merged", *words) == 0
     name = "model.layers.1." + ("input_layernorm.weight" if kind == "LN_TUNING" else "self_attn.q_proj.weight")
     assert not torch.equal(load_file("out/model.safetensors")[name], builder.tensors()[name])
+
+
+def test_an_adapter_beside_the_model_is_named_until_it_is_merged(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = builder.teacher(tmp_path / "in")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (source / "adapter_config.json").write_text(json.dumps(settings))
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+    pair = {f"{name}A.weight": builder.noise(4, 32), f"{name}B.weight": builder.noise(32, 4)}
+    save_file(pair, source / "adapter_model.safetensors")
+    words = ("init-from-teacher", source, tmp_path / "out", "--gqa-layers", 1, "--no-verify", "--quiet", "--overwrite")
+    queries = []
+    for more in ((), ("--adapter", source)):
+        assert cli(*words, *more) == 0
+        assert ("left out" in capsys.readouterr().err) == (more == ())
+        queries.append(load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"])
+    assert torch.equal(queries[0], builder.tensors()["model.layers.1.self_attn.q_proj.weight"])
+    assert not torch.equal(queries[1], queries[0])
 
 
 def test_a_continued_run_is_completed_by_its_student(cli: Cli, tmp_path: Path) -> None:
