@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +180,6 @@ class Filling:
     def _write(self, file: OutputFile, fill: Fill, buffers: Buffers, writeback: Writeback) -> Finished | None:
         """Make a tensor's bytes, where they belong; None if it was stopped on the way."""
         fd, checks, sources = file.open(), Checks(fill.recipe.dtype, **self._checksums), fill.recipe.make.sources()
-        writeback.begin(file, fd, dict.fromkeys(sources))
         position = reported = fill.offset
         for chunk in fill.recipe.pieces(buffers):
             if self._stop.is_set():
@@ -188,7 +187,7 @@ class Filling:
             with file.errors(f"writing {len(chunk)} bytes at {position} ({fill.name})"):
                 write_from(fd, chunk, position)
             checks.update(chunk)
-            writeback.wrote(position, len(chunk))
+            writeback.wrote(file, position, len(chunk), sources)
             position += len(chunk)
             if position - reported >= PROGRESS_BYTES:
                 self._advance(position - reported, fill.name)
@@ -252,36 +251,35 @@ class Writeback:
     def __init__(self, *, keep_cache: bool) -> None:
         self._keep_cache = keep_cache
         self._file: OutputFile | None = None
-        self._fd = -1
         self._window: list[tuple[int, int]] = []
         self._before: list[tuple[int, int]] = []
-        self._window_bytes = 0
-        self._sources: Mapping[SourceFile, None] = {}
+        self._bytes = 0
+        """Of the window."""
 
-    def begin(self, file: OutputFile, fd: int, sources: Mapping[SourceFile, None]) -> None:
-        """A tensor made of these sources comes next; in another file, which sees to the rest of the last one itself."""
-        self._sources = sources
+    def wrote(self, file: OutputFile, offset: int, count: int, sources: Iterable[SourceFile]) -> None:
+        """Take note of a range; with a full window, start writing it, wait for the one before and drop its pages.
+
+        In another file it begins anew: what is left of the last one is synced when that is complete.
+        """
         if file is not self._file:
-            self._file, self._fd, self._window, self._before, self._window_bytes = file, fd, [], [], 0
-
-    def wrote(self, offset: int, count: int) -> None:
-        """Take note of a range; with a full window, start writing it, wait for the one before and drop its pages."""
+            self._file, self._window, self._before, self._bytes = file, [], [], 0
+        self._bytes += count
         if self._window and sum(self._window[-1]) == offset:
-            self._window[-1] = (self._window[-1][0], self._window[-1][1] + count)
-        else:
-            self._window.append((offset, count))
-        self._window_bytes += count
-        if self._window_bytes < WINDOW_BYTES:
+            offset, before = self._window.pop()
+            count += before
+        self._window.append((offset, count))
+        if self._bytes < WINDOW_BYTES:
             return
+        fd = file.open()
         for start, size in self._window:
-            diskio.write_back(self._fd, start, size)
+            diskio.write_back(fd, start, size)
         if not self._keep_cache:
             for start, size in self._before:
-                diskio.write_back(self._fd, start, size, wait=True)
-                diskio.drop_cached(self._fd, start, size)
-            for source in self._sources:
+                diskio.write_back(fd, start, size, wait=True)
+                diskio.drop_cached(fd, start, size)
+            for source in dict.fromkeys(sources):
                 diskio.drop_cached(source.open())
-        self._before, self._window, self._window_bytes = self._window, [], 0
+        self._before, self._window, self._bytes = self._window, [], 0
 
 
 # Checksums, computed as bytes pass by

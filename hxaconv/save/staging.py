@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,22 +37,15 @@ _REPLACED = "replaced"
 _JOURNAL = "journal"
 
 
-@dataclass(frozen=True, slots=True)
 class Staging:
     """The folder of one plan; whether that is a folder of files or one file with a sidecar, its target's name says."""
 
-    path: Path
-    target: Path
-
-    @property
-    def content(self) -> Path:
+    def __init__(self, path: Path, target: Path) -> None:
+        self.path, self.target = path, target
+        self.content = path / "content"
         """The folder that files are written into."""
-        return self.path / "content"
-
-    @property
-    def checkpoint(self) -> Path:
+        self.checkpoint = self.content / target.name if target.suffix in FILE_SUFFIXES else self.content
         """The staged output as a checkpoint that can be opened: a folder, or a `.pth` file."""
-        return self.content / self.target.name if self.target.suffix in FILE_SUFFIXES else self.content
 
     def moves(self) -> list[tuple[Path, Path]]:
         """From where to where publishing renames; the target itself comes last."""
@@ -274,31 +266,24 @@ def _shown(value: Any) -> str:
 # What is on disk already
 
 
-class Journal:
-    """Appends to one file; every rank writes its own."""
+def journal(folder: Path, rank: int, finished: Sequence[Finished]) -> None:
+    """Note in this rank's journal that these tensors are synced.
 
-    def __init__(self, folder: Path, rank: int = 0) -> None:
-        self._path = folder / (f"{_JOURNAL}-{rank}" if rank else _JOURNAL)
-        with diskio.explained(self._path, "opening"):
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-
-    def done(self, finished: Sequence[Finished]) -> None:
-        """These tensors are synced.
-
-        Raises:
-            HxaconvError: when the lines cannot be written and synced in their turn.
-        """
-        # The break comes first: a line that a crash or a full disk cut short ends where the next one begins.
-        lines = ({"tensor": t.name, "crc32": t.crc32, "sha256": t.sha256, "nonfinite": t.nonfinite} for t in finished)
-        data = memoryview("".join("\n" + json.dumps(line) for line in lines).encode())
-        with diskio.explained(self._path):
+    Raises:
+        HxaconvError: when the lines cannot be written and synced in their turn.
+    """
+    # The break comes first: a line that a crash or a full disk cut short ends where the next one begins.
+    lines = ({"tensor": t.name, "crc32": t.crc32, "sha256": t.sha256, "nonfinite": t.nonfinite} for t in finished)
+    data = memoryview("".join("\n" + json.dumps(line) for line in lines).encode())
+    path = folder / (f"{_JOURNAL}-{rank}" if rank else _JOURNAL)
+    with diskio.explained(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
             while len(data):
-                data = data[os.write(self._fd, data) :]
-            diskio.sync_file(self._fd)
-
-    def close(self) -> None:
-        """No more lines."""
-        os.close(self._fd)
+                data = data[os.write(fd, data) :]
+            diskio.sync_file(fd)
+        finally:
+            os.close(fd)
 
 
 def read_journals(folder: Path) -> dict[str, Finished]:

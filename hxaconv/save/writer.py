@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from hxaconv.save.fill import Filling, Finished
 from hxaconv.save.interruption import Signals, interruptible
 from hxaconv.save.output import Output
 from hxaconv.save.staging import (
-    Journal,
+    journal,
     plan_record,
     publish,
     read_journals,
@@ -97,9 +98,8 @@ def write(
                 if ranks.rank() == 0:
                     run.finish(signals, check)
         with run.step():
-            result = ranks.broadcast(run.result() if ranks.rank() == 0 else None)
-        assert result is not None
-        return result
+            result = run.result()
+        return ranks.broadcast(result)
 
 
 def refuse(output: Output, options: Write) -> None:
@@ -206,23 +206,19 @@ class _Run:
             prepare(list(dict.fromkeys(file for recipe in recipes for file in recipe.make.sources())))
         digest, total = self.options.digest, sum(recipe.nbytes for recipe in recipes)
         limit = diskio.memory_limit()
-        journal = Journal(self.staging.path, ranks.rank())
-        try:
-            filling = Filling(
-                [(layout, self.staging.content / layout.name, fills) for layout, fills in jobs],
-                read_journals(self.staging.path),
-                journal.done,
-                workers=self.options.workers or min(2, os.cpu_count() or 1),
-                crc32=digest == "crc32" or not self.output.is_folder,
-                sha256=digest == "sha256",
-                keep_cache=limit is None or total <= limit // 2,
-                total=self.needed,
-                progress=self.progress,
-            )
-            with bar(self.progress, "Writing", total), signals.deferred():
-                filling.run(signals.requested)
-        finally:
-            journal.close()
+        filling = Filling(
+            [(layout, self.staging.content / layout.name, fills) for layout, fills in jobs],
+            read_journals(self.staging.path),
+            partial(journal, self.staging.path, ranks.rank()),
+            workers=self.options.workers or min(2, os.cpu_count() or 1),
+            crc32=digest == "crc32" or not self.output.is_folder,
+            sha256=digest == "sha256",
+            keep_cache=limit is None or total <= limit // 2,
+            total=self.needed,
+            progress=self.progress,
+        )
+        with bar(self.progress, "Writing", total), signals.deferred():
+            filling.run(signals.requested)
 
     def finish(self, signals: Signals, check: checks.Check | None) -> None:
         """Everything but the tensors, the verdict on them, and the target's name."""
