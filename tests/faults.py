@@ -17,7 +17,7 @@ from hxaconv.forward import hxa079, walk
 from hxaconv.model.model import Model
 from hxaconv.model.variants import hxa079 as formula
 from hxaconv.surgery.arithmetic import computed, tensor
-from hxaconv.verification.compare import compare_models
+from hxaconv.verification.compare import Compute, compare_models
 
 R, K = 'm.rope(m.heads("receptance", "r_norm"))', 'm.rope(m.heads("key", "k_norm"))'
 KEEP_FIRST = "m.first(v, k)  # k after norm and RoPE"
@@ -132,6 +132,6 @@ def measure(fault: Fault) -> Effect:
     wrong, ids = fault.model(right), expected(fault.case)["input_ids"]
     plain = walk.reference_of
     with mock.patch.object(walk, "reference_of", lambda m: fault.module() if m is wrong else plain(m)):
-        report = compare_models(wrong, right, ids=ids, expect="report", dtype="float64")
+        report = compare_models(wrong, right, ids=ids, expect="report", how=Compute("float64"))
     assert report.logits is not None
     return Effect(report.logits.max_difference, report.logits.kl_other_source, report.first_difference)

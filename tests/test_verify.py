@@ -25,7 +25,7 @@ from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
 from hxaconv.model.plan import Literal, Recipe
 from hxaconv.surgery.arithmetic import cast
-from hxaconv.verification.compare import Thresholds, compare_models, verify_model
+from hxaconv.verification.compare import Compute, Thresholds, compare_models, verify_model
 from hxaconv.verification.invariants import History, Made, check_against
 from hxaconv.verification.report import Report
 
@@ -158,7 +158,7 @@ def test_only_a_plain_student_is_excused_as_one() -> None:
 def test_kl_and_agreement_are_what_they_say() -> None:
     base, made = fresh()
     tokens = ids(base, 10)
-    report = compare_models(made, base, ids=tokens, dtype="float64")
+    report = compare_models(made, base, ids=tokens, how=Compute("float64"))
     mine, theirs = (logits_of(model, tokens).log_softmax(dim=-1) for model in (made, base))
     kl = torch.nn.functional.kl_div(mine, theirs, log_target=True, reduction="batchmean")
     assert report.logits is not None
@@ -287,8 +287,8 @@ def test_integers_are_no_weights() -> None:
 def test_logits_out_holds_everything(tmp_path: Path) -> None:
     model, golden = student("reka_tiny"), expected("reka_tiny")
     alone, beside = tmp_path / "alone.safetensors", tmp_path / "beside.safetensors"
-    verify_model(model, ids=golden["input_ids"], dtype="float64", logits_out=alone)
-    compare_models(model, model, ids=golden["input_ids"], dtype="float64", logits_out=beside)
+    verify_model(model, ids=golden["input_ids"], how=Compute("float64", logits_out=alone))
+    compare_models(model, model, ids=golden["input_ids"], how=Compute("float64", logits_out=beside))
     content = load_file(alone)
     assert torch.equal(content["input_ids"], golden["input_ids"])
     assert (content["logits"] - golden["student_logits"]).abs().max() < AGREEMENT
@@ -301,7 +301,7 @@ def test_logits_out_on_a_full_disk_is_an_error_and_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, path = student("reka_tiny"), tmp_path / "logits.safetensors"
-    verify_model(model, ids=ids(model), logits_out=path)
+    verify_model(model, ids=ids(model), how=Compute(logits_out=path))
     before, calls, real = path.read_bytes(), iter(range(99)), os.pwrite
 
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
@@ -312,7 +312,7 @@ def test_logits_out_on_a_full_disk_is_an_error_and_leaves_what_was_there(
     monkeypatch.setattr(os, "pwrite", pwrite)
     for run in (verify_model, functools.partial(compare_models, model)):
         with pytest.raises(HxaconvError, match=r"logits\.safetensors: writing failed: No space left"):
-            run(model, ids=ids(model), logits_out=path)
+            run(model, ids=ids(model), how=Compute(logits_out=path))
         assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
         assert path.read_bytes() == before
 
@@ -320,16 +320,17 @@ def test_logits_out_on_a_full_disk_is_an_error_and_leaves_what_was_there(
 def test_another_device_gives_the_same_logits() -> None:
     model = student("reka_tiny")
     # Any device but plain "cpu" is filled by way of a copy.
-    plain, copied = (compare_models(model, model, ids=ids(model), device=device) for device in ("cpu", "cpu:0"))
+    kinds = (Compute(), Compute(device="cpu:0"))
+    plain, copied = (compare_models(model, model, ids=ids(model), how=how) for how in kinds)
     assert copied.passed and copied.logits == plain.logits
 
 
 def test_what_cannot_be_run_on_is_refused() -> None:
     model = student("reka_tiny")
     with pytest.raises(HxaconvError, match=r"does not run in bfloat16"):
-        verify_model(model, ids=ids(model), dtype="bfloat16")
+        verify_model(model, ids=ids(model), how=Compute("bfloat16"))
     with pytest.raises(HxaconvError, match=r"does not run in bfloat16"):
-        compare_models(model, model, ids=ids(model), dtype="bfloat16")
+        compare_models(model, model, ids=ids(model), how=Compute("bfloat16"))
     for device in ("cuda:99", "nowhere"):
         with pytest.raises(HxaconvError, match="device"):
             checked_device(device)

@@ -13,7 +13,7 @@ from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
 from hxaconv.model.names import layer_index
 from hxaconv.verification.claims import Claim, Copied, listing
-from hxaconv.verification.compare import compare_models
+from hxaconv.verification.compare import Compute, compare_models
 from hxaconv.verification.invariants import against_teacher, completed, copied, initial_claims
 from hxaconv.verification.report import Report
 
@@ -33,8 +33,9 @@ def measure(
     progress: Progress | None = None,
 ) -> Distances:
     """Run teacher, plain and calibrated student over held-out token ids (B, T)."""
+    how = Compute(device=device)
     after, before = (
-        compare_models(completed(student, teacher), teacher, ids=ids, device=device, progress=progress).logits
+        compare_models(completed(student, teacher), teacher, ids=ids, how=how, progress=progress).logits
         for student in (calibrated, plain)
     )
     assert after is not None

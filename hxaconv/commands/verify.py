@@ -125,7 +125,7 @@ def _run(
 ) -> Report:
     """Run one model, or both on the same tokens."""
     from hxaconv.forward.tokens import checked_device, forward_need, tokens_of
-    from hxaconv.verification.compare import Thresholds, compare_models, verify_model
+    from hxaconv.verification.compare import Compute, Thresholds, compare_models, verify_model
     from hxaconv.verification.invariants import PROBE_TOKENS, History, check_against
     from hxaconv.verification.lint import lint
 
@@ -133,19 +133,18 @@ def _run(
     if len(models) == 1 and not probe.given and not call.given & {"tokens", "logits_out"}:
         probe = replace(probe, tokens=PROBE_TOKENS)  # nothing is measured that more would make exact
     vocabulary, need = min(model.config.vocab_size for model in models), forward_need(models, probe.dtype)
-    how: dict[str, Any] = {
-        "device": checked_device(probe.device),
-        "dtype": probe.dtype,
+    kept = Path(probe.logits_out) if probe.logits_out else None
+    run: dict[str, Any] = {
+        "how": Compute(probe.dtype, checked_device(probe.device), kept),
         "ids": tokens_of(probe, vocabulary, tokenizer, need, batch=probe.batch, seed=probe.seed),
-        "logits_out": Path(probe.logits_out) if probe.logits_out else None,
         "progress": call.progress,
     }
     if len(models) == 1:
-        report = verify_model(models[0], **how)
+        report = verify_model(models[0], **run)
         report.findings = [finding.to_json() for finding in lint(checkpoint, models[0].config)]
         return report
     model, other = models
-    how["thresholds"] = Thresholds(logits=check.max_logit, layer=check.max_layer, kl=check.max_kl)
+    run["thresholds"] = Thresholds(logits=check.max_logit, layer=check.max_layer, kl=check.max_kl)
     of_teacher = isinstance(model.config, StudentConfig) and isinstance(other.config, TeacherConfig)
     if check.expect in STAGES and not of_teacher:
         raise HxaconvError(
@@ -153,8 +152,8 @@ def _run(
             hint="Name the student as SOURCE and the teacher with --against.",
         )
     if of_teacher and check.expect in (None, *STAGES, "report"):
-        return check_against(model, other, expect=check.expect, history=History.read(history_of(checkpoint)), **how)
-    return compare_models(model, other, expect=check.expect, **how)
+        return check_against(model, other, expect=check.expect, history=History.read(history_of(checkpoint)), **run)
+    return compare_models(model, other, expect=check.expect, **run)
 
 
 def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: HxaconvError) -> Report:

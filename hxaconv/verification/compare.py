@@ -25,6 +25,16 @@ from hxaconv.verification.report import LogitResult, Report
 
 
 @dataclass(frozen=True, slots=True)
+class Compute:
+    """What a forward computes in, where, and what is kept of it."""
+
+    dtype: str = "float32"
+    device: str = "cpu"
+    logits_out: Path | None = None
+    """A file for the source's input_ids, logits and hidden.{i}."""
+
+
+@dataclass(frozen=True, slots=True)
 class Thresholds:
     """What lets a comparison pass; what is None is judged only where the expectation says so."""
 
@@ -34,6 +44,8 @@ class Thresholds:
     """Relative error of a layer on equal input."""
     kl: float | None = None
     """KL divergence in nats per token, in either direction."""
+    may_differ: tuple[str, ...] = ()
+    """Names of settings."""
 
 
 USUAL = {
@@ -49,9 +61,7 @@ def verify_model(
     model: Model,
     *,
     ids: Tensor,
-    dtype: str = "float32",
-    device: str = "cpu",
-    logits_out: Path | None = None,
+    how: Compute = Compute(),
     beside: Mapping[str, Model] | None = None,
     claims: Collection[Claim] = (),
     progress: Progress | None = None,
@@ -60,12 +70,12 @@ def verify_model(
 
     The forward is left out where names or shapes are wrong already. `claims` are about it and models `beside` it.
     """
-    report = Report(source=model.label, settings=_settings(ids, dtype, device))
+    report = Report(source=model.label, settings=_settings(ids, how))
     _check_tensors(report, model)
     _check_config(report, model.config)
     if report.passed:
         models = {MADE: model, **(beside or {})}
-        _run(report, models, ids, claims, dtype, device, logits_out, progress)
+        _run(report, models, ids, claims, how, progress)
     return report
 
 
@@ -75,14 +85,11 @@ def compare_models(
     *,
     ids: Tensor | None,
     expect: str | None = None,
-    thresholds: Thresholds | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
-    logits_out: Path | None = None,
+    thresholds: Thresholds = Thresholds(),
+    how: Compute = Compute(),
     beside: Mapping[str, Model] | None = None,
     claims: Collection[Claim | States] = (),
     each_layer: bool = True,
-    may_differ: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Compare two complete models on token ids (B, T), holding one layer of each; without ids, their tensors only.
@@ -90,34 +97,34 @@ def compare_models(
     `expect` is identical, close or report; None: identical for the same architecture, else report.
     `claims` are about the source, the other, and models `beside` them by role; each becomes a check.
     Without `each_layer`, a student's RWKV layers are not fed the teacher's input as well, which tells nothing of
-    untrained ones. `may_differ` names settings. `logits_out` receives the source's input_ids, logits and hidden.{i}.
+    untrained ones.
 
     Raises:
         HxaconvError: when their layers cannot be fed the same input.
     """
     same_kind = isinstance(source.config, StudentConfig) == isinstance(other.config, StudentConfig)
     report = Report(source=source.label, other=other.label, expect=expect or ("identical" if same_kind else "report"))
-    report.config_differences = _config_differences(source.config, other.config, may_differ)
+    report.config_differences = _config_differences(source.config, other.config, thresholds.may_differ)
     if ids is not None:
         _refuse_incomparable(source.config, other.config)
-        report.settings = _settings(ids, dtype, device)
+        report.settings = _settings(ids, how)
     models = {MADE: source, ORIGIN: other, **(beside or {})}
-    _run(report, models, ids, claims, dtype, device, logits_out, progress, each_layer=each_layer)
+    _run(report, models, ids, claims, how, progress, each_layer=each_layer)
     if report.expect in USUAL:
         if not any(isinstance(claim, Claim) and claim.check == "tensors" for claim in claims):
             _same_tensors(report, exactly=report.expect == "identical")
         found = report.config_differences
         report.problems("config", found, "the same settings")
     if report.logits is not None:
-        given = {name: limit for name, limit in asdict(thresholds or Thresholds()).items() if limit is not None}
+        given = {name: limit for name, limit in asdict(thresholds).items() if limit is not None}
         _within(report, report.logits, replace(USUAL.get(report.expect, Thresholds()), **given))
     elif report.expect in USUAL:
         report.notes.append("Only tensors were compared: no forward was run.")
     return report
 
 
-def _settings(ids: Tensor, dtype: str, device: str) -> dict[str, object]:
-    return {"tokens": ids.shape[1], "batch": ids.shape[0], "dtype": dtype, "device": device}
+def _settings(ids: Tensor, how: Compute) -> dict[str, object]:
+    return {"tokens": ids.shape[1], "batch": ids.shape[0], "dtype": how.dtype, "device": how.device}
 
 
 def _run(
@@ -125,20 +132,18 @@ def _run(
     models: Mapping[str, Model],
     ids: Tensor | None,
     claims: Collection[Claim | States],
-    dtype: str,
-    device: str,
-    logits_out: Path | None,
+    how: Compute,
     progress: Progress | None,
     each_layer: bool = True,
 ) -> None:
     """One pass over all tensors, with a forward where there are ids."""
     began = time.monotonic()
-    compute = compute_dtype(dtype)
+    compute = compute_dtype(how.dtype)
     with (
-        dumping(logits_out, models[MADE].config, ids, compute) as dump,
-        Walk(models, dtype=compute, device=device) as walk,
+        dumping(how.logits_out, models[MADE].config, ids, compute) as dump,
+        Walk(models, dtype=compute, device=how.device) as walk,
     ):
-        Pass(report, walk, dump, claims, each_layer).run(None if ids is None else ids.to(device), progress)
+        Pass(report, walk, dump, claims, each_layer).run(None if ids is None else ids.to(how.device), progress)
     for claim in claims:
         claim.conclude(report)
     report.seconds = time.monotonic() - began

@@ -26,7 +26,7 @@ from hxaconv.verification.claims import (
     part_of_mixer,
     with_head,
 )
-from hxaconv.verification.compare import Thresholds, compare_models, verify_model
+from hxaconv.verification.compare import Compute, Thresholds, compare_models, verify_model
 from hxaconv.verification.report import Report
 from hxaconv.verification.specification import FITTED, REFITTED
 
@@ -41,10 +41,10 @@ SAME_ATTENTION = 1e-5
 """Relative error of two float32 attentions with the same weights that sum in another order."""
 CAST_ATTENTION = 3e-2
 """The same where the weights were rounded to another dtype, bf16 at worst."""
-CAST = Thresholds(layer=CAST_ATTENTION, kl=0.1)
+CAST = Thresholds(layer=CAST_ATTENTION, kl=0.1, may_differ=("intermediate_size",))
 """Each tensor is checked to be rounded once. Weights that were trained in small steps from bf16 round the same way all
 together: up to 1.6e-2 in a layer and 1.4e-3 nats were seen; a damaged layer costs much more."""
-PADDED = Thresholds(layer=1e-5, kl=1e-9)
+PADDED = Thresholds(layer=1e-5, kl=1e-9, may_differ=("intermediate_size",))
 """Zeros that are added change the order of summation, nothing else."""
 
 SETTINGS = (
@@ -145,13 +145,13 @@ class History:
 
 
 def check_against(
-    student: Model, teacher: Model, *, expect: str | None = None, history: History | None = None, **how: Any
+    student: Model, teacher: Model, *, expect: str | None = None, history: History | None = None, **more: Any
 ) -> Report:
     """Every claim that can be made of a student against its teacher.
 
     Args:
         expect: `untrained`, `calibrated`, `attention-trained` or `report`; None: what its `history` makes it.
-        how: what `compare_models` takes beside it: ids, thresholds, dtype, device, logits_out, progress.
+        more: what `compare_models` takes beside it: ids, thresholds, how, progress.
     """
     config, history = student.student, history or History()
     expect = expect or history.expectation(config)
@@ -172,7 +172,7 @@ def check_against(
                 seed=made.seed,
                 cast=True,
             )
-    report = compare_models(student, teacher, expect=expect, claims=[*claims, states], **how)
+    report = compare_models(student, teacher, expect=expect, claims=[*claims, states], **more)
     _explain(report, plain=bool(config.rwkv_layers) and set(states.found.values()) <= {"untrained", "kept"})
     if history.polished and expect == "attention-trained":
         report.notes.append("By its record all mixers were trained together (polished): attention-trained is expected.")
@@ -235,7 +235,7 @@ def against_teacher(
         whole,
         teacher,
         ids=_probe(teacher, student) if ids is None else ids,
-        device=device,
+        how=Compute(device=device),
         beside=beside,
         claims=claims,
         each_layer=False,
@@ -378,9 +378,8 @@ def check_converted(source: Model, output: Model, *, progress: Progress | None =
         source,
         ids=_probe(source, output) if any(not is_attention(name) for name in source.plan) else None,
         expect="close" if cast or padded else "identical",
-        thresholds=CAST if cast else PADDED if padded else None,
+        thresholds=CAST if cast else PADDED if padded else Thresholds(),
         claims=[rounded] if cast or padded else [],
-        may_differ=("intermediate_size",) if padded else (),
         progress=progress,
     )
     if cast:

@@ -162,10 +162,9 @@ FAULTS = (
     Fault(
         "gate and up exchanged in the .pth",
         "model/names.py",
-        '"blocks.{i}.ffn.gate.weight"',
-        '"blocks.{i}.ffn.up.weight"',
+        "blocks.{{i}}.ffn.{name}.{kind}",
+        "blocks.{{i}}.ffn.{dict(gate='up', up='gate').get(name, name)}.{kind}",
         "to-pth",
-        (('mlp.up_proj.weight", "blocks.{i}.ffn.up.weight"', 'mlp.up_proj.weight", "blocks.{i}.ffn.gate.weight"'),),
     ),
     Fault(
         "ln1 and ln2 exchanged in the .pth",
