@@ -396,7 +396,7 @@ def _merged(label: str, opened: Sequence[tuple[SourceFile, Contents]], index: In
         for name, recipe in contents.tensors.items():
             other = merged.setdefault(name, recipe)
             if other is not recipe and not (parts and _same_here(other, recipe)):
-                differing.append(f"{show(name)} ({other.origin}; {file.name})")
+                differing.append(f"{show(name)} ({other.place(name)}; in {file.name})")
     if differing and not parts:
         each = bullet_list(f"{file.name}: {len(contents.tensors)} tensors" for file, contents in opened)
         raise NotConverted(

@@ -202,7 +202,7 @@ def graft(trained: Plan, teacher: Plan, config: StudentConfig, *, parts: bool = 
         [f"{n} is missing" for n in expected if is_attention(n) and layer_index(n) in layers and n not in trained],
         hint="Is the file whole? A layer's attention comes from one checkpoint.",
     )
-    unused = [f"{name} {trained[name].shape} ({trained[name].origin})" for name in trained if name not in expected]
+    unused = [f"{name} {trained[name].shape} ({trained[name].place(name)})" for name in trained if name not in expected]
     raise_all(
         f"{len(unused)} tensors of the trained checkpoint have no place in the result:",
         unused,

@@ -75,6 +75,10 @@ class Recipe:
         """Elements."""
         return math.prod(self.shape)
 
+    def place(self, name: str) -> str:
+        """The origin for a message that has named the tensor already: without its name."""
+        return self.origin.removeprefix(f"{name} ")
+
     def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
         """The tensor's bytes in pieces, checked to be as many as promised."""
         total = 0
@@ -249,7 +253,7 @@ def check(plan: Mapping[str, Recipe], expected: Mapping[str, tuple[int, ...]], w
         if recipe.dtype not in FLOATS
     ]
     problems += [
-        f"{name} has shape {plan[name].shape}, the config implies {shape} ({plan[name].origin})"
+        f"{name} has shape {plan[name].shape}, the config implies {shape} ({plan[name].place(name)})"
         for name, shape in expected.items()
         if name in plan and plan[name].shape != shape
     ]
