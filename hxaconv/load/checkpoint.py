@@ -355,7 +355,8 @@ def _warnings(
         yield f"{folder.label} holds {kind.what.partition(',')[0]} {ADAPTER_LEFT_OUT}. {kind.way_out}"
     names = [file.name for file in files]
     if (beside := folder.others(names)) and not any("/" in name for name in names):
-        yield f"{folder.label}: {shortened(names[:3])} is read, {shortened(beside)} is not: name the file to read that"
+        taken = shortened(names[:3])
+        yield f"{folder.label}: weights are taken of {taken}, not of {shortened(beside)} (move {taken} away for these)"
     for file, contents in opened:
         others = contents.extra.get("others")
         if others:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats import Contents, read_contents
 from hxaconv.formats.files import TEMPLATES, SourceFile, kind_of, show
 from hxaconv.formats.json_files import MAX_JSON_BYTES, parse_json, read_json
-from hxaconv.load.kinds import kind_of_adapter, kind_of_files
+from hxaconv.load.kinds import kind_of_adapter, kind_of_files, kind_of_tensors
 from hxaconv.model.model import Checkpoint
 
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
@@ -182,8 +182,14 @@ def select_weights(folder: Folder) -> tuple[list[str], Index | None]:
 def _nothing(folder: Folder) -> HxaconvError:
     """The error for a folder without weights: what it is, or where there are some."""
     kind = kind_of_files(folder.sizes)
+    adapter = next((name for name in folder.sizes if name.startswith("adapter_model.")), None)
     if ADAPTER in folder.sizes:
         kind = kind_of_adapter(read_json(folder.open(ADAPTER)))
+    elif adapter is not None:
+        held = folder.read(folder.open(adapter)).tensors
+        named = kind_of_tensors({name: recipe.dtype for name, recipe in held.items()}, held)
+        if named is not None:
+            kind = replace(named, way_out=f"Copy its {ADAPTER} as well. {named.way_out}")
     if kind is not None:
         return kind.error(folder.label)
     found = []

@@ -132,6 +132,7 @@ case(name="two_values_of_one_tensor", what="a tensor in two shards, with differe
                             [PARTS[0], PARTS[1] | {"model.embed_tokens.weight": noise(64, 32, seed=5)}], INDEX),
      words=("model.embed_tokens.weight", "stale"))
 case(name="single_file_beside_shards", what="model.safetensors beside indexed shards of another model", outcome=WARNED,
+     words=("move model.safetensors away",),
      do="delete the others, if model.safetensors is the model: it wins, as in transformers", met="Blaizzy/mlx-vlm#1464",
      build=lambda p: (shards(p, config(), halves({n: v * 2 for n, v in tensors().items()})[0], halves(tensors())[1]),
                       save_file(tensors(), p / "model.safetensors", {"format": "pt"})),
@@ -150,7 +151,8 @@ case(name="short_file_beside_shards", what=SHORT, outcome=REFUSED, do="delete mo
      build=short_file_beside_shards, words=("delete model.safetensors",))
 BESIDE = "fine-tuned weights of another name beside the model's own (torchtune's hf_model_0001_0.pt)"
 case(name="torchtune_beside_the_base", what=BESIDE, outcome=WARNED, met="torchtune#1388, torchtune#1744",
-     do="name the file, or delete the model's own weights", words=("hf_model_0001_0.pt is not",), build=lambda p: (
+     do="move the model's own weights away", words=("not of hf_model_0001_0.pt", "move model.safetensors"),
+     build=lambda p: (
          builder.teacher(p), torch.save({n: v * 2 for n, v in tensors().items()}, p / "hf_model_0001_0.pt")),
      expected=by_transformers)
 case(name="torchtune_alone", what="weights of any name ending (torchtune's hf_model_0001_0.pt), alone", outcome=READ,
@@ -337,6 +339,9 @@ for method, leaf, word in (
              builder.teacher(p.parent), adapter(leaf, peft_type=method)(p.parent / "adapter"), p.mkdir()))
 case(name="peft_weights_alone", outcome=REFUSED, what=OTHER_ADAPTERS, words=("an adapter (IA3)", "merge_and_unload()"),
      inside="adapter_model.safetensors", command=TO_HF, build=adapter("ia3_l"))
+case(name="peft_weights_alone_in_a_folder", outcome=REFUSED, what=OTHER_ADAPTERS, kind="an adapter (LoHa)",
+     met="peft#420", words=("an adapter (LoHa)", "merge_and_unload()"), build=lambda p: (
+         adapter("hada_w1_a")(p), (p / "adapter_config.json").unlink()))
 case(name="soft_prompt", outcome=REFUSED, what="a soft prompt of PEFT", do="convert the model that it was trained on",
      words=("soft prompt", "Convert the model"), kind="soft prompt", build=adapter("prompt", peft_type="P_TUNING"))
 case(name="adapter_beside_the_model", outcome=WARNED, what="an adapter beside a whole model", met="transformers#43746",

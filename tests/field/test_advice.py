@@ -91,6 +91,19 @@ def test_the_hint_cures(
     assert cli(*command, *words) == 0
 
 
+def test_weights_of_another_name_are_taken_where_the_models_own_are_moved_away(cli: Cli, tmp_path: Path) -> None:
+    _, source = built("torchtune_beside_the_base", tmp_path)
+    command = ("init-from-teacher", source, tmp_path / "out", "--gqa-layers", 1, "--no-verify", "-q", "--overwrite")
+    name, norms = "model.norm.weight", []
+    for file in (source / "model.safetensors", None):
+        assert cli(*command) == 0
+        norms.append(load_file(tmp_path / "out" / "model.safetensors")[name])
+        if file is not None:
+            file.rename(tmp_path / "moved")
+    assert torch.equal(norms[1], norms[0] * 2)
+    assert not torch.equal(norms[1], norms[0])
+
+
 def test_bits_that_were_saved_as_integers_are_converted_once_they_are_viewed(cli: Cli, tmp_path: Path) -> None:
     _, source = built("bits_as_uint16", tmp_path)
     held = load_file(source / "model.safetensors")
