@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results" / "layer_choice.jsonl"
-COUNTS, RANDOM_SETS = (4, 8), 10
+COUNTS, RANDOM_SETS = (4, 8), 5
 STRATEGIES = (
     *("uniform", "last", "random", "gates", "nll", "retrieval", "kl", "kl convert"),
     *("distance", "entropy", "mse", "influence"),
@@ -48,7 +49,6 @@ class Judge:
     """Teacher and student in memory, and the student's streams before every layer, which all sets share."""
 
     def __init__(self) -> None:
-        from hxaconv.forward import hxa079, llama
         from hxaconv.load import load_student, load_teacher
 
         teacher = load_teacher(str(real_model.BUILD / "teacher"))
@@ -60,20 +60,22 @@ class Judge:
         for name, rows, places in real_model.needles():
             some = list(zip(rows, places, strict=True))[: limits.get(name, 0)]
             self.asked += [(name, row, where - 1) for row, where in some]
-        self.said, self.streams, self.firsts = [], [], []
-        with torch.no_grad():
-            for _, row, where in self.asked:
-                hidden = llama.embed(row[None], self.theirs.get)
-                for i in range(self.theirs.config.num_hidden_layers):
-                    hidden = llama.layer(hidden, self.theirs.get, self.theirs.config, i)
-                self.said.append(self._head(hidden[:, where], self.theirs))
-                carry, x = hxa079.Carry(), llama.embed(row[None], self.mine.get)
-                streams = [x]
-                for i in range(self.mine.config.num_hidden_layers):
-                    x = self._layer(x, i, carry, kept=False)
-                    streams.append(x)
-                self.streams.append(streams)
-                self.firsts.append((carry.v_first, carry.k_first))
+        path = real_model.BUILD / "layer_choice.pt"
+        if not path.exists():
+            torch.save([self._known(row, where) for _, row, where in self.asked], path)
+        self.known: list[Any] = torch.load(path, mmap=True)
+
+    @torch.no_grad()
+    def _known(self, row: Tensor, where: Tensor) -> tuple[Tensor, list[Tensor], tuple[Tensor | None, Tensor | None]]:
+        """(what the teacher says, the student's streams before every layer and after the last, v_first and k_first)."""
+        from hxaconv.forward import hxa079, llama
+
+        num_layers, hidden = self.mine.config.num_hidden_layers, llama.embed(row[None], self.theirs.get)
+        carry, streams = hxa079.Carry(), [llama.embed(row[None], self.mine.get)]
+        for i in range(num_layers):
+            hidden = llama.layer(hidden, self.theirs.get, self.theirs.config, i)
+            streams.append(self._layer(streams[-1], i, carry, kept=False))
+        return self._head(hidden[:, where], self.theirs), streams, (carry.v_first, carry.k_first)
 
     def _layer(self, x: Tensor, i: int, carry: Any, *, kept: bool) -> Tensor:
         from hxaconv.forward import hxa079
@@ -101,9 +103,7 @@ class Judge:
 
         kept, found = set(kept), {}
         start = min(kept, default=self.mine.config.num_hidden_layers)
-        for (name, row, where), said, streams, first in zip(
-            self.asked, self.said, self.streams, self.firsts, strict=True
-        ):
+        for (name, row, where), (said, streams, first) in zip(self.asked, self.known, strict=True):
             x, carry = streams[start], hxa079.Carry(*first)
             for i in range(start, self.mine.config.num_hidden_layers):
                 x = self._layer(x, i, carry, kept=i in kept)
@@ -137,20 +137,37 @@ def sets_of(strategy: str) -> Iterable[tuple[int, tuple[int, ...], float]]:
     name, _, mode = strategy.partition(" ")
     ids = np.load(real_model.BUILD / "fit.npy")[2 : 3 if name == "gates" else 4]
     given = Given(num_layers=num_layers, teacher=teacher, student=student, ids=ids, kl_mode=mode or "restore")
-    advice = None
+    spent, scores = real_model.BUILD / "scoring.json", {}
     for count in COUNTS:
-        choice, began = Choice(strategy=name, count=count), time.process_time()
-        if advice is None or name == "gates":
-            advice = advise(choice, given)
-            print(strategy, [round(value or 0.0, 3) for value in advice.columns[0].values] if advice.columns else "")
-        picked = pick(choice, num_layers, advice.columns[0] if advice.columns else None)
-        yield count, picked.layers, round(time.process_time() - began)
+        choice, key = Choice(strategy=name, count=count), f"{strategy} {count if name == 'gates' else ''}".strip()
+        if key not in scores:
+            seconds, began = json.loads(spent.read_text()) if spent.exists() else {}, time.process_time()
+            cache = real_model.BUILD / f"scores-{key.replace(' ', '-')}.safetensors"
+            try:
+                scores[key] = advise(choice, replace(given, cache=cache, check=_in_time)).columns
+            finally:
+                seconds[key] = seconds.get(key, 0.0) + time.process_time() - began
+                spent.write_text(json.dumps(seconds))
+            print(strategy, *([round(x or 0.0, 3) for x in column.values] for column in scores[key][:1]))
+        picked = pick(choice, num_layers, scores[key][0] if scores[key] else None)
+        yield count, picked.layers, round(seconds[key])
+
+
+LIMIT = float("inf")
+
+
+def _in_time() -> None:
+    """CPU seconds of this process; scoring is kept, and goes on in the next."""
+    if time.process_time() > LIMIT:
+        raise KeyboardInterrupt
 
 
 def real(strategies: Iterable[str]) -> None:
     """Choose and judge; a line of the results for each set."""
     torch.set_num_threads(1)
     judge = Judge()
+    known = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    done = {(row["strategy"], row["count"], *row["layers"]) for row in known}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
     about = {
         "date": time.strftime("%Y-%m-%d"),
@@ -159,6 +176,9 @@ def real(strategies: Iterable[str]) -> None:
     }
     for strategy in strategies:
         for count, layers, seconds in [(0, (), 0.0)] if strategy == "none" else sets_of(strategy):
+            if (strategy, count, *layers) in done:
+                continue
+            _in_time()
             row = {"strategy": strategy, "count": count, "layers": layers, "cpu": seconds, **judge.figures(layers)}
             print(row, flush=True)
             with RESULTS.open("a") as file:
@@ -209,7 +229,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("real", "planted", "table"))
     parser.add_argument("names", nargs="*", metavar="STRATEGY or SEEDS", help=", ".join(STRATEGIES))
+    parser.add_argument("--seconds", type=float, default=LIMIT, help="Stop after so much CPU; the next call goes on.")
     options = parser.parse_args()
+    globals()["LIMIT"] = options.seconds
     if options.what == "real":
         real(options.names or ("none", *STRATEGIES))
     elif options.what == "planted":

@@ -39,6 +39,9 @@ FIRSTS = ("base", "fork 0", "teacher")
 """Whose v_first and k_first are kept: those of base and of all forks after layer 0; those of fork 0, whose first RWKV
 layer is layer 1; what layer 0 of the student makes of the teacher's stream."""
 
+UNLIKELY = -1e30
+"""A logit that is as good as minus infinity, and with which one can still calculate."""
+
 Step = Callable[[int, str], None]
 """Called between two steps with the bytes of weights that the last one applied: moves the bar, saves, stops."""
 
@@ -105,8 +108,6 @@ class Progressed:
     """The next one."""
     moved: int = 0
     """Forks that have passed the next layer already: a pass may stop between any two of them."""
-    normed: bool = False
-    """Whether the streams have passed the final norm."""
     scores: dict[str, list[Any]] = field(default_factory=dict)
 
 
@@ -236,7 +237,7 @@ class Sweep:
 
             def state() -> State:
                 tensors = {key: x for name, some in streams.items() for key, x in some.state(name, at.layer).items()}
-                return tensors, {"layer": at.layer, "moved": at.moved, "normed": at.normed, "scores": at.scores}
+                return tensors, {"layer": at.layer, "moved": at.moved, "scores": at.scores}
 
             with bar(progress, "scoring layers", self._work(self.num_layers) + self._head_work) as advance:
                 moved = layer_bytes(self.teacher.plan, at.layer) * at.moved if at.moved else 0
@@ -313,19 +314,14 @@ class Sweep:
             forks[i].copy_(after)
 
     def _divergences(self, walk: Walk, streams: Mapping[str, Streams], at: Progressed, step: Step) -> None:
-        """The figures from the final streams; these are normed in their place and not streams afterwards."""
+        """The figures, from the final streams."""
         role = "student" if self._restores else "teacher"
-        others = {name: some.others for name, some in streams.items()}
-        if not at.normed:
-            for name, some in streams.items():
-                for owner, x in [("teacher", some.teacher), *((role, stream) for stream in others[name])]:
-                    for sequence in x:
-                        sequence.copy_(walk[owner].final_norm(sequence[None]))
-            at.normed = True
-        needle, first = streams["needles"], needles(streams["text"].ids)[1]
-        wanted = needle.ids[:, first:].flatten().to(needle.teacher.device)
-        asked = [x[:, first - 1 : -1].flatten(0, 1) for x in (*others["needles"], needle.teacher)]
-        target = streams["text"].teacher.flatten(0, 1)
+        first = needles(streams["text"].ids)[1]
+        wanted = streams["needles"].ids[:, first:].flatten().to(self.device)
+        others = streams["text"].others
+        asked = [walk[role].final_norm(x[:, first - 1 : -1]) for x in streams["needles"].others]
+        asked.append(walk["teacher"].final_norm(streams["needles"].teacher[:, first - 1 : -1]))
+        target = walk["teacher"].final_norm(streams["text"].teacher)
         recipes = {"teacher": walk["teacher"].head, role: walk[role].head}
         kl, nll, step_rows = Divergence(), Divergence(), max(1, LOGITS_AT_ONCE // len(target))
         for start, stop in walk.slices(recipes, "head"):
@@ -334,15 +330,15 @@ class Sweep:
                 mine, theirs = (head[low : low + step_rows] for head in heads)
 
                 def logits(i: int, rows: Tensor = theirs) -> Tensor:
-                    return walk.product(others["text"][i].flatten(0, 1), rows)
+                    return walk.product(walk[role].final_norm(others[i]), rows)  # not kept: L streams are large
 
                 def answers(i: int, rows: Tensor = theirs, own: Tensor = mine) -> Tensor:
                     return walk.product(asked[i], own if i == len(asked) - 1 else rows)
 
-                kl.add(walk.product(target, mine), len(others["text"]), logits, walk.pool.map)
+                kl.add(walk.product(target, mine), len(others), logits, walk.pool.map)
                 # The NLL of a token is the KL from what is certain of it.
                 here = torch.arange(start + low, start + low + len(mine), device=wanted.device)
-                certain = torch.where(wanted[:, None] == here, 0.0, CERTAIN).to(target.dtype)
+                certain = torch.where(wanted[:, None] == here, 0.0, UNLIKELY).to(target.dtype)
                 nll.add(certain, len(asked), answers, walk.pool.map)
                 step(int(len(mine) / self.teacher.config.vocab_size * self._head_work), "head")
         kls, (*nlls, teachers) = ([float(x.mean()) for x in each.result()] for each in (kl, nll))
@@ -353,7 +349,3 @@ class Sweep:
         else:
             nlls = [value - teachers for value in nlls]
         at.scores |= {"recall of the teacher": [teachers], "kl": kls, "nll": nlls}
-
-
-CERTAIN = -1e30
-"""A logit that is as good as minus infinity, and with which one can still calculate."""
