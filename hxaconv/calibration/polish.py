@@ -209,7 +209,7 @@ class _Graph:
     """v_first and k_first as they came in; None in the layer that makes them."""
     mixed: Tensor
     """The stream after it."""
-    handed_on: First
+    firsts: First
 
 
 class _Polish:
@@ -392,7 +392,7 @@ class _Polish:
             """Gradients of the weights by name."""
             one, outputs, gradients = graph.sequence, [graph.mixed], [graph.sequence.gradient]
             if beginning:
-                for part, gradient in zip(graph.handed_on, one.first_gradient, strict=True):
+                for part, gradient in zip(graph.firsts, one.first_gradient, strict=True):
                     if part is not None and gradient is not None:
                         outputs.append(part)
                         gradients.append(gradient)

@@ -152,7 +152,7 @@ class SourceFile:
             os.close(fd)
 
     def __del__(self) -> None:
-        # Plans hold their files, and nobody else knows when the last of them is done with.
+        # Plans hold their files: one is done with when the last plan of it is.
         self.close()
 
     def close(self) -> None:

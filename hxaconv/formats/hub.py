@@ -82,7 +82,7 @@ class Repository:
         return Path(found) if isinstance(found, str) else None
 
     def fetch(self, name: str, report: Callable[[int], None]) -> Path:
-        """The path of a file in the Hub's cache, downloaded where needed; `report` is told of bytes that arrive.
+        """The path of a file in the Hub's cache, downloaded where needed; `report` gets the bytes that arrive.
 
         Raises:
             HxaconvError: without network, space or access, or when the digest is wrong.
@@ -101,7 +101,7 @@ class Repository:
         with self._explained(name):
             if "tqdm_class" in inspect.signature(hf_hub_download).parameters:
                 path = Path(hf_hub_download(self.name, name, revision=self.commit, tqdm_class=_bar_class(report)))
-            else:  # huggingface_hub before 1.2 shows a bar of its own, and tells nobody
+            else:  # huggingface_hub before 1.2 shows a bar of its own, and calls nothing
                 path = Path(hf_hub_download(self.name, name, revision=self.commit))
                 report(path.stat().st_size)
         expected = self.digests.get(name)

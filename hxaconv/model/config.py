@@ -248,7 +248,7 @@ def teacher_config(
 
 
 def number_problems(values: Mapping[str, Any]) -> list[str]:
-    """rope_theta and rms_norm_eps that are no finite numbers above 0, a line each; None is not judged."""
+    """rope_theta and rms_norm_eps that are no finite numbers above 0, a line each; None is passed over."""
     return [
         f"{key} is {value!r}, expected a number above 0"
         for key, value in values.items()

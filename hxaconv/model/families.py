@@ -1,6 +1,6 @@
 """Families of teachers: one entry per `model_type`, with what transformers' class makes of its config.json.
 
-A family that is not here, but in `REFUSED`, is no Llama with other settings: its reason is told.
+A family that is not here, but in `REFUSED`, is no Llama with other settings: the error gives its reason.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ def uniform(num_layers: int, count: int | None = None) -> tuple[int, ...]:
 
 
 def default_count(num_layers: int) -> int:
-    """K where nobody says: a seventh of the layers (6 of 44), at least one."""
+    """K where none is given: a seventh of the layers (6 of 44), at least one."""
     return max(1, num_layers // 7)
 
 

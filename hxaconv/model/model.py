@@ -55,7 +55,7 @@ class Checkpoint:
     revision: str | None = None
     """The commit that was opened, for a Hub id."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """SettingsSource about the container: what the reader found, and what `facts_of` says of the choice of files."""
+    """About the container: what the reader found, and what the choice of weight files left out."""
     handle: object = None
     """What downloads the files, for a Hub id."""
 
@@ -106,7 +106,7 @@ class Model:
     checkpoint: Checkpoint | None = field(default=None, compare=False, repr=False)
     """Where it was read from."""
     base: Model | None = field(default=None, compare=False, repr=False)
-    """The teacher that completed it, or told its settings."""
+    """The teacher that completed it, or gave its settings."""
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """What came from the teacher, for people."""
 

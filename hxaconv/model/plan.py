@@ -80,12 +80,12 @@ class Recipe:
         return self.origin.removeprefix(f"{name} ")
 
     def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces, checked to be as many as promised."""
+        """The tensor's bytes in pieces, checked to be as many as its shape says."""
         total = 0
         for piece in self.make.pieces(buffers):
             total += len(piece)
             yield piece
-        assert total == self.nbytes, f"{self.origin}: made {total} bytes, promised {self.nbytes}"
+        assert total == self.nbytes, f"{self.origin}: made {total} bytes, its shape takes {self.nbytes}"
 
 
 Plan = dict[str, Recipe]
