@@ -351,7 +351,10 @@ def _warnings(
 ) -> Iterator[str]:
     """What people may take for a part of what was opened, and is none."""
     if ADAPTER in folder.sizes:
-        kind = kind_of_adapter(read_json(folder.open(ADAPTER)))
+        try:
+            kind = kind_of_adapter(read_json(folder.open(ADAPTER)))
+        except HxaconvError:  # the model needs nothing of it
+            kind = kind_of_adapter({})
         yield f"{folder.label} holds {kind.what.partition(',')[0]} {ADAPTER_LEFT_OUT}. {kind.way_out}"
     names = [file.name for file in files]
     if (beside := folder.others(names)) and not any("/" in name for name in names):

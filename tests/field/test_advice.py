@@ -195,6 +195,20 @@ def test_an_adapter_is_merged_as_the_hint_says(
     assert not torch.equal(load_file("out/model.safetensors")[name], builder.tensors()[name])
 
 
+@pytest.mark.parametrize("said", [..., False])
+def test_the_teacher_of_a_training_file_is_tied_as_the_hint_says(
+    said: Any, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = builder.config(tie_word_embeddings=said)
+    teacher = builder.folder(tmp_path / "teacher", raw, builder.tensors(head=False))
+    torch.save(builder.mixers("RGR"), tmp_path / "x.pth")
+    words = ("to-hf", tmp_path / "x.pth", tmp_path / "out", "--teacher", teacher, "--no-verify", "--quiet")
+    assert cli(*words) == 2
+    assert "--tie-word-embeddings" in capsys.readouterr().err
+    assert cli(*words, "--tie-word-embeddings") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+
+
 def test_an_adapter_beside_the_model_is_named_until_it_is_merged(
     cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
