@@ -297,7 +297,7 @@ def test_the_same_command_repairs_any_file_that_a_check_found_damaged(
 
     with pytest.raises(CheckFailed) as caught:
         write(out, Write(), verify=damaged)
-    assert "--resume repairs it" in caught.value.hint
+    assert 0 < caught.value.hint.index("--resume repairs it") < caught.value.hint.index("delete")
     verified(out, resume=True)
     assert tree(out.target) == reference(tmp_path, name)
     assert leftovers(out.target) == []

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -266,24 +266,28 @@ def _shown(value: Any) -> str:
 # What is on disk already
 
 
-def journal(folder: Path, rank: int, finished: Sequence[Finished]) -> None:
-    """Note in this rank's journal that these tensors are synced.
+@contextlib.contextmanager
+def journal(folder: Path, rank: int) -> Iterator[Callable[[Sequence[Finished]], None]]:
+    """This rank's journal: yields what is called with tensors that are synced, and syncs lines about them in its turn.
 
-    Raises:
-        HxaconvError: when the lines cannot be written and synced in their turn.
+    It is opened once: where the folder vanishes meanwhile, no new one is begun.
     """
-    # The break comes first: a line that a crash or a full disk cut short ends where the next one begins.
-    lines = ({"tensor": t.name, "crc32": t.crc32, "sha256": t.sha256, "nonfinite": t.nonfinite} for t in finished)
-    data = memoryview("".join("\n" + json.dumps(line) for line in lines).encode())
     path = folder / (f"{_JOURNAL}-{rank}" if rank else _JOURNAL)
-    with diskio.explained(path):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def done(finished: Sequence[Finished]) -> None:
+        # The break comes first: a line that a crash or a full disk cut short ends where the next one begins.
+        entries = ({"tensor": t.name, "crc32": t.crc32, "sha256": t.sha256, "nonfinite": t.nonfinite} for t in finished)
+        data = memoryview("".join("\n" + json.dumps(entry) for entry in entries).encode())
+        with diskio.explained(path):
             while len(data):
                 data = data[os.write(fd, data) :]
             diskio.sync_file(fd)
-        finally:
-            os.close(fd)
+
+    try:
+        yield done
+    finally:
+        os.close(fd)
 
 
 def read_journals(folder: Path) -> dict[str, Finished]:

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -206,19 +205,20 @@ class _Run:
             prepare(list(dict.fromkeys(file for recipe in recipes for file in recipe.make.sources())))
         digest, total = self.options.digest, sum(recipe.nbytes for recipe in recipes)
         limit = diskio.memory_limit()
-        filling = Filling(
-            [(layout, self.staging.content / layout.name, fills) for layout, fills in jobs],
-            read_journals(self.staging.path),
-            partial(journal, self.staging.path, ranks.rank()),
-            workers=self.options.workers or min(2, os.cpu_count() or 1),
-            crc32=digest == "crc32" or not self.output.is_folder,
-            sha256=digest == "sha256",
-            keep_cache=limit is None or total <= limit // 2,
-            total=self.needed,
-            progress=self.progress,
-        )
-        with bar(self.progress, "Writing", total), signals.deferred():
-            filling.run(signals.requested)
+        with journal(self.staging.path, ranks.rank()) as done:
+            filling = Filling(
+                [(layout, self.staging.content / layout.name, fills) for layout, fills in jobs],
+                read_journals(self.staging.path),
+                done,
+                workers=self.options.workers or min(2, os.cpu_count() or 1),
+                crc32=digest == "crc32" or not self.output.is_folder,
+                sha256=digest == "sha256",
+                keep_cache=limit is None or total <= limit // 2,
+                total=self.needed,
+                progress=self.progress,
+            )
+            with bar(self.progress, "Writing", total), signals.deferred():
+                filling.run(signals.requested)
 
     def finish(self, signals: Signals, check: checks.Check | None) -> None:
         """Everything but the tensors, the verdict on them, and the target's name."""
