@@ -116,7 +116,7 @@ def measure(paths: list[str], num_layers: int, tokens: int, threads: int, queue:
     import torch
 
     import hxaconv.forward.walk as walk_module
-    import hxaconv.verification.compare as compare_module
+    import hxaconv.verification.measure as measure_module
     from hxaconv.forward import hxa079
     from hxaconv.forward.pool import Matrix
     from hxaconv.forward.tokens import probe_tokens
@@ -129,7 +129,7 @@ def measure(paths: list[str], num_layers: int, tokens: int, threads: int, queue:
     watch.wrap(walk_module.Walk, "hold", "reading, comparing, NaN")
     watch.wrap(Matrix, "product", "casts and matrix products")
     watch.wrap(hxa079, "loop", "recurrence")
-    watch.wrap(compare_module, "compare_held", "differences")
+    watch.wrap(measure_module, "_compare", "differences")
     config = reka_config(num_layers)
     models = [Model(config, dict(open_checkpoint(path).plan), Path(path).name) for path in paths]
     ids = probe_tokens(config.vocab_size, tokens=tokens)

@@ -235,3 +235,10 @@ def test_numbers_of_thousands_of_digits_are_called_that(file: str, made: Path, t
     with pytest.raises(HxaconvError, match="a number of thousands of digits") as caught:
         hxaconv.verify(str(folder), **options)
     assert "sys." not in str(caught.value)
+
+
+def test_a_record_of_initial_values_that_the_variant_does_not_have(made: Path, tmp_path: Path) -> None:
+    folder = copy(made, tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"rwkv_architecture": "hxa07d"}))  # the tensors are alike
+    assert {"initial values", "recorded files"} <= failing(verify(folder))

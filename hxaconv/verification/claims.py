@@ -148,7 +148,7 @@ def is_initial(name: str, values: Tensor, config: StudentConfig, *, exact: bool 
     """
     part, layer = part_of_mixer(name), layer_index(name)
     assert layer is not None
-    wanted = specification.INITIAL[config.variant.name].get(part)
+    wanted = specification.INITIAL.get(config.variant.name, {}).get(part)
     if part == "head_size_record":
         wanted = float(config.head_dim)
     if isinstance(wanted, float):
@@ -345,7 +345,7 @@ class Initial(Claim):
     def holds(self, name: str, made: Held, origin: Mapping[str, Held]) -> bool:
         if not is_initial(name, made.values, self.config):
             return False
-        initial, layer = specification.INITIAL[self.config.variant.name], layer_index(name)
+        initial, layer = specification.INITIAL.get(self.config.variant.name, {}), layer_index(name)
         random = [part for part, value in initial.items() if value == ORTHOGONAL]
         part = part_of_mixer(name)
         if self.seed is None or layer is None or part not in random:
