@@ -37,6 +37,11 @@ _REPLACED = "replaced"
 _JOURNAL = "journal"
 
 
+PlanRecord = list[dict[str, str]]
+"""What may differ between two runs, as people call it, and its value; what an earlier part differs in explains the
+others: the command, the version of hxaconv, options and sources, and all else that decides the bytes."""
+
+
 class Staging:
     """The folder of one plan; whether that is a folder of files or one file with a sidecar, its target's name says."""
 
@@ -60,7 +65,7 @@ class Staging:
         # A source's own file takes nothing.
         return sum(getattr(stat, "st_blocks", 0) * 512 for stat in stats if stat.st_nlink == 1)
 
-    def create(self, record: Mapping[str, Any]) -> None:
+    def create(self, record: PlanRecord) -> None:
         """Make the folder, and record the plan.
 
         Raises:
@@ -161,27 +166,32 @@ def _link_or_copy(source: SourceFile, path: Path) -> None:
 # Which plan it is
 
 
-def plan_record(output: Output, digest: str) -> dict[str, Any]:
-    """What `plan.json` holds: the command and its options, and, as the plan, all that decides the bytes."""
-    call = output.record.call
+def plan_record(output: Output, digest: str) -> PlanRecord:
+    """What `plan.json` holds."""
+    call, sources = output.record.call, output.sources()
     options = {
-        name if name in ("source", "teacher") else option_words([name]): value
+        name if name in ("source", "teacher") else option_words([name]): _shown(value)
         for name, value in {**call.options, "digest": digest}.items()
         if name != "out"
     }
-    plan = {
-        "hxaconv": output.provenance.get("hxaconv"),
-        "digest": digest,
-        "sources": {f"{number} {file.name}": _source(file) for number, file in enumerate(output.sources())},
-        "tensors": _sha256((name, r.dtype, r.shape, r.make.kind, r.origin) for name, r in output.tensors.items()),
-        "files": _sha256((layout.name, layout.size) for layout in output.files),
-        "documents": _sha256(output.documents.items()),
-        "copied files": _sha256((name, file.size) for name, file in output.copied_files.items()),
-        "provenance": _sha256(output.provenance.items()),
+    # A download's time is not the source's.
+    exact = [(file.name, file.size, None if file.fetch else file.mtime_ns, file.header_digest) for file in sources]
+    described = {
+        name: f"{size:,} bytes, modified {_time(modified)}, header {header[:8]}"
+        for name, size, modified, header in exact
     }
-    record = {"command": call.command, "options": options, "plan": plan}
-    found: dict[str, Any] = json.loads(json.dumps(record, default=str))
-    return found
+    parts: dict[str, Iterable[Any]] = {
+        "digest": [digest],
+        "sources": exact,
+        "tensors": ((name, r.dtype, r.shape, r.make.kind, r.origin) for name, r in output.tensors.items()),
+        "files": [(layout.name, layout.size) for layout in output.files],
+        "documents": output.documents.items(),
+        "copied files": [(name, file.size) for name, file in output.copied_files.items()],
+        "provenance": output.provenance.items(),
+    }
+    version = str(output.provenance.get("hxaconv"))  # another one may lay it out otherwise
+    digests = {name: _sha256(part) for name, part in parts.items()}
+    return [{"the command": call.command}, {"hxaconv": version}, options | described, digests]
 
 
 def _sha256(parts: Iterable[Any]) -> str:
@@ -191,15 +201,18 @@ def _sha256(parts: Iterable[Any]) -> str:
     return found.hexdigest()
 
 
-def _source(file: SourceFile) -> dict[str, Any]:
-    # A download's time is not the source's.
-    return {"bytes": file.size, "modified": None if file.fetch else file.mtime_ns, "header": file.header_digest}
+def _time(modified: int | None) -> str:
+    """Local time to the millisecond."""
+    return "?" if modified is None else datetime.fromtimestamp(modified / 1e9).isoformat(" ", "milliseconds")
 
 
-def staging_of(target: Path, record: Mapping[str, Any]) -> Staging:
+def _shown(value: Any) -> str:
+    return "not given" if value is None or value is False else "given" if value is True else str(value)
+
+
+def staging_of(target: Path, record: PlanRecord) -> Staging:
     """The staging folder of a plan, whether it exists or not."""
-    key = hashlib.sha256(json.dumps(record["plan"], sort_keys=True).encode()).hexdigest()
-    return Staging(target.with_name(f"{target.name}.partial-{key[:12]}"), target)
+    return Staging(target.with_name(f"{target.name}.partial-{_sha256([record[1], record[3]])[:12]}"), target)
 
 
 def stagings_at(target: Path) -> list[Staging]:
@@ -208,7 +221,7 @@ def stagings_at(target: Path) -> list[Staging]:
     return [Staging(path, target) for path in found if (path / RECORD_NAME).is_file()]
 
 
-def refuse_other_plans(staging: Staging, record: Mapping[str, Any]) -> None:
+def refuse_other_plans(staging: Staging, record: PlanRecord) -> None:
     """Say why there is nothing to resume although interrupted runs on this target exist.
 
     Raises:
@@ -219,7 +232,7 @@ def refuse_other_plans(staging: Staging, record: Mapping[str, Any]) -> None:
             continue
         try:
             lines = differences(json.loads((other.path / RECORD_NAME).read_bytes()), record)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             lines = [f"its {RECORD_NAME} cannot be read"]
         raise HxaconvError(
             f"{other.path} cannot be resumed, something has changed since it was begun:\n{bullet_list(lines)}",
@@ -227,40 +240,15 @@ def refuse_other_plans(staging: Staging, record: Mapping[str, Any]) -> None:
         )
 
 
-def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """In words, what two plan records differ in: options and sources first; the rest where neither explains it."""
-    for then, now in zip(_views(recorded), _views(current), strict=True):
-        changed = [key for key in dict.fromkeys([*then, *now]) if not _same(then.get(key), now.get(key))]
+def differences(recorded: PlanRecord, current: PlanRecord) -> list[str]:
+    """In words, what two plan records differ in, in the first of their parts that differ."""
+    for then, now in zip(recorded, current, strict=True):
+        pairs = {key: (then.get(key, "not given"), now.get(key, "not given")) for key in {**then, **now}}
+        # Two spellings of one path are the same.
+        changed = {key: pair for key, pair in pairs.items() if len({*map(os.path.abspath, pair)}) > 1}
         if changed:
-            return [f"{key}: {_shown(then.get(key))} then, {_shown(now.get(key))} now" for key in changed]
+            return [f"{key}: {before} then, {after} now" for key, (before, after) in changed.items()]
     return []
-
-
-def _views(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    plan = dict(record["plan"])
-    sources = {
-        key.partition(" ")[2]: f"{file['bytes']:,} bytes, modified {_time(file['modified'])},"
-        f" header {file['header'][:8]}"
-        for key, file in plan.pop("sources").items()
-    }
-    version = {"hxaconv": plan.pop("hxaconv")}  # another one may lay it out otherwise
-    return [{"the command": record["command"]}, version, record["options"] | sources, plan]
-
-
-def _time(modified: int | None) -> str:
-    """Local time to the millisecond."""
-    return "?" if modified is None else datetime.fromtimestamp(modified / 1e9).isoformat(" ", "milliseconds")
-
-
-def _same(then: Any, now: Any) -> bool:
-    """Whether two values are equal, or two spellings of one path."""
-    if isinstance(then, str) and isinstance(now, str):
-        return os.path.abspath(then) == os.path.abspath(now)
-    return bool(then == now)
-
-
-def _shown(value: Any) -> str:
-    return "not given" if value is None or value is False else "given" if value is True else str(value)
 
 
 # What is on disk already
