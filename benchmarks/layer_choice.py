@@ -162,65 +162,81 @@ def _in_time() -> None:
         raise KeyboardInterrupt
 
 
-def real(strategies: Iterable[str]) -> None:
-    """Choose and judge; a line of the results for each set."""
-    torch.set_num_threads(1)
-    judge = Judge()
-    known = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    done = {(row["strategy"], row["count"], *row["layers"]) for row in known}
+def results() -> list[dict[str, Any]]:
+    """What is known."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def record(row: dict[str, Any]) -> None:
+    """Add a line to the results."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
     }
+    print(row, flush=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row | about) + "\n")
+
+
+def real(strategies: Iterable[str]) -> None:
+    """Choose and judge; a line of the results for each set."""
+    torch.set_num_threads(1)
+    judge = Judge()
+    done = {(row["strategy"], row["count"], *row["layers"]) for row in results() if "strategy" in row}
     for strategy in strategies:
         for count, layers, seconds in [(0, (), 0.0)] if strategy == "none" else sets_of(strategy):
             if (strategy, count, *layers) in done:
                 continue
             _in_time()
-            row = {"strategy": strategy, "count": count, "layers": layers, "cpu": seconds, **judge.figures(layers)}
-            print(row, flush=True)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row | about) + "\n")
+            record({"strategy": strategy, "count": count, "layers": layers, "cpu": seconds, **judge.figures(layers)})
 
 
 def planted(seeds: int) -> None:
-    """A line for each strategy: in how many teachers it finds the planted layers."""
+    """What every strategy picks of planted teachers; a line of the results for each seed."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from selection_models import advised, calibrated_student, induction_ids, induction_teacher
 
     torch.set_num_threads(1)
-    names = [name for name in STRATEGIES if name not in ("random", "kl convert")]
-    hits = dict.fromkeys(names, 0)
-    for seed in range(seeds):
+    known = results()
+    for seed in sorted(set(range(seeds)) - {row.get("seed") for row in known}):
         teacher, layers = induction_teacher(seed)
         student, ids = calibrated_student(teacher, seed), induction_ids(seed)
-        for name in names:
-            hits[name] += advised(teacher, student, ids, num_layers=8, strategy=name, count=2).pick.layers == layers
-        print(seed, layers, hits, flush=True)
-    print("\n".join(f"| {name} | {found} of {seeds} |" for name, found in hits.items()))
+        picked = {}
+        for strategy in STRATEGIES:
+            name, _, mode = strategy.partition(" ")
+            if name != "random":
+                more = {"kl_mode": mode or "restore"}
+                found = advised(teacher, student, ids, num_layers=8, strategy=name, count=2, more=more)
+                picked[strategy] = found.pick.layers
+        record({"seed": seed, "planted": layers, "picked": picked})
+        _in_time()
 
 
 def table() -> str:
     """The results as Markdown."""
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows = results()
     lines = [f"| kept | by | layers | {' | '.join(FIGURES)} | CPU s |", "|--:|---|---|" + "--:|" * (len(FIGURES) + 1)]
     for count in (0, *COUNTS):
-        mine = [row for row in rows if row["count"] == count]
+        mine = [row for row in rows if row.get("count") == count]
         random = [row for row in mine if row["strategy"] == "random"]
         shown = [row for row in mine if row["strategy"] != "random"]
-        if random:
-            mean = {name: float(np.mean([row[name] for row in random])) for name in FIGURES}
-            best = {name: min(row[name] for row in random) for name in FIGURES}
-            shown.append({"strategy": f"random, mean of {len(random)}", "layers": [], "cpu": "", **mean})
-            shown.append(
-                {"strategy": f"random, best of {len(random)}, column by column", "layers": [], "cpu": "", **best}
-            )
+        for what, of in (("mean", np.mean), ("best", min)) if random else ():
+            figures = {name: float(of([row[name] for row in random])) for name in FIGURES}
+            shown.append({"strategy": f"random, {what} of {len(random)}", "layers": [], "cpu": "", **figures})
         for row in sorted(shown, key=lambda row: row["kl"]):
-            figures = " | ".join(f"{row[name]:.2f}" for name in FIGURES)
-            layers = " ".join(map(str, row["layers"]))
-            lines.append(f"| {count} | {row['strategy']} | {layers} | {figures} | {row['cpu']} |")
+            numbers = " | ".join(f"{row[name]:.2f}" for name in FIGURES)
+            lines.append(
+                f"| {count} | {row['strategy']} | {' '.join(map(str, row['layers']))} | {numbers} | {row['cpu']} |"
+            )
+    seeds = [row for row in rows if "seed" in row]
+    hits = {
+        name: sum(row["planted"] == row["picked"][name] for row in seeds)
+        for name in (seeds[0]["picked"] if seeds else ())
+    }
+    lines += ["", "| strategy | finds both planted layers |", "|---|--:|"]
+    lines += [f"| {name} | {hits[name]} of {len(seeds)} |" for name in sorted(hits, key=lambda name: -hits[name])]
     return "\n".join(lines)
 
 
