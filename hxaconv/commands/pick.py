@@ -53,7 +53,7 @@ def pick_gqa_layers(
 
     Command line:
         hxaconv pick-gqa-layers student/ student-2/ --layers 8,15,22,29,36,43 --teacher RekaAI/reka-flash-3
-        hxaconv pick-gqa-layers RekaAI/reka-flash-3 --count 6 --strategy influence --text sample.txt --save map.toml
+        hxaconv pick-gqa-layers RekaAI/reka-flash-3 --count 6 --strategy retrieval --text sample.txt --save map.toml
 
     Raises:
         HxaconvError: for layers that do not exist, or when no source has what a changed layer needs.
@@ -81,6 +81,10 @@ def pick_gqa_layers(
         )
     )
     advice, notes = scored.advice, unread_tokens(choice, call)
+    if "strategy" not in call.given:
+        notes.append(
+            "Evenly spaced, since no --strategy is given. --strategy retrieval looks for the layers that recall."
+        )
     outcome = run.write_with(",".join(map(str, advice.pick.layers))) if out is not None else None
     if outcome is None or outcome.written is not None:
         if not ranks.rank():

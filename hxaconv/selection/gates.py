@@ -79,7 +79,7 @@ def train(given: Given, ids: Tensor) -> tuple[list[float], list[float]]:
     kept = given.kept(
         ids.numpy(), {"strategy": "gates", "count": given.count, "barred": sorted(given.barred), **RECIPE}
     )
-    some = sequences(ids.to(device))
+    some = sequences(ids)
     size = sum(layer_bytes(student.plan, i) for i in range(num_layers))
     free = torch.tensor([float(layer not in given.barred) for layer in range(num_layers)], dtype=torch.float64)
     gates, momentum, losses = within_budget(free, free, given.count), torch.zeros_like(free), list[float]()
