@@ -33,7 +33,7 @@ from hxaconv.model.plan import Buffers, Plan, layer_bytes, total_bytes
 from hxaconv.options import Fit
 from hxaconv.progress import Progress, bar
 from hxaconv.surgery.arithmetic import tensor, torch_dtype
-from hxaconv.verification.claims import foreign_tensors, touched_tensors
+from hxaconv.verification.claims import departures
 
 TEACHER, STUDENT = "teacher", "student"
 FEWEST_TO_VALIDATE = 8
@@ -231,8 +231,7 @@ def _check_origin(teacher: Model, student: Model, progress: Progress | None) -> 
         for layer in (None, *range(student.config.num_hidden_layers)):
             part = {name: recipe for name, recipe in student.plan.items() if layer_index(name) == layer}
             model = replace(student, plan=part)
-            problems += [f"{name} is not {expected}" for name, expected in touched_tensors(model, teacher).items()]
-            problems += [f"{name} is not the teacher's" for name in foreign_tensors(model, teacher)]
+            problems += [f"{name} is not {expected}" for name, expected in departures(model, teacher).items()]
             advance(total_bytes(part), "")
     raise_all(
         f"{student.label} is not what init-from-teacher makes of {teacher.label}: of {len(student.plan)} tensors,"

@@ -190,46 +190,36 @@ def departure(name: str, values: Tensor, origins: Mapping[str, Tensor], config: 
 # --- The same of models that are not walked through ------------------------------------------------------------------
 
 
-def untouched_layers(student: Model, teacher: Model | None = None) -> tuple[int, ...]:
-    """RWKV layers that still hold initial values, so were never calibrated or trained; see `touched_tensors`."""
-    touched = {layer_index(name) for name in touched_tensors(student, teacher)}
-    return tuple(layer for layer in student.student.rwkv_layers if layer not in touched)
-
-
-def touched_tensors(student: Model, teacher: Model | None = None) -> dict[str, str]:
-    """Name -> what it is no longer, of every tensor of an RWKV layer that is not as `init-from-teacher` makes it.
-
-    Without a teacher, the published constants and biases count. With it, every projection also has to be some
-    multiple of the teacher's, and every norm the teacher's. Random matrices say nothing.
-    """
-    found, config = {}, student.student
+def untouched_layers(student: Model) -> tuple[int, ...]:
+    """RWKV layers that still hold the published constants and biases, so were never calibrated or trained."""
+    config, touched = student.student, set()
     initial = specification.INITIAL.get(config.variant.name, {})
     for name, recipe in student.plan.items():
-        part = part_of_mixer(name)
-        if not in_rwkv_layer(config, name) or initial.get(part) == ORTHOGONAL:
-            continue
-        origins: dict[str, Tensor] = {}
-        if part in FACTORS | NORMS:
-            if teacher is None:
-                continue
-            origin = teacher.plan.get(teacher_name(name))
-            if origin is not None and _to_come(recipe, origin) is not None:
-                continue
-            origins = {} if origin is None else {teacher_name(name): tensor(origin)}
-        expected = departure(name, tensor(recipe), origins, config)
-        if expected is not None:
-            found[name] = expected
+        told = in_rwkv_layer(config, name) and initial.get(part_of_mixer(name), ORTHOGONAL) != ORTHOGONAL
+        if told and departure(name, tensor(recipe), {}, config):
+            touched.add(layer_index(name))
+    return tuple(layer for layer in config.rwkv_layers if layer not in touched)
+
+
+def departures(student: Model, teacher: Model) -> dict[str, str]:
+    """Name -> what it is no longer, of every tensor that is not as `init-from-teacher` makes it of this teacher.
+
+    With any factors; random matrices say nothing. What stands outside RWKV mixers is copied, or padded with zeros.
+    """
+    found, config, origins = {}, student.student, with_head(teacher)
+    initial = specification.INITIAL.get(config.variant.name, {})
+    for name, recipe in with_head(student).items():
+        part, rwkv = part_of_mixer(name), in_rwkv_layer(config, name)
+        if not rwkv:
+            if not _is_copied(name, recipe, origins.get(name)):
+                found[name] = "the teacher's"
+        elif initial.get(part) != ORTHOGONAL:
+            origin = origins.get(teacher_name(name)) if part in FACTORS | NORMS else None
+            if origin is None or _to_come(recipe, origin) is None:
+                beside = {} if origin is None else {teacher_name(name): tensor(origin)}
+                expected = departure(name, tensor(recipe), beside, config)
+                found |= {} if expected is None else {name: expected}
     return found
-
-
-def foreign_tensors(student: Model, teacher: Model) -> list[str]:
-    """Names of a student's tensors outside RWKV mixers that are not copies of the teacher's, or padded ones."""
-    origins = with_head(teacher)
-    return [
-        name
-        for name, recipe in with_head(student).items()
-        if not in_rwkv_layer(student.student, name) and not _is_copied(name, recipe, origins.get(name))
-    ]
 
 
 def _is_copied(name: str, recipe: Recipe, origin: Recipe | None) -> bool:
