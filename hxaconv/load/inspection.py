@@ -156,11 +156,11 @@ def _variant(checkpoint: Checkpoint) -> str:
         return f"transformer ({family})" if family else "attention layers only" if kinds else "unknown"
     found = parameters_found(checkpoint.plan)
     candidates = [variant.name for variant in matching(found)]
-    told = raw.get("rwkv_architecture") or (checkpoint.sidecar or {}).get("rwkv_architecture")
-    if told is not None and (not candidates or told in candidates):
-        return str(told)
-    if told is not None:
-        return f"{' or '.join(candidates)} by its tensors, {told} by its config"
+    named = raw.get("rwkv_architecture") or (checkpoint.sidecar or {}).get("rwkv_architecture")
+    if named is not None and (not candidates or named in candidates):
+        return str(named)
+    if named is not None:
+        return f"{' or '.join(candidates)} by its tensors, {named} by its config"
     if len(candidates) > 1:
         return f"{' or '.join(candidates)} (the same tensors: --variant tells)"
     return candidates[0] if candidates else f"unknown, the nearest is {nearest(found).name}"

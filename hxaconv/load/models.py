@@ -172,10 +172,10 @@ def load_model(
     if not may_be_student(checkpoint):
         return load_teacher(checkpoint, settings, lenient=True, copied=False)
     if like is not None and tells_nothing(checkpoint) and teacher is None:
-        untold = {key: getattr(like, key) for key in FLAGS if getattr(settings, key) is None}
+        common = {key: getattr(like, key) for key in FLAGS if getattr(settings, key) is None}
         if settings.variant is None and isinstance(like, StudentConfig):
-            untold["variant"] = like.rwkv_architecture
-        settings = replace(settings, **untold)
+            common["variant"] = like.rwkv_architecture
+        settings = replace(settings, **common)
     return load_student(checkpoint, settings, teacher=teacher, copied=False, progress=progress)
 
 
@@ -249,11 +249,11 @@ def _layers(
     if isinstance(base, StudentConfig):
         named["the student that completes it"] = base.gqa_layers
         note = f"{numbers(absent)}: not in {checkpoint.label}, those of the student that completes it"
-    said = {layer: (KINDS[kind], "its tensors") for layer, kind in found.items()}
+    kind_of = {layer: (KINDS[kind], "its tensors") for layer, kind in found.items()}
     problems = []
     for source, layers in named.items():
         for layer in range(count):
-            kind, by = said.setdefault(layer, (KINDS["gqa" if layer in layers else "rwkv"], source))
+            kind, by = kind_of.setdefault(layer, (KINDS["gqa" if layer in layers else "rwkv"], source))
             if kind != KINDS["gqa" if layer in layers else "rwkv"]:
                 problems.append(f"layer {layer} is {kind} by {by}, {'RWKV' if kind == 'GQA' else 'GQA'} by {source}")
     raise_all(

@@ -121,8 +121,8 @@ def _experts(name: str, plan: Plan, config: ModelConfig) -> Plan:
         raise Inconsistent(f"{name}: shape {recipe.shape}, the config implies {straight}, or {turned} transposed")
     # Where its matrices are square, the layer's other ones tell whether they are transposed.
     shapes = [(plan.get(f"{base}.{other}"), matrices[other]) for other in (fused, *matrices)]
-    told = (found.shape[1:] != shape for found, shape in shapes if found and shape[0] != shape[1])
-    is_turned = next(told, False)
+    turned_by_shape = (found.shape[1:] != shape for found, shape in shapes if found and shape[0] != shape[1])
+    is_turned = next(turned_by_shape, False)
     parts = ("gate_proj", "up_proj") if fused == "gate_up_proj" else ("down_proj",)
     number = matrix[0] // len(parts)
     return {
