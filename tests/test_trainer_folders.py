@@ -118,6 +118,17 @@ def test_published_weights_beside_a_step_come_first(masters: dict[str, Tensor], 
         open_checkpoint(TEACHER, weights="master")
 
 
+def test_one_of_several_state_dicts_in_a_sharded_checkpoint(masters: dict[str, Tensor], tmp_path: Path) -> None:
+    average = {name: x * 2 for name, x in masters.items()}
+    dcp_folder(tmp_path / "run", {"model": masters, "ema": average, "step": 3}, cut_rows(2))
+    found = open_checkpoint(tmp_path / "run")
+    assert same(found, masters)
+    assert "--weights ema" in found.warnings[0]
+    assert same(open_checkpoint(tmp_path / "run", weights="ema"), average)
+    with pytest.raises(HxaconvError, match="no state dict under average"):
+        open_checkpoint(tmp_path / "run", weights="average")
+
+
 def test_empty_tensors_beside_a_step_of_zero_3(masters: dict[str, Tensor], tmp_path: Path) -> None:
     zero_folder(tmp_path / "run", masters, stage=3, ranks=2)
     small = {name: x if x.numel() < 100 else torch.empty(0) for name, x in masters.items()}

@@ -52,8 +52,10 @@ def holds_dtensors(folder: Path) -> bool:
     return any(_RANK.match(path.name) for path in folder.iterdir())
 
 
-def read_dcp(folder: Path, *, label: str) -> tuple[list[SourceFile], Contents]:
+def read_dcp(folder: Path, *, label: str, weights: str | None = None) -> tuple[list[SourceFile], Contents]:
     """The model's tensors in a folder, and its files; optimizer states and counters are left behind.
+
+    `weights` is the key of one of several state dicts.
 
     Raises:
         HxaconvError: for files that are missing, short or of another save, chunks that do not make their tensor,
@@ -61,7 +63,7 @@ def read_dcp(folder: Path, *, label: str) -> tuple[list[SourceFile], Contents]:
     """
     metadata, file = _metadata(folder, label)
     described = _field(metadata, "state_dict_metadata", dict, file)
-    tensors, facts = _tensors(described, metadata.fields.get("planner_data"), file)
+    tensors, facts = _tensors(described, metadata.fields.get("planner_data"), file, weights)
     places = _places(metadata, file)
     needed = {_field(info, "relative_path", str, file) for name in tensors.values() for info in places[name].values()}
     files = _files(folder, needed, label)
@@ -116,7 +118,9 @@ def _sizes(value: Any, file: SourceFile) -> tuple[int, ...]:
     return sizes
 
 
-def _tensors(described: Mapping[Any, Any], paths: Any, file: SourceFile) -> tuple[dict[str, str], dict[str, Any]]:
+def _tensors(
+    described: Mapping[Any, Any], paths: Any, file: SourceFile, key: str | None
+) -> tuple[dict[str, str], dict[str, Any]]:
     """Name in the model -> name in the checkpoint, and what was left behind.
 
     The nested state that was saved is rebuilt by the paths of its leaves, with a tensor without elements in place of
@@ -137,7 +141,7 @@ def _tensors(described: Mapping[Any, Any], paths: Any, file: SourceFile) -> tupl
             inner[path[-1]] = Tensor(Storage("U8", name, 0), 0, (), ()) if is_tensor else None
     if isinstance(tree.get("app"), dict):  # the Stateful of PyTorch's own tutorial
         tree = tree["app"]
-    tensors, facts = find_state_dict(tree, file.label)
+    tensors, facts = find_state_dict(tree, file.label, key)
     return {name: tensor.storage.key for name, tensor in tensors.items()}, facts
 
 

@@ -189,12 +189,12 @@ def find_trained(root: Path, label: str) -> Trained | None:
     inner = [path for path in sorted(root.iterdir()) if _SHARDED.match(path.name) and path.is_dir()]
     found = [root] if sharded.holds_dcp(root) else [path for path in inner if sharded.holds_dcp(path)]
     step = zero.step_folder(root)
-    sets: tuple[str, ...] = ()
+    sets: tuple[str, ...] | None = None
     reader: Callable[..., tuple[list[SourceFile], Contents]] = sharded.read_dcp
     if step is not None:
         folder, reader, sets = step, zero.read_zero, ("master", "model")
-    elif sharded.holds_dtensors(root):
-        folder, reader = root, sharded.read_dtensors
+    elif found != [root] and sharded.holds_dtensors(root):
+        folder, reader, sets = root, sharded.read_dtensors, ()
     elif len(found) == 1:
         folder = found[0]
     elif found:
@@ -205,10 +205,10 @@ def find_trained(root: Path, label: str) -> Trained | None:
     where = label if folder == root else f"{label.rstrip('/')}/{folder.name}"
 
     def read(weights: str | None) -> tuple[list[SourceFile], Contents]:
-        if weights is not None and weights not in sets:
+        if weights is not None and sets is not None and weights not in sets:
             held = "master and model weights" if sets else "one set of weights"
             raise HxaconvError(f"--weights {weights}: {where} has {held}", hint="Leave --weights out.")
-        return reader(folder, label=where, **({"weights": weights} if sets else {}))
+        return reader(folder, label=where, **({} if sets == () else {"weights": weights}))
 
     return Trained(folder, read)
 
