@@ -1,7 +1,7 @@
 """What a checkpoint is that is no teacher and no student: its format in words, and the way out.
 
-Three tables, asked in this order: the files of a folder, config.json, and the names and dtypes of tensors. The
-first two answer before a weight file is opened.
+Four tables: the kinds of adapters, and, asked in this order, the files of a folder, config.json, and the names and
+dtypes of tensors. Files and config.json answer before weights are opened.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Kind:
 # --- adapters ---------------------------------------------------------------------------------------
 
 PEFT = {
-    "LORA": ("LoRA", "lora_"), "ADALORA": ("AdaLoRA", "lora_"), "IA3": ("IA3", "ia3_"), "LOHA": ("LoHa", "hada_"),
+    "ADALORA": ("AdaLoRA", "lora_E"), "LORA": ("LoRA", "lora_"), "IA3": ("IA3", "ia3_"), "LOHA": ("LoHa", "hada_"),
     "LOKR": ("LoKr", "lokr_"), "VERA": ("VeRA", "vera_"), "OFT": ("OFT", "oft_"), "BOFT": ("BOFT", "boft_"),
     "HRA": ("HRA", "hra_"), "FOURIERFT": ("FourierFT", "fourierft_"), "VBLORA": ("VB-LoRA", "vblora_"),
     "RANDLORA": ("RandLoRA", "randlora_"), "BONE": ("Bone", "bone_"), "MISS": ("MiSS", "miss_"),

@@ -329,7 +329,7 @@ case(name="peft_folder_lora", outcome=REFUSED, kind="of the kind LoRA",
      build=adapter("lora_A.weight", peft_type="LORA", base_model_name_or_path="own/base"))
 for method, leaf, word in (
     ("IA3", "ia3_l", "IA3"), ("LOHA", "hada_w1_a", "LoHa"), ("LOKR", "lokr_w1", "LoKr"), ("BOFT", "boft_R", "BOFT"),
-    ("VERA", "vera_lambda_b", "VeRA"), ("ADALORA", "lora_A", "AdaLoRA"), ("NEXT_YEARS", "next_years_x", "NEXT_YEARS"),
+    ("VERA", "vera_lambda_b", "VeRA"), ("ADALORA", "lora_E", "AdaLoRA"), ("NEXT_YEARS", "next_years_x", "NEXT_YEARS"),
 ):
     case(name=f"peft_{method}", outcome=REFUSED, kind=f"an adapter of PEFT of the kind {word}", what=OTHER_ADAPTERS,
          do="merge it with peft (merge_and_unload), convert the result", words=(word, "merge_and_unload()"),
@@ -339,6 +339,8 @@ for method, leaf, word in (
              builder.teacher(p.parent), adapter(leaf, peft_type=method)(p.parent / "adapter"), p.mkdir()))
 case(name="peft_weights_alone", outcome=REFUSED, what=OTHER_ADAPTERS, words=("an adapter (IA3)", "merge_and_unload()"),
      inside="adapter_model.safetensors", command=TO_HF, build=adapter("ia3_l"))
+case(name="adalora_weights_alone", outcome=REFUSED, what=OTHER_ADAPTERS, words=("AdaLoRA", "merge_and_unload()"),
+     inside="adapter_model.safetensors", command=TO_HF, build=adapter("lora_E"))
 case(name="peft_weights_alone_in_a_folder", outcome=REFUSED, what=OTHER_ADAPTERS, kind="an adapter (LoHa)",
      met="peft#420", words=("an adapter (LoHa)", "merge_and_unload()"), build=lambda p: (
          adapter("hada_w1_a")(p), (p / "adapter_config.json").unlink()))
