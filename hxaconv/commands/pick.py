@@ -198,8 +198,8 @@ class _Run:
         def verify(written: Model, progress: Progress | None) -> Report:
             from hxaconv.verification.invariants import check_repicked, completed
 
-            whole = completed(written, student)
-            return check_repicked(student, base, whole, other=other, factors=initial.factors, progress=progress)
+            whole, factors, seed = completed(written, student), initial.factors, initial.seed
+            return check_repicked(student, base, whole, other=other, factors=factors, seed=seed, progress=progress)
 
         return output, verify, warnings, notes
 

@@ -394,6 +394,7 @@ def check_repicked(
     *,
     other: Model | None,
     factors: Mapping[str, float],
+    seed: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Check `output` against the student it was made of, and its new layers against where they come from."""
@@ -416,7 +417,8 @@ def check_repicked(
         beside["teacher"] = teacher
         good, bad = "are the teacher's attention", "differ from the teacher's"
         claims.append(Copied("new GQA layers", good, bad, mixers(gqa), role="teacher"))
-        claims += initial_claims(config, factors, layers=changed - taken - gqa, role="teacher")
+        new = changed - taken - gqa
+        claims += initial_claims(config, factors, layers=new, role="teacher", seed=seed, sampled=True)
     report = verify_model(output, ids=_probe(output), beside=beside, claims=claims, progress=progress)
     # What is particular to the layers may change, nothing else.
     kept = replace(config, gqa_layers=source.student.gqa_layers) == source.student
