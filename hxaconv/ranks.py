@@ -1,4 +1,4 @@
-"""The processes that do one piece of work together, as torchrun or srun start them; a process alone is rank 0 of 1.
+"""The processes that do one job together, as torchrun or srun start them; a process alone is rank 0 of 1.
 
     torchrun --nproc-per-node 4 -m hxaconv init-from-teacher TEACHER OUT
 
@@ -105,11 +105,11 @@ def together() -> Iterator[None]:
         failure = error
     for number, found in enumerate(gather(failure)):
         if found is not None:
-            told = failure if number == rank() and failure is not None else found
+            shared = failure if number == rank() and failure is not None else found
             if number:
-                told.message = f"rank {number}: {told.message}"
-            told.shared = True
-            raise told
+                shared.message = f"rank {number}: {shared.message}"
+            shared.shared = True
+            raise shared
 
 
 def in_turn(work: Callable[[], T]) -> T:

@@ -192,8 +192,8 @@ def explained(path: Path, doing: str = "writing", total: int | None = None) -> I
 def held(path: Path, target: Path) -> Iterator[None]:
     """Hold the lock file `path`, which is removed in the end, during a run on `target`.
 
-    The lock is the system's and ends with its holder, however that ends; where the file system keeps none, runs are
-    not told apart.
+    The lock is the system's and ends with its holder, however that ends; where the file system keeps none, nobody
+    is held up.
 
     Raises:
         HxaconvError: naming who holds it, or why the file cannot be made.

@@ -61,9 +61,7 @@ class Filling:
         progress: Progress | None = None,
     ) -> None:
         self._files = [OutputFile(layout, path, len(fills), total) for layout, path, fills in jobs]
-        self._jobs = iter(
-            [(file, fill) for file, (_, _, fills) in zip(self._files, jobs, strict=True) for fill in fills]
-        )
+        self._jobs = ((file, fill) for file, job in zip(self._files, jobs, strict=True) for fill in job[2])
         self._recorded, self._done, self._progress = recorded, done, progress
         self._workers, self._keep_cache = workers, keep_cache
         self._checksums = {"crc32": crc32, "sha256": sha256}

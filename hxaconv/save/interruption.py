@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, and memory that runs out: an end that leaves things tidy, and says how to go on.
+"""Ctrl-C, SIGTERM, and memory that runs out: an end that leaves things tidy, with a message on how to go on.
 
 The command line handles signals for the life of its process (`for_life`). Python code that calls the package keeps
 its own handlers, but for the time of long work.
@@ -16,7 +16,7 @@ from typing import Any
 
 from hxaconv.errors import out_of_memory
 
-_NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM") if hasattr(signal, name))
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
 NOTHING_PUBLISHED = "Interrupted; nothing was published."
 
 
@@ -42,7 +42,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.message = NOTHING_PUBLISHED
-        """What is said of a signal where nobody knows better."""
+        """That of an interruption outside of long work."""
         self.pending: int | None = None
         self._deferred = False
         self._all_deferred = False
@@ -102,7 +102,7 @@ def for_life() -> None:
 
 
 def ignore_from_now() -> None:
-    """Let no signal disturb the end of a program that has said its last word; otherwise without effect."""
+    """Let no signal disturb the end of a program that has printed its last line; without effect on other code."""
     if _lasting is not None:
         for number in _NUMBERS:
             signal.signal(number, signal.SIG_IGN)
@@ -127,7 +127,7 @@ def _handled() -> Iterator[Signals]:
 
 @contextmanager
 def interruptible(kept: Callable[[], str]) -> Iterator[Signals]:
-    """Inside, what cuts the work short is told with what `kept` says then: what is kept, how to go on.
+    """What cuts the work inside short ends with the text that `kept` gives then: what is kept, how to go on.
 
     Raises:
         Interrupted: on Ctrl-C and SIGTERM.
@@ -139,11 +139,11 @@ def interruptible(kept: Callable[[], str]) -> Iterator[Signals]:
             yield signals
         except KeyboardInterrupt as stop:
             number = getattr(stop, "number", signal.SIGINT)
-            said = [*getattr(stop, "__notes__", ()), kept()]
-            raise Interrupted(number, f"Interrupted. {' '.join(said)}") from None
+            parts = ["Interrupted.", *getattr(stop, "__notes__", ()), kept()]
+            raise Interrupted(number, " ".join(parts)) from None
         except (MemoryError, RuntimeError) as error:
-            told = out_of_memory(error)
-            if told is None:
+            failure = out_of_memory(error)
+            if failure is None:
                 raise
-            told.hint = f"{told.hint} {kept()}"
-            raise told from error
+            failure.hint = f"{failure.hint} {kept()}"
+            raise failure from error

@@ -33,7 +33,7 @@ FILE_SUFFIXES = (".pth", ".pt", ".bin")
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What is told of how an output was made: in hxaconv.json, in the model card, and to whoever resumes."""
+    """What is recorded of how an output was made: in hxaconv.json, in the model card, and for --resume."""
 
     call: Call
     """The command as it was called: recorded for --resume, published with bare names for paths."""

@@ -43,7 +43,7 @@ others: the command, the version of hxaconv, options and sources, and all else t
 
 
 class Staging:
-    """The folder of one plan; whether that is a folder of files or one file with a sidecar, its target's name says."""
+    """The folder of one plan: a folder of files, or, by its target's suffix, one file with a sidecar."""
 
     def __init__(self, path: Path, target: Path) -> None:
         self.path, self.target = path, target
