@@ -157,10 +157,15 @@ class _Run:
             other = load_other(self.from_, student, self.settings, progress=self.call.progress)
             sources["from"] = other.opened
         taken = [i for i in changed if other and other.student.layer_kind(i) == new.layer_kind(i)]
-        _check_origins(changed, taken, base)
+        rest = [i for i in changed if i not in taken]
+        if rest and base is None:
+            raise HxaconvError(
+                f"{_layers(rest)}: of another kind in this choice, and there is nothing to make the new one from",
+                hint="Pass --teacher TEACHER, or --from a trained checkpoint that has it in the new kind.",
+            )
         trained = in_dtype(other, initial.dtype) if other else None
         plan = repick(student.plan, base.plan if base else {}, old, new, initial, trained)
-        fresh = [i for i in changed if i not in taken and i in new.rwkv_layers]
+        fresh = [i for i in rest if i in new.rwkv_layers]
         history = history_of(sources["source"])
         made: dict[str, Any] = {"changed_layers": changed}
         if fresh:
@@ -179,11 +184,18 @@ class _Run:
             ),
             shards=shards,
         )
-        initialised = f"RWKV, initialised ({as_options(self.values.preset, initial.factors, initial.seed)})"
-        notes = [
-            *student.notes,
-            *_origins(changed, taken, new, initialised, _trained(other, self.from_, initial.dtype)),
-        ]
+        trained_as = main_dtype(other.plan) if other else initial.dtype
+        cast = (
+            f", cast from {trained_as} to {initial.dtype}, the student's dtype" if trained_as != initial.dtype else ""
+        )
+        origins = {
+            f"trained, from {self.from_}{cast}": taken,
+            "GQA, the teacher's attention": [i for i in rest if i in new.gqa_layers],
+            f"RWKV, initialised ({as_options(self.values.preset, initial.factors, initial.seed)})": fresh,
+        }
+        notes = [*student.notes, *(f"{_layers(those)}: {origin}" for origin, those in origins.items() if those)]
+        if not changed:
+            notes.append("these are the student's GQA layers already: no layer changes")
         linked = sum(shard.hard_link is not None for shard in shards or ())
         if linked and output.is_folder:
             notes.append(
@@ -228,76 +240,33 @@ def _unwritable(choice: Choice, out: str | None, write: Write) -> list[str]:
     return problems
 
 
-def _check_origins(changed: list[int], taken: list[int], teacher: Model | None) -> None:
-    lacking = [i for i in changed if i not in taken]
-    if lacking and teacher is None:
-        raise HxaconvError(
-            f"{_layers(lacking)}: of another kind in this choice, and there is nothing to make the new one from",
-            hint="Pass --teacher TEACHER, or --from a trained checkpoint that has it in the new kind.",
-        )
-
-
 def _uneven(
-    history: Sequence[Mapping[str, Any]],
-    fresh: Sequence[int],
-    new: StudentConfig,
-    preset: str,
-    settings: InitSettings,
+    history: Sequence[Mapping[str, Any]], fresh: Sequence[int], new: StudentConfig, preset: str, settings: InitSettings
 ) -> list[str]:
     """Warnings where layers made just now are not what the student's others are by its record."""
     from hxaconv.surgery.init import as_options
 
+    if not fresh:
+        return []
     found = []
-    named = _layers(fresh)
-    first: Mapping[str, Any] | None = next(
-        (step["init"] for step in history if isinstance(step.get("init"), dict)), None
-    )
-    if first is not None and not (first.keys() >= {"preset", "factors", "seed"} and isinstance(first["factors"], dict)):
-        first = None
-    if fresh and first and (first["factors"], first["seed"]) != (settings.factors, settings.seed):
-        recorded, used = (
-            as_options(name, factors, seed)
-            for name, factors, seed in (
-                (first["preset"], first["factors"], first["seed"]),
-                (preset, settings.factors, settings.seed),
-            )
-        )
+    first: Mapping[str, Any] = next((step["init"] for step in history if isinstance(step.get("init"), dict)), {})
+    known = first.keys() >= {"preset", "factors", "seed"} and isinstance(first["factors"], dict)
+    if known and (first["factors"], first["seed"]) != (settings.factors, settings.seed):
+        used = as_options(preset, settings.factors, settings.seed)
+        recorded = as_options(first["preset"], first["factors"], first["seed"])
         found.append(
-            f"{named}: initialised with {used}, the student by its record with {recorded};"
+            f"{_layers(fresh)}: initialised with {used}, the student by its record with {recorded};"
             " pass the latter for layers like the others"
         )
-    if len(fresh) < len(new.rwkv_layers) and fresh and any("calibration" in step for step in history):
+    if len(fresh) < len(new.rwkv_layers) and any("calibration" in step for step in history):
         choice = ",".join(map(str, new.gqa_layers)) or "none"
         found.append(
-            f"{named}: plain among calibrated layers, and a student that is calibrated in part cannot be calibrated"
-            " further. To have all calibrated, begin with this choice: `hxaconv init-from-teacher TEACHER OUT"
-            f" --gqa-layers {choice} --init calibrated --text FILE`"
+            f"{_layers(fresh)}: plain among calibrated layers, and a student that is calibrated in part cannot be"
+            " calibrated further. To have all calibrated, begin with this choice: `hxaconv init-from-teacher TEACHER"
+            f" OUT --gqa-layers {choice} --init calibrated --text FILE`"
         )
     return found
 
 
-def _trained(source_student: Model | None, name: str | None, dtype: str) -> str:
-    """Where layers of the other student come from; empty without one."""
-    from hxaconv.model.plan import main_dtype
-
-    if source_student is None:
-        return ""
-    own = main_dtype(source_student.plan)
-    return f"trained, from {name}" + (f", cast from {own} to {dtype}, the student's dtype" if own != dtype else "")
-
-
 def _layers(numbers: Sequence[int]) -> str:
     return f"layer{'s' if len(numbers) != 1 else ''} {', '.join(map(str, numbers))}"
-
-
-def _origins(changed: list[int], taken: list[int], new: StudentConfig, initialised: str, trained: str) -> list[str]:
-    """Where the layers that change kind come from, a line for each origin."""
-    if not changed:
-        return ["these are the student's GQA layers already: no layer changes"]
-    rest = [i for i in changed if i not in taken]
-    origins = {
-        trained: taken,
-        "GQA, the teacher's attention": [i for i in rest if i in new.gqa_layers],
-        initialised: [i for i in rest if i in new.rwkv_layers],
-    }
-    return [f"{_layers(layers)}: {origin}" for origin, layers in origins.items() if layers]
