@@ -51,6 +51,8 @@ class Sequence:
     """Where its KL is taken."""
     share: float
     """Of its KL in the loss."""
+    again: bool = False
+    """Whether it is said twice."""
     wanted: Tensor = field(default_factory=lambda: torch.empty(0))
     """What the teacher's head sees there."""
     inputs: list[Tensor] = field(default_factory=list)
@@ -68,12 +70,12 @@ def sequences(ids: Tensor) -> list[Sequence]:
     again, first = needles(ids, NEEDLES)
     return [
         *(Sequence(row[None], slice(None), 0.5 / len(text)) for row in text),
-        *(Sequence(row[None], slice(first - 1, -1), 0.5 / len(again)) for row in again),
+        *(Sequence(row[None], slice(first - 1, -1), 0.5 / len(again), again=True) for row in again),
     ]
 
 
-def train(given: Given, ids: Tensor) -> tuple[list[float], list[float]]:
-    """(the gate of every layer, the loss before every step) on token ids (B, T)."""
+def train(given: Given, ids: Tensor) -> tuple[list[float], list[tuple[float, float]]]:
+    """(the gate of every layer; KL on text and on tokens said again, before every step) on token ids (B, T)."""
     teacher, student, num_layers, device = given.teacher, given.student, given.num_layers, given.device
     assert teacher is not None and student is not None
     kept = given.kept(
@@ -82,10 +84,14 @@ def train(given: Given, ids: Tensor) -> tuple[list[float], list[float]]:
     some = sequences(ids)
     size = sum(layer_bytes(student.plan, i) for i in range(num_layers))
     free = torch.tensor([float(layer not in given.barred) for layer in range(num_layers)], dtype=torch.float64)
-    gates, momentum, losses = within_budget(free, free, given.count), torch.zeros_like(free), list[float]()
+    gates, momentum, losses = (
+        within_budget(free, free, given.count),
+        torch.zeros_like(free),
+        list[tuple[float, float]](),
+    )
     saved = kept.load(device)
     if saved:
-        (gates, momentum), losses = saved[0]["gates"].cpu(), saved[1]["losses"]
+        (gates, momentum), losses = saved[0]["gates"].cpu(), [(text, again) for text, again in saved[1]["losses"]]
 
     def state() -> State:
         return {"gates": torch.stack([gates, momentum])}, {"losses": losses}
@@ -104,7 +110,7 @@ def train(given: Given, ids: Tensor) -> tuple[list[float], list[float]]:
                     gates - rate * momentum / momentum.abs().max().clamp_min(1e-30), free, given.count
                 )
                 losses.append(loss)
-                advance(2 * size, f"step {len(losses)} of {STEPS}, KL {loss:.3g}")
+                advance(2 * size, f"step {len(losses)} of {STEPS}, KL {sum(loss) / 2:.3g}")
                 kept.pause(state)
     kept.save(*state())
     return gates.tolist(), losses
@@ -131,8 +137,8 @@ def _teach(teacher: Model, some: list[Sequence], device: str) -> None:
             one.wanted = walk[TEACHER].final_norm(stream.x[:, one.counted])
 
 
-def _step(walk: Walk, some: list[Sequence], gates: Tensor) -> tuple[float, Tensor]:
-    """(KL from the teacher, its gradient with respect to the gates)."""
+def _step(walk: Walk, some: list[Sequence], gates: Tensor) -> tuple[tuple[float, float], Tensor]:
+    """(KL from the teacher on text and on tokens said again, the gradient of their mean with respect to the gates)."""
     student, opened = walk[STUDENT], gates.float().to(walk.device)
 
     def block(x: Tensor, layer: int, gate: Tensor, carry: Carry) -> Tensor:
@@ -150,14 +156,14 @@ def _step(walk: Walk, some: list[Sequence], gates: Tensor) -> tuple[float, Tenso
             one.inputs.append(block(one.inputs[-1], layer, opened[layer], one.carry))
 
         walk.pool.map(forward, some)
-    loss = 0.0
+    loss = [0.0, 0.0]
     for one in some:
         x = one.inputs.pop().requires_grad_()
         with torch.enable_grad():
             normed = student.final_norm(x[:, one.counted])
         kl, gradient = kl_and_gradient(walk, STUDENT, normed.detach(), TEACHER, one.wanted)
         (one.gradient,) = torch.autograd.grad(normed, x, gradient)
-        loss += one.share * kl
+        loss[one.again] += 2 * one.share * kl
     found = torch.zeros_like(gates)
     for layer in walk.layers(reversed(range(len(gates)))):
 
@@ -169,4 +175,4 @@ def _step(walk: Walk, some: list[Sequence], gates: Tensor) -> tuple[float, Tenso
             return one.share * float(grown)
 
         found[layer] = sum(walk.pool.map(backward, some))
-    return loss, found
+    return (loss[0], loss[1]), found

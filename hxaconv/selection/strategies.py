@@ -247,7 +247,9 @@ def gates(given: Given) -> Found:
     from hxaconv.selection.gates import train
 
     values, losses = train(given, torch.as_tensor(given.ids, dtype=torch.int64))
-    facts = {"KL with all gates alike": losses[0], "KL before the last step": losses[-1]}
+    steps = (("all gates alike", losses[0]), ("before the last step", losses[-1]))
+    kinds = ("KL on text", "KL on tokens said again, which is recall's")
+    facts = {f"{kind}, {when}": loss[i] for i, kind in enumerate(kinds) for when, loss in steps}
     return Found(columns=(Column("gates", tuple(values)),), facts=facts, warnings=_plain(given, "gates"))
 
 
