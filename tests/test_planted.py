@@ -36,12 +36,13 @@ def test_answer_tokens_find_the_layers_that_look_up(planted):
     assert other.pick.layers != layers
 
 
-@pytest.mark.slow
-def test_answer_tokens_find_them_in_twenty_of_twenty():
-    for seed in range(20):
+@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 20), marks=pytest.mark.slow)])
+def test_copying_heads_find_them_in_every_teacher(seeds):
+    """The strategy that is recommended, with the teacher alone."""
+    for seed in seeds:
         teacher, layers = induction_teacher(seed)
-        student, ids = calibrated_student(teacher, seed), induction_ids(seed)
-        assert advised(teacher, student, ids, num_layers=8, strategy="nll", count=2).pick.layers == layers, seed
+        found = advised(teacher, ids=induction_ids(seed), num_layers=8, strategy="retrieval", count=2)
+        assert found.pick.layers == layers, seed
 
 
 @pytest.mark.slow
