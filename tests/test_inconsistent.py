@@ -151,3 +151,31 @@ def test_a_student_of_gqa_layers_alone_is_known_by_its_config(
     capsys.readouterr()
     assert cli("verify", tmp_path / "o") == 0
     assert "PASSED" in capsys.readouterr().out
+
+
+def test_an_index_is_checked_where_it_is_one_of_the_model(cli, tiny_teacher, tmp_path, capsys):
+    """Without metadata, as some writers leave it; and a stale one beside model.safetensors, which wins over it."""
+    init = ("init-from-teacher", tiny_teacher, "--no-verify", "--quiet")
+    assert cli(init[0], init[1], tmp_path / "shards", "--max-shard-size", "1MB", *init[2:]) == 0
+    (tmp_path / "shards" / "hxaconv.json").unlink()
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert cli("verify", tmp_path / "shards", "--tokens", 4) == 0
+    first = next(iter(weight_map))
+    index.write_text(json.dumps({"weight_map": weight_map | {first: list(weight_map.values())[-1]}}))
+    assert cli("verify", tmp_path / "shards", "--tokens", 4) == 1
+    assert f"the index names other files than hold {first}" in " ".join(capsys.readouterr().err.split())
+    assert cli(init[0], init[1], tmp_path / "one", *init[2:]) == 0
+    (tmp_path / "one" / index.name).write_text(json.dumps({"weight_map": {first: "gone.safetensors"}}))
+    assert cli("verify", tmp_path / "one", "--tokens", 4) == 0
+
+
+def test_layers_that_an_option_confirms_have_to_be_the_tensors(cli, tiny_teacher, tmp_path, capsys):
+    init = ("init-from-teacher", tiny_teacher, tmp_path / "s", "--gqa-layers", "2,5", "--no-verify", "--quiet")
+    assert cli(*init) == 0
+    assert cli("verify", tmp_path / "s", "--gqa-layers", "2,5", "--tokens", 4) == 0
+    assert cli("verify", tmp_path / "s", "--gqa-layers", "2", "--tokens", 4) == 1
+    assert "(2, 5) by the tensors, (2,) by --gqa-layers" in " ".join(capsys.readouterr().err.split())
+    assert cli("to-pth", tmp_path / "s", tmp_path / "s.pth", "--gqa-layers", "2", "--no-verify") == 2
+    assert not (tmp_path / "s.pth").exists()

@@ -225,6 +225,11 @@ def settings_sources(
         found = {key: value for key, value in found.items() if key not in layers.values}
         sources.append(layers)
     sources.append(SettingsSource("the tensors", found))
+    if settings.gqa_layers is not None and layers is None and "num_hidden_layers" in found:
+        confirmed = layer_maps.parse_layers(
+            settings.gqa_layers, found["num_hidden_layers"], allow_layer_0=True, option="--gqa-layers"
+        )
+        sources.append(SettingsSource("--gqa-layers", {"gqa_layers": confirmed}))
     raw, sidecar = checkpoint.config or {}, checkpoint.sidecar
     if teacher is not None and all(is_attention(name) for name in checkpoint.plan):
         # The MLPs will be the teacher's; the student that this attention is from may have had padded ones.

@@ -186,7 +186,7 @@ def _check_files(report: Report, checkpoint: Checkpoint) -> None:
     """Add whether the container's own figures are right: the index of a folder, the checksums of a `.pth`."""
     if checkpoint.root is None:
         return
-    if checkpoint.container == "safetensors" and checkpoint.root.is_dir():
+    if checkpoint.container == "safetensors" and checkpoint.extra.get("index"):
         wrong = specification.wrong_index(checkpoint.root)
         report.problems("index", wrong, "names what the files hold")
     elif checkpoint.container == "pth":
