@@ -128,7 +128,8 @@ class Report(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything; numbers that are not finite become strings, which JSON can carry."""
-        content = {"passed": self.passed, "reason": self.reason, "first_difference": self.first_difference}
+        content = {"passed": self.passed, "outcome": self.outcome, "reason": self.reason}
+        content["first_difference"] = self.first_difference
         plain: dict[str, Any] = plain_data(content | asdict(self))
         return plain
 
