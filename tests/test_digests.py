@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.load.checkpoint import open_checkpoint
@@ -32,6 +35,29 @@ def test_digests_find_a_changed_byte(algorithm: str, tmp_path: Path) -> None:
         report.raise_if_failed()
     with pytest.raises(HxaconvError, match="no recorded digests"):
         check_digests(checkpoint, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda w: w, None),
+        (lambda w: w.view(torch.float16), r"w0 is F16 \[1, 1, 48\], recorded is BF16 \[1, 1, 48\]"),
+        (lambda w: w.reshape(48), r"w0 is BF16 \[48\], recorded is BF16 \[1, 1, 48\]"),
+    ],
+    ids=["rewritten", "relabelled", "reshaped"],
+)
+def test_the_same_bytes_as_another_tensor_are_found(cli, golden, tmp_path, capsys, change, found) -> None:  # type: ignore[no-untyped-def]
+    student = tmp_path / "s"
+    assert (
+        cli("init-from-teacher", golden / "reka_tiny" / "teacher", student, "--gqa-layers", "1", "-q", "--no-verify")
+        == 0
+    )
+    weights = load_file(student / "model.safetensors")
+    name = "model.layers.0.self_attn.w0"
+    weights[name] = change(weights[name])
+    save_file(weights, student / "model.safetensors", {"format": "pt"})
+    assert cli("verify", student, "--digests") == (0 if found is None else 1)
+    assert found is None or re.search(found, " ".join(capsys.readouterr().err.split()))
 
 
 @pytest.mark.parametrize(

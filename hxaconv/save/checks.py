@@ -19,7 +19,7 @@ from hxaconv.formats.safetensors import INDEX_NAME, index
 from hxaconv.model.plan import Buffers
 from hxaconv.save import diskio
 from hxaconv.save.documents import settings_digest
-from hxaconv.save.fill import Finished, digest_of_file
+from hxaconv.save.fill import Finished, digest_of_file, type_text
 from hxaconv.save.output import Output
 from hxaconv.save.staging import Staging, stagings_at
 
@@ -257,11 +257,12 @@ def put(staging: Staging, name: str, document: bytes | Mapping[str, Any]) -> Non
 
 
 def _tensors(output: Output, tensors: Mapping[str, Finished], kind: str) -> dict[str, dict[str, str]]:
-    """The section `tensors` of a record: where each is from, and its digest."""
+    """The section `tensors` of a record: where each is from, and its digest, which says nothing of dtype and shape."""
     found = {}
     for name, recipe in output.tensors.items():
-        digest = tensors[name].digest(kind)
-        found[name] = {"origin": recipe.origin, "digest": digest} if digest else {"origin": recipe.origin}
+        found[name] = {"origin": recipe.origin, "type": type_text(recipe)}
+        if digest := tensors[name].digest(kind):
+            found[name]["digest"] = digest
     return found
 
 

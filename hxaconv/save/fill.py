@@ -22,7 +22,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.formats import FileLayout, Fill
 from hxaconv.formats.dtypes import count_nonfinite
 from hxaconv.formats.files import SourceFile, read_into, write_from
-from hxaconv.model.plan import Buffers
+from hxaconv.model.plan import Buffers, Recipe
 from hxaconv.progress import Progress
 from hxaconv.save import diskio
 
@@ -331,6 +331,11 @@ class Checks:
         if now.sha256 is None and now.crc32 is None:
             return False
         return (now.crc32, now.sha256) == (earlier.crc32, earlier.sha256)
+
+
+def type_text(recipe: Recipe) -> str:
+    """`BF16 [48, 256]`: the dtype and shape of a tensor, as records have them."""
+    return f"{recipe.dtype} {list(recipe.shape)}"
 
 
 def digest_of(data: bytes, kind: str) -> str:

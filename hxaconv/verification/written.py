@@ -18,7 +18,7 @@ from hxaconv.model.names import EMBEDDING, HEAD
 from hxaconv.model.plan import Buffers, Recipe, main_dtype, same_bytes, total_bytes
 from hxaconv.progress import Progress, Result, bar
 from hxaconv.save.documents import settings_digest
-from hxaconv.save.fill import DIGESTS, Checks, digest_of_file
+from hxaconv.save.fill import DIGESTS, Checks, digest_of_file, type_text
 from hxaconv.verification import specification
 from hxaconv.verification.report import Report
 
@@ -287,7 +287,8 @@ def check_digests(
 ) -> DigestReport:
     """Read every tensor and compare it with the digest recorded for its stored name.
 
-    `provenance` is hxaconv.json, or the `hxaconv` part of a sidecar: {"tensors": {name: {"digest": "crc32:..."}}}.
+    `provenance` is hxaconv.json, or the `hxaconv` part of a sidecar:
+    {"tensors": {name: {"type": "BF16 [48, 256]", "digest": "crc32:..."}}}; older records have no type.
 
     Raises:
         HxaconvError: when no digests were recorded.
@@ -302,6 +303,12 @@ def check_digests(
     problems = wrong_files(checkpoint, provenance)
     problems += [f"{name} is recorded and not there" for name in recorded if name not in plan]
     problems += [f"{name} is there and not recorded" for name in plan if name not in recorded]
+    types = {name: entry.get("type") for name, entry in provenance["tensors"].items()}
+    problems += [
+        f"{name} is {found}, recorded is {types[name]}"
+        for name, recipe in plan.items()
+        if types.get(name) and (found := type_text(recipe)) != types[name]
+    ]
     names = [name for name in plan if recorded.get(name)]
     total = total_bytes({name: plan[name] for name in names})
     with bar(progress, "digests", total):
