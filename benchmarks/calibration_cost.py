@@ -49,7 +49,7 @@ class Random:
     shape: tuple[int, ...]
     kind: str = "random"
 
-    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
+    def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
         """Made anew each time."""
         values = weight(self.name, self.shape).reshape(-1).view(torch.uint8).numpy()
         for start in range(0, len(values), len(buffers.read)):

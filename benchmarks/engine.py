@@ -26,7 +26,7 @@ def initialise(teacher: str) -> None:
     start, busy = time.monotonic(), time.process_time()
     for layer in config.rwkv_layers:
         for recipe in initial_parameters(config, layer, 0, "BF16").values():
-            nbytes += sum(len(piece) for piece in recipe.pieces(buffers))
+            nbytes += sum(len(piece) for piece in recipe.chunks(buffers))
     print(
         json.dumps(
             {

@@ -96,7 +96,7 @@ class Values:
         self.seed = seed
         self.constants = {"layer_architecture": 78.0, "head_size_record": float(head_dim)}
 
-    def pieces(self, name: str, recipe: Recipe) -> Iterator[bytes]:
+    def chunks(self, name: str, recipe: Recipe) -> Iterator[bytes]:
         """The tensor's bytes; the same for the same seed and name."""
         kind, mask, base = VALUE_BITS[recipe.dtype]
         parameter = name.rpartition(".")[2]

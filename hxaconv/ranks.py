@@ -79,7 +79,7 @@ def gather(value: T) -> list[T]:
         reason = (str(error).splitlines() or [""])[0]
         raise HxaconvError(
             f"rank {rank()} of {world()} has lost the others: {reason}",
-            hint="Another rank has ended; its own message says why. The same command with --resume continues.",
+            hint="Another rank has ended; its own message has the reason. The same command with --resume continues.",
         ) from error
     return found
 

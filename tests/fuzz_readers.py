@@ -78,7 +78,7 @@ class MemoryFile(SourceFile):
             raise HxaconvError(f"{self.label} ends at byte {self.size}, expected {offset + count}")
         return self.data[offset : offset + count]
 
-    def pieces(self, offset: int, count: int, buffer: memoryview) -> Any:
+    def chunks(self, offset: int, count: int, buffer: memoryview) -> Any:
         """In one piece."""
         yield memoryview(self.read(offset, count))
 
@@ -88,7 +88,7 @@ def check_promises(contents: Contents) -> None:
     buffers = Buffers(4096)
     for recipe in contents.tensors.values():
         if recipe.nbytes <= READ_BACK_BYTES:
-            assert sum(len(piece) for piece in recipe.pieces(buffers)) == recipe.nbytes
+            assert sum(len(piece) for piece in recipe.chunks(buffers)) == recipe.nbytes
 
 
 def fuzz_container(data: bytes) -> None:

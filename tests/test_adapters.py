@@ -264,7 +264,7 @@ Q = "model.layers.1.self_attn.q_proj"
         (pair(Q, (48, 48)), {"peft_type": "IA3"}, ["IA3", "merge_and_unload"]),
         (pair(Q, (48, 48)), {"init_lora_weights": "pissa_niter_4"}, ["pissa_niter_4", "changed the base"]),
         (pair(Q, (48, 48)), {"layer_replication": [[0, 2]]}, ["layer_replication"]),
-        (pair(Q, (48, 48)), {"r": 8}, ["says rank 8"]),
+        (pair(Q, (48, 48)), {"r": 8}, ["has rank 8"]),
         (pair(Q, (48, 40)), {"r": RANK}, [f"{Q}.weight", "[4, 40]"]),
         (pair("model.layers.9.self_attn.q_proj", (48, 48)), {"r": RANK}, ["model.layers.9.self_attn.q_proj.weight"]),
         (pair("model.layers.1.self_attn.wq", (48, 48)), {"r": RANK}, ["model.layers.1.self_attn.wq.weight"]),

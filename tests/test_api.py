@@ -255,7 +255,7 @@ def test_results_are_short_and_go_everywhere(
 
 def test_notes_are_in_the_result_where_nobody_is_told(tiny_teacher: Path) -> None:
     options = {"count": 2, "strategy": "influence", "input_ids": [[5] * 16], "tokens": 24}
-    assert "24 tokens are asked for, 16 are used." in hxaconv.pick_gqa_layers(tiny_teacher, **options).notes
+    assert "24 tokens are requested, 16 are used." in hxaconv.pick_gqa_layers(tiny_teacher, **options).notes
     assert hxaconv.pick_gqa_layers(tiny_teacher, **options, progress=Told()).notes == ()
 
 

@@ -73,7 +73,7 @@ def test_every_number_without_sense_is_told_before_anything_is_done(
     assert cli("calibrate", other, tmp_path / "o", *more) == 2
     assert cli("calibrate", tmp_path / "plain", tmp_path / "o", *more, "--chunk", "0") == 2
     assert cli("calibrate", tmp_path / "plain", tmp_path / "o", *more) == 0
-    assert "1024 tokens in sequences of 512, 768 to fit and 256 to judge" in capsys.readouterr().err
+    assert "1024 tokens in sequences of 512, 768 to fit and 256 to validate" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]
 
 

@@ -104,13 +104,13 @@ def test_tokens_are_counted_as_they_are_found(
     assert cli(*words, tmp_path / "one.npy") == 2
     assert "one.npy holds a single token" in capsys.readouterr().err
     assert cli(*words, tmp_path / "few.npy") == 2
-    assert "7 would judge the fit, and 8 are needed" in capsys.readouterr().err
+    assert "7 would validate the fit, and 8 are needed" in capsys.readouterr().err
     for asked, said in (
-        (1024, "1024 tokens in sequences of 512, 768 to fit and 256 to judge;"),
+        (1024, "1024 tokens in sequences of 512, 768 to fit and 256 to validate;"),
         (1000, "1000 tokens in sequences of 500,"),
-        (1001, "1000 tokens (1001 were asked for) in sequences of 500,"),
-        (99999, "8192 tokens (99999 were asked for) in sequences of 512,"),
-        (3072, "2304 to fit and 768 to judge (the last 512 of them the student as a whole);"),
+        (1001, "1000 tokens (1001 requested) in sequences of 500,"),
+        (99999, "8192 tokens (99999 requested) in sequences of 512,"),
+        (3072, "2304 to fit and 768 to validate (the last 512 of them the student as a whole);"),
     ):
         assert cli(*words, TOKENS, "--tokens", asked) == 0
         assert said in capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_tokens_are_counted_as_they_are_found(
 def test_advice_tells_how_many_tokens_it_uses(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["pick-gqa-layers", TINY_TEACHER, "--count", 2, "--strategy", "influence", "--input-ids", TOKENS]
     assert cli(*words, "--tokens", 1001) == 0
-    assert "1001 tokens are asked for, 1000 are used." in capsys.readouterr().err
+    assert "1001 tokens are requested, 1000 are used." in capsys.readouterr().err
     assert cli(*words, "--tokens", 16) == 0
     assert "asked for" not in capsys.readouterr().err
 
@@ -129,7 +129,7 @@ def test_options_that_say_two_things_or_nothing_are_told(
 ) -> None:
     words = ["calibrate", plain, tmp_path / "o", "--teacher", TINY_TEACHER, *FIT, "--dry-run"]
     assert cli(*words, "--random-tokens") == 2
-    assert "--random-tokens and a text both say which tokens" in capsys.readouterr().err
+    assert "--random-tokens and a text both name the tokens" in capsys.readouterr().err
     assert cli(*words, "--fold-rope") == 0
     assert "--fold-rope changes nothing" in capsys.readouterr().err
     assert cli(*words) == 0

@@ -24,7 +24,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def tensor_bytes(checkpoint: Checkpoint, name: str) -> bytes:
-    return b"".join(bytes(piece) for piece in checkpoint.plan[name].pieces(Buffers()))
+    return b"".join(bytes(piece) for piece in checkpoint.plan[name].chunks(Buffers()))
 
 
 @pytest.mark.parametrize("case", ["reka_tiny", "qwen3_tiny", "reka_tiny_init"])

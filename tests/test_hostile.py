@@ -149,7 +149,7 @@ def test_command_line_says_one_thing_and_leaves_nothing(
         for arguments in (["inspect", path], ["to-hf", path, out], ["init-from-teacher", path, out]):
             code, printed = cli(*arguments), capsys.readouterr()
             if arguments[0] == "inspect" and code == 0:  # it says what a whole file with odd names or shapes is
-                assert open_checkpoint(path, judged=False).problem is not None, case.name
+                assert open_checkpoint(path, validate=False).problem is not None, case.name
                 continue
             assert code == 2, case.name
             assert printed.out == "", case.name

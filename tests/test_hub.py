@@ -37,7 +37,7 @@ def digest(checkpoint):
     import hashlib
     total = hashlib.sha256()
     for name in sorted(checkpoint.plan):
-        for piece in checkpoint.plan[name].pieces(Buffers()):
+        for piece in checkpoint.plan[name].chunks(Buffers()):
             total.update(piece)
     return total.hexdigest()
 class Bar:
@@ -91,7 +91,7 @@ def local_digest() -> str:
     total = hashlib.sha256()
     plan = open_checkpoint(TEACHER).plan
     for name in sorted(plan):
-        for piece in plan[name].pieces(Buffers()):
+        for piece in plan[name].chunks(Buffers()):
             total.update(piece)
     return total.hexdigest()
 

@@ -81,7 +81,7 @@ def test_uniform_by_default_takes_a_seventh():
     assert list(layer_maps.uniform(44)) == [8, 15, 22, 29, 36, 43]
     assert layer_maps.uniform(6) == (5,)
     assert layer_maps.uniform(2, 0) == ()
-    with pytest.raises(HxaconvError, match="3 GQA layers asked for, the model has 2"):
+    with pytest.raises(HxaconvError, match="3 GQA layers requested, the model has 2"):
         layer_maps.uniform(2, 3)
 
 
@@ -186,9 +186,9 @@ def test_everything_wrong_with_layers_is_said_at_once():
                  "'x'", "9-5 runs backwards", "'7-'"):  # fmt: skip
         assert part in str(caught.value)
     assert layer_maps.parse_layers("0,3", 44, allow_layer_0=True) == (0, 3)
-    with pytest.raises(HxaconvError, match="say `none`"):
+    with pytest.raises(HxaconvError, match="write `none`"):
         layer_maps.parse_layers(" ", 44)
-    with pytest.raises(HxaconvError, match="say `all`"):
+    with pytest.raises(HxaconvError, match="write `all`"):
         layer_maps.parse_layers("0-43", 44)
     with pytest.raises(HxaconvError, match="for 44 layers, the model has 40"):
         layer_maps.parse_layers("reka-flash-3", 40)

@@ -37,7 +37,7 @@ def render(layout: FileLayout) -> bytes:
     for offset, data in layout.segments:
         content[offset : offset + len(data)] = data
     for fill in layout.fills:
-        data = b"".join(bytes(piece) for piece in fill.recipe.pieces(Buffers()))
+        data = b"".join(bytes(piece) for piece in fill.recipe.chunks(Buffers()))
         content[fill.offset : fill.offset + len(data)] = data
         crcs[fill.name] = zlib.crc32(data)
     for offset, data in layout.seal(crcs) if layout.seal else []:

@@ -99,7 +99,7 @@ def test_a_converted_pth_is_taken_with_two_settings_and_a_warning() -> None:
     assert found.takes
     assert found.settings == ("rope_theta=8000000", "rms_norm_eps=1e-05")
     assert "tie_word_embeddings" in text(found) and "2025-09-16" in text(found)
-    assert "does not say" in verdict(pth(), INFER_PTH).settings[0]
+    assert "not in the file" in verdict(pth(), INFER_PTH).settings[0]
     assert not verdict(pth(), TRANSFORMERS).takes and not verdict(pth(), INFER_FOLDER).takes
 
 

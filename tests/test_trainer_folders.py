@@ -193,7 +193,7 @@ def take_a_file_of_another_step(inside: Path) -> None:
         (2, swap_two_ranks, "the file is of another rank|by this file, but at"),
         (2, split_the_model, "2 tensor-parallel ranks"),
         (3, add_pipeline_stages, "pipeline- or expert-parallel"),
-        (2, lose_the_names, "which say what the tensors are called"),
+        (2, lose_the_names, "which name the tensors"),
         (2, take_a_file_of_another_step, "20 steps in .*\n.*30 steps in"),
         (3, take_a_file_of_another_step, "20 steps in .*\n.*30 steps in"),
     ],

@@ -155,7 +155,7 @@ def test_short_rows_under_names_that_go_layer_by_layer_are_refused(tmp_path):
     sound = score_log(read_log(sound_log(tmp_path / "sound.csv")), NUM_LAYERS)
     assert score_log(read_log(write_log(tmp_path / "whole.csv", whole, names)), NUM_LAYERS)[0] == sound[0]
     rows = [[s, *r, *c] for s, r, c in zip(steps, raw, scale, strict=True)]
-    with pytest.raises(HxaconvError, match="which field is which cannot be told"):
+    with pytest.raises(HxaconvError, match="which field is which is unknown"):
         read_log(write_log(tmp_path / "short.csv", rows, names))
 
 

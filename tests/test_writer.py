@@ -24,7 +24,7 @@ TARGETS = ("out", "out.pth")
 
 
 def expected_bytes(plan):
-    return {name: b"".join(bytes(p) for p in r.pieces(Buffers())) for name, r in plan.items()}
+    return {name: b"".join(bytes(p) for p in r.chunks(Buffers())) for name, r in plan.items()}
 
 
 def written_bytes(result_output):

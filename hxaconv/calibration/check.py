@@ -1,4 +1,4 @@
-"""What a calibration promises: it changes what it says it changes, and nothing else."""
+"""What a calibration guarantees: it changes what its record names, and nothing else."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def measure(
 
 
 def recall(models: Mapping[str, Model], ids: Tensor, device: str = "cpu") -> dict[int, dict[str, float]]:
-    """Distance -> role -> NLL of random tokens of a text (B, T) when they are said a second time.
+    """Distance -> role -> NLL of random tokens of a text (B, T) at their repetition.
 
-    The first eighth of the second time is not counted: nothing tells yet that it is one.
+    The first eighth of the second time is not counted: it cannot be recognised as a repetition yet.
     """
     random, known = torch.Generator().manual_seed(0), torch.unique(ids.cpu())
     found: dict[int, dict[str, float]] = {}
@@ -73,13 +73,13 @@ def recall(models: Mapping[str, Model], ids: Tensor, device: str = "cpu") -> dic
 def _nll(walk: Walk, role: str, x: Tensor, wanted: Tensor) -> float:
     normed, tokens = walk[role].final_norm(x), wanted.flatten()
     total = torch.full(tokens.shape, -torch.inf, device=x.device, dtype=torch.float64)
-    said = torch.zeros_like(total)
+    target = torch.zeros_like(total)
     for start, stop in walk.slices({role: walk[role].head}, "head"):
         logits = walk.product(normed, walk.held(role)["head"].values).double()
         total = torch.logaddexp(total, logits.logsumexp(dim=-1))
         mine = (tokens >= start) & (tokens < stop)
-        said[mine] = logits[mine, tokens[mine] - start]
-    return float((total - said).mean())
+        target[mine] = logits[mine, tokens[mine] - start]
+    return float((total - target).mean())
 
 
 def check_calibrated(

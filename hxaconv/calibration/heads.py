@@ -59,7 +59,7 @@ STEP_SIZE = 0.1
 LAST_STEP_SIZE = 0.05
 """Of STEP_SIZE, where the cosine schedule ends."""
 MIX_PENALTY = 8.0
-"""Of a head's squared mix, in units of what it has to say on one token: keeps it small where tokens are few."""
+"""Of a head's squared mix, in units of its value on one token: keeps it small where tokens are few."""
 
 
 @dataclass(frozen=True, slots=True)

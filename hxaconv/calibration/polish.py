@@ -116,8 +116,8 @@ def polish(
 
     Returns the recipes that replace the student's, and the figures. With a `folder` the weights are kept there after
     every step, an interrupted run goes on after it, and the replaced tensors are read from there when they are
-    written. `key` says what they are of, where the student is the
-    result of a computation that its files do not tell. The result does not depend on the workers.
+    written. `key` identifies their origin, where the student is the
+    result of a computation, which its files do not identify. The result does not depend on the workers.
 
     Raises:
         HxaconvError: for too few tokens, and when the folder cannot be written.

@@ -64,7 +64,7 @@ class Distances:
 
     @property
     def nearer(self) -> bool:
-        """Whether the calibrated student is nearer to its teacher than the plain one, or nobody can tell."""
+        """Whether the calibrated student is nearer to its teacher than the baseline, or was not measured."""
         return self.calibrated < self.plain or math.isnan(self.plain)
 
     @property
@@ -82,7 +82,7 @@ class Distances:
             f"{one.calibrated:.3g} after {one.distance} (plain {one.plain:.3g}, teacher {one.teacher:.3g})"
             for one in self.recall
         )
-        return f"Recall, as NLL of random tokens said again: {', '.join(found)}"
+        return f"Recall, as NLL of repeated random tokens: {', '.join(found)}"
 
     @property
     def recall_falls(self) -> bool:
@@ -125,7 +125,7 @@ class CalibrationReport:
     layers: tuple[LayerReport, ...] = ()
     warnings: tuple[str, ...] = ()
     distances: Distances | None = None
-    """None as long as nobody has measured them."""
+    """None until they are measured."""
     polish: PolishReport | None = None
     taken: bool = True
     """Whether the fitted layers are used; False where the student as a whole is no nearer with them."""

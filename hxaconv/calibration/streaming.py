@@ -5,7 +5,7 @@ k_first of the first RWKV layer. In memory: the residual stream, its normed copy
 (tokens, C) each, beside the weights of one attention or one MLP.
 
 Several ranks divide the layers: each moves the teacher's stream through all of them, fits every so-manieth, and finds
-the others' in the folder. The first RWKV layer is fitted by all: whoever waited for it would be no sooner.
+the others' in the folder. The first RWKV layer is fitted by all ranks: waiting for it would take as long.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hxaconv.verification.claims import departures
 
 TEACHER, STUDENT = "teacher", "student"
 FEWEST_TO_VALIDATE = 8
-"""Validation tokens without which nobody can say that a fit is better."""
+"""Validation tokens that are needed to compare two fits."""
 NONFINITE_HINT = (
     "The checkpoint is damaged, or its training diverged. --allow-nonfinite goes on: RWKV layers from there on"
     " keep the plain initialisation."
@@ -168,12 +168,12 @@ def _collected(
 
 
 def cut(ids: Tensor, chunk: int) -> tuple[Tensor, tuple[str, ...]]:
-    """Rows longer than the chunk in equal pieces; (ids, warnings)."""
-    pieces = -(-ids.shape[1] // chunk)
-    length = ids.shape[1] // pieces
-    lost = ids.shape[1] - pieces * length
-    ids = ids[:, : pieces * length].reshape(-1, length)
-    return ids, (f"{lost} tokens at the end of each row are left out: {pieces} equal pieces",) if lost else ()
+    """Rows longer than the chunk in equal parts; (ids, warnings)."""
+    parts = -(-ids.shape[1] // chunk)
+    length = ids.shape[1] // parts
+    lost = ids.shape[1] - parts * length
+    ids = ids[:, : parts * length].reshape(-1, length)
+    return ids, (f"{lost} tokens at the end of each row are left out: {parts} equal parts",) if lost else ()
 
 
 def training_tokens(ids: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def training_tokens(ids: Tensor) -> Tensor:
 
 
 def check_enough(ids: Tensor) -> None:
-    """Refuse token ids (B, T) of which too few are left to judge a fit by.
+    """Refuse token ids (B, T) of which too few are left to validate a fit.
 
     Raises:
         HxaconvError: with how many are needed.
@@ -192,7 +192,7 @@ def check_enough(ids: Tensor) -> None:
     if total - fitted < FEWEST_TO_VALIDATE:
         raise HxaconvError(
             f"{total} calibration {'token is' if total == 1 else 'tokens are'} too few: after the first three quarters,"
-            f" which are fitted, {total - fitted} would judge the fit, and {FEWEST_TO_VALIDATE} are needed",
+            f" which are fitted, {total - fitted} would validate the fit, and {FEWEST_TO_VALIDATE} are needed",
             hint=f"{4 * FEWEST_TO_VALIDATE} tokens are the least; a thousand of real text are a good start.",
         )
 
@@ -219,7 +219,7 @@ def _check(teacher: Model, student: Model, ids: Tensor) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= teacher.config.vocab_size:
         raise HxaconvError(
-            f"token ids from {low} to {high}, but {teacher.label} knows {teacher.config.vocab_size} tokens",
+            f"token ids from {low} to {high}, but {teacher.label} has {teacher.config.vocab_size} tokens",
             hint="Were they made by another tokenizer?",
         )
 
@@ -245,7 +245,7 @@ def _refuse_nonfinite(model: Model, names: Iterable[str], summary: str = "its we
     problems = []
     for name in names:
         recipe, buffers = model.plan[name], Buffers()
-        count = sum(count_nonfinite(piece, recipe.dtype) for piece in recipe.pieces(buffers))
+        count = sum(count_nonfinite(chunk, recipe.dtype) for chunk in recipe.chunks(buffers))
         if count:
             problems.append(f"{name}: {count} of {recipe.numel} values are NaN or infinite")
     raise_all(f"{model.label}: {summary}:", problems, hint=NONFINITE_HINT)

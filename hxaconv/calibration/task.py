@@ -83,11 +83,11 @@ class Task:
             polish = [f"Polish: {len(trained)} sequences of {trained.shape[1]}, {len(kept)} held out; {price}"]
             if self.settings.polish_only:
                 return polish
-        fewer = "" if total == asked else f" ({asked} were asked for)"
+        fewer = "" if total == asked else f" ({asked} requested)"
         as_a_whole = self.heldout.numel()
         whole = "" if total - fit == as_a_whole else f" (the last {as_a_whole} of them the student as a whole)"
         note = (
-            f"Calibration: {total} tokens{fewer} in sequences of {length}, {fit} to fit and {total - fit} to judge"
+            f"Calibration: {total} tokens{fewer} in sequences of {length}, {fit} to fit and {total - fit} to validate"
             f"{whole}; no decay can know of lags beyond {length}"
         )
         idle = self.settings.fold_rope and not self.plain.student.gqa_layers
@@ -99,7 +99,7 @@ class Task:
         [(token, count)] = Counter(self.rows.flatten().tolist()).most_common(1)
         share = count / self.rows.numel()
         text = f"{share:.0%} of the calibration tokens are one and the same (id {token})"
-        return [f"{text}: figures made of them say little of text"] if share > SHARE_OF_ONE_TOKEN else []
+        return [f"{text}: figures made of them do not carry over to text"] if share > SHARE_OF_ONE_TOKEN else []
 
     @property
     def planned(self) -> Plan:
@@ -125,14 +125,14 @@ def prepare(teacher: Model, plain: Model, fit: Fit, seed: int, workers: int | No
     """Read the tokens and check the settings, all of them.
 
     Raises:
-        HxaconvError: without tokens of real text, unless random ones are asked for; for settings without sense, and
+        HxaconvError: without tokens of real text, unless random ones are requested; for settings without sense, and
             a variant without published initial values.
     """
     if plain.student.variant.ranks is None:
         raise unpublished(plain.student.rwkv_architecture)
     problems = []
     if fit.given and fit.random_tokens:
-        problems.append("--random-tokens and a text both say which tokens to use; give one of them")
+        problems.append("--random-tokens and a text both name the tokens to use; give one of them")
     if not fit.given and not fit.random_tokens:
         problems.append("calibration fits layers to text, and no text is given; pass --text FILE or --input-ids FILE")
     if fit.polish_only and not fit.polish_tokens:

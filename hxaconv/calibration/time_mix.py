@@ -306,7 +306,7 @@ def _solve_definite(gram: Tensor, right: Tensor) -> Tensor:
 def restoring(output: Tensor, target: Tensor) -> float:
     """By how much to amplify a fitted output so that it has the teacher's energy.
 
-    Least squares shrinks what it cannot explain. The following layers and the head want the size they know:
+    Least squares shrinks what it cannot explain. The following layers and the head expect the usual size:
     on trained models the KL falls although the layer's own error rises.
     """
     energy, found = float(target.square().sum()), float(output.square().sum())

@@ -155,7 +155,7 @@ def calibrate_student(task: Task, output: Output, write: Write, folder: Path) ->
 
 
 def _as_a_whole(task: Task, done: Calibration, store: Store, measured: Store, progress: Progress | None) -> Calibrated:
-    """The student as a whole: polished where that is asked for, then measured, then taken or not."""
+    """The student as a whole: polished where requested, then measured, then accepted or not."""
     from hxaconv.calibration.check import measure
     from hxaconv.calibration.polish import polish
     from hxaconv.calibration.report import Distances, Recall
@@ -180,7 +180,7 @@ def _as_a_whole(task: Task, done: Calibration, store: Store, measured: Store, pr
     kept = measured.facts("distances")
     if kept is None:
         distances = measure(task.teacher, task.plain, student, task.heldout, device, progress)
-        # A second measurement may round otherwise: whoever goes on, and other ranks, take over what this one found.
+        # A second measurement may round otherwise: a resumed run, and other ranks, take over this one.
         measured.save("distances", {}, asdict(distances))
     else:
         distances = Distances(**kept | {"recall": tuple(Recall(**one) for one in kept["recall"])})

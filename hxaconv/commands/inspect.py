@@ -53,5 +53,5 @@ def inspect(
     Raises:
         HxaconvError: when there is nothing there, or it is damaged.
     """
-    checkpoint = open_checkpoint(source, revision=revision, judged=False, progress=call.progress)
+    checkpoint = open_checkpoint(source, revision=revision, validate=False, progress=call.progress)
     return Inspection(inspection.inspect(checkpoint, stats=stats))

@@ -66,7 +66,7 @@ def pick_gqa_layers(
     run = _Run(source, out, choice, teacher, from_, settings, values, write, call)
     if choice.layers is not None:
         return run.write_with(choice.layers)
-    raise_all("what is asked for cannot be written:", _unwritable(choice, out, write))
+    raise_all("this cannot be written:", _unwritable(choice, out, write))
     beside = choice.save or out or choice.plot
     cache = Path(f"{beside.rstrip('/')}.scores.safetensors") if beside else None
     scored = ranks.in_turn(

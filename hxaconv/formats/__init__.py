@@ -1,4 +1,4 @@
-"""Containers: how tensors stand in files. Readers find them without torch, layouts say how to write them."""
+"""Containers: how tensors stand in files. Readers find them without torch, layouts describe how to write them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _NOT_A_CHECKPOINT = (
 
 
 def read_contents(file: SourceFile, key: str | None = None) -> Contents:
-    """The tensors of a weight file of any kind; what it is, its first bytes say, not its name.
+    """The tensors of a weight file of any kind, recognised by its first bytes, not its name.
 
     `key` names one of several state dicts in a pickle.
 

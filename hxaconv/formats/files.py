@@ -12,7 +12,7 @@ from hxaconv.errors import HxaconvError, raise_all
 
 TEMPLATES = "additional_chat_templates"
 """The one folder inside a checkpoint whose files belong to it: chat templates of transformers, one per file."""
-PIECE_BYTES = 1024 * 1024
+CHUNK_BYTES = 1024 * 1024
 """Bytes moved per read and write. With smaller ones, workers that cast wait for the interpreter's lock; writes of
 2 MiB and more take Linux twice the time."""
 MAX_NAME_LENGTH = 512
@@ -26,7 +26,7 @@ def read_into(fd: int, buffer: memoryview, offset: int) -> int:
 def write_from(fd: int, buffer: memoryview, offset: int) -> None:
     """Write the whole of `buffer` at `offset`, however many calls the system needs for it."""
     while len(buffer):
-        done = os.pwrite(fd, buffer[:PIECE_BYTES], offset)
+        done = os.pwrite(fd, buffer[:CHUNK_BYTES], offset)
         buffer, offset = buffer[done:], offset + done
 
 
@@ -82,7 +82,7 @@ class SourceFile:
     fetch: Callable[[], None] | None = None
     """Downloads the file and sets its path."""
     header_digest: str = ""
-    """sha256 of the bytes that say where the tensors are, set by whoever parsed them."""
+    """sha256 of the bytes that locate the tensors, set by their parser."""
     _fd: int | None = field(default=None, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -172,14 +172,14 @@ class SourceFile:
         self._fill(memoryview(buffer), offset)
         return bytes(buffer)
 
-    def pieces(self, offset: int, count: int, buffer: memoryview) -> Iterator[memoryview]:
-        """The bytes [offset, offset + count), one piece after the other in `buffer`."""
+    def chunks(self, offset: int, count: int, buffer: memoryview) -> Iterator[memoryview]:
+        """The bytes [offset, offset + count), one chunk after the other in `buffer`."""
         end = offset + count
         while offset < end:
-            piece = buffer[: end - offset]
-            self._fill(piece, offset)
-            yield piece
-            offset += len(piece)
+            chunk = buffer[: end - offset]
+            self._fill(chunk, offset)
+            yield chunk
+            offset += len(chunk)
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
         fd, filled = self.open(), 0

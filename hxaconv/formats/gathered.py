@@ -60,7 +60,7 @@ def overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def _cut(block: Elements, buffers: Buffers) -> Iterator[memoryview]:
-    """The bytes of a contiguous array, in pieces no longer than the read buffer."""
+    """The bytes of a contiguous array, in chunks no longer than the read buffer."""
     data, step = block.reshape(-1).view("u1").data.cast("B"), len(buffers.read) // 16 * 16
     for start in range(0, len(data), step):
         yield data[start : start + step]
@@ -82,8 +82,8 @@ class Strided:
         """The one file."""
         return [self.file]
 
-    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
-        """Row-major bytes in pieces no longer than the read buffer."""
+    def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
+        """Row-major bytes in chunks no longer than the read buffer."""
         for block in self._blocks(self.shape, self.strides, self.offset):
             yield from _cut(block, buffers)
 
@@ -141,17 +141,17 @@ class Tiles:
 
     shape: tuple[int, ...]
     itemsize: int
-    chunks: tuple[Chunk, ...]
+    tiles: tuple[Chunk, ...]
     rows: tuple[int, int]
     """The rows, [first, last), that are wanted."""
     kind: str = "copy"
 
-    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
+    def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
         """The tensor's bytes, as many whole rows at a time as the read buffer holds, at least one."""
         import numpy as np
 
         height = max(1, len(buffers.read) // (math.prod(self.shape[1:]) * self.itemsize))
-        for low, high, covering in _bands(0, self.chunks):
+        for low, high, covering in _bands(0, self.tiles):
             last = min(high, self.rows[1])
             for first in range(max(low, self.rows[0]), last, height):
                 block = np.empty((min(height, last - first), *self.shape[1:]), dtype=f"V{self.itemsize}")
@@ -171,7 +171,7 @@ class Tiles:
 
     def sources(self) -> Iterable[SourceFile]:
         """The files of the chunks."""
-        return [chunk.place.file for chunk in self.chunks if chunk.place.file is not None]
+        return [chunk.place.file for chunk in self.tiles if chunk.place.file is not None]
 
     def part(self, start: int, nbytes: int) -> Tiles:
         """The rows that these bytes are."""

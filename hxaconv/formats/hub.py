@@ -126,7 +126,7 @@ class Repository:
 
 
 def _bar_class(report: Callable[[int], None]) -> Any:
-    """What huggingface_hub takes for a progress bar: it shows nothing, and tells how much has arrived."""
+    """What huggingface_hub takes for a progress bar: it shows nothing, and reports how much has arrived."""
     base: Any = hub_utils().tqdm
 
     class Counting(base):  # type: ignore[misc]
@@ -145,7 +145,7 @@ def open_repository(repo: str, revision: str | None, progress: Progress | None =
     """A model of the Hub at `revision` (default: main), or without network the folder that the cache has of it.
 
     Raises:
-        HxaconvError: saying what to do when there is no such model or revision, no access or no network.
+        HxaconvError: with what to do when there is no such model or revision, no access or no network.
     """
     from huggingface_hub import HfApi
 
@@ -294,7 +294,7 @@ def _quiet() -> Iterator[None]:
 
 
 def hub_utils() -> Any:
-    """huggingface_hub.utils, which exports its functions without saying so to type checkers."""
+    """huggingface_hub.utils, which exports its functions without declaring that to type checkers."""
     from huggingface_hub import utils
 
     return utils

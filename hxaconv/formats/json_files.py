@@ -17,7 +17,7 @@ PROVENANCE_NAME = "hxaconv.json"
 """In a folder that this package wrote: how it was made."""
 MAX_JSON_BYTES = 16 * 1024 * 1024
 MAX_LAYERS = 10_000
-"""Everything that is done per layer must end, whatever a config says."""
+"""Everything that is done per layer must end, whatever a config holds."""
 
 
 def read_json(file: SourceFile) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def parse_json(data: bytes | str) -> Any:
     """The value that JSON text holds; of two values under one key readers take either, so that none is right.
 
     Raises:
-        ValueError: saying what is wrong, also for numbers and nesting without bounds.
+        ValueError: naming what is wrong, also for numbers and nesting without bounds.
     """
     try:
         return json.loads(data if isinstance(data, str) else data.decode("utf-8"), object_pairs_hook=unique_keys)
@@ -55,7 +55,7 @@ def why_unread(error: ValueError | RecursionError) -> str:
     """What is wrong with a text that JSON or TOML could not be made of, in a few words about the text."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    if "set_int_max_str_digits" in str(error):  # Python would tell how to read it all the same
+    if "set_int_max_str_digits" in str(error):  # Python's message is about its own setting
         return "it holds a number of thousands of digits"
     return show(str(error))
 
@@ -93,7 +93,7 @@ def read_config(file: SourceFile) -> dict[str, Any]:
 
 
 def read_sidecar(file: SourceFile) -> dict[str, Any] | None:
-    """The settings beside a `.pth`; None for a JSON file of that name that somebody else wrote.
+    """The settings beside a `.pth`; None for a JSON file of that name from another program.
 
     Raises:
         HxaconvError: when it is malformed, or ours with values of the wrong type.

@@ -33,7 +33,7 @@ _MAX_KEY = 2**31
 
 
 class Refused(HxaconvError):
-    """The pickle asks for something that neither a state dict nor torch.load(weights_only=True) knows."""
+    """The pickle asks for something that neither a state dict nor torch.load(weights_only=True) has."""
 
     value: Any = None
     """What the pickle holds otherwise, the unknown objects as they were written."""
@@ -118,9 +118,9 @@ _DANGEROUS = frozenset(
 )
 """Modules that no training state needs and that malware asks for."""
 _STORAGES = {f"torch.{name}": dtype.name for name, dtype in BY_STORAGE_CLASS.items()}
-_STORAGES["torch.storage.UntypedStorage"] = "U8"  # counts bytes; the tensors on it say their dtype
+_STORAGES["torch.storage.UntypedStorage"] = "U8"  # counts bytes; the tensors on it have the dtype
 _KEY_TYPES = frozenset({str, int, float, bool, bytes, type(None), Record})
-"""Others could be hashed only by recursion, which has no bound here; Records are told apart by identity."""
+"""Others could be hashed only by recursion, which has no bound here; Records are distinguished by identity."""
 
 
 def parse(stream: io.BytesIO, where: str, *, inert: tuple[str, ...] = (), max_steps: int = MAX_STEPS) -> Machine:
@@ -138,7 +138,7 @@ def parse(stream: io.BytesIO, where: str, *, inert: tuple[str, ...] = (), max_st
     try:
         machine.run(stream)
     except Refused as refused:
-        if "" not in inert:  # what it holds besides tells what can be done about it
+        if "" not in inert:  # what else it holds decides what can be done about it
             stream.seek(start)
             with contextlib.suppress(HxaconvError):
                 refused.value = parse(stream, where, inert=("",), max_steps=max_steps).value

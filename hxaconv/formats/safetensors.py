@@ -65,7 +65,7 @@ def parse_header(file: SourceFile, data: bytes) -> Contents:
     """
     entries = _entries(data[8:], file.label)
     metadata = entries.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata  # some writers say null
+    metadata = {} if metadata is None else metadata  # some writers put null
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise broken(file.label, "__metadata__ of the header does not map text to text")
     check_names(entries, file.label)
@@ -126,7 +126,7 @@ def _check_places(ranges: dict[str, list[int]], data_bytes: int, where: str) -> 
         position, before = max(position, end), name
     raise_all(f"{where}: holes or overlaps in the data:", problems)
     if position != data_bytes:
-        what = "truncated" if position > data_bytes else "longer than its header says"
+        what = "truncated" if position > data_bytes else "longer than its header implies"
         raise broken(where, f"the file is {what}: the tensors take {position} bytes, there are {data_bytes}")
 
 

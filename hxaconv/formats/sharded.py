@@ -83,7 +83,7 @@ def read_dcp(folder: Path, *, label: str, weights: str | None = None) -> tuple[l
 def _metadata(folder: Path, label: str) -> tuple[Record, SourceFile]:
     if not (folder / METADATA).is_file():
         raise HxaconvError(
-            f"{label} holds *{SUFFIX} but no {METADATA}, which says what is in them",
+            f"{label} holds *{SUFFIX} but no {METADATA}, which describes what is in them",
             hint="It is written last: the save did not end, or the file was not copied (its name begins with a dot).",
         )
     file = _opened(folder, METADATA, label)

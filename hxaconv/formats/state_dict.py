@@ -1,4 +1,4 @@
-"""From what a pickle says to recipes: finding the state dict, and where each tensor's bytes stand."""
+"""From the content of a pickle to recipes: finding the state dict, and where each tensor's bytes stand."""
 
 from __future__ import annotations
 

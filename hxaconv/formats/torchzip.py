@@ -97,7 +97,7 @@ def read_directory(file: Section) -> dict[str, zipfile.ZipInfo]:
 
 
 class TorchZip:
-    """A file of torch.save, or a section of a file that is one: what its pickle says, and where its storages stand."""
+    """A file of torch.save, or a section of a file that is one: what its pickle holds, and where its storages stand."""
 
     def __init__(self, file: SourceFile | Section, *, inert: tuple[str, ...] = ()) -> None:
         """Read directory and pickle; `inert` as in `parse`.
@@ -182,7 +182,7 @@ class TorchZip:
         return made
 
     def digest(self) -> str:
-        """sha256 of what says where the tensors are that were asked for so far, and of the records' checksums."""
+        """sha256 of what locates the tensors read so far, and of the records' checksums."""
         records = [(info.filename, info.header_offset, info.file_size, info.CRC) for info in self._records.values()]
         return hashlib.sha256(self._pickled + f"{records} {sorted(self._places.items())}".encode()).hexdigest()
 

@@ -83,7 +83,7 @@ def read_zero(folder: Path, *, label: str, weights: str | None = None) -> tuple[
     optimizers = _opened(folder, [name for name in names if name.endswith(_OPTIMIZER)], label)
     if not models:
         raise HxaconvError(
-            f"{label} holds {len(optimizers)} *{_OPTIMIZER} but no *{_MODEL}, which say what the tensors are called",
+            f"{label} holds {len(optimizers)} *{_OPTIMIZER} but no *{_MODEL}, which name the tensors",
             hint="Copy the whole folder of the step.",
         )
     for key in ("global_steps", "ds_version", "dp_world_size"):
@@ -269,7 +269,7 @@ def _parameter_groups(model: TorchZip) -> list[Shapes]:
     groups = model.value.get("param_shapes")
     if not isinstance(groups, list) or not groups:
         raise HxaconvError(
-            f"{model.label} lacks param_shapes, so that the flat partitions cannot be told apart", hint=_BY_MODEL
+            f"{model.label} lacks param_shapes, so that the flat partitions cannot be assigned", hint=_BY_MODEL
         )
     return [_shapes(model, group, "param_shapes") for group in groups]
 
@@ -385,7 +385,7 @@ def _paddings(state: Mapping[Any, Any], groups: Sequence[Shapes], where: str) ->
 
 
 def _mappings(state: Mapping[Any, Any], group: int) -> dict[Any, Any]:
-    """What a rank says of the parameters in its partition of a group, where it does."""
+    """What a rank records of the parameters in its partition of a group, where it does."""
     mappings = state.get("param_slice_mappings")
     found = mappings[group] if isinstance(mappings, list) and len(mappings) > group else None
     return found if isinstance(found, dict) else {}
@@ -398,7 +398,7 @@ def _check_places(
     places: Mapping[str, tuple[int, int]],
     partition: tuple[int, int],
 ) -> None:
-    """Hold the places of parameters in a group against what the rank says whose partition this is."""
+    """Compare the places of parameters in a group with the record of the rank whose partition this is."""
     for name, address in mappings.items():
         fields = address.fields if isinstance(address, Record) else {}
         if name not in places or {"start", "numel"} - fields.keys():

@@ -15,7 +15,7 @@ g        (B, T, A)      output gate
 kk       (B, T, H, N)   k of length 1 in each head: what the state forgets
 r_k      (H, N)         weight of the current token's own k in the answer (the bonus)
 S        (B, H, N, N)   the state, rows along v, columns along k
-get      canonical tensor name -> weight in the compute dtype; asked for one layer at a time
+get      canonical tensor name -> weight in the compute dtype; called for one layer at a time
 
     x = x + mixer(rmsnorm(x, input_layernorm))
     x = x + mlp(rmsnorm(x, post_attention_layernorm))

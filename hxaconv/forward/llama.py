@@ -7,7 +7,7 @@ S all tokens     G num_key_value_heads     F intermediate_size
 
 x     (B, T, C)      the residual stream, in the compute dtype (float32 or float64)
 q     (B, H, T, N)   k, v (B, G, S, N)
-get   canonical tensor name -> weight in the compute dtype; asked for one layer at a time
+get   canonical tensor name -> weight in the compute dtype; called for one layer at a time
 
     x = x + attention(rmsnorm(x, input_layernorm))
     x = x + mlp(rmsnorm(x, post_attention_layernorm))
@@ -17,7 +17,7 @@ The MLP is one SwiGLU, or a mixture of them:
     swiglu(x)  = down_proj(silu(gate_proj(x)) * up_proj(x))
     mixture(x) = sum over the k experts e with the largest p_e of  p_e * swiglu_e(x),   p = softmax(gate(x))
 
-p is divided by its sum over those k where norm_topk_prob says so. Only experts that tokens go to are asked for, one
+p is divided by its sum over those k where norm_topk_prob is true. Only experts that tokens go to are fetched, one
 after the other. Published code takes the softmax in float32, here it is in the compute dtype.
 """
 

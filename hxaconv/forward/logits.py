@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Dump:
-    """A safetensors file filled piece by piece, so that its tensors never stand in memory together."""
+    """A safetensors file filled in chunks, so that its tensors never stand in memory together."""
 
     def __init__(self, path: Path, config: ModelConfig, ids: Tensor, dtype: torch.dtype) -> None:
         batch, length = ids.shape

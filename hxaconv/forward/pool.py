@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 ROWS = 256
-"""Rows of one piece of a product. Fixed, since BLAS may sum in another order for another shape."""
+"""Rows of one chunk of a product. Fixed, since BLAS may sum in another order for another shape."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 class Pool:
     """Workers that run one single-threaded torch operation each, without gradients.
 
-    BLAS on several threads may split a sum by their number; pieces of fixed size, each on one thread, cannot. And
+    BLAS on several threads may split a sum by their number; chunks of fixed size, each on one thread, cannot. And
     torch's own teams of threads wait for each other at barriers, which takes many times the work where other programs
     keep cores busy. Within the pool the calling thread runs torch on one thread as well.
     """
@@ -50,7 +50,7 @@ class Pool:
         torch.set_num_threads(self._threads)
 
     def check(self) -> None:
-        """For long work on a thread: end it where nobody waits for it any more, after Ctrl-C or an error."""
+        """For long work on a thread: end it where its result is no longer needed, after Ctrl-C or an error."""
         if self._ended:
             raise CancelledError
 
@@ -68,8 +68,8 @@ class Pool:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in) times weight (out, in), and bias."""
-        pieces = torch.split(x.reshape(-1, x.shape[-1]), ROWS)
-        found = self.map(lambda piece: torch.nn.functional.linear(piece, weight, bias), pieces)
+        chunks = torch.split(x.reshape(-1, x.shape[-1]), ROWS)
+        found = self.map(lambda chunk: torch.nn.functional.linear(chunk, weight, bias), chunks)
         return torch.cat(found).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -134,11 +134,11 @@ class Matrix:
         if x.device.type != "cpu":
             return x @ self.whole()
 
-        def one(piece: Tensor) -> Tensor:
-            found = piece.new_zeros(len(piece), self.shape[1])
+        def one(chunk: Tensor) -> Tensor:
+            found = chunk.new_zeros(len(chunk), self.shape[1])
             for start in self._starts():
                 block = self._block(start)
-                found.addmm_(piece[:, start : start + len(block)], block)
+                found.addmm_(chunk[:, start : start + len(block)], block)
             return found
 
         return torch.cat(self._pool.map(one, torch.split(x, ROWS)))

@@ -1,4 +1,4 @@
-"""Where an interrupted pass over the layers goes on: its state in one file, which knows what it is of."""
+"""Where an interrupted pass over the layers goes on: its state in one file, with a fingerprint of its inputs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class StateFile:
             return None  # nothing there yet, or half a file of a full disk: start over
 
     def pause(self, state: Callable[[], State]) -> None:
-        """Between two steps: save the state if that is due, and end here if that was asked for.
+        """Between two steps: save the state if that is due, and end here if a signal has come.
 
         Raises:
             KeyboardInterrupt: from `check`; the state is saved.
@@ -85,10 +85,10 @@ class StateFile:
         beside = self.path.with_name(f"{self.path.name}.part")
         # A file without tensors is not read back by every version of safetensors.
         held = {name: values.contiguous().cpu() for name, values in tensors.items()} or {"": zeros(1)}
-        told = {"key": self.key, "state": json.dumps(facts), "computed_with": json.dumps(computed_with())}
+        metadata_of_state = {"key": self.key, "state": json.dumps(facts), "computed_with": json.dumps(computed_with())}
         try:
             self.path.parent.mkdir(exist_ok=True)
-            save_file(held, beside, metadata=told)
+            save_file(held, beside, metadata=metadata_of_state)
             os.replace(beside, self.path)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):

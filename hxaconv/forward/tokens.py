@@ -1,4 +1,4 @@
-"""Token ids for whoever looks at activations: in memory, from a file, a text, or, where wanted, random."""
+"""Token ids to run a model on: in memory, from a file, a text, or random."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def forward_need(models: Sequence[Model], dtype: str) -> Need:
 
 
 def refuse_beyond_memory(rows: int, length: int, need: Need) -> None:
-    """Say how many tokens fit, instead of being ended by the system.
+    """Refuse more tokens than fit, instead of being ended by the system.
 
     Raises:
         HxaconvError: where so many do not.
@@ -136,7 +136,7 @@ def probe_tokens(
         HxaconvError: for files that hold something else, and ids outside the vocabulary.
     """
     if input_ids is not None and text is not None:
-        raise HxaconvError("--input-ids and --text both say which tokens to use", hint="Give one of them.")
+        raise HxaconvError("--input-ids and --text both name the tokens to use", hint="Give one of them.")
     if input_ids is not None:
         where = str(input_ids) if isinstance(input_ids, str | Path) else "input_ids"
         ids = _ids(_read(Path(input_ids)) if isinstance(input_ids, str | Path) else input_ids, where)
@@ -223,7 +223,7 @@ def _encode(text: Path, tokenizer: SourceFile | None, count: int) -> list[int]:
         made = Tokenizer.from_str(tokenizer.read(0, tokenizer.size).decode("utf-8"))
     except Exception as error:
         raise HxaconvError(f"{tokenizer.label} is not a tokenizer that `tokenizers` reads: {error}") from None
-    # Both can be stored with a tokenizer: it would give a piece of the text, and fill up what is short of it.
+    # Both can be stored with a tokenizer: it would truncate the text, or pad it.
     made.no_truncation()
     made.no_padding()
     ids: list[int] = made.encode(content).ids
@@ -260,6 +260,6 @@ def _cut(ids: list[int], tokens: int, batch: int, text: Path) -> Tensor:
         tokens = min(tokens, len(ids))
     if len(ids) < tokens * batch:
         raise HxaconvError(
-            f"{text} has {len(ids)} tokens, {batch} x {tokens} are asked for", hint="Use a longer text, or --batch 1."
+            f"{text} has {len(ids)} tokens, {batch} x {tokens} are requested", hint="Use a longer text, or --batch 1."
         )
     return torch.tensor(ids[: tokens * batch]).view(batch, tokens)

@@ -193,7 +193,7 @@ class Walk:
                 else:
                     first.twins.append((role, name, one))
         if used > len(self._arena):
-            self._arena = torch.empty(used, dtype=torch.uint8)  # pages that nobody writes to take no memory
+            self._arena = torch.empty(used, dtype=torch.uint8)  # pages that are not written to take no memory
         for one in held:
             flat = self._arena[one.start : one.start + one.recipe.nbytes].view(torch_dtype(one.recipe.dtype))
             one.values = flat.view(one.recipe.shape)
@@ -298,8 +298,8 @@ class Track:
         # An expert is read once for all tokens that go to it.
         together = len(tokens) if self.config.has_experts(index) else TOGETHER
         moved = [
-            self.reference.feed_forward(piece[None], self.weight, self.config, index)[0]
-            for piece in torch.split(tokens, together)
+            self.reference.feed_forward(chunk[None], self.weight, self.config, index)[0]
+            for chunk in torch.split(tokens, together)
         ]
         sizes = [stream.x.shape[0] * stream.x.shape[1] for stream in streams]
         for stream, x in zip(streams, torch.split(torch.cat(moved), sizes), strict=True):
@@ -383,14 +383,14 @@ def _read_into(recipe: Recipe, start: int, room: memoryview) -> None:
             if extent.file is None:
                 place[:] = bytes(extent.nbytes)
             else:
-                for _ in extent.file.pieces(extent.offset, extent.nbytes, place):
+                for _ in extent.file.chunks(extent.offset, extent.nbytes, place):
                     pass
             done += extent.nbytes
         return
     assert start == 0 and len(room) == recipe.nbytes
-    for piece in recipe.pieces(Buffers(SERIAL_BYTES)):
-        room[done : done + len(piece)] = piece
-        done += len(piece)
+    for chunk in recipe.chunks(Buffers(SERIAL_BYTES)):
+        room[done : done + len(chunk)] = chunk
+        done += len(chunk)
 
 
 def _equals(recipe: Recipe, expected: memoryview, start: int, stop: int) -> bool:

@@ -52,7 +52,7 @@ def open_checkpoint(
     *,
     revision: str | None = None,
     weights: str | None = None,
-    judged: bool = True,
+    validate: bool = True,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Open a folder, a file or a Hub id (`org/name[@revision]`); a path that exists wins.
@@ -62,14 +62,14 @@ def open_checkpoint(
         revision: Branch, tag or commit of a Hub id.
         weights: Of a trainer's folder: `master`, the optimizer's float32 weights, or `model`, those it computes with;
             of a pickle with several state dicts: the key of one.
-        judged: Refuse what is neither teacher nor student; otherwise `Checkpoint.problem` says so.
+        validate: Refuse what is neither teacher nor student; otherwise `Checkpoint.problem` has the reason.
         progress: Shows a download.
 
     Raises:
         HxaconvError: when there is nothing there, or it is damaged, ambiguous or of an unknown kind.
     """
     checkpoint = _open(spec, revision, weights, progress)
-    if judged and checkpoint.problem is not None:
+    if validate and checkpoint.problem is not None:
         raise checkpoint.problem
     return checkpoint
 
@@ -79,7 +79,7 @@ def _open(spec: str | Path, revision: str | None, weights: str | None, progress:
         text = text_of(spec)
     except ValueError as error:
         raise HxaconvError(f"{error}: it cannot be opened", hint="Expected a folder, a file or a Hub id.") from None
-    path = Path(os.path.expanduser(text))  # a user whom nobody knows is left in it
+    path = Path(os.path.expanduser(text))  # an unknown user is left in it
     if revision is not None and path.exists():
         raise HxaconvError(f"--revision {revision} is for Hub ids; {text} is here", hint="Leave it out.")
     if path.is_dir():
@@ -370,9 +370,9 @@ def _warnings(
 def _facts(
     folder: Folder, opened: Sequence[tuple[SourceFile, Contents]], index: Index | None, files: Sequence[SourceFile]
 ) -> dict[str, Any]:
-    """What is worth knowing of the choice of files: those left out, and what the index says that they do not bear out.
+    """What is worth knowing of the choice of files: those left out, and where the index contradicts them.
 
-    None of it decides anything here: whether a tensor is missing or too much, the architecture says.
+    None of it decides anything here: the architecture decides whether a tensor is missing or too much.
     """
     held = {name for _, contents in opened for name in contents.tensors}
     weight_map = index.weight_map if index else {}
@@ -394,7 +394,7 @@ def _merged(label: str, opened: Sequence[tuple[SourceFile, Contents]], index: In
     """
     merged: Plan = {}
     differing = []
-    # Files that stand for themselves are models of their own, however much alike: which one is for the user to say.
+    # Files that stand for themselves are models of their own, however much alike: the user has to choose.
     parts = index is not None or all(SHARD.search(file.name) for file, _ in opened)
     for file, contents in opened:
         for name, recipe in contents.tensors.items():
@@ -443,7 +443,7 @@ def _problem(found: Checkpoint, wrapped: Kind | None, misfits: Plan) -> HxaconvE
         return unknown_names(list(found.unknown), found.key_format, found.label)
     if not misfits:
         return None
-    # Shapes that a tensor of that name never has: nobody else has to expect them.
+    # Shapes that a tensor of that name never has: no other code has to expect them.
     what = f"{found.label}: tensors with the wrong number of dimensions, or without elements:"
     empty = sum(0 in recipe.shape for recipe in misfits.values())
     hint = (

@@ -77,7 +77,7 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """The file that says which shard holds which tensor."""
+    """The file that lists which shard holds which tensor."""
 
     name: str
     weight_map: Mapping[str, str]
@@ -139,7 +139,7 @@ def inside(root: Path, name: str, label: str) -> Path:
     """The path of a file of the folder, unless a link leads out of it.
 
     Links into the Hub's cache are followed wherever it is: a file there is named by the digest of its content,
-    so that whoever can write such a link knows the content already, and nothing private is copied by following it.
+    so that only those who have the content can write such a link, and nothing private is copied by following it.
     """
     target = (root / name).resolve()
     model = target.parent.parent
@@ -255,13 +255,13 @@ def is_companion(name: str) -> bool:
 
 
 def refuse_broken(checkpoint: Checkpoint) -> None:
-    """Stop before a file is copied that is not what its name says.
+    """Stop before a file is copied that is not what its name suggests.
 
     Raises:
         HxaconvError: listing LFS pointers, web pages and empty files.
     """
     raise_all(
-        "files that would be copied along are not what their names say:",
+        "files that would be copied along are not what their names suggest:",
         broken_companions(checkpoint.companions),
         hint="Run `git lfs pull` in that folder, or download them again; delete what the model works without.",
     )
@@ -290,7 +290,7 @@ def broken_companions(companions: Mapping[str, SourceFile]) -> list[str]:
 def missing_code(checkpoint: Checkpoint, *, copied: bool) -> list[str]:
     """A line for each code file that tokenizer_config.json names and that will not be beside it.
 
-    `copied` says whether the code files of the checkpoint are taken along.
+    `copied`: whether the code files of the checkpoint are taken along.
     """
     file = checkpoint.companions.get("tokenizer_config.json")
     if file is None or file.path is None or file.size > MAX_JSON_BYTES:

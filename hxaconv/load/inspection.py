@@ -36,7 +36,7 @@ PARTS = {
 
 
 def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
-    """Everything that headers and config say, as plain data; `stats` reads every weight.
+    """Everything that headers and config hold, as plain data; `stats` reads every weight.
 
     Values that nothing names are None and listed under `unknown`, never filled in.
     """
@@ -135,7 +135,7 @@ def _judged(checkpoint: Checkpoint) -> tuple[ModelConfig | None, str | None]:
         else:
             return None, None
     except MissingSettings as error:
-        return None, f"no file says {', '.join(error.missing)}"
+        return None, f"no file has {', '.join(error.missing)}"
     except HxaconvError as error:
         return None, error.message
     expected = expected_tensors(config)
@@ -162,7 +162,7 @@ def _variant(checkpoint: Checkpoint) -> str:
     if named is not None:
         return f"{' or '.join(candidates)} by its tensors, {named} by its config"
     if len(candidates) > 1:
-        return f"{' or '.join(candidates)} (the same tensors: --variant tells)"
+        return f"{' or '.join(candidates)} (the same tensors: --variant decides)"
     return candidates[0] if candidates else f"unknown, the nearest is {nearest(found).name}"
 
 
@@ -230,15 +230,15 @@ def _memory(dimensions: Mapping[str, Any], plan: Plan) -> dict[str, int] | None:
 
 
 def statistics(recipe: Recipe) -> dict[str, Any]:
-    """Range, mean, and counts of NaN, Inf and zero of one tensor, a piece at a time."""
+    """Range, mean, and counts of NaN, Inf and zero of one tensor, a chunk at a time."""
     import torch
 
     from hxaconv.surgery.arithmetic import torch_dtype
 
     result: dict[str, Any] = {"dtype": recipe.dtype, "shape": list(recipe.shape), "nan": 0, "inf": 0, "zeros": 0}
     low, high, total, count = float("inf"), float("-inf"), 0.0, 0
-    for piece in recipe.pieces(Buffers()):
-        values = torch.frombuffer(bytearray(piece), dtype=torch_dtype(recipe.dtype)).double()
+    for chunk in recipe.chunks(Buffers()):
+        values = torch.frombuffer(bytearray(chunk), dtype=torch_dtype(recipe.dtype)).double()
         finite = values[torch.isfinite(values)]
         result["nan"] += int(torch.isnan(values).sum())
         result["inf"] += int(torch.isinf(values).sum())

@@ -59,7 +59,7 @@ _PROMPT = f"Convert {_BASE}; a prompt is no part of its weights."
 
 
 def kind_of_adapter(raw: Mapping[str, Any]) -> Kind:
-    """What adapter_config.json says, and how the adapter gets into its model."""
+    """What adapter_config.json holds, and how the adapter gets into its model."""
     name, base = str(raw.get("peft_type") or ""), raw.get("base_model_name_or_path")
     if name in _PROMPTS:
         return Kind(f"a soft prompt of PEFT ({name})", _PROMPT)
@@ -104,7 +104,7 @@ _FILES: tuple[tuple[str, str, str], ...] = (
 
 
 def kind_of_files(names: Iterable[str]) -> Kind | None:
-    """What a folder without weights is, by the names of its files; None where nothing tells."""
+    """What a folder without weights is, by the names of its files; None where none is characteristic."""
     names = list(names)
     for pattern, what, way_out in _FILES:
         if any(re.fullmatch(pattern, name) for name in names):
@@ -139,7 +139,7 @@ _OTHER_RWKV_CLASSES = {
 
 
 def kind_of_config(raw: Mapping[str, Any]) -> Kind | None:
-    """What config.json alone says that is neither teacher nor student; None where it is either, or says nothing."""
+    """What config.json alone shows to be neither teacher nor student; None where it does not."""
     return _quantized(raw) or _other_rwkv(raw)
 
 

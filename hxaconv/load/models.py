@@ -105,8 +105,8 @@ def load_student(
 
     Args:
         name: What the user named; opened before, it is not opened again.
-        settings: What overrules its files; a layer map tells what they leave open.
-        teacher: Completes a checkpoint that holds a part of a student, and tells settings: the transformer that it was
+        settings: What overrules its files; a layer map supplies what they leave open.
+        teacher: Completes a checkpoint that holds a part of a student, and supplies settings: the transformer it was
             made of, or the student that the run began with.
         whole: Whether all tensors are wanted; otherwise attention is enough, and the rest stays as it is.
         copied: As in `load_teacher`.
@@ -132,7 +132,7 @@ def load_student(
     student = replace(student, raw=student.raw or (base.raw if base else {}), base=base)
     if whole or layers:
         student = complete(student)
-    else:  # its attention is checked; nothing else of it is asked for
+    else:  # its attention is checked; nothing else of it is needed
         expected = {name: shape for name, shape in expected_tensors(student.config).items() if is_attention(name)}
         check({name: recipe for name, recipe in student.plan.items() if is_attention(name)}, expected, student.label)
         student = replace(student, tied_head=None)
@@ -184,7 +184,7 @@ def load_other(
 ) -> Model:
     """Another trained student of the same teacher, whose layers can be taken over.
 
-    What it does not say of itself, it has in common with `student`.
+    Settings that it lacks are those of `student`.
 
     Raises:
         HxaconvError: when it is no student, or of another shape.
@@ -214,12 +214,12 @@ def of_another(settings: Settings) -> Settings:
 
 
 def may_be_student(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is a student, or says too little of itself to be a teacher."""
+    """Whether a checkpoint is a student, or lacks what a teacher has to have."""
     return is_student(checkpoint) or checkpoint.config is None
 
 
 def tells_nothing(checkpoint: Checkpoint) -> bool:
-    """Whether no file beside the tensors tells the settings that tensors cannot tell."""
+    """Whether no file beside the tensors holds the settings that tensors do not show."""
     return checkpoint.config is None and checkpoint.sidecar is None
 
 
@@ -233,7 +233,7 @@ def _layers(
 ) -> tuple[SettingsSource | None, tuple[str, ...]]:
     """The layers of a student, some of which the checkpoint lacks, and for people what those are.
 
-    None where it has a mixer for all layers of `base`. What says which layers are GQA confirms, or contradicts, what
+    None where it has a mixer for all layers of `base`. A list of GQA layers confirms, or contradicts, what
     the tensors leave open.
 
     Raises:
@@ -257,7 +257,7 @@ def _layers(
             if kind != KINDS["gqa" if layer in layers else "rwkv"]:
                 problems.append(f"layer {layer} is {kind} by {by}, {'RWKV' if kind == 'GQA' else 'GQA'} by {source}")
     raise_all(
-        f"{checkpoint.label}: what its tensors are contradicts what the layers are said to be:",
+        f"{checkpoint.label}: its tensors contradict the list of GQA layers:",
         problems,
         hint="One of them belongs to another run.",
         kind=Inconsistent,

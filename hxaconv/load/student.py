@@ -37,7 +37,7 @@ FLAGS = {
     "rms_norm_eps": "--rms-norm-eps",
     "tie_word_embeddings": "--tie-word-embeddings or --no-tie-word-embeddings",
 }
-"""What no tensor says, and the option that does."""
+"""What no tensor shows, and the option that sets it."""
 
 SIZES = (
     "num_hidden_layers",
@@ -57,7 +57,7 @@ class SettingsSource:
     source: str
     values: Mapping[str, Any]
     weak: frozenset[str] = frozenset()
-    """Keys that it says only where no source before it does."""
+    """Keys that count only where no source before it has them."""
 
 
 class MissingSettings(HxaconvError):
@@ -65,8 +65,7 @@ class MissingSettings(HxaconvError):
 
     def __init__(self, where: str, missing: list[str], lines: list[str]) -> None:
         super().__init__(
-            f"{where} does not say everything that a student's config needs, and nothing is guessed:\n"
-            f"{bullet_list(lines)}",
+            f"{where} lacks settings of a student, and nothing is guessed:\n{bullet_list(lines)}",
             hint="What hxaconv wrote has them in config.json, or beside a .pth in NAME.json: put that file back.",
         )
         self.missing = missing
@@ -77,7 +76,7 @@ TRAINER = "the published trainer's names"
 """A source of last resort: names that only the published trainer gives."""
 
 FIXED = {"nope_in_transformer": (True,), "nope_in_rwkv": (False,), "hidden_act": ("silu", "swish")}
-"""What no variant leaves a choice in; a config.json that says otherwise describes another model."""
+"""What no variant leaves a choice in; a config.json with other values describes another model."""
 
 
 def is_student(checkpoint: Checkpoint) -> bool:
@@ -117,7 +116,7 @@ _SWITCHES = {
 
 
 def tensor_settings(plan: Plan) -> dict[str, Any]:
-    """What shapes and names alone say about a student's config, whole or attention only."""
+    """What shapes and names alone determine of a student's config, whole or attention only."""
     kinds = layer_kinds(plan)
     facts: dict[str, Any] = {
         "num_hidden_layers": max(kinds) + 1 if kinds else 0,
@@ -147,7 +146,7 @@ def tensor_settings(plan: Plan) -> dict[str, Any]:
 
 
 def config_settings(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What a student's config.json says.
+    """The settings in a student's config.json.
 
     Raises:
         HxaconvError: listing what cannot be: an unknown variant, scaled RoPE, layer kinds that do not add up.
@@ -171,7 +170,7 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
     if variant is None:
         problems.append(f"there is no rwkv_architecture; loaders need it, one of {', '.join(VARIANTS)}")
     elif variant not in VARIANTS:
-        problems.append(f"rwkv_architecture is {variant!r}, this tool knows {', '.join(VARIANTS)}")
+        problems.append(f"rwkv_architecture is {variant!r}, expected one of {', '.join(VARIANTS)}")
     if scaling is not None:
         problems.append(f"rope_scaling cannot be followed: {scaling}")
     problems += [
@@ -186,14 +185,14 @@ def _config_problems(raw: Mapping[str, Any]) -> list[str]:
 
 
 def model_settings(config: ModelConfig) -> dict[str, Any]:
-    """What a teacher's config says of its students, and theirs of each other."""
+    """What a teacher's config determines of its students, and theirs of each other."""
     keys = (*SIZES, "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings")
     facts = {key: getattr(config, key) for key in (*keys, "qk_norm", "attention_bias", "output_bias", "mlp_bias")}
     return facts if config.experts is None else facts | {key: getattr(config.experts, key) for key in EXPERT_KEYS}
 
 
 def student_settings(config: StudentConfig) -> dict[str, Any]:
-    """What a student's config says of others of its teacher: everything but the choice of layers."""
+    """What a student's config determines of others of its teacher: everything but the choice of layers."""
     ranks = {RANK_KEYS[name]: getattr(config.ranks, name) for name in config.variant.rank_names}
     return model_settings(config) | ranks | {"rwkv_architecture": config.rwkv_architecture}
 
@@ -206,9 +205,9 @@ def settings_sources(
     layers: SettingsSource | None = None,
     other: SettingsSource | None = None,
 ) -> list[SettingsSource]:
-    """Every source that says something about a student's config, the strongest first.
+    """Every source of a student's settings, the strongest first.
 
-    `layers`, of a checkpoint that lacks some, says what all of them are; `other` is asked last, in place of the layer
+    `layers`, of a checkpoint that lacks some, is the kind of all of them; `other` comes last, in place of the layer
     map that the settings name.
     """
     given = {key: value for key in FLAGS if (value := getattr(settings, key)) is not None}
@@ -266,7 +265,7 @@ def settings_sources(
 
 
 def map_settings(layer_map: str) -> SettingsSource:
-    """What a layer map says of its model, as a named source of settings; its choice of layers is not one."""
+    """The settings of a layer map, as a named source; its choice of layers is not one."""
     chosen = layer_maps.load(layer_map)
     values = {key: value for key, value in chosen.model.items() if key != "model_type"}
     if chosen.variant:
@@ -275,7 +274,7 @@ def map_settings(layer_map: str) -> SettingsSource:
 
 
 def _file_settings(source: str, raw: Mapping[str, Any], where: str) -> list[SettingsSource]:
-    """What a file says; a second rope_theta in it is a source of its own, which has to agree."""
+    """The settings in a file; a second rope_theta in it is a source of its own, which has to agree."""
     nested = (raw.get("rope_parameters") or {}).get("rope_theta")
     inner = (
         [SettingsSource(f"rope_parameters in {source}", {"rope_theta": float(nested)})] if nested is not None else []
@@ -316,7 +315,7 @@ def resolve(sources: list[SettingsSource], where: str, plan: Plan | None = None)
             hint="The file belongs to another model, or names the wrong variant.",
         )
     experts = {key: values[key] for key in EXPERT_KEYS if key in values and "num_experts" in values}
-    hint = "Its config.json, or --teacher, has to say how tokens are routed."
+    hint = "Its config.json, or --teacher, has to define how tokens are routed."
     raise_all(f"{where} holds experts:", expert_problems(experts), hint=hint)
     switches = ("tie_word_embeddings", "qk_norm", "attention_bias", "output_bias", "mlp_bias", "layer_records")
     own: dict[str, Any] = {key: values[key] for key in SIZES} | {key: bool(values.get(key)) for key in switches}
@@ -333,7 +332,7 @@ def resolve(sources: list[SettingsSource], where: str, plan: Plan | None = None)
 
 
 def _refuse_gaps(values: Mapping[str, Any], where: str, plan: Plan) -> None:
-    """Stop where settings are not known; tensors that are missing are named before settings are asked for."""
+    """Stop where settings are not known; missing tensors are named before missing settings."""
     if not any(key in values for key in RANK_KEYS.values()):
         raise HxaconvError(
             f"{where} has no RWKV layers: it is a teacher or all-attention checkpoint, not a student",
@@ -371,7 +370,7 @@ def _remedy(key: str, alike: str) -> str:
     if key in FLAGS:
         return f"pass {FLAGS[key]}, or --teacher, or --layer-map"
     if key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
-        return "pass --teacher, or --layer-map (no tensor says it)"
+        return "pass --teacher, or --layer-map (no tensor shows it)"
     return "pass --teacher (the checkpoint holds attention only)"
 
 
@@ -384,7 +383,7 @@ def _refuse_unknown_variant(plan: Plan, where: str) -> None:
     raise Inconsistent(
         f"the RWKV layers of {where} are those of no known variant; the nearest is {near.name}, with"
         f" {' and '.join(parts)}",
-        hint=f"Known: {', '.join(VARIANTS)}. If the checkpoint is incomplete, --variant says what it should be.",
+        hint=f"Known: {', '.join(VARIANTS)}. If the checkpoint is incomplete, --variant names what it should be.",
     )
 
 

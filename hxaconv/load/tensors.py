@@ -96,13 +96,13 @@ def split_fused(plan: Plan, config: ModelConfig) -> Plan:
     return result
 
 
-def _rows(name: str, recipe: Recipe, pieces: tuple[tuple[str, int], ...]) -> Plan:
-    if recipe.shape[0] != sum(size for _, size in pieces):
-        sizes = " + ".join(str(size) for _, size in pieces)
+def _rows(name: str, recipe: Recipe, parts: tuple[tuple[str, int], ...]) -> Plan:
+    if recipe.shape[0] != sum(size for _, size in parts):
+        sizes = " + ".join(str(size) for _, size in parts)
         raise Inconsistent(f"{name} has {recipe.shape[0]} rows, the config implies {sizes}")
     result: Plan = {}
     start, fused = 0, name.rsplit(".", 2)[1]
-    for part, size in pieces:
+    for part, size in parts:
         result[name.replace(fused, part)] = rows(recipe, start, start + size, f"{name} rows {start}:{start + size}")
         start += size
     return result
@@ -190,7 +190,7 @@ def complete(student: Model) -> Model:
 def graft(trained: Plan, teacher: Plan, config: StudentConfig, *, parts: bool = False) -> Plan:
     """Trained tensors where there are some, the teacher's for the rest, in the architecture's order.
 
-    `parts` says that `teacher` is the student that the run began with: tensors that were frozen in a layer are its.
+    `parts`: `teacher` is the student that the run began with: tensors that were frozen in a layer are its.
 
     Raises:
         HxaconvError: when a trained tensor would end up unused, or something is in neither.

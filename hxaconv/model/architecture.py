@@ -1,6 +1,6 @@
 """Every tensor a model must have, in order, with its shape: computed from the config alone.
 
-Nothing here knows how tensors are made, so that it can contradict the recipes.
+Nothing here depends on how tensors are made, so that it can contradict the recipes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from hxaconv.model.variants import VARIANTS
 from hxaconv.model.variants.base import MODEL_TYPE, Ranks, Variant
 
 DEFAULT_VARIANT = "hxa079"
-"""What a teacher becomes where nothing else is asked for."""
+"""What a teacher becomes by default."""
 
 
 def kv_cache_bytes(num_layers: int, num_key_value_heads: int, head_dim: int) -> int:
@@ -196,7 +196,7 @@ def teacher_config(
     drop_rope_scaling: bool = False,
     tie_word_embeddings: bool | None = None,
 ) -> TeacherConfig:
-    """Read a teacher's config.json; where it does not say whether the head is tied, its family does.
+    """Read a teacher's config.json; where it leaves open whether the head is tied, its family decides.
 
     Raises:
         HxaconvError: listing everything that a student cannot carry, or that the config leaves open.

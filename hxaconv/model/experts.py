@@ -1,6 +1,6 @@
 """Mixtures of experts in place of a layer's MLP: a router and E small MLPs, of which a token passes k.
 
-As in transformers' Qwen3Moe: softmax over all experts, the k largest, divided by their sum where norm_topk_prob says.
+As in transformers' Qwen3Moe: softmax over all experts, the k largest, divided by their sum with norm_topk_prob.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hxaconv.model.variants.base import Shapes
 
 SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 KEYS = (*SIZES, "norm_topk_prob", "mlp_only_layers", "decoder_sparse_step")
-"""What config.json says about experts."""
+"""Experts in config.json."""
 
 FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 """All experts of a layer in two tensors, as transformers 5 holds them in memory and some files store them."""
@@ -54,7 +54,7 @@ class Experts:
 
 
 def expert_facts(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json says about experts; nothing where it has none."""
+    """The settings of experts in a config.json; nothing where it has none."""
     count = raw.get("num_experts") or raw.get("num_local_experts")  # the second as transformers 5 writes it
     if not count:
         return {}

@@ -63,7 +63,7 @@ def _granite_problems(raw: Raw) -> list[str]:
 
 
 def _window(default: int | None) -> Callable[[Raw], str | None]:
-    """`sliding_window` counts whatever other keys say; `default` where there is no such key."""
+    """`sliding_window` counts whatever other keys are; `default` where there is no such key."""
 
     def rule(raw: Raw) -> str | None:
         window = raw.get("sliding_window", default)
@@ -189,7 +189,7 @@ REFUSED = {
     "deepseek_v2": "its attention is MLA: keys and values come from one narrow projection",
     "deepseek_v3": "its attention is MLA: keys and values come from one narrow projection",
 }
-"""Families that are asked for and cannot be students' teachers: `model_type` -> why."""
+"""Families that cannot be students' teachers: `model_type` -> why."""
 
 
 def window_in_force(raw: Raw) -> str | None:

@@ -44,16 +44,16 @@ class LayerMap:
     model_ids: tuple[str, ...] = ()
     source: str = ""
     variant: str = ""
-    """That of the published student with these layers, where the map says it."""
+    """That of the published student with these layers, where the map names it."""
     default: bool = True
-    """Whether `match` may take it without being asked for by name."""
+    """Whether `match` may take it although it was not named."""
     model: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
     """The file it was read from."""
 
     @property
     def num_hidden_layers(self) -> int | None:
-        """L, where the map says it."""
+        """L, where the map has it."""
         return self.model.get("num_hidden_layers")
 
 
@@ -172,8 +172,8 @@ def _near(key: str, known: Sequence[str]) -> str:
 def match(config: ModelConfig, names: Iterable[str] = ()) -> LayerMap | None:
     """The shipped map of this teacher, or None where none fits or more than one does.
 
-    A map fits when everything it says of the model (sizes, vocabulary, rope_theta, eps, family) is so.
-    Teachers of one shape (Devstral Small, Magistral Small) are told apart by `names`: Hub id or folder name.
+    A map fits when everything it records of the model (sizes, vocabulary, rope_theta, eps, family) is so.
+    Teachers of one shape (Devstral Small, Magistral Small) are distinguished by `names`: Hub id or folder name.
     """
     fitting = [candidate for candidate in shipped().values() if candidate.default and fits(candidate, config)]
     if len(fitting) > 1:
@@ -183,12 +183,12 @@ def match(config: ModelConfig, names: Iterable[str] = ()) -> LayerMap | None:
 
 
 def fits(layer_map: LayerMap, config: ModelConfig) -> bool:
-    """Whether all that the map says of its model holds for `config` (settings a config lacks do not count)."""
+    """Whether all that the map records of its model holds for `config` (settings a config lacks do not count)."""
     return bool(layer_map.model) and not differences(layer_map, config)
 
 
 def differences(layer_map: LayerMap, config: ModelConfig) -> list[str]:
-    """What the map says of its model and `config` says otherwise, a line each."""
+    """Where the map and `config` differ, a line each."""
     return [
         f"{key} is {value} in the map, {getattr(config, key)} in the model"
         for key, value in layer_map.model.items()
@@ -197,7 +197,7 @@ def differences(layer_map: LayerMap, config: ModelConfig) -> list[str]:
 
 
 def _comparable(name: str) -> str:
-    # A folder is named like the model, whoever published it; a revision says nothing about the model.
+    # A folder is named like the model, whoever published it; a revision does not identify the model.
     return name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1].partition("@")[0].lower()
 
 
@@ -250,7 +250,7 @@ def _toml(value: object) -> str:
     return repr(value)
 
 
-# --- Which layers stay attention: what `--layers` may say, evenly spaced ones, and what is wrong with a choice --------
+# --- Which layers stay attention: what `--layers` may be, evenly spaced ones, and what is wrong with a choice --------
 
 LAYER_0_REASON = (
     "layer 0 as GQA: the published trainer mixes a zero v_first into the first RWKV layer, the inference"
@@ -266,7 +266,7 @@ def uniform(num_layers: int, count: int | None = None) -> tuple[int, ...]:
     """
     count = default_count(num_layers) if count is None else count
     if not 0 <= count <= num_layers:
-        raise HxaconvError(f"{count} GQA layers asked for, the model has {num_layers} layers")
+        raise HxaconvError(f"{count} GQA layers requested, the model has {num_layers} layers")
     return tuple(num_layers - 1 - num_layers // count * (count - 1 - j) for j in range(count))
 
 
@@ -344,12 +344,12 @@ def _misfits(layers: Sequence[int], depth: int | None, num_layers: int | None, a
 
 
 def check(layers: Sequence[int], num_layers: int, *, allow_layer_0: bool = False) -> list[str]:
-    """Everything wrong with a choice, a line each. Every layer, or none, must be asked for by that word."""
+    """Everything wrong with a choice, a line each. Every layer, or none, must be requested by that word."""
     found = range_problems(layers, num_layers)
     if not layers:
-        found.append("no layer is named; say `none` to make every layer RWKV")
+        found.append("no layer is named; write `none` to make every layer RWKV")
     elif set(range(num_layers)) <= set(layers):
-        found.append("every layer is named, so nothing becomes RWKV; say `all` if that is meant")
+        found.append("every layer is named, so nothing becomes RWKV; write `all` if that is meant")
     elif 0 in layers and not allow_layer_0:
         found.append(f"{LAYER_0_REASON}; --allow-gqa-layer-0 goes on")
     return found
@@ -371,7 +371,7 @@ def choose(config: TeacherConfig, teacher: str, choice: Layers) -> tuple[tuple[i
         raise HxaconvError("--layer-map and --gqa-layers both choose the layers", hint="Give one of them.")
     if choice.gqa_layers is not None:
         named = parse_layers(choice.gqa_layers, count, allow_layer_0=allowed, option="--gqa-layers")
-        return named, "as asked for"
+        return named, "as requested"
     if choice.layer_map is not None:
         found = load(choice.layer_map, count, allow_layer_0=allowed)
         return found.gqa_layers, f"layer map {found.name}"

@@ -30,7 +30,7 @@ class Checkpoint:
     shell: Plan = field(default_factory=dict)
     """Stored name -> recipe of what wraps a text model: vision, audio."""
     shell_config: Mapping[str, Any] = field(default_factory=dict)
-    """What config.json says of it."""
+    """It in config.json."""
     shell_files: Mapping[str, SourceFile] = field(default_factory=dict)
     """Files of its processor."""
     warnings: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ class TiedHead:
         return list(dict.fromkeys([*self.head.make.sources(), *self.embedding.make.sources()]))
 
     def check(self) -> None:
-        """Read both, where their headers do not tell already.
+        """Read both, where their headers do not decide it already.
 
         Raises:
             Inconsistent: when they differ.
@@ -88,7 +88,7 @@ class TiedHead:
             raise Inconsistent(
                 f"{self.where}: its settings tie the head to the embedding, but {HEAD} differs from {EMBEDDING}",
                 hint="If the stored head is the right one: --no-tie-word-embeddings,"
-                ' or "tie_word_embeddings": false in the config.json that says otherwise.',
+                ' or "tie_word_embeddings": false in the config.json.',
             )
 
 

@@ -198,7 +198,7 @@ def canonical_names(
 ) -> tuple[dict[str, str | None], list[str]]:
     """(stored name -> canonical name, or None for what is known and left behind; names that are not known).
 
-    `kinds` are those of the layers, where the names alone do not tell them.
+    `kinds` are those of the layers, where the names alone do not show them.
 
     Raises:
         HxaconvError: where two names mean the same tensor.

@@ -14,19 +14,19 @@ from typing import Protocol, runtime_checkable
 
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.formats.dtypes import BY_NAME, FLOATS, num_bytes
-from hxaconv.formats.files import PIECE_BYTES, Extent, SourceFile
+from hxaconv.formats.files import CHUNK_BYTES, Extent, SourceFile
 from hxaconv.model.names import is_attention, layer_prefix
 
 
 class Buffers:
     """Buffers that one worker uses again for every tensor."""
 
-    def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
-        self.read = memoryview(bytearray(piece_bytes))
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self.read = memoryview(bytearray(chunk_bytes))
 
     @cached_property
     def compute(self) -> memoryview:
-        """Room for a piece after a cast that widens it (at most 2 -> 8 bytes per element); copies need none."""
+        """Room for a chunk after a cast that widens it (at most 2 -> 8 bytes per element); copies need none."""
         return memoryview(bytearray(4 * len(self.read)))
 
 
@@ -35,11 +35,11 @@ class Bytes(Protocol):
 
     @property
     def kind(self) -> str:
-        """`copy`, `scale`, `cast`, `init`, ...: what the plan's table says of the tensor."""
+        """`copy`, `scale`, `cast`, `init`, ...: the word for it in the plan's table."""
         ...
 
-    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
-        """Little-endian row-major bytes, in order; a piece is valid until the next one is asked for."""
+    def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
+        """Little-endian row-major bytes, in order; a chunk is valid until the next one is fetched."""
         ...
 
     def sources(self) -> Iterable[SourceFile]:
@@ -79,12 +79,12 @@ class Recipe:
         """The origin for a message that has named the tensor already: without its name."""
         return self.origin.removeprefix(f"{name} ")
 
-    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces, checked to be as many as its shape says."""
+    def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
+        """The tensor's bytes in chunks, checked to be as many as its shape says."""
         total = 0
-        for piece in self.make.pieces(buffers):
-            total += len(piece)
-            yield piece
+        for chunk in self.make.chunks(buffers):
+            total += len(chunk)
+            yield chunk
         assert total == self.nbytes, f"{self.origin}: made {total} bytes, its shape takes {self.nbytes}"
 
 
@@ -98,13 +98,13 @@ class Ranges:
     extents: tuple[Extent, ...]
     kind: str = "copy"
 
-    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
+    def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
         """The ranges, one after the other."""
         for extent in self.extents:
             if extent.file is None:
                 yield from _zeros(extent.nbytes)
             else:
-                yield from extent.file.pieces(extent.offset, extent.nbytes, buffers.read)
+                yield from extent.file.chunks(extent.offset, extent.nbytes, buffers.read)
 
     def sources(self) -> Iterable[SourceFile]:
         """The files the ranges are in."""
@@ -123,11 +123,11 @@ class Ranges:
 
 def _zeros(count: int) -> Iterator[memoryview]:
     # Writable only for torch's sake, which warns about tensors on a buffer that is not.
-    zeros = memoryview(bytearray(min(count, PIECE_BYTES)))
+    zeros = memoryview(bytearray(min(count, CHUNK_BYTES)))
     while count:
-        piece = zeros[: min(count, len(zeros))]
-        yield piece
-        count -= len(piece)
+        chunk = zeros[: min(count, len(zeros))]
+        yield chunk
+        count -= len(chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +137,8 @@ class Literal:
     data: bytes
     kind: str = "init"
 
-    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
-        """The bytes in one piece."""
+    def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
+        """The bytes in one chunk."""
         yield memoryview(self.data)
 
     def sources(self) -> Iterable[SourceFile]:
@@ -266,12 +266,12 @@ def check(plan: Mapping[str, Recipe], expected: Mapping[str, tuple[int, ...]], w
 
 
 def same_bytes(a: Recipe, b: Recipe) -> bool:
-    """Whether two tensors have the same dtype, shape and bits; reads both, a piece at a time."""
+    """Whether two tensors have the same dtype, shape and bits; reads both, a chunk at a time."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     if a.make == b.make:
         return True
-    left, right = a.pieces(Buffers()), b.pieces(Buffers())
+    left, right = a.chunks(Buffers()), b.chunks(Buffers())
     # Comparing bytes is one memcmp; comparing memoryviews unpacks every element.
     return all(bytes(x) == bytes(y) for x, y in zip(left, right, strict=True))
 

@@ -114,7 +114,7 @@ def rope_contradiction(raw: Mapping[str, Any]) -> str | None:
 
 
 def kind_of(settings: Mapping[str, Any]) -> str | None:
-    """`rope_type` or, as older files say, `type`; a factor without either is linear, and one of 1 is none."""
+    """`rope_type` or, in older files, `type`; a factor without either is linear, and one of 1 is none."""
     kind, factor = settings.get("rope_type") or settings.get("type"), settings.get("factor")
     if kind in DEFAULT_KINDS:
         return kind if factor in (None, 1) else "linear"

@@ -191,7 +191,7 @@ def loadmodel_body(config: StudentConfig, plan: Plan, kind: str, path: str) -> d
 
 
 def template_for(config: StudentConfig) -> Template | None:
-    """The tokenizer of RWKV-Infer's that is this student's, as far as sizes tell."""
+    """The tokenizer of RWKV-Infer's that is this student's, by its size."""
     for template in TEMPLATES:
         keys = ("vocab_size", "hidden_size", "qk_norm")
         if all(getattr(template, key) in (None, getattr(config, key)) for key in keys):

@@ -51,7 +51,7 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shell_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config.json, a shell's or that of a student that carries one, says beside the text model."""
+    """What a config.json, a shell's or that of a student that carries one, has beside the text model."""
     return {key: value for key, value in raw.items() if _SETTING.match(key)}
 
 

@@ -46,7 +46,7 @@ VERDICT_DIGITS = 3
 
 
 class NonfiniteError(HxaconvError):
-    """Tensors that hold NaN or infinite values, which nobody has allowed."""
+    """Tensors that hold NaN or infinite values, which were not allowed."""
 
 
 class Check(Protocol):
@@ -212,7 +212,7 @@ def finish(
         staging.seal(layout, {fill.name: tensors[fill.name].crc32 or 0 for fill in layout.fills})
     buffers, report, verdict = Buffers(), None, None
     for name, file in output.copied_files.items():
-        staging.write(staging.content / name, file.pieces(0, file.size, buffers.read))
+        staging.write(staging.content / name, file.chunks(0, file.size, buffers.read))
     documents: dict[str, bytes | Mapping[str, Any]] = dict(output.documents)
     if output.is_folder and len(output.files) > 1:
         documents[INDEX_NAME] = index(output.tensors, output.files)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from hxaconv.errors import HxaconvError
-from hxaconv.formats.files import PIECE_BYTES
+from hxaconv.formats.files import CHUNK_BYTES
 
 _F_FULLFSYNC = 51
 _SYNC_WAIT_BEFORE, _SYNC_WRITE, _SYNC_WAIT_AFTER = 1, 2, 4
@@ -74,7 +74,7 @@ def write_back(fd: int, offset: int, count: int, *, wait: bool = False) -> None:
 
 
 def drop_cached(fd: int, offset: int = 0, count: int = 0) -> None:
-    """Tell the system that the cached pages (all of the file by default) will not be needed again."""
+    """Inform the system that the cached pages (all of the file by default) will not be needed again."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)
@@ -131,7 +131,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], workplace: Path
 
 
 def write_result(path: Path, data: bytes) -> None:
-    """A small file that was asked for (a layer map, a plot), whole or not at all.
+    """A small file of results (a layer map, a plot), whole or not at all.
 
     Raises:
         HxaconvError: when it cannot be written.
@@ -146,7 +146,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def memory_limit() -> int | None:
-    """Bytes of memory that are to be had, cached file pages included; None where the system does not say."""
+    """Bytes of memory that are to be had, cached file pages included; None where the system has no figure."""
     with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
@@ -171,7 +171,7 @@ def output_error(error: OSError, path: Path, doing: str, total: int | None = Non
         hint = "" if total is None else f"The output needs {total:,} bytes in all; "
         try:
             free = free_bytes(path.parent)
-            full = free < (total or PIECE_BYTES)
+            full = free < (total or CHUNK_BYTES)
             hint += f"{free:,} are free now{'' if full else ': what has run out is a quota, or inodes (`df -i`)'}."
         except OSError:
             hint += "how much is free is not known."
@@ -220,7 +220,7 @@ def _acquire(path: Path, target: Path) -> int:
             # Its last holder may have removed the file between our opening and locking it.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), os.stat(path)):
-                    with contextlib.suppress(OSError):  # on a full disk the lock is held without saying by whom
+                    with contextlib.suppress(OSError):  # on a full disk the lock is held without its holder's number
                         os.ftruncate(fd, 0)
                         os.write(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
                     return fd

@@ -1,4 +1,4 @@
-"""What the small files of an output say: config.json or a sidecar's settings, the model card, and hxaconv.json."""
+"""The small files of an output: config.json or a sidecar's settings, the model card, and hxaconv.json."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def documents(output: Output) -> dict[str, bytes]:
         settings = {key: value for key, value in settings.items() if key not in ("auto_map", "architectures")}
         return {output.sidecar_name: as_bytes(settings | (_loadmodel(output) if output.format == "pth" else {}))}
     code = resources.files("hxaconv") / "model" / "hf"
-    # What a shell's config.json says of the parts that are carried along.
+    # The parts that are carried along, from a shell's config.json.
     shell = record.shell.shell_config if output.shell and record.shell else {}
     found = {name: (code / name).read_bytes() for name in CODE_FILES}
     found["README.md"] = model_card(config, raw, record)
@@ -104,7 +104,7 @@ def documents(output: Output) -> dict[str, bytes]:
 
 
 def _loadmodel(output: Output) -> dict[str, Any]:
-    """The request that RWKV-Infer loads this with, where it knows the variant."""
+    """The request that RWKV-Infer loads this with, where it runs the variant."""
     assert output.student is not None
     config, kind = output.student.student, FOLDER if output.is_folder else PTH
     if config.variant.loaders.get(f"RWKV-Infer, {'HF folder' if output.is_folder else '.pth'}"):
@@ -194,9 +194,9 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote
 
 def calibration_section(report: CalibrationReport) -> str:
     """How near the student is to its teacher, and how the fit of every layer went."""
-    kl, judging = report.distances, report.tokens - report.fitted_tokens
+    kl, validation = report.distances, report.tokens - report.fitted_tokens
     text = (
-        f"Fitted to {report.fitted_tokens} of {report.tokens} tokens; the other {judging} judge. The error of a"
+        f"Fitted to {report.fitted_tokens} of {report.tokens} tokens, validated on {validation}. The error of a"
         " layer's mixer, on the teacher's hidden states, is a share of the energy of the teacher's attention."
     )
     lines = ["## Calibration", "", text, ""]
@@ -293,9 +293,9 @@ def record_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def history_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """The steps that made a checkpoint, the first one first, as their records say; empty where there is none.
+    """The steps that made a checkpoint, the first one first, by their records; empty where there is none.
 
-    A record comes with a checkpoint, from anybody: what is read of it later has to be looked at first.
+    A record comes with a checkpoint, from strangers: its content has to be checked before use.
     """
     try:
         record = record_of(checkpoint)

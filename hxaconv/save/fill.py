@@ -179,7 +179,7 @@ class Filling:
         """Make a tensor's bytes, where they belong; None if it was stopped on the way."""
         fd, checks, sources = file.open(), Checks(fill.recipe.dtype, **self._checksums), fill.recipe.make.sources()
         position = reported = fill.offset
-        for chunk in fill.recipe.pieces(buffers):
+        for chunk in fill.recipe.chunks(buffers):
             if self._stop.is_set():
                 return None
             with file.errors(f"writing {len(chunk)} bytes at {position} ({fill.name})"):
@@ -202,7 +202,7 @@ class Filling:
 class OutputFile:
     """One output file while tensors are written into it, and the descriptor that all of them share.
 
-    It is there before the first byte is written and until the last is synced, so that it hears of every lost page.
+    It is there before the first byte is written and until the last is synced, so that it learns of every lost page.
     """
 
     def __init__(self, layout: FileLayout, path: Path, waiting: int, total: int) -> None:
@@ -211,7 +211,7 @@ class OutputFile:
         """Tensors that are not finished."""
         self.unsynced: list[Finished] = []
         self.failed = False
-        """Whether a sync has failed: a later one that succeeds says nothing about these bytes."""
+        """Whether a sync has failed: a later one that succeeds is no proof for these bytes."""
         self._path, self._total = path, total
         self._lock = threading.Lock()
         self._fd: int | None = None

@@ -37,7 +37,7 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """Once installed, Ctrl-C and SIGTERM raise Interrupted, or wait while deferred.
 
-    While one is under way, further signals are ignored, so that it gets to say what is kept.
+    While one is under way, further signals are ignored, so that its message is printed.
     """
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ def ignore_from_now() -> None:
 
 @contextmanager
 def _handled() -> Iterator[Signals]:
-    """The program's signals, or, in somebody else's program, some that last as long as the block."""
+    """The program's signals, or, in another program, some that last as long as the block."""
     if threading.current_thread() is not threading.main_thread():
         yield Signals()  # signals interrupt the main thread only
     elif _lasting is not None:

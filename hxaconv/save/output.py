@@ -129,7 +129,7 @@ def lay_out(
 ) -> Output:
     """The output of a student, complete but for the bytes.
 
-    `all_tensors` are written to a `training` output only where asked for;
+    `all_tensors` are written to a `training` output only where requested;
     `shards` is a sharding of a folder to keep, None one by size.
 
     Raises:
@@ -198,7 +198,7 @@ def stored_plan(plan: Plan, format: str, *, whole: bool = True) -> Plan:
 
 
 def _check_target(target: Path, format: str, record: Record) -> None:
-    # RWKV-Infer takes a path for a file only where its name says .pth; trainers are not so particular.
+    # RWKV-Infer takes a path for a file only where its name has .pth; trainers are not so particular.
     if format != "hf" and target.suffix not in ((".pth",) if format == "pth" else FILE_SUFFIXES):
         raise HxaconvError(f"{target}: a {format} output is one file", hint="Name it OUT.pth.")
     if format == "hf" and target.suffix in (*FILE_SUFFIXES, ".safetensors"):

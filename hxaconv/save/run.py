@@ -214,7 +214,7 @@ def save(
 
     written = write(output, options, check=check, prepare=prepare, progress=progress)
     left = [
-        f"{path} is left from an interrupted run with other options or sources; delete it if nobody will resume it."
+        f"{path} is left from an interrupted run with other options or sources; delete it unless you will resume it."
         for path in written.leftovers
     ]
     outcome = replace(outcome, written=written, notes=[*outcome.notes, *left])

@@ -152,7 +152,7 @@ def _link_or_copy(source: SourceFile, path: Path) -> None:
     if path.exists():
         if os.path.samefile(source.path, path):
             return
-        path.unlink()  # a copy of an interrupted run: whether it is whole, nobody knows
+        path.unlink()  # a copy of an interrupted run: it may be incomplete
     try:
         os.link(source.path, path)
     except OSError:
@@ -222,7 +222,7 @@ def stagings_at(target: Path) -> list[Staging]:
 
 
 def refuse_other_plans(staging: Staging, record: PlanRecord) -> None:
-    """Say why there is nothing to resume although interrupted runs on this target exist.
+    """The reason why there is nothing to resume although interrupted runs on this target exist.
 
     Raises:
         HxaconvError: when there are such runs.
@@ -279,7 +279,7 @@ def journal(folder: Path, rank: int) -> Iterator[Callable[[Sequence[Finished]], 
 
 
 def read_journals(folder: Path) -> dict[str, Finished]:
-    """The tensors that the journals in a staging folder name; lines cut short by a crash say nothing."""
+    """The tensors that the journals in a staging folder name; lines cut short by a crash are skipped."""
     tensors: dict[str, Finished] = {}
     for path in sorted(folder.glob(f"{_JOURNAL}*")):
         with open(path, "rb") as lines:

@@ -142,7 +142,7 @@ class _Run:
 
     @contextmanager
     def tidy_end(self) -> Iterator[None]:
-        """Errors end with what is kept and how to go on; what is of no use to anybody is removed."""
+        """Errors end with what is kept and how to go on; what is of no use is removed."""
         try:
             yield
         except (checks.NonfiniteError, SourceChanged):
@@ -160,7 +160,7 @@ class _Run:
             raise
 
     def what_is_kept(self) -> str:
-        """Drop the staging folder if nothing in it is worth keeping; say how to go on."""
+        """Drop the staging folder if nothing in it is worth keeping; add how to continue."""
         path, target = self.staging.path, self.staging.target
         if self.published:
             return f"{target} is complete."

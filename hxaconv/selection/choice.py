@@ -143,7 +143,7 @@ def solve(scores: Sequence[float], count: int, rules: Rules) -> tuple[float, tup
             new_run = run + 1 if last >= 0 and gap == 1 else 1
             if layer in rules.exclude or new_run > longest or (last >= 0 and not rules.min_gap <= gap <= max_gap):
                 continue
-            # Runs that no rule counts are not told apart: fewer states.
+            # Runs that no rule counts are not distinguished: fewer states.
             value, layers = rest(layer, new_run if rules.max_consecutive is not None else 1, left - 1)
             value += scores[layer] - (cost(gap) if last >= 0 else 0.0)
             if value > best[0]:

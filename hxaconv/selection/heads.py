@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hxaconv.selection.sweep import Layer
 
 LENGTH = 128
-"""Tokens of a text that is said twice."""
+"""Tokens of a text that is repeated once."""
 SEQUENCES = 8
 FAINT = 0.1
 """A head that copies less often than this is not a copying head."""
@@ -72,7 +72,7 @@ def entropy_and_distance(normed: Tensor, get: Get, config: ModelConfig, layer: i
 def copying(at: Layer) -> list[float]:
     """Per head, the share of queries whose most attended earlier position, 0 aside, is the expected one.
 
-    The tokens are said twice, see `twice`. Expected is the position right behind the first occurrence of the query's
+    The tokens are repeated once, see `twice`. Expected is the position right behind the first occurrence of the query's
     token; queries of the first time are not counted.
     """
     num_tokens, length = at.ids.shape[1], at.ids.shape[1] // 2

@@ -147,7 +147,7 @@ def _cells(
     if faulty and max(map(header.index, columns["rawMSE"].values())) > min(scales):
         raise HxaconvError(
             f"training log {path}: {faulty} rows have {len(short)} fields under a header of {len(header)}, whose names"
-            " do not stand in the order rawMSE, scale: which field is which cannot be told",
+            " do not stand in the order rawMSE, scale: which field is which is unknown",
             hint="Give the header one name per field, in the order of the rows.",
         )
     names = {len(short): short, len(header): header}

@@ -36,7 +36,7 @@ UNCALIBRATED = (
 )
 HARMFUL = (
     "putting attention back makes the student worse in {count} of {total} layers: its RWKV layers compensate for"
-    " each other, so that restore-one KL says little. {remedy}"
+    " each other, so that restore-one KL is a weak measure. {remedy}"
 )
 NOT_PLAIN = (
     "No layer is plain any more, so calibrating is no way out: score with --strategy nll or --kl-mode convert, on more"
@@ -66,7 +66,7 @@ class Given:
     cache: Path | None = None
     """Where an interrupted pass leaves its state, and a finished one its scores; the caller removes it."""
     check: Callable[[], None] = lambda: None
-    """Called between steps; raises KeyboardInterrupt when somebody asks to stop."""
+    """Called between steps; raises KeyboardInterrupt after a signal."""
     progress: Progress | None = None
 
     @property
@@ -106,7 +106,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A way to rank layers. `high` says whether layers with high numbers are the ones to keep as attention."""
+    """A way to rank layers. `high`: whether layers with high numbers are the ones to keep as attention."""
 
     meaning: str
     needs: frozenset[str] = frozenset()
@@ -182,7 +182,7 @@ BY_THE_WAY = ("mse", "influence", "entropy", "distance")
 
 @ranking("share of copied tokens that the best heads find again")
 def retrieval(given: Given) -> Found:
-    """A layer scores the sum of its best max(1, H // 16) heads on texts that are said twice."""
+    """A layer scores the sum of its best max(1, H // 16) heads on repeated texts."""
     from hxaconv.selection.heads import FAINT, copying, separator_of, twice
     from hxaconv.selection.sweep import Sweep
 
@@ -226,13 +226,13 @@ def kl(given: Given) -> Found:
 KL_CONVERT = "how far the teacher's distribution moves when this layer alone becomes RWKV"
 
 
-@ranking("what attention in this layer is worth to the NLL of tokens said a second time", needs=WITH_STUDENT)
+@ranking("what attention in this layer is worth to the NLL of repeated tokens", needs=WITH_STUDENT)
 def nll(given: Given) -> Found:
     """NLL of answer tokens far behind what gives them away, as each layer alone of the teacher becomes RWKV.
 
     After arXiv 2606.27791, which scores a layer by the NLL of answer tokens in long prompts when the layer alone gets
     a sliding window, and trains nothing. Here the layer becomes the RWKV layer that will replace it, and the answers
-    are random tokens of the text said again, so that no questions are needed and nothing but recall knows them.
+    are repeated random tokens of the text, so that no questions are needed and only recall predicts them.
     """
     return swept(given, "nll", "convert")
 

@@ -98,7 +98,7 @@ def score(
 
     Raises:
         HxaconvError: when the strategy needs something that is not given.
-        Interrupted: on Ctrl-C or SIGTERM; says what is kept.
+        Interrupted: on Ctrl-C or SIGTERM; with what is kept.
     """
     progress, wanted = call.progress, needs(choice.strategy)
     given = Given(
@@ -123,7 +123,7 @@ def score(
     given_where = f" of {Path(named).name}" if named else ", given in memory"
     where = given_where if probe.given else f", random, seed {values.seed}"
     described.append(f"scored on {ids.size} tokens{where}")
-    notes = [f"{probe.tokens} tokens are asked for, {ids.size} are used."] if ids.size != probe.tokens else []
+    notes = [f"{probe.tokens} tokens are requested, {ids.size} are used."] if ids.size != probe.tokens else []
     if cache is None:
         notes.append("Scores are kept nowhere: with --save MAP.toml, interrupted scoring would go on where it stopped.")
     if progress is not None:

@@ -34,7 +34,7 @@ from hxaconv.progress import Progress, bar
 from hxaconv.selection.heads import entropy_and_distance
 
 NEEDLE, NEEDLES = 64, 2
-"""Tokens that are said again, and how often that is tried."""
+"""Tokens that are repeated, and how often that is tried."""
 FIRSTS = ("base", "fork 0", "teacher")
 """Whose v_first and k_first are kept: those of base and of all forks after layer 0; those of fork 0, whose first RWKV
 layer is layer 1; what layer 0 of the student makes of the teacher's stream."""
@@ -49,7 +49,7 @@ Step = Callable[[int, str], None]
 def needles(ids: Tensor, count: int = NEEDLES) -> tuple[Tensor, int]:
     """(random tokens of a text (B, T) said twice, (count, 2D); the first place that counts).
 
-    The first eighth of the second time is not counted: nothing tells yet that it is one.
+    The first eighth of the second time is not counted: it cannot be recognised as a repetition yet.
     """
     known, random = torch.unique(ids.cpu()), torch.Generator().manual_seed(0)
     length = max(2, min(NEEDLE, ids.shape[1] // 2))

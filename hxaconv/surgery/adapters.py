@@ -39,8 +39,8 @@ _PISSA_INIT = "init_pissa.pth"
 def read_adapter(spec: str, scale: float | None = None, *, kinds: Mapping[int, str] | None = None) -> Adapter:
     """The adapter in a folder or a file, its tensors under canonical names.
 
-    `scale` multiplies the product B A: on top of what adapter_config.json says, or, for files of RWKV trainers, which
-    do not say it, as the whole factor. `kinds` are the base's layer kinds.
+    `scale` multiplies the product B A: on top of that in adapter_config.json, or, for files of RWKV trainers, which
+    have none, as the whole factor. `kinds` are the base's layer kinds.
 
     Raises:
         HxaconvError: when it is no adapter, of a kind that is not merged, incomplete, or its scale is not known.
@@ -202,7 +202,7 @@ def _peft_scale(module: str, parts: Mapping[str, Recipe], config: Mapping[str, A
         problems.append(f"{module}: r {rank!r} and lora_alpha {alpha!r} make no scale")
         return 0.0
     if a is not None and a.shape[:1] != (rank,):
-        problems.append(f"{module}: A has {list(a.shape)}, {ADAPTER} says rank {rank}")
+        problems.append(f"{module}: A has {list(a.shape)}, {ADAPTER} has rank {rank}")
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
@@ -247,7 +247,7 @@ def _rwkv(found: _Opened, scale: float | None, kinds: Mapping[int, str] | None) 
     raise_all(f"{where} is not complete, or not merged here:", problems, hint="An adapter has pairs lora_A and lora_B.")
     if needs_scale and scale is None:
         raise HxaconvError(
-            f"{where} does not say what its product B A is multiplied by",
+            f"{where} does not record what its product B A is multiplied by",
             hint="Give --adapter-scale: peft_scaling of RWKVInside's config, lora_alpha / lora_r of RWKV-PEFT.",
         )
     if scale is not None and not needs_scale:

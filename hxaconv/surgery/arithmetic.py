@@ -67,14 +67,14 @@ class Scaled:
     factor: float
     kind: str = "scale"
 
-    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
-        """Each piece of the source, converted in a buffer that is used again."""
+    def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
+        """Each chunk of the source, converted in a buffer that is used again."""
         read_dtype, write_dtype = torch_dtype(self.source_dtype), torch_dtype(self.dtype)
         room = torch.frombuffer(buffers.compute, dtype=write_dtype)
         products = torch.empty(len(buffers.read) // read_dtype.itemsize, dtype=_product_dtype(self.source_dtype))
         with one_thread():
-            for piece in self.source.pieces(buffers):
-                values = _values(piece, read_dtype)
+            for chunk in self.source.chunks(buffers):
+                values = _values(chunk, read_dtype)
                 out = room[: len(values)]
                 # bf16 to fp16 too goes by way of float32: torch is three times as fast there.
                 if self.factor != 1.0 or (values.dtype != products.dtype != out.dtype):
@@ -98,7 +98,7 @@ class Computed:
     kind: str = "init"
     files: tuple[SourceFile, ...] = ()
 
-    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
+    def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
         """The finished tensor's bytes."""
         with one_thread():
             values = self.function().to(torch_dtype(self.dtype)).contiguous()
@@ -141,7 +141,7 @@ def computed(function: Callable[[], torch.Tensor], dtype: str, shape: tuple[int,
 
 
 SERIAL_BYTES = 60 * 1024
-"""A piece that torch handles on the calling thread: from 32,768 elements on it would split each one over all
+"""A chunk that torch handles on the calling thread: from 32,768 elements on it would split each one over all
 threads, whose barriers cost many times the work on a machine with other things to do."""
 
 _LOCAL = threading.local()
@@ -151,23 +151,23 @@ def tensor(recipe: Recipe, *, dtype: torch.dtype | None = None, into: torch.Tens
     """Make a recipe's tensor in memory: (shape), in `dtype` or its own; filled into `into` where given.
 
     `into` is a flat tensor of at least recipe.numel elements that is used again for the next weight;
-    its dtype counts. Pieces are converted one at a time, so that no second copy is needed.
+    its dtype counts. Chunks are converted one at a time, so that no second copy is needed.
     """
     if not hasattr(_LOCAL, "buffers"):
         _LOCAL.buffers = Buffers(SERIAL_BYTES)
     source = torch_dtype(recipe.dtype)
     flat = torch.empty(recipe.numel, dtype=dtype or source) if into is None else into[: recipe.numel]
     done = 0
-    for piece in recipe.pieces(_LOCAL.buffers):
-        values = _values(piece, source)
+    for chunk in recipe.chunks(_LOCAL.buffers):
+        values = _values(chunk, source)
         flat[done : done + len(values)].copy_(values)
         done += len(values)
     return flat.view(recipe.shape)
 
 
-def _values(piece: memoryview, dtype: torch.dtype) -> torch.Tensor:
+def _values(chunk: memoryview, dtype: torch.dtype) -> torch.Tensor:
     # torch warns about buffers it could write to by mistake; a copy is a writable one.
-    return torch.frombuffer(bytearray(piece) if piece.readonly else piece, dtype=dtype)
+    return torch.frombuffer(bytearray(chunk) if chunk.readonly else chunk, dtype=dtype)
 
 
 def tensor_rows(recipe: Recipe, indices: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:

@@ -98,14 +98,14 @@ def _recipe(
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A random matrix that is made where it is first asked for, and read from a file from then on."""
+    """A random matrix that is made at its first use, and read from a file from then on."""
 
     make: Computed
     path: Path
     nbytes: int
     kind: str = "init"
 
-    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
+    def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
         """The matrix's bytes."""
         if not self.path.is_file() or self.path.stat().st_size != self.nbytes:
             self._fill(buffers)
@@ -117,8 +117,8 @@ class Kept:
         self.path.parent.mkdir(exist_ok=True)
         beside = self.path.with_name(f"{self.path.name}.{os.getpid()}-{threading.get_ident()}")
         with open(beside, "wb") as file:
-            for piece in self.make.pieces(buffers):
-                file.write(piece)
+            for chunk in self.make.chunks(buffers):
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self.path)
@@ -129,7 +129,7 @@ class Kept:
 
 
 def made_once(plan: Plan, folder: Path) -> Plan:
-    """The plan, each of whose random matrices is made once, whoever asks for it how often; they stand in `folder`."""
+    """The plan, each of whose random matrices is made once, however often it is used; they stand in `folder`."""
 
     def kept(recipe: Recipe) -> Recipe:
         made = recipe.make.function if isinstance(recipe.make, Computed) else None

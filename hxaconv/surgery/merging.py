@@ -202,8 +202,8 @@ class Merged:
         dtype = "F64" if self.base.dtype == "F64" else "F32"
         return replace(self, dtype=dtype), dtype
 
-    def pieces(self, buffers: Buffers) -> Iterator[memoryview]:
-        """The merged rows, in pieces no longer than the buffers buffer."""
+    def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
+        """The merged rows, in chunks no longer than the buffers buffer."""
         step = len(buffers.read) // 16 * 16
         with one_thread():
             changes = self._load()

@@ -1,4 +1,4 @@
-"""A student in another shape: other GQA layers, another dtype, MLPs padded for loaders that want it so."""
+"""A student in another shape: other GQA layers, another dtype, MLPs padded for loaders that need it."""
 
 from __future__ import annotations
 

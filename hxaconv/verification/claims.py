@@ -88,9 +88,9 @@ def is_copy(made: Tensor, origin: Tensor) -> bool:
 
 
 def is_multiple(made: Tensor, origin: Tensor) -> bool:
-    """Whether `made` is origin times one factor, whatever it is, each value as near as its dtype can say.
+    """Whether `made` is origin times one factor, whatever it is, each value as near as its dtype allows.
 
-    Values of the origin that are not finite tell nothing, and are left out.
+    Values of the origin that are not finite are left out.
     """
     if made.shape != origin.shape:
         return False
@@ -103,7 +103,7 @@ def is_multiple(made: Tensor, origin: Tensor) -> bool:
         a, b = torch.where(torch.isfinite(b), a, 0.0), torch.where(torch.isfinite(b), b, 0.0)
         if factor is None:
             squares = float(b.double().square().sum())
-            # Thousands of rounded values say the factor better than their dtype could.
+            # Thousands of rounded values determine the factor better than their dtype.
             factor = float((a.double() * b.double()).sum()) / squares if squares else None
         wanted = b * (factor or 0.0)
         if not bool(((a - wanted).abs() <= step * (wanted.abs() + limits.tiny)).all()):
@@ -173,7 +173,7 @@ def is_initial(name: str, values: Tensor, config: StudentConfig, *, exact: bool 
 def departure(name: str, values: Tensor, origins: Mapping[str, Tensor], config: StudentConfig) -> str | None:
     """What a tensor of an RWKV layer would be as `init-from-teacher` makes it, with any factor and seed; None if it is.
 
-    `origins` are the teacher's tensors; records of the layer say nothing.
+    `origins` are the teacher's tensors; records of the layer are left out.
     """
     part = part_of_mixer(name)
     if part in FACTORS | NORMS:
@@ -243,20 +243,20 @@ def _to_come(made: Recipe, origin: Recipe) -> float | None:
 
 @dataclass
 class Claim:
-    """What is said of some tensors of the model that was made; subclasses say when it `holds` of one."""
+    """A statement about some tensors of the model that was made; subclasses define when it `holds` of one."""
 
     check: str
     """The name of the check that it becomes in the report."""
     good: str
     bad: str
-    """What is said of the tensors of which it holds, and of those of which it does not."""
+    """The words for tensors of which it holds, and for those of which it does not."""
     wanted: Callable[[str], bool]
     """Of which tensors, by canonical name."""
     _: KW_ONLY
     role: str = ORIGIN
     """Whose tensors they are held against."""
     complete: bool = False
-    """Whether it also says that everything the other has is there."""
+    """Whether it also claims that everything the other has is there."""
     held: dict[str, bool] = field(default_factory=dict)
     lacking: list[str] = field(default_factory=list)
 
@@ -348,7 +348,7 @@ class Initial(Claim):
 class States:
     """What has happened to the attention of every layer: `untrained` (GQA: `kept`), `calibrated` or `trained`.
 
-    `calibrated` are layers of which a record says so, and of which nothing else has changed.
+    `calibrated` are calibrated layers by a record, of which nothing else has changed.
     """
 
     config: StudentConfig
@@ -356,7 +356,7 @@ class States:
     found: dict[int, str] = field(default_factory=dict)
 
     def look(self, walk: Walk) -> None:
-        """Judge the layer at hand."""
+        """Check the layer at hand."""
         made = {name: held.values for name, held in walk.held(MADE).items() if is_attention(name)}
         origin = {name: held.values for name, held in walk.held(ORIGIN).items()}
         layers = {layer_index(name) for name in made}
@@ -376,7 +376,7 @@ class States:
         self.found[layer] = before if not parts else "calibrated" if fitted else "trained"
 
     def conclude(self, report: Report) -> None:
-        """Say it; nothing of it is wrong."""
+        """The check, passed or failed."""
         report.attention = dict(self.found)
         if self.found:
             report.check("attention", True, self.sentence())

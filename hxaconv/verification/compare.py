@@ -36,7 +36,7 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """What lets a comparison pass; what is None is judged only where the expectation says so."""
+    """What lets a comparison pass; what is None is checked only where the expectation has a limit."""
 
     logits: float | None = None
     """Largest difference of a logit."""
@@ -96,7 +96,7 @@ def compare_models(
 
     `expect` is identical, close or report; None: identical for the same architecture, else report.
     `claims` are about the source, the other, and models `beside` them by role; each becomes a check.
-    Without `each_layer`, a student's RWKV layers are not fed the teacher's input as well, which tells nothing of
+    Without `each_layer`, a student's RWKV layers are not fed the teacher's input as well, which shows nothing of
     untrained ones.
 
     Raises:
@@ -169,7 +169,7 @@ def _config_differences(source: ModelConfig, other: ModelConfig, may_differ: Col
 
 
 def _check_tensors(report: Report, model: Model) -> None:
-    """Names, shapes and dtypes, against what the architecture says independently of any recipe."""
+    """Names, shapes and dtypes, against the architecture, independently of any recipe."""
     expected, plan = expected_tensors(model.config), model.plan
     if HEAD in plan and HEAD not in expected:
         same = EMBEDDING in plan and same_bytes(plan[HEAD], plan[EMBEDDING])
@@ -203,7 +203,7 @@ def _check_config(report: Report, config: ModelConfig) -> None:
     report.problems("config", problems, "consistent")
 
 
-# --- After it: what an expectation and its limits say ----------------------------------------------------------------
+# --- After it: what an expectation and its limits add ----------------------------------------------------------------
 
 
 def _same_tensors(report: Report, *, exactly: bool) -> None:

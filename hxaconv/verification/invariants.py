@@ -93,7 +93,7 @@ class Made:
 
 @dataclass(slots=True)
 class History:
-    """What a student's own record says of its layers; nothing is known where it is empty."""
+    """A student's own record of its layers; nothing is known where it is empty."""
 
     made: list[Made] = field(default_factory=list)
     refitted: frozenset[int] = frozenset()
@@ -105,7 +105,7 @@ class History:
     def read(cls, steps: Iterable[Mapping[str, Any]]) -> History:
         """The steps of a record, the first one first.
 
-        It comes with a checkpoint, from anybody: where it is not as this package writes it, nothing is known.
+        It comes with a checkpoint, from strangers: where it is not as this package writes it, nothing is known.
         """
         found = cls()
         try:
@@ -205,7 +205,7 @@ def _explain(report: Report, *, plain: bool = False) -> None:
     if plain and logits.kl_other_source > 0.5 * logits.kl_attention_zeroed:
         text += (
             " On text, a plain initialisation is expected near that zero-ablation baseline (random tokens show less):"
-            " its RWKV layers have learned nothing yet, which says nothing against the conversion. Training brings the"
+            " its RWKV layers have learned nothing yet, which is no fault of the conversion. Training brings the"
             " number down."
         )
     report.notes.append(text)
@@ -241,7 +241,7 @@ def against_teacher(
         each_layer=False,
         progress=progress,
     )
-    if ids is not None:  # of random tokens, KL says little of text
+    if ids is not None:  # KL on random tokens does not carry over to text
         _explain(report)
     check_settings(report, whole.student, teacher.config)
     check_gqa_layers(report, without=without_gqa)

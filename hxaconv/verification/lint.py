@@ -42,7 +42,7 @@ SWITCHES = {
     "attention_out_bias": (".output.bias", ".o_proj.bias"),
     "mlp_bias": (".up_proj.bias",),
 }
-"""What config.json has to say where there are such tensors."""
+"""What config.json has to hold where there are such tensors."""
 
 FUSED = ("w1", "a1", "v1", "k1", "g1")
 """Low-rank matrices that RWKV-Infer concatenates in every RWKV layer."""
@@ -68,7 +68,7 @@ FORK_CLASSES = ("Hrwkv079HybridForCausalLM", "HrwkvMoeHybridForCausalLM")
 class Finding:
     """Something a loader stumbles over: `what` is wrong, `where`, and what to `do`.
 
-    `blocks` says whether the loader fails (or computes something else), or only needs care.
+    `blocks`: whether the loader fails (or computes something else), or only needs care.
     """
 
     what: str
@@ -122,7 +122,7 @@ class _Reading:
         self.findings: list[Finding] = []
 
     def add(self, what: str, do: str, *, where: str = "", blocks: bool = True) -> None:
-        """Note something; where it is not said, the checkpoint as a whole."""
+        """Note something; without a place, of the checkpoint as a whole."""
         self.findings.append(Finding(what, where or self.name, do, blocks))
 
     def verdict(self, settings: tuple[str, ...] = (), releases: tuple[str, ...] = ()) -> Verdict:
@@ -190,7 +190,7 @@ class _Reading:
             if checkpoint.container != "legacy":
                 return self.verdict()
         if not all(".pth" in file.name for file in checkpoint.files) or len(checkpoint.files) != 1:
-            self.add("RWKV-Infer wants one file whose name contains '.pth'", convert)
+            self.add("RWKV-Infer needs one file whose name contains '.pth'", convert)
         if checkpoint.key_format != "rwkv":
             self.add(f"tensor names are of the {checkpoint.key_format} key format", convert)
         inside, beside = checkpoint.extra.get("nested_under"), checkpoint.extra.get("ignored")
@@ -205,7 +205,7 @@ class _Reading:
         what = "releases from 2025-09-16 on look for tie_word_embeddings, which a .pth cannot carry, and fail"
         do = "Use an earlier release, or a folder made with `hxaconv to-hf`."
         self.add(what, do, where="RWKV-Infer", blocks=False)
-        known, silent = self.config, "(the file does not say; default 1e"
+        known, silent = self.config, "(not in the file; default 1e"
         theta = f"rope_theta={known.rope_theta:.10g}" if known else f"rope_theta {silent}6)"
         eps = f"rms_norm_eps={known.rms_norm_eps:g}" if known else f"rms_norm_eps {silent}-6)"
         return self.verdict((theta, eps), self._releases(PTH))
@@ -221,8 +221,8 @@ class _Reading:
         do = "Compare its logits before you rely on it."
         self.add("nothing of it was run here", do, where="the fork")
         if not set(classes) & set(FORK_CLASSES):
-            what = f"its converter knows the architectures {' and '.join(FORK_CLASSES)}, here are {classes}"
-            self.add(what, "Give the converter a copy of the folder that says so.", where="config.json")
+            what = f"its converter has the architectures {' and '.join(FORK_CLASSES)}, here are {classes}"
+            self.add(what, "Give the converter a copy of the folder with one of these.", where="config.json")
         return self.verdict(releases=(FORK[self.variant],))
 
     # --- What several of them ask
@@ -267,7 +267,7 @@ class _Reading:
                 self.add(f"{file}, which auto_map names, is not there", again)
 
     def _other_variant(self) -> None:
-        """Why a variant does not run there; it stays what it is, whatever the loader knows."""
+        """Why a variant does not run there; the checkpoint is valid all the same."""
         known = VARIANTS.get(self.variant)
         reason = f"it does not know {self.variant}" if known is None else known.loaders.get(self.loader)
         if reason is not None:

@@ -1,4 +1,4 @@
-"""What a verification found, as plain data: for JSON, for hxaconv.json, and for whoever draws it."""
+"""What a verification found, as plain data: for JSON, hxaconv.json, tables and plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hxaconv.progress import Result
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One statement that was put to the test; `detail` says what was found, and where."""
+    """One statement that was checked; `detail` is what was found, and where."""
 
     name: str
     passed: bool

@@ -1,4 +1,4 @@
-"""The specification said a second time, literally: what checks hold an output against.
+"""The specification a second time, literally: what checks compare an output with.
 
 Nothing here comes from the code that writes: names, formulas, spellings and checksums are stated anew from
 docs/hxa079.md (section numbers below) and from the published code that it names, so that a mistake in a table that
@@ -198,7 +198,7 @@ def config_values(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Stored(Protocol):
-    """A tensor as far as its header tells."""
+    """A tensor as described by its header."""
 
     @property
     def dtype(self) -> str: ...
@@ -207,7 +207,7 @@ class Stored(Protocol):
 
 
 def shape_values(tensors: Mapping[str, Stored], *, dtypes: bool = True) -> dict[str, Any]:
-    """The same, as far as the tensors of a student say it: what no config can talk away. Canonical names."""
+    """The same, from the tensors of a student alone, whatever its config claims. Canonical names."""
 
     def one(ending: str) -> tuple[int, ...] | None:
         return next((tensor.shape for name, tensor in tensors.items() if name.endswith(ending)), None)
@@ -250,25 +250,25 @@ _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.up_proj\.weight$")
 
 
 def wrong_values(expected: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> list[str]:
-    """What a config.json, or a sidecar, says otherwise than it has to, as sentences."""
+    """Where a config.json, or a sidecar, differs from what it has to hold, as sentences."""
     found = config_values(raw)
     return [
-        f"{where} says {what} {found[what]!r}, expected {value!r}"
+        f"{where} has {what} {found[what]!r}, expected {value!r}"
         for what, value in expected.items()
         if found[what] != value or isinstance(found[what], bool) != isinstance(value, bool)
     ]
 
 
-# --- Files: what their own formats say of themselves ----------------------------------------------------------------
+# --- Files: what their own formats imply ----------------------------------------------------------------
 
 
 def wrong_index(folder: Path) -> list[str]:
-    """What the index of a folder says otherwise than its shards, read by their headers alone."""
+    """Where the index of a folder differs from its shards, read by their headers alone."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return []
-    said, found, total, problems = json.loads(index.read_bytes()), dict[str, str](), 0, []
-    for file in sorted(set(said["weight_map"].values())):
+    listed, found, total, problems = json.loads(index.read_bytes()), dict[str, str](), 0, []
+    for file in sorted(set(listed["weight_map"].values())):
         with open(folder / file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
@@ -277,14 +277,14 @@ def wrong_index(folder: Path) -> list[str]:
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         total += sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
         if 8 + length + end != (folder / file).stat().st_size:
-            problems.append(f"{file} does not end where its header says, at byte {8 + length + end}")
-    if found != said["weight_map"]:
-        both = {*found, *said["weight_map"]}
-        names = sorted(name for name in both if found.get(name) != said["weight_map"].get(name))
+            problems.append(f"{file} does not end where its header implies, at byte {8 + length + end}")
+    if found != listed["weight_map"]:
+        both = {*found, *listed["weight_map"]}
+        names = sorted(name for name in both if found.get(name) != listed["weight_map"].get(name))
         problems.append(f"the index names other files than hold {', '.join(names[:3])}")
-    announced = (said.get("metadata") or {}).get("total_size", total)
+    announced = (listed.get("metadata") or {}).get("total_size", total)
     if announced != total:
-        problems.append(f"the index says {announced} bytes, the tensors have {total}")
+        problems.append(f"the index has {announced} bytes, the tensors have {total}")
     return problems
 
 

@@ -36,7 +36,7 @@ class OutputCheck:
     verify: Verify
 
     def settings(self, output: Output, raw: Mapping[str, Any], where: str) -> list[str]:
-        """What the settings on disk say of the model against what was asked, by the literal specification."""
+        """The settings on disk against the requested ones, by the literal specification."""
         assert output.student is not None
         return specification.wrong_values(intended(output.student.student, output.dtype), raw, where)
 
@@ -58,7 +58,7 @@ class OutputCheck:
 
 
 def _let_nonfinite_pass(report: Report) -> None:
-    """Turn checks that NaN and Inf alone make fail into passed ones that say so; those of bits still count."""
+    """Turn checks that NaN and Inf alone make fail into passed ones with that remark; those of bits still count."""
     numeric = {"finite weights", "finite logits", "logits", "layers", "GQA layers"}
     if any(not check.passed and check.name.startswith("finite") for check in report.checks):
         report.checks = [
@@ -102,7 +102,7 @@ def check_output(
     if HEAD not in wanted and EMBEDDING in wanted:
         wanted[HEAD] = wanted[EMBEDDING]
     wrong = [
-        f"{name} is {found.dtype} {found.shape}, asked for is {wanted[name].dtype} {wanted[name].shape}"
+        f"{name} is {found.dtype} {found.shape}, expected {wanted[name].dtype} {wanted[name].shape}"
         for name, found in checkpoint.plan.items()
         if name in wanted and (found.dtype, found.shape) != (wanted[name].dtype, wanted[name].shape)
     ]
@@ -112,7 +112,7 @@ def check_output(
     if raw:
         expected = intended(asked.student, dtype) | specification.shape_values(checkpoint.plan, dtypes=False)
         wrong = specification.wrong_values(expected, raw, where)
-        files.problems("settings as asked", wrong, f"{where} says them all")
+        files.problems("settings as asked", wrong, f"{where} has them all")
     _check_files(files, checkpoint)
     if not files.passed:
         return files
@@ -122,15 +122,15 @@ def check_output(
 
 
 def check_own(report: Report, checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> None:
-    """Add what the files of a student say of it by themselves: config against tensors, names, figures of the container.
+    """Add what the files of a student show by themselves: config against tensors, names, figures of the container.
 
-    `provenance` is its record, which knows the digests of tensors and small files.
+    `provenance` is its record, with the digests of tensors and small files.
     """
     raw, where = _settings_of(checkpoint)
     if raw:
-        said, implied = specification.config_values(raw), specification.shape_values(checkpoint.plan)
-        wrong = specification.wrong_values({k: v for k, v in implied.items() if said[k] is not None}, raw, where)
-        report.problems("config and tensors", wrong, f"{where} says what the tensors show")
+        held, implied = specification.config_values(raw), specification.shape_values(checkpoint.plan)
+        wrong = specification.wrong_values({k: v for k, v in implied.items() if held[k] is not None}, raw, where)
+        report.problems("config and tensors", wrong, f"{where} agrees with the tensors")
     if checkpoint.key_format == "rwkv":
         _check_names(report, checkpoint)
     check_dtypes(report, checkpoint, provenance)
@@ -141,16 +141,16 @@ def check_own(report: Report, checkpoint: Checkpoint, provenance: Mapping[str, A
 
 
 def check_dtypes(report: Report, checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> None:
-    """Add whether tensors of another dtype than the model's are what somebody meant.
+    """Add whether tensors of another dtype than the model's are intended.
 
     Trainers leave some in float32, which is noted. A tensor of the other 16-bit type contradicts the config, and one
     whose recorded digest is not that of its bytes was cast since: both are wrong.
     """
     raw, where = _settings_of(checkpoint)
-    said = BY_TORCH_NAME.get(str(raw.get("torch_dtype") or raw.get("dtype")))
+    named = BY_TORCH_NAME.get(str(raw.get("torch_dtype") or raw.get("dtype")))
     usual = main_dtype(checkpoint.plan)
     recorded: Mapping[str, str | None] = {}
-    with contextlib.suppress(HxaconvError):  # a record of another form tells nothing
+    with contextlib.suppress(HxaconvError):  # a record of another form is not used
         recorded = _recorded(provenance, checkpoint.label)
     wrong, odd = [], []
     for name, recipe in checkpoint.plan.items():
@@ -162,8 +162,8 @@ def check_dtypes(report: Report, checkpoint: Checkpoint, provenance: Mapping[str
         if algorithm in DIGESTS[:-1]:
             if then != digest(recipe, algorithm):
                 wrong.append(f"{name} is {recipe.dtype}, and not as it was written")
-        elif said is not None and said.name == usual and {usual, recipe.dtype} == {"F16", "BF16"}:
-            wrong.append(f"{name} is {recipe.dtype}, {where} says {said.torch_name}")
+        elif named is not None and named.name == usual and {usual, recipe.dtype} == {"F16", "BF16"}:
+            wrong.append(f"{name} is {recipe.dtype}, {where} has {named.torch_name}")
     if odd and not wrong:
         report.notes.append(f"{len(odd)} tensors are not {usual}, as the others are: {shortened(odd)}")
     good = f"{len(checkpoint.plan) - len(odd)} of {len(checkpoint.plan)} tensors are {usual}"
@@ -171,7 +171,7 @@ def check_dtypes(report: Report, checkpoint: Checkpoint, provenance: Mapping[str
 
 
 def _settings_of(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
-    """What config.json, or a sidecar, says, and what it is called; nothing where there is none."""
+    """The content of config.json, or of a sidecar, and its name; nothing where there is none."""
     if checkpoint.config is not None:
         return checkpoint.config, "config.json"
     return checkpoint.sidecar or {}, "the sidecar"
@@ -366,8 +366,8 @@ def digest(recipe: Recipe, algorithm: str, progress: Progress | None = None, wha
     if algorithm not in DIGESTS[:-1]:
         raise HxaconvError(f"unknown digest {algorithm!r}", hint=f"Known: {', '.join(DIGESTS[:-1])}.")
     checks = Checks(recipe.dtype, crc32=algorithm == "crc32", sha256=algorithm == "sha256", finite=False)
-    for piece in recipe.pieces(Buffers()):
-        checks.update(piece)
+    for chunk in recipe.chunks(Buffers()):
+        checks.update(chunk)
         if progress:
-            progress.advance(len(piece), what)
+            progress.advance(len(chunk), what)
     return str(checks.finished(what).digest(algorithm))

@@ -485,7 +485,7 @@ case(name="no_metadata", what="a safetensors header with `__metadata__: null`, o
      build=_header(lambda header: header.pop("__metadata__")))
 case(name="trailing_bytes", what="a safetensors file longer or shorter than its header says", outcome=REFUSED,
      do="download it again", met="ComfyUI#15602", build=_header(lambda header: None, bytes(8)),
-     words=("longer than its header says",))
+     words=("longer than its header implies",))
 
 # --- config.json ------------------------------------------------------------------------------------
 

@@ -252,8 +252,8 @@ FAULTS = (
     Fault(
         "padding that is not zero",
         "model/plan.py",
-        "zeros = memoryview(bytearray(min(count, PIECE_BYTES)))",
-        "zeros = memoryview(bytearray(b'\\x01' * min(count, PIECE_BYTES)))",
+        "zeros = memoryview(bytearray(min(count, CHUNK_BYTES)))",
+        "zeros = memoryview(bytearray(b'\\x01' * min(count, CHUNK_BYTES)))",
         "to-hf, padded",
     ),
     Fault(

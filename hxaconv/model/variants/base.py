@@ -62,7 +62,7 @@ class Parameter:
     initial: float | Orthogonal | Formula | None
     """Its published initial value; None where none is published."""
     optional: bool = False
-    """Whether it is there only where `layer_records` says so."""
+    """Whether it is there only where `layer_records` is true."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ class Variant:
     """Everything that is particular to one variant of the RWKV layer; the rest of a model all variants share."""
 
     name: str
-    """What `rwkv_architecture` in config.json says."""
+    """`rwkv_architecture` in config.json."""
     summary: str
     """One line for people."""
     parameters: tuple[Parameter, ...]
