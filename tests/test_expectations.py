@@ -196,6 +196,11 @@ def test_what_was_written_in_two_dtypes_is_as_it_was_written(made: Path, tmp_pat
         assert report.passed and any(RECORDED in note for note in report.notes), report.reason
     change(tmp_path / "folder", RECORDED, lambda values: values.half())
     assert failing(hxaconv.verify(str(tmp_path / "folder"))) == {"dtypes and config"}
+    # The same bytes under another dtype, which a digest of bytes does not see.
+    change(tmp_path / "folder", RECORDED, lambda values: values.float().bfloat16())
+    hxaconv.to_hf(str(tmp_path / "folder"), str(tmp_path / "again"), verify=False)
+    change(tmp_path / "again", RECORDED, lambda values: values.view(torch.float16))
+    assert failing(hxaconv.verify(str(tmp_path / "again"))) == {"dtypes and config"}
 
 
 def test_only_a_record_makes_a_change_a_calibration(made: Path, tmp_path: Path) -> None:
@@ -242,3 +247,20 @@ def test_a_record_of_initial_values_that_the_variant_does_not_have(made: Path, t
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"rwkv_architecture": "hxa07d"}))  # the tensors are alike
     assert {"initial values", "recorded files"} <= failing(verify(folder))
+
+
+def test_a_tensor_that_the_record_lists_is_missed_though_a_teacher_has_it(made: Path, tmp_path: Path) -> None:
+    path = tmp_path / "student.pth"
+    hxaconv.to_pth(str(made), str(path), verify=False)
+    assert hxaconv.verify(str(path), teacher=str(TEACHER)).passed
+    state = torch.load(path, weights_only=True)
+    del state["head.weight"]
+    torch.save(state, path)
+    report = hxaconv.verify(str(path), teacher=str(TEACHER))
+    assert "head.weight is recorded and not there" in report.reason
+
+
+def test_a_zero_of_the_other_sign_is_not_to_the_bit(made: Path, tmp_path: Path) -> None:
+    folder = copy(made, tmp_path)
+    change(folder, "model.layers.1.self_attn.w1", lambda values: -values)
+    assert failing(verify(folder)) == {"initial values"}

@@ -152,7 +152,8 @@ def is_initial(name: str, values: Tensor, config: StudentConfig, *, exact: bool 
     if part == "head_size_record":
         wanted = float(config.head_dim)
     if isinstance(wanted, float):
-        return bool((values == torch.tensor(wanted, dtype=values.dtype)).all())
+        constant = torch.tensor(wanted, dtype=values.dtype)
+        return same_bits(values, constant.expand_as(values).contiguous()) if exact else bool((values == constant).all())
     if wanted is None or wanted == ORTHOGONAL:
         return wanted is not None and is_orthogonal(values)
     width, size = config.attention_size, config.head_dim

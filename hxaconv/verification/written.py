@@ -134,6 +134,10 @@ def check_own(report: Report, checkpoint: Checkpoint, provenance: Mapping[str, A
     if checkpoint.key_format == "rwkv":
         _check_names(report, checkpoint)
     check_dtypes(report, checkpoint, provenance)
+    if recorded := _recorded_if_ours(checkpoint, provenance):
+        stored = {*checkpoint.stored_names.values(), *checkpoint.shell}
+        lost = [f"{name} is recorded and not there" for name in recorded if name not in stored]
+        report.problems("recorded tensors", lost, f"all {len(recorded)} are there")
     _check_files(report, checkpoint)
     if provenance.get("files"):
         wrong = wrong_files(checkpoint, provenance)
@@ -149,25 +153,29 @@ def check_dtypes(report: Report, checkpoint: Checkpoint, provenance: Mapping[str
     raw, where = _settings_of(checkpoint)
     named = BY_TORCH_NAME.get(str(raw.get("torch_dtype") or raw.get("dtype")))
     usual = main_dtype(checkpoint.plan)
-    recorded: Mapping[str, str | None] = {}
-    with contextlib.suppress(HxaconvError):  # a record of another form is not used
-        recorded = _recorded(provenance, checkpoint.label)
+    recorded = _recorded_if_ours(checkpoint, provenance)
     wrong, odd = [], []
     for name, recipe in checkpoint.plan.items():
         if recipe.dtype == usual or recipe.dtype not in FLOATS:
             continue
         odd.append(f"{name} ({recipe.dtype})")
+        if named is not None and named.name == usual and {usual, recipe.dtype} == {"F16", "BF16"}:
+            wrong.append(f"{name} is {recipe.dtype}, {where} has {named.torch_name}")
+            continue
         then = recorded.get(checkpoint.stored_names[name]) or ""
         algorithm = then.partition(":")[0]
-        if algorithm in DIGESTS[:-1]:
-            if then != digest(recipe, algorithm):
-                wrong.append(f"{name} is {recipe.dtype}, and not as it was written")
-        elif named is not None and named.name == usual and {usual, recipe.dtype} == {"F16", "BF16"}:
-            wrong.append(f"{name} is {recipe.dtype}, {where} has {named.torch_name}")
+        if algorithm in DIGESTS[:-1] and then != digest(recipe, algorithm):
+            wrong.append(f"{name} is {recipe.dtype}, and not as it was written")
     if odd and not wrong:
         report.notes.append(f"{len(odd)} tensors are not {usual}, as the others are: {shortened(odd)}")
     good = f"{len(checkpoint.plan) - len(odd)} of {len(checkpoint.plan)} tensors are {usual}"
     report.problems("dtypes and config", wrong, good)
+
+
+def _recorded_if_ours(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> dict[str, str | None]:
+    with contextlib.suppress(HxaconvError):  # a record of another form is not used
+        return _recorded(provenance, checkpoint.label) if provenance.get("tensors") else {}
+    return {}
 
 
 def _settings_of(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
