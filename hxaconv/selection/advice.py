@@ -11,7 +11,7 @@ from hxaconv.model.layer_maps import LAYER_0_REASON, LayerMap, default_count, du
 from hxaconv.options import Choice, option_words
 from hxaconv.progress import Result
 from hxaconv.selection.choice import Pick, Rules, choose, margins, solve
-from hxaconv.selection.strategies import KL_CONVERT, STRATEGIES, Column, Found, Given, Values, swept
+from hxaconv.selection.strategies import STRATEGIES, Column, Found, Given, Values, swept
 
 RANDOM_TOKENS = "scores were taken on random tokens, which no model was trained on: real text ranks layers better"
 
@@ -47,7 +47,7 @@ class Advice(Result):
             "overlap_with_uniform": pick.overlap,
             "scores": {column.strategy: list(column.values) for column in self.columns},
             "parts": {column.strategy: {k: list(v) for k, v in column.parts.items()} for column in self.columns},
-            "meanings": {column.strategy: STRATEGIES[column.strategy].meaning for column in self.columns},
+            "meanings": {column.strategy: column.meaning for column in self.columns},
             "facts": dict(self.facts or {}),
             "why": pick.reasons,
             "warnings": list(self.warnings),
@@ -130,8 +130,6 @@ def advise(choice: Choice, given: Given) -> Advice:
     found = entry.rank(given) if entry.rank else swept(given, name) if entry.score else Found(columns=())
     random = (RANDOM_TOKENS,) if "tokens" in entry.needs and not given.are_text else ()
     made = pick(choice, given.num_layers, found.columns[0] if found.columns else None)
-    if name == "kl" and given.kl_mode == "convert":
-        made = replace(made, meaning=KL_CONVERT)
     return Advice(
         num_layers=given.num_layers,
         pick=made,
@@ -192,7 +190,7 @@ def pick(choice: Choice, num_layers: int, column: Column | None) -> Pick:
     Raises:
         HxaconvError: for numbers that are not finite, or when no choice keeps to the rules.
     """
-    count, meaning = count_of(choice, num_layers), STRATEGIES[choice.strategy].meaning
+    count, meaning = count_of(choice, num_layers), column.meaning if column else STRATEGIES[choice.strategy].meaning
     even = uniform(num_layers, count)
     if column is None:
         layers = even if choice.strategy == "uniform" else tuple(range(num_layers - count, num_layers))

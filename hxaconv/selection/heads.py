@@ -26,27 +26,43 @@ FAINT = 0.1
 """A head that copies less often than this is not a copying head."""
 
 
-def head_weights(normed: Tensor, get: Get, config: ModelConfig, layer: int) -> Iterator[tuple[int, Tensor]]:
+WINDOW, SINKS = 16, 4
+"""Tokens that attention with a window sees: the last, itself among them, and the first of the sequence."""
+
+
+def head_weights(
+    normed: Tensor, get: Get, config: ModelConfig, layer: int, *, window: bool = False
+) -> Iterator[tuple[int, Tensor]]:
     """For one sequence (T, C): (kv group, attention of its heads (H/G, T, T)), a group at a time."""
     prefix, n = mixer_prefix(layer), config.head_dim
     q, k = (_projected(normed, get, config, prefix, part) for part in ("q", "k"))
     positions = torch.arange(normed.shape[0], device=normed.device)
     if layer not in config.nope_layers:
         q, k = rotate(q[None], positions, config.rope)[0], rotate(k[None], positions, config.rope)[0]
-    future = torch.ones(len(positions), len(positions), dtype=torch.bool, device=normed.device).triu(1)
+    back = positions[:, None] - positions
+    hidden = (back < 0) | ((back >= WINDOW) & (positions >= SINKS)) if window else back < 0
     share = config.num_attention_heads // config.num_key_value_heads
     for group in range(config.num_key_value_heads):
         scores = q[group * share : (group + 1) * share] @ k[group].T * n**-0.5
-        yield group, scores.masked_fill_(future, -torch.inf).softmax(dim=-1)
+        yield group, scores.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
 
 
 def _projected(normed: Tensor, get: Get, config: ModelConfig, prefix: str, part: str) -> Tensor:
     bias = get(f"{prefix}{part}_proj.bias") if config.attention_bias else None
     heads: Tensor = linear(normed, get(f"{prefix}{part}_proj.weight"), bias)
     heads = heads.view(normed.shape[0], -1, config.head_dim).transpose(0, 1)
-    if not config.qk_norm:
+    if not config.qk_norm or part == "v":
         return heads
     return rmsnorm(heads, get(f"{prefix}{part}_norm.weight"), config.rms_norm_eps)
+
+
+def windowed(normed: Tensor, get: Get, config: ModelConfig, layer: int) -> Tensor:
+    """The attention of a layer with a sliding window: what it adds to one sequence, (T, C) -> (T, C)."""
+    prefix = mixer_prefix(layer)
+    v = _projected(normed, get, config, prefix, "v")
+    heads = [weights @ v[group] for group, weights in head_weights(normed, get, config, layer, window=True)]
+    bias = get(f"{prefix}o_proj.bias") if config.output_bias else None
+    return linear(torch.cat(heads).transpose(0, 1).flatten(1), get(f"{prefix}o_proj.weight"), bias)
 
 
 def entropy_and_distance(normed: Tensor, get: Get, config: ModelConfig, layer: int) -> tuple[float, float]:

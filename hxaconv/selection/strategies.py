@@ -39,8 +39,8 @@ HARMFUL = (
     " each other, so that restore-one KL is a weak measure. {remedy}"
 )
 NOT_PLAIN = (
-    "No layer is plain any more, so calibrating is no way out: score with --strategy nll or --kl-mode convert, on more"
-    " text (--tokens), or score a student that was trained"
+    "No layer is plain any more, so calibrating is no way out: score with --strategy retrieval or --kl-mode convert, on"
+    " more text (--tokens), or score a student that was trained"
 )
 
 
@@ -89,6 +89,13 @@ class Column:
     strategy: str
     values: Values
     parts: Mapping[str, Values] = field(default_factory=dict)
+    other_meaning: str = ""
+    """What they say, where that is not what the strategy's numbers say by themselves."""
+
+    @property
+    def meaning(self) -> str:
+        """What they say."""
+        return self.other_meaning or STRATEGIES[self.strategy].meaning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,18 +230,23 @@ def kl(given: Given) -> Found:
     return Found(columns=found.columns, facts=found.facts, warnings=(*found.warnings, worse))
 
 
-KL_CONVERT = "how far the teacher's distribution moves when this layer alone becomes RWKV"
+MEANINGS = {
+    ("kl", "convert"): "how far the teacher's distribution moves when this layer alone becomes RWKV",
+    ("kl", "window"): "how far the teacher's distribution moves when this layer alone has a sliding window",
+    ("nll", "restore"): "how much lower attention in this layer brings the student's NLL of repeated tokens",
+    ("nll", "convert"): "how much the NLL of repeated tokens grows when this layer alone becomes RWKV",
+}
+"""Of the two columns of a pass with forks, where it is not the strategy's own."""
 
 
-@ranking("what attention in this layer is worth to the NLL of repeated tokens", needs=WITH_STUDENT)
+@ranking("how much the NLL of repeated tokens grows when this layer alone has a sliding window")
 def nll(given: Given) -> Found:
-    """NLL of answer tokens far behind what gives them away, as each layer alone of the teacher becomes RWKV.
+    """NLL of answer tokens far behind what gives them away, as each layer alone of the teacher sees a window only.
 
-    After arXiv 2606.27791, which scores a layer by the NLL of answer tokens in long prompts when the layer alone gets
-    a sliding window, and trains nothing. Here the layer becomes the RWKV layer that will replace it, and the answers
-    are repeated random tokens of the text, so that no questions are needed and only recall predicts them.
+    After arXiv 2606.27791, which trains nothing either. Here answers are repeated random tokens of the text, so that
+    no questions are needed and only recall predicts them, and the window is as short as their distance demands.
     """
-    return swept(given, "nll", "convert")
+    return swept(given, "nll", "window")
 
 
 @ranking(
@@ -266,7 +278,11 @@ def swept(given: Given, name: str, mode: str | None = None) -> Found:
     order = sorted(first, key=lambda each: each != name) + [each for each in measures if each != name]
     facts = {fact: values[0] for fact, values in scores.items() if fact not in order}
     return Found(
-        columns=tuple(Column(each, tuple(scores[each])) for each in order), facts=facts, warnings=_plain(given, name)
+        columns=tuple(
+            Column(each, tuple(scores[each]), other_meaning=MEANINGS.get((each, mode or ""), "")) for each in order
+        ),
+        facts=facts,
+        warnings=_plain(given, name),
     )
 
 

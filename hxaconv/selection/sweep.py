@@ -6,6 +6,7 @@ Residual streams, each (B, T, C), for the tokens, and where there are forks for 
     base         the student with every layer RWKV                                     (restore)
     fork i       as base, but with layer i as GQA without RoPE, the teacher's weights  (restore)
                  as teacher, but with layer i replaced by the student's RWKV mixer     (convert)
+                 as teacher, but with a sliding window in layer i                      (window)
 
 A fork leaves its parent at layer i, so that all candidates together cost L(L+1)/2 layer-forwards beside
 the teacher's and the base's L each, and (L+2) streams of tokens * C * 4 bytes are the whole memory
@@ -31,7 +32,7 @@ from hxaconv.model.config import ModelConfig, StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.plan import layer_bytes
 from hxaconv.progress import Progress, bar
-from hxaconv.selection.heads import entropy_and_distance
+from hxaconv.selection.heads import entropy_and_distance, windowed
 
 NEEDLE, NEEDLES = 64, 2
 """Tokens that are repeated, and how often that is tried."""
@@ -174,6 +175,13 @@ class Layer:
         others = tuple(i for i in range(student.num_hidden_layers) if i != self.index)
         return self.fed(self.x + self._time_mix(self.normed, replace(student, gqa_layers=others), None)[0])
 
+    @property
+    def windowed(self) -> Tensor:
+        """The residual stream behind the block if its attention has a sliding window."""
+        return self.fed(
+            self.x + self.walk.each(lambda s: windowed(s[0], self.get, self.config, self.index)[None], self.normed)
+        )
+
     def fed(self, x: Tensor) -> Tensor:
         """The teacher's second half of the block."""
         return self.walk.each(lambda s: llama.feed_forward(s, self.get, self.config, self.index), x)
@@ -209,7 +217,7 @@ class Sweep:
     measures: Mapping[str, Callable[[Layer], Any]]
     """What to note of every layer, plain values."""
     mode: str | None = None
-    """Forks: `restore`, `convert` or none."""
+    """Forks: `restore`, `convert`, `window` or none."""
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -293,7 +301,10 @@ class Sweep:
         for layer in layers:
             some = layer.streams
             if some.forks is not None:
-                some.forks[index].copy_(layer.converted if some.base is None else layer.restored(some.base))
+                alone = layer.restored(some.base) if some.base is not None else None
+                if alone is None:
+                    alone = layer.windowed if self.mode == "window" else layer.converted
+                some.forks[index].copy_(alone)
             if some.base is not None:
                 some.base = layer.passed(some.base, "base")
             some.teacher = layer.after
