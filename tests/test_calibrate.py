@@ -11,7 +11,7 @@ import torch
 from conftest import TINY_TEACHER
 from models import GOLDEN
 
-from hxaconv.calibration import attention, heads, time_mix
+from hxaconv.calibration import attention, descent, heads, time_mix
 from hxaconv.calibration.check import RECALL, recall
 from hxaconv.calibration.store import Store, key_of, locked
 from hxaconv.calibration.streaming import calibrate, cut, training_tokens
@@ -604,3 +604,31 @@ def test_what_cannot_be_calibrated_is_refused(small, thousand, proof):
         calibrate(teacher, student, torch.zeros(1, 3))
     with pytest.raises(HxaconvError, match=r"chunk: 1 is(?s:.)*sometimes"):
         Fit(chunk=1, refit_output="sometimes")
+
+
+def test_spans_are_stretches_of_the_training_tokens_and_make_enough_of_them():
+    ids = torch.arange(1, 2049).view(4, 512)
+    training = training_tokens(ids)
+    rows = descent.spans(ids, training)
+    assert rows.shape == (13, 512) and torch.equal(rows, descent.spans(ids, training))
+    assert int(rows.max()) <= 1536 and int(rows.min()) >= 1
+    follows = (rows[:, 1:] == rows[:, :-1] + 1).double().mean()
+    assert 0.9 < float(follows) < 0.99
+    assert len(descent.spans(ids.repeat(8, 1), training_tokens(ids.repeat(8, 1)))) == 0
+    assert len(descent.spans(ids.view(-1, 1), training.view(-1, 1))) == descent.MOST
+
+
+def test_a_narrowed_mixer_computes_the_same(small):
+    student = small[1]
+    get = weights(student.plan)
+    prefix = "model.layers.0.self_attn."
+    mixer = {name.removeprefix(prefix): get(name) for name in student.plan if name.startswith(prefix)}
+    narrow = descent._narrowed(mixer)
+    assert narrow["w2"].shape[0] == narrow["g2"].shape[0] == 1 < mixer["w2"].shape[0]
+    x = torch.randn(1, 20, student.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    found = [
+        hxa079.time_mix(x, lambda n, w=w: w[n.removeprefix(prefix)], student.config, 0, hxa079.Carry(), chunked)
+        for w in (mixer, narrow, {**mixer, "g2": 2 * mixer["g2"]})
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(found[2], found[0], rtol=1e-4, atol=1e-6)

@@ -168,7 +168,7 @@ def test_too_few_tokens_are_refused(small):
 
 
 def test_a_start_that_cannot_be_bettered_is_left(small, monkeypatch):
-    monkeypatch.setattr(module, "RATE", 1000.0)
+    monkeypatch.setattr(module, "RATE", -0.025)  # uphill
     replaced, report = polish(*small, some_ids(small[0]), 48 * 5)
     assert report.best_step == 0 and not replaced
     assert report.curve[-1][1] > report.curve[0][1]

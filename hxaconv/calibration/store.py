@@ -27,7 +27,7 @@ from hxaconv.options import Fit
 from hxaconv.save import diskio
 from hxaconv.surgery.arithmetic import Computed
 
-FORMAT = 3
+FORMAT = 4
 
 
 def key_of(teacher: Model, student: Model, ids: Tensor, fit: Fit) -> str:

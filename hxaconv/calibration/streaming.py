@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hxaconv import ranks
-from hxaconv.calibration import attention
+from hxaconv.calibration import attention, descent
 from hxaconv.calibration.report import CalibrationReport, LayerReport, settings_of
 from hxaconv.calibration.store import Store
 from hxaconv.calibration.time_mix import Attention, LayerFit, RwkvLayer
@@ -80,7 +80,11 @@ def calibrate(
     _check(teacher, student, ids)
     ids, warnings = cut(ids, settings.chunk)
     check_enough(ids)
-    training = training_tokens(ids).to(settings.device)
+    count, training = len(ids), training_tokens(ids)
+    trained = int(training.sum())
+    if settings.refine_steps:
+        ids = torch.cat([ids, descent.spans(ids, training)])
+    training = torch.cat([training, torch.ones(len(ids) - count, ids.shape[1])]).to(settings.device)
     with ranks.together():
         if not allow_nonfinite and ranks.rank() == 0:
             _refuse_nonfinite(teacher, [name for name in teacher.plan if layer_index(name) is None])
@@ -103,7 +107,7 @@ def calibrate(
         if begin:
             advance(sum(sizes[:begin]), "resumed")
         for layer in walk.layers(layers[begin:]):
-            one, name = _Layer(walk, layer, training, settings, allow_nonfinite), _name(layer)
+            one, name = _Layer(walk, layer, training, count, settings, allow_nonfinite), _name(layer)
             seen = one.attention(x)
             if layer in asked and not (first and store.facts(name)):
                 fit = one.fit(seen, first)
@@ -113,14 +117,14 @@ def calibrate(
                         {mixer_prefix(layer) + key: value.cpu() for key, value in fit.tensors.items()} if fit else {}
                     )
                     store.save(name, fitted, {"report": asdict(fit.report) if fit else None, "tensors": [*fitted]})
-            x = x + (seen.output if seen.output_bias is None else seen.output + seen.output_bias)
+            x = x + seen.with_bias
             del seen
             x = one.feed_forward(x)
             if layer in mine:
                 handed = {} if first is None else {"v_first": first[0], "k_first": first[1]}
                 store.save(f"stream-{ranks.rank()}", {"x": x, **handed}, {"layer": layer + 1})
             advance(sizes[layer], f"layer {layer}")
-    return _collected(student, store, ids.numel(), int(training.sum()), settings, warnings)
+    return _collected(student, store, count * ids.shape[1], trained, settings, warnings)
 
 
 def _name(layer: int) -> str:
@@ -258,6 +262,8 @@ class _Layer:
     walk: Walk
     layer: int
     training: Tensor
+    text: int
+    """How many sequences are text; those after them are spans of it."""
     settings: Fit
     allow_nonfinite: bool
 
@@ -281,8 +287,9 @@ class _Layer:
         mixer, prefix = self._mixer(STUDENT), mixer_prefix(self.layer)
         dtypes = {name: torch_dtype(student.plan[prefix + name].dtype) for name in mixer}
         if not rwkv:
+            seen = seen.rows(self.text)
             return attention.fit_kept(seen, mixer, dtypes, config, self.layer, pool, fold=self.settings.fold_rope)
-        return RwkvLayer(seen, mixer, dtypes, first, config, self.layer, self.settings, pool).fit()
+        return RwkvLayer(seen, self.text, mixer, dtypes, first, config, self.layer, self.settings, pool).fit()
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The teacher's residual stream, moved through the second half of the layer."""

@@ -112,8 +112,10 @@ class Task:
             if config.layer_kind(layer) == "gqa":
                 fitted = part in REFITTED and (part, kind) != ("o_proj", "bias")
             else:
-                free = (part, kind) != ("output", "weight") or output_is_free(fit, config, self.training)
-                fitted = part in FITTED and free
+                stays = not fit.refine_steps and (
+                    part == "value" or (part == "output" and not output_is_free(fit, config, self.training))
+                )
+                fitted = part in FITTED and not (stays and kind == "weight") and (part, kind) != ("value", "bias")
             if (fitted and not fit.polish_only) or (fit.polish_tokens and part in TRAINED and kind == "weight"):
                 until_then, files = functools.partial(tensor, recipe), tuple(recipe.make.sources())
                 make = Computed(until_then, recipe.dtype, "calibrated", files)
@@ -137,11 +139,8 @@ def prepare(teacher: Model, plain: Model, fit: Fit, seed: int, workers: int | No
         problems.append("calibration fits layers to text, and no text is given; pass --text FILE or --input-ids FILE")
     if fit.polish_only and not fit.polish_tokens:
         problems.append("--polish-only needs --polish-tokens")
-    if 0 < fit.polish_tokens < 2 * fit.tokens and not fit.polish_only:
-        problems.append(
-            f"--polish-tokens {fit.polish_tokens}: the {fit.tokens} of --tokens come first, and at least twice"
-            " as many are needed"
-        )
+    if 0 < fit.polish_tokens < fit.tokens and not fit.polish_only:
+        problems.append(f"--polish-tokens {fit.polish_tokens}: the {fit.tokens} of --tokens are among them")
     raise_all("the calibration cannot be done:", problems, hint=RANDOM_HINT if not fit.given else "")
     check_sizes(teacher, plain)
     checked_device(fit.device)

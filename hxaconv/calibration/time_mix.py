@@ -3,7 +3,8 @@
 1. v0 = k0 = -2: the published 0.73 mixes two thirds of the first layer's k and v into every layer.
 2. Each group of heads by itself, see `heads`.
 3. The gate in the output's metric; with enough tokens the output matrix; the teacher's energy restored.
-4. The validation tokens decide between the result, as stored, and the plain initialisation.
+4. Steps of the whole mixer, see `descent`.
+5. The validation tokens decide between the result, as stored, and the plain initialisation.
 
 M training tokens    Y (M, A) the heads' answers before the gate      O (M, C) the teacher's output
                      W (C, A) the student's output matrix             gain (A) the gate
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hxaconv.calibration import heads
+from hxaconv.calibration import descent, heads
 from hxaconv.calibration.report import LayerReport
 from hxaconv.forward.pool import Pool
 from hxaconv.forward.walk import First, time_mix
@@ -29,6 +30,8 @@ from hxaconv.options import Fit
 FIRST_LAYER_SHARE = -2.0
 FEW_TOKENS_PER_CHANNEL = 4
 """Below that many training tokens per channel of a head, a warning is due."""
+FEW = 2048
+"""Tokens, in whole sequences, that groups of heads are fitted to: more make their few parameters no better."""
 TOKENS_PER_COLUMN = 24
 """Below that many tokens per column, a fitted output matrix learns the tokens by heart: with 16, each layer's error
 on validation tokens falls a little and the divergence of the whole rises."""
@@ -51,6 +54,16 @@ class Attention:
     training: Tensor
     """1.0 for training tokens, 0.0 for validation tokens, (B, T)."""
 
+    @property
+    def with_bias(self) -> Tensor:
+        """The output with its bias."""
+        return self.output if self.output_bias is None else self.output + self.output_bias
+
+    def rows(self, count: int) -> Attention:
+        """The first so many sequences alone."""
+        parts = {name: getattr(self, name)[:count] for name in ("x", "heads", "output", "training")}
+        return replace(self, **parts)
+
 
 @dataclass(frozen=True, slots=True)
 class LayerFit:
@@ -66,6 +79,8 @@ class RwkvLayer:
     """An RWKV layer to be fitted."""
 
     seen: Attention
+    text: int
+    """How many sequences are text; those after them are spans of it."""
     weights: dict[str, Tensor]
     """Its plain mixer by short name (`w0`, `key.weight`), in float32."""
     dtypes: dict[str, torch.dtype]
@@ -80,10 +95,11 @@ class RwkvLayer:
         """The fit where it is better on the validation tokens, as stored, than the plain values; else those."""
         seen, warnings = self.seen, self._warnings()
         tensors: dict[str, Tensor] = {}
+        refitted = False
         if not bool(torch.isfinite(seen.output).all() and torch.isfinite(seen.x).all()):
             warnings.append("the teacher's attention is not finite here: not calibrated")
         elif bool(seen.training.any()):
-            tensors = self._fitted()
+            tensors, refitted = self._fitted()
         stored = {name: values.float() for name, values in tensors.items()}
         versions = [self.weights, {**self.weights, **stored}]
         (before, plain_first), (after, fitted_first) = self.pool.map(self.validated, versions)
@@ -97,7 +113,7 @@ class RwkvLayer:
             error_before=before,
             error_after=after,
             fell_back=fell_back,
-            output_refitted="output.weight" in tensors,
+            output_refitted=refitted and not fell_back,
             warnings=tuple(warnings),
             **self._described({**self.weights, **tensors}),
         )
@@ -109,7 +125,7 @@ class RwkvLayer:
         found, first = time_mix(
             seen.x, lambda name: weights[name.removeprefix(prefix)], self.config, self.layer, self.first
         )
-        wanted = seen.output if seen.output_bias is None else seen.output + seen.output_bias
+        wanted = seen.with_bias
         validation = (1 - seen.training)[:, :, None]
         missed = ((found - wanted) * validation).double().square().sum()
         # A layer that is silent on these tokens cannot be missed by a share of it.
@@ -117,7 +133,7 @@ class RwkvLayer:
 
     def _warnings(self) -> list[str]:
         seen, count = self.seen, self.config.num_attention_heads
-        found, tokens = [], int(seen.training.sum())
+        found, tokens = [], int(seen.rows(self.text).training.sum())
         if tokens < FEW_TOKENS_PER_CHANNEL * self.config.head_dim:
             found.append(f"{tokens} tokens to fit are few for heads of {self.config.head_dim} channels")
         energy = seen.heads.square().sum(dim=(0, 1)).view(count, -1).sum(dim=1)
@@ -139,7 +155,8 @@ class RwkvLayer:
             found["clamped"] = float((weights["r_k"].float().abs() >= heads.BONUS_LIMIT).float().mean())
         return found
 
-    def _fitted(self) -> dict[str, Tensor]:
+    def _fitted(self) -> tuple[dict[str, Tensor], bool]:
+        """Tensors to replace, and whether least squares have made the output matrix."""
         weights = dict(self.weights)
         tensors: dict[str, Tensor] = {}
 
@@ -151,8 +168,10 @@ class RwkvLayer:
         for name in ("v0", "k0"):
             if name in weights:
                 store(name, torch.full_like(weights[name], FIRST_LAYER_SHARE))
+        text = self.seen.rows(self.text)
+        few = text.rows(-(-FEW // text.x.shape[1]))
         steps, check = self.settings.refine_steps, self.pool.check
-        found = self.pool.map(lambda group: heads.fit(group, steps, check), self._groups(weights))
+        found = self.pool.map(lambda group: heads.fit(group, steps, check), self._groups(few, weights))
         store("w0", torch.stack([p.decay_bias for p in found]).view(1, 1, -1))
         store("a0", torch.stack([p.iclr_bias for p in found]).view(1, 1, -1))
         store("r_k", torch.cat([p.bonus for p in found]))
@@ -163,16 +182,24 @@ class RwkvLayer:
             for part in (f"{name}.weight", f"{name}.bias"):
                 if part in weights:
                     store(part, heads.mixed_rows(weights[part], matrix))
-        y = torch.cat(self.pool.map(lambda pair: heads.with_bonus(*pair), self._as_stored(weights)), dim=2).flatten(2)
-        self._fit_output(y, weights, store)
+        y = torch.cat(
+            self.pool.map(lambda pair: heads.with_bonus(*pair), self._as_stored(text, weights)), dim=2
+        ).flatten(2)
+        self._fit_output(text, y, weights, store)
         if self.seen.output_bias is not None:
             store("output.bias", self.seen.output_bias)
-        return tensors
+        seen, refitted = self.seen, "output.weight" in tensors
+        moved = descent.descend(
+            seen.x, seen.with_bias, seen.training, weights, self.first, self.config, self.layer, steps, self.pool
+        )
+        for name, values in moved.items():
+            store(name, values.clamp(-heads.BONUS_LIMIT, heads.BONUS_LIMIT) if name == "r_k" else values)
+        return tensors, refitted
 
-    def _as_stored(self, weights: dict[str, Tensor]) -> list[tuple[heads.Group, heads.Parameters]]:
+    def _as_stored(self, seen: Attention, weights: dict[str, Tensor]) -> list[tuple[heads.Group, heads.Parameters]]:
         """The groups with their parameters as they stand in the weights: projections have the rotations in them."""
         size, pairs = self.config.head_dim, []
-        for g, group in enumerate(self._groups(weights)):
+        for g, group in enumerate(self._groups(seen, weights)):
             p, shared = heads.start(group), group.q.shape[2]
             mine = slice(g * shared, (g + 1) * shared)
             w0, a0 = (weights[name].view(-1, size)[mine] for name in ("w0", "a0"))
@@ -180,10 +207,12 @@ class RwkvLayer:
             pairs.append((group, replace(p, decay_bias=w0, iclr_bias=a0, bonus=bonus)))
         return pairs
 
-    def _fit_output(self, y: Tensor, weights: dict[str, Tensor], store: Callable[[str, Tensor], None]) -> None:
-        training, pool = self.seen.training.bool(), self.pool
-        others, wanted = y[~training], self.seen.output[~training]
-        y, target, matrix = y[training], self.seen.output[training], weights["output.weight"]
+    def _fit_output(
+        self, seen: Attention, y: Tensor, weights: dict[str, Tensor], store: Callable[[str, Tensor], None]
+    ) -> None:
+        training, pool = seen.training.bool(), self.pool
+        others, wanted = y[~training], seen.output[~training]
+        y, target, matrix = y[training], seen.output[training], weights["output.weight"]
         gain = fit_gate(y, target, matrix, pool)
 
         def missed(weight: Tensor) -> float:
@@ -196,9 +225,9 @@ class RwkvLayer:
         gain = gain * restoring(pool.linear(y * gain, weights["output.weight"]), target)
         store("g2", gate_weights(weights["g2"], gain, self.dtypes["g2"]))
 
-    def _groups(self, weights: dict[str, Tensor]) -> list[heads.Group]:
+    def _groups(self, seen: Attention, weights: dict[str, Tensor]) -> list[heads.Group]:
         """The inputs of every group of heads that share a key, from these weights."""
-        config, x, matrix = self.config, self.seen.x, weights["output.weight"]
+        config, x, matrix = self.config, seen.x, weights["output.weight"]
 
         def projected(name: str) -> Tensor:
             found = self.pool.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
@@ -207,16 +236,16 @@ class RwkvLayer:
         q, k, v = projected("receptance"), projected("key"), projected("value")
         k_mix, own_value = None, None
         if self.first is not None and "v0" in weights:
-            v = v + (self.first[0] - v) * weights["v0"].sigmoid().view(-1, config.head_dim)
+            v = v + (self.first[0][: len(v)] - v) * weights["v0"].sigmoid().view(-1, config.head_dim)
         if self.first is not None and "k0" in weights:
             k_mix = weights["k0"].sigmoid().view(-1, config.head_dim)
-        decay_shift = self._from_input("w", weights, torch.tanh)
-        iclr_shift = self._from_input("a", weights)
-        if config.variant.own_value_scale and (found := self._from_input("v", weights)) is not None:
+        decay_shift = self._from_input("w", x, weights, torch.tanh)
+        iclr_shift = self._from_input("a", x, weights)
+        if config.variant.own_value_scale and (found := self._from_input("v", x, weights)) is not None:
             own_value = found * config.variant.own_value_scale
         # In units of the student's output matrix, which is the teacher's times some factor.
         unit = (self.seen.output_weight * matrix).sum() / matrix.square().sum().clamp_min(1e-30)
-        target = self.seen.heads.view_as(q) * unit
+        target = seen.heads.view_as(q) * unit
         columns = matrix.view(config.hidden_size, -1, config.head_dim)
         positions = heads.positions_of(x.shape[1], config, x.device)
         shared, groups = config.num_attention_heads // config.num_key_value_heads, []
@@ -230,10 +259,10 @@ class RwkvLayer:
                     v=v[:, :, g] if own_value is None else v[:, :, g, None] + own_value[:, :, mine],
                     target=target[:, :, mine],
                     metric=torch.einsum("crn,crm->rnm", columns[:, mine], columns[:, mine]),
-                    training=self.seen.training,
+                    training=seen.training,
                     positions=positions,
                     norms=(weights["r_norm.weight"], weights["k_norm.weight"]) if config.qk_norm else None,
-                    k_first=None if self.first is None else self.first[1][:, :, g],
+                    k_first=None if self.first is None else self.first[1][: len(x), :, g],
                     k_mix=None if k_mix is None else k_mix[g],
                     decay_shift=None if decay_shift is None else decay_shift[:, :, mine],
                     iclr_shift=None if iclr_shift is None else iclr_shift[:, :, mine],
@@ -243,13 +272,17 @@ class RwkvLayer:
         return groups
 
     def _from_input(
-        self, letter: str, weights: dict[str, Tensor], inner: Callable[[Tensor], Tensor] = lambda narrow: narrow
+        self,
+        letter: str,
+        x: Tensor,
+        weights: dict[str, Tensor],
+        inner: Callable[[Tensor], Tensor] = lambda narrow: narrow,
     ) -> Tensor | None:
         """What a low-rank pair makes of the input, (B, T, H, N); None where it starts at zero."""
         first = weights[f"{letter}1"]
         if not bool(first.any()):
             return None
-        found = inner(self.seen.x @ first) @ weights[f"{letter}2"]
+        found = inner(x @ first) @ weights[f"{letter}2"]
         return found.view(*found.shape[:2], -1, self.config.head_dim)
 
 

@@ -62,7 +62,7 @@ INITIAL: dict[str, dict[str, float | str]] = {
 INITIAL["hxa07c"] = INITIAL["hxa07b"]
 GAIN = 0.1
 """Of orthogonal matrices, times sqrt(rows / columns) where there are more rows than columns."""
-FITTED = frozenset({"v0", "k0", "w0", "a0", "r_k", "g2", "receptance", "key", "output"})
+FITTED = frozenset({"v0", "k0", "w0", "a0", "r_k", "g2", "receptance", "key", "value", "output"})
 """Parameters of an RWKV layer that a calibration replaces; all others keep their initial values."""
 REFITTED = frozenset({"q_proj", "q_norm", "o_proj"})
 """The same of a layer that stays attention."""
