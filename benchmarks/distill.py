@@ -1,10 +1,13 @@
-"""Does a calibrated start last? Distil the small teacher into all-RWKV students from both initialisations.
+"""Does a calibrated start last? Distil a teacher into all-RWKV students from several initialisations.
 
-    python benchmarks/distill.py [--tokens 153600] [--out benchmarks/results]
+    python benchmarks/distill.py [--tokens 153600] [--out benchmarks/results]      the small teacher of the package
+    python benchmarks/distill.py --real --tokens 200704 [--device cuda]            the one of real_model.py
 
-Only the mixers are trained, on KL(teacher || student) over text that the teacher itself wrote (begun with 64 bytes of
-the calibration text); the curves are KL on held-out text that is neither. Writes distill.csv and distill.svg.
-The same batches in the same order for every run, AdamW, cosine schedule; each start has its best learning rate.
+Only the mixers are trained, on KL(teacher || student); the curves are KL on held-out text. The small teacher's text is
+what it wrote itself (begun with 64 bytes of the calibration text), the real one's are the rows that real_model.py has
+for fitting, over again where they do not suffice; its students are those that `real_model.py make` made.
+Writes distill.csv and distill.svg, or distill_real.csv and distill_real.svg. The same batches in the same order for
+every run, AdamW, cosine schedule; each start has its best learning rate.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import real_model
 import torch
 from torch import Tensor
 
 from hxaconv.calibration.streaming import calibrate
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
-from hxaconv.load import load_teacher
+from hxaconv.load import load_student, load_teacher
 from hxaconv.model.config import StudentConfig, student_of
 from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention
@@ -41,7 +45,14 @@ INITS: dict[str, tuple[int, Fit] | None] = {
     "calibrated, 1024 tokens": (2, Fit()),
     "calibrated, 8192 tokens": (16, Fit()),
 }
-STYLES = {"published": "k:s", "closed form, 1024 tokens": "k-.^", "calibrated, 1024 tokens": "k-o"}
+STUDENTS = {"published": "plain", "calibrated, 1024 tokens": "fit", "polished, 16k tokens": "fit+polish-16k"}
+"""Initialisation -> case of real_model.py."""
+STYLES = {
+    "published": "k:s",
+    "closed form, 1024 tokens": "k-.^",
+    "calibrated, 1024 tokens": "k-o",
+    "polished, 16k tokens": "k--d",
+}
 Get = Callable[[str], Tensor]
 
 
@@ -86,15 +97,23 @@ def divergence(wanted: Tensor, found: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(dim=-1).mean()
 
 
-def train(weights: dict[str, Tensor], config: StudentConfig, teacher: Model, text: Tensor, rate: float) -> list:
-    """[(tokens seen, held-out KL)], starting with none."""
-    get_teacher = loaded(teacher.plan).__getitem__
-    judged = read("heldout")[:JUDGED]
-    with torch.no_grad():
-        wanted = llama.forward(judged, get_teacher, teacher.config)[0]
+def train(
+    weights: dict[str, Tensor], config: StudentConfig, teacher: Model, text: Tensor, judged: Tensor, rate: float
+) -> list[tuple[int, float]]:
+    """[(tokens seen, held-out KL)], starting with none; where the text (rows, LENGTH) lies, all is computed."""
+    get_teacher = {name: weight.to(text.device) for name, weight in loaded(teacher.plan).items()}.__getitem__
     trained = [n for n, w in weights.items() if is_attention(n) and w.dim() > 0]
-    for name in trained:
-        weights[name] = weights[name].clone().requires_grad_()
+    for name, weight in weights.items():
+        weights[name] = weight.to(text.device, copy=True).requires_grad_(name in trained)
+
+    @torch.no_grad()
+    def held_out() -> float:
+        pairs = [
+            (llama.forward(row, get_teacher, teacher.config)[0], student_logits(row, weights.__getitem__, config))
+            for row in judged.split(1)
+        ]
+        return float(np.mean([float(divergence(*pair)) for pair in pairs]))
+
     optimizer = torch.optim.AdamW([weights[n] for n in trained], lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     batches = text.split(BATCH)
     warm_up = max(1, len(batches) // 20)
@@ -110,9 +129,7 @@ def train(weights: dict[str, Tensor], config: StudentConfig, teacher: Model, tex
     curve = []
     for step in range(len(batches) + 1):
         if step in points:
-            with torch.no_grad():
-                kl = float(divergence(wanted, student_logits(judged, weights.__getitem__, config)))
-            curve.append((step * BATCH * LENGTH, kl))
+            curve.append((step * BATCH * LENGTH, held_out()))
         if step == len(batches):
             break
         with torch.no_grad():
@@ -138,6 +155,12 @@ def start(init: str, teacher: Model) -> tuple[dict[str, Tensor], StudentConfig]:
     return loaded(plan), config
 
 
+def made(init: str) -> tuple[dict[str, Tensor], StudentConfig]:
+    """The weights of a student of the real model."""
+    student = load_student(str(real_model.BUILD / "students" / STUDENTS[init]))
+    return loaded(student.plan), student.student
+
+
 def draw(path: Path, rows: list[dict[str, str]]) -> None:
     """KL against tokens for the best rate of every initialisation; readable without colours."""
     import matplotlib
@@ -157,7 +180,9 @@ def draw(path: Path, rows: list[dict[str, str]]) -> None:
     axes.set_xscale("symlog", linthresh=4)
     axes.set_yscale("log")
     axes.set_xticks([0, 4, 10, 30, 100, 300], ["0", "4", "10", "30", "100", "300"])
-    axes.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
+    low, high = (f(float(row["kl"]) for row in rows) for f in (min, max))
+    ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5) if low / 2 <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.tight_layout()
@@ -169,20 +194,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=153600)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3])
-    parser.add_argument("--inits", nargs="+", default=["published", "calibrated, 1024 tokens"], choices=list(INITS))
+    parser.add_argument(
+        "--inits", nargs="+", default=["published", "calibrated, 1024 tokens"], choices=list(INITS | STUDENTS)
+    )
+    parser.add_argument("--real", action="store_true", help="students of the real model")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    table = options.out / "distill.csv"
+    name = "distill_real" if options.real else "distill"
+    table = options.out / f"{name}.csv"
     rows = list(csv.DictReader(table.open())) if table.exists() else []
-    teacher = load_teacher(str(TEACHER))
-    text = written_by(teacher, loaded(teacher.plan).__getitem__, options.tokens // LENGTH)
+    teacher = load_teacher(str(real_model.BUILD / "teacher" if options.real else TEACHER))
+    if options.real:
+        text, judged = (torch.from_numpy(np.load(real_model.BUILD / f"{n}.npy")) for n in ("fit", "held_out"))
+        text = text[torch.arange(options.tokens // LENGTH) % len(text)]
+    else:
+        text = written_by(teacher, loaded(teacher.plan).__getitem__, options.tokens // LENGTH)
+        judged = read("heldout")[:JUDGED]
+    text, judged = text.to(options.device), judged.to(options.device)
     for init in options.inits:
-        weights, config = start(init, teacher)
+        weights, config = made(init) if options.real else start(init, teacher)
         for rate in options.rates:
             if any(row["init"] == init and float(row["rate"]) == rate for row in rows):
                 continue
             begin = time.perf_counter()
-            curve = train(dict(weights), config, teacher, text, rate)
+            curve = train(dict(weights), config, teacher, text, judged, rate)
             rows += [{"init": init, "rate": f"{rate:g}", "tokens": str(n), "kl": f"{kl:.4f}"} for n, kl in curve]
             print(
                 f"{init}, rate {rate:g}: {curve[0][1]:.3f} -> {curve[-1][1]:.3f}, {time.perf_counter() - begin:.0f} s"
@@ -191,7 +227,7 @@ def main() -> None:
                 writer = csv.DictWriter(file, ["init", "rate", "tokens", "kl"], lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
-    draw(options.out / "distill.svg", rows)
+    draw(options.out / f"{name}.svg", rows)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,8 @@ CASES = {
     "fit": Case(tokens=1024),
     "fit+polish-4k": Case(of="fit", polish=4096),
     "fit+polish-16k": Case(of="fit", polish=16384),
+    "fit-16k": Case(tokens=16384),
+    "fit-16k+polish-16k": Case(of="fit-16k", polish=16384),
     "even4": Case(EVEN4, 1024),
     "even4+polish-16k": Case(EVEN4, of="even4", polish=16384),
     "content4": Case(CONTENT4, 1024),
