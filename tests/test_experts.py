@@ -278,16 +278,23 @@ def test_layers_are_repicked_and_ranked(student: Path, teacher: Path, tmp_path: 
         assert cli("pick-gqa-layers", teacher, "--strategy", strategy, "--count", 1, "--input-ids", text, "-q") == 0
 
 
-def test_a_student_with_experts_is_calibrated(teacher: Path, tmp_path: Path, cli: Callable[..., int]) -> None:
+def test_a_student_with_experts_is_calibrated(
+    teacher: Path, tmp_path: Path, cli: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     student = tmp_path / "fresh"
     assert cli("init-from-teacher", teacher, student, "--gqa-layers", "1,3", "-q") == 0
     ids = tmp_path / "ids.json"
     ids.write_text(json.dumps(torch.randint(0, 131, (8, 64), generator=torch.Generator().manual_seed(3)).tolist()))
-    assert cli("calibrate", student, tmp_path / "fitted", "--teacher", teacher, "--input-ids", ids, "-q") == 0
+    fit = ["--teacher", teacher, "--input-ids", ids, "--refine-steps", 2, "-q"]
+    assert cli("calibrate", student, tmp_path / "fitted", *fit) == 0
     found, mlps = (load_file(x / "model.safetensors") for x in (tmp_path / "fitted", teacher))
     assert all(torch.equal(found[name], x) for name, x in mlps.items() if ".mlp." in name)
     before = load_file(student / "model.safetensors")
     assert any(not torch.equal(found[name], x) for name, x in before.items() if ".self_attn." in name)
+    monkeypatch.setattr("hxaconv.calibration.polish.LENGTH", 64)
+    assert cli("calibrate", student, tmp_path / "polished", *fit, "--polish-only", "--polish-tokens", 512) == 0
+    curve = dict(json.loads((tmp_path / "polished" / "hxaconv.json").read_text())["calibration"]["polish"]["curve"])
+    assert min(curve.values()) < curve[0]
 
 
 @pytest.mark.parametrize(

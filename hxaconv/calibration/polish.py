@@ -36,7 +36,7 @@ from hxaconv.forward.pool import ROWS
 from hxaconv.forward.state import fingerprint
 from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
-from hxaconv.model.names import EMBEDDING, HEAD, is_attention, layer_index
+from hxaconv.model.names import EMBEDDING, HEAD, is_attention, is_expert, layer_index
 from hxaconv.model.plan import Plan
 from hxaconv.progress import Progress, bar
 from hxaconv.surgery.arithmetic import tensor, torch_dtype
@@ -173,7 +173,10 @@ def cost(student: Model, trained: Tensor) -> Cost:
     rows, steps = min(BATCH, len(trained)), steps_of(len(trained))
     layers = {name: recipe for name, recipe in student.plan.items() if layer_index(name) is not None}
     mine = {name: recipe for name, recipe in layers.items() if is_attention(name) and name.endswith(WEIGHTS)}
-    numel, mixers = (sum(recipe.numel for recipe in plan.values()) for plan in (layers, mine))
+    experts = student.config.experts
+    share = experts.num_experts_per_tok / experts.num_experts if experts else 1.0
+    numel = sum(recipe.numel * (share if is_expert(name) else 1.0) for name, recipe in layers.items())
+    mixers = sum(recipe.numel for recipe in mine.values())
     frozen = sum(recipe.nbytes for name, recipe in layers.items() if name not in mine)
     head = student.plan[EMBEDDING if student.config.tie_word_embeddings else HEAD]
     # Forward, forward again and the gradient of the input; for projections that of the weights, and their directions.
