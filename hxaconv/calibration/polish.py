@@ -32,6 +32,7 @@ from hxaconv.calibration.store import Store
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079
 from hxaconv.forward.chunked import chunked
+from hxaconv.forward.logits import kl_and_gradient
 from hxaconv.forward.pool import ROWS
 from hxaconv.forward.state import fingerprint
 from hxaconv.forward.walk import Walk
@@ -63,8 +64,6 @@ WEIGHTS = tuple(f".{part}.weight" for part in TRAINED)
 OUTPUTS = ("output", "o_proj")
 STUDENT, TEACHER = "student", "teacher"
 BEST = "polish-best"
-TOGETHER = 64
-"""Tokens whose probabilities are made at once."""
 HEADS = 8
 """Whose directions are made at once."""
 OPERATIONS_PER_CPU_SECOND = 5.5e10
@@ -349,26 +348,9 @@ class _Polish:
         wanted = self.store.tensor(f"polish-teacher-{one.number}", "hidden").to(walk.device)
         with torch.enable_grad():
             normed = track.final_norm(x.requires_grad_())
-        seen = {STUDENT: normed.detach(), TEACHER: wanted}
-        heads = {role: walk[role].head for role in seen}
-        logits = {role: wanted.new_empty(len(wanted), head.shape[0]) for role, head in heads.items()}
-        for start, stop in walk.slices(heads, "head"):
-            for role, hidden in seen.items():
-                logits[role][:, start:stop] = walk.product(hidden, walk.held(role)["head"].values)
-        kl = []
-        # Two matrices of logits are enough: some tokens at a time, the student's become the gradient.
-        for mine, theirs in zip(*(torch.split(logits[role], TOGETHER) for role in (STUDENT, TEACHER)), strict=True):
-            q, p = mine.log_softmax(dim=-1), theirs.log_softmax(dim=-1)
-            kl.append((p.exp() * (p - q)).sum(dim=-1))
-            mine.copy_(q.exp_().sub_(p.exp_()).div_(len(wanted)))
-        found = torch.zeros_like(normed)
-        for start, stop in walk.slices({STUDENT: track.head}, "head"):
-            block = walk.held(STUDENT)["head"].values.to(walk.device, found.dtype)
-            columns = torch.split(logits[STUDENT][:, start:stop], ROWS)
-            parts = walk.pool.map(functools.partial(torch.mm, mat2=block), columns)
-            found += torch.cat(parts)
-        (one.gradient,) = torch.autograd.grad(normed, x, found)
-        return float(torch.cat(kl).double().mean())
+        kl, gradient = kl_and_gradient(walk, STUDENT, normed.detach(), TEACHER, wanted)
+        (one.gradient,) = torch.autograd.grad(normed, x, gradient)
+        return kl
 
     def _backward(self, layer: int, some: list[_Sequence], rate: float) -> None:
         """Gradients of one layer, from the sequences' gradients after it to those before it, and its update."""

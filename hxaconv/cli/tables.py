@@ -121,7 +121,8 @@ def done_tables(outcome: Outcome, width: int) -> list[RenderableType]:
     if outcome.calibration is not None:
         parts += _calibrated(outcome.calibration)
     if outcome.report is not None:
-        parts += [_checks(outcome.report, "verified"), *outcome.report.notes]
+        # A calibration has said how near the student is, on the same tokens.
+        parts += [_checks(outcome.report, "verified"), *(() if outcome.calibration else outcome.report.notes)]
     return parts
 
 

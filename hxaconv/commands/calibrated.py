@@ -17,7 +17,7 @@ from hxaconv.options import Write
 from hxaconv.save.documents import CALIBRATED, UNTRAINED, calibration_section
 from hxaconv.save.interruption import interruptible
 from hxaconv.save.output import Output
-from hxaconv.save.run import Outcome, save
+from hxaconv.save.run import Outcome, planned, save
 from hxaconv.save.writer import refuse
 from hxaconv.verification.written import OutputCheck
 
@@ -46,22 +46,25 @@ def save_calibrated(
         HxaconvError: when the calibration or the target is refused.
         CheckFailed: when the output does not pass its verification.
     """
-    notes, warnings = [*notes, *task.notes], [*warnings, *task.warnings]
+    from hxaconv.surgery.initial import made_once
+
+    intended = replace(task.plain, plan=task.plain.plan | task.planned)
+    at_most = (
+        f"Up to {len(task.planned)} tensors are fitted, those shown as calibrated; where a fit is no better, the plain"
+        " values stay"
+    )
+    notes, warnings = [*notes, *task.notes, at_most], [*warnings, *task.warnings]
     if write.dry_run:
-        planned = task.planned
-        student = replace(task.plain, plan=task.plain.plan | planned)
-        notes.append(
-            f"Up to {len(planned)} tensors are fitted, those shown as calibrated; where a fit is no better, the plain"
-            " values stay"
-        )
-        return save(output.refilled(student, output.record), write, warnings=warnings, notes=notes)
+        return save(output.refilled(intended, output.record), write, warnings=warnings, notes=notes)
+    with ranks.together():
+        refuse(output, write)
     progress = output.record.call.progress
     if progress is not None:
+        if ranks.rank() == 0:
+            progress.show(planned(output.refilled(intended, output.record), write, (), ()))
         for note in notes:
             progress.note(note)
         notes = []
-    from hxaconv.surgery.initial import made_once
-
     folder = Path(f"{output.target.absolute()}.calibration")
     task = replace(task, plain=replace(task.plain, plan=made_once(task.plain.plan, folder)))
     student, replaced, report = calibrate_student(task, output, write, folder)
@@ -90,6 +93,7 @@ def save_calibrated(
         output.refilled(student, record),
         write,
         check=OutputCheck(verify),
+        announce=progress is None,
         warnings=[*warnings, *report.all_warnings],
         notes=[*notes, *report.notes],
     )
@@ -111,14 +115,12 @@ def calibrate_student(task: Task, output: Output, write: Write, folder: Path) ->
     figures the others take over.
 
     Raises:
-        HxaconvError: when the target cannot be written, or the teacher is not finite.
+        HxaconvError: when another process calibrates to the same target, or the teacher is not finite.
     """
     from hxaconv.calibration.report import CalibrationReport, settings_of
     from hxaconv.calibration.store import Store, key_of, locked
     from hxaconv.calibration.streaming import Calibration, calibrate
 
-    with ranks.together():
-        refuse(output, write)
     fit, progress = task.settings, output.record.call.progress
 
     def kept() -> str:

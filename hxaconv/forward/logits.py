@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from hxaconv.formats.files import write_from
 from hxaconv.formats.safetensors import file_layout
+from hxaconv.forward.pool import ROWS
 from hxaconv.model.config import ModelConfig
 from hxaconv.model.plan import Ranges, Recipe
 from hxaconv.save.diskio import output_error
@@ -118,7 +120,7 @@ class Divergence:
         return [m - self._log_p + q for m, q in zip(self._moved, self._log_q, strict=True)]
 
 
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 64
 
 
 def kl_and_gradient(walk: Walk, role: str, hidden: Tensor, other: str, wanted: Tensor) -> tuple[float, Tensor]:
@@ -141,6 +143,7 @@ def kl_and_gradient(walk: Walk, role: str, hidden: Tensor, other: str, wanted: T
         mine.copy_(q.exp_().sub_(p.exp_()).div_(len(wanted)))
     gradient = torch.zeros_like(hidden)
     for start, stop in walk.slices({role: walk[role].head}, "head"):
-        block = walk.held(role)["head"].values.to(walk.device)
-        gradient.addmm_(logits[role][:, start:stop], block.to(gradient.dtype))
+        block = walk.held(role)["head"].values.to(walk.device, gradient.dtype)
+        columns = torch.split(logits[role][:, start:stop], ROWS)
+        gradient += torch.cat(walk.pool.map(functools.partial(torch.mm, mat2=block), columns))
     return float(torch.cat(kl).double().mean()), gradient

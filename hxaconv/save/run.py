@@ -182,10 +182,12 @@ def save(
     check: Check | None = None,
     warnings: Sequence[str] = (),
     notes: Sequence[str] = (),
+    announce: bool = True,
 ) -> Outcome:
     """Write an output, verify it before it gets its name, and upload it where asked; a dry run refuses the same.
 
-    The progress that the command was called with is shown the plan, once nothing stands in the way of it.
+    The progress that the command was called with is shown the plan, once nothing stands in the way of it; without
+    `announce` it has been shown before.
 
     Raises:
         HxaconvError: when the target is refused, or something fails; the target is as before then.
@@ -207,7 +209,7 @@ def save(
         threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
 
     def prepare(needed: Sequence[SourceFile]) -> None:
-        if progress is not None and ranks.rank() == 0:
+        if progress is not None and announce and ranks.rank() == 0:
             progress.show(outcome)
         student = output.student
         download(sources, needed, [student] if student is not None and ranks.rank() == 0 else [], progress)

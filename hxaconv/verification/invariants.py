@@ -199,7 +199,7 @@ def _explain(report: Report, *, plain: bool = False) -> None:
     if logits is None or logits.kl_attention_zeroed is None:
         return
     text = (
-        f"KL(teacher || student) is {logits.kl_other_source:.3g} nats per token;"
+        f"KL(teacher || student) is {logits.kl_other_source:.3g} nats per token on {logits.tokens} tokens;"
         f" the teacher with every attention output zeroed has {logits.kl_attention_zeroed:.3g}."
     )
     if plain and logits.kl_other_source > 0.5 * logits.kl_attention_zeroed:
