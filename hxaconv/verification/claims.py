@@ -196,8 +196,8 @@ def untouched_layers(student: Model) -> tuple[int, ...]:
     config, touched = student.student, set()
     initial = specification.INITIAL.get(config.variant.name, {})
     for name, recipe in student.plan.items():
-        told = in_rwkv_layer(config, name) and initial.get(part_of_mixer(name), ORTHOGONAL) != ORTHOGONAL
-        if told and departure(name, tensor(recipe), {}, config):
+        exact = in_rwkv_layer(config, name) and initial.get(part_of_mixer(name), ORTHOGONAL) != ORTHOGONAL
+        if exact and departure(name, tensor(recipe), {}, config):
             touched.add(layer_index(name))
     return tuple(layer for layer in config.rwkv_layers if layer not in touched)
 
