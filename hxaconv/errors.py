@@ -29,6 +29,10 @@ class NotConverted(HxaconvError):
     """What was opened is known for what it is, and is no model to convert: `inspect` describes it all the same."""
 
 
+class NotOnHub(HxaconvError):
+    """The Hub knows no such model, or cannot be asked."""
+
+
 class Inconsistent(HxaconvError):
     """A checkpoint whose tensors and settings do not make one model; `verify` reports it as a failed check."""
 
@@ -81,12 +85,12 @@ def bullet_list(problems: Iterable[str]) -> str:
     return "\n".join(shown)
 
 
-def shortened(items: Iterable[str], separator: str = ", ") -> str:
-    """Items in one line, those beyond MAX_LISTED counted: `a, b and 3 more`, or `a; b; and 3 more`."""
+def shortened(items: Iterable[str], separator: str = ", ", most: int = MAX_LISTED) -> str:
+    """Items in one line, those beyond `most` counted: `a, b and 3 more`, or `a; b; and 3 more`."""
     found = list(items)
-    line = separator.join(found[:MAX_LISTED])
+    line = separator.join(found[:most])
     joint = " " if separator == ", " else separator
-    return f"{line}{joint}and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else line
+    return f"{line}{joint}and {len(found) - most} more" if len(found) > most else line
 
 
 def raise_all(

@@ -111,6 +111,36 @@ def test_a_calibrated_student_is_expected_as_such(tmp_path: Path) -> None:
         assert "as untrained" in failing(verify(path, expect="untrained"))
 
 
+def test_who_asks_for_a_calibrated_student_gets_none_that_never_was(made: Path, tmp_path: Path) -> None:
+    report = verify(made, expect="calibrated")
+    assert failing(report) == {"as calibrated"} and "no layer is calibrated (untrained: " in report.reason
+    trained = verify(made, expect="attention-trained")
+    copies = next(check.detail for check in trained.checks if check.name == "copied tensors")
+    assert trained.passed and copies.endswith("only attention may have changed")
+    # A calibration that was no better than the plain values leaves a record, and nothing is asked beyond it.
+    record = json.loads((made / "hxaconv.json").read_text())
+    folder = copy(made, tmp_path)
+    layers = [{"layer": layer, "kind": "rwkv", "fell_back": True} for layer in (0, 1, 3)]
+    record["calibration"] = {"layers": layers, "polish": None}
+    (folder / "hxaconv.json").write_text(json.dumps(record))
+    assert verify(folder).passed
+    # And where its record names a layer that holds its plain values, only who asks for calibrated ones is refused.
+    layers[0]["fell_back"] = False
+    (folder / "hxaconv.json").write_text(json.dumps(record))
+    default = verify(folder)
+    assert default.passed and default.expect == "calibrated"
+    assert "as calibrated" in failing(verify(folder, expect="calibrated"))
+
+
+def test_a_student_is_never_identical_to_its_teacher(made: Path) -> None:
+    report = verify(made, expect="identical")
+    tensors = next(check.detail for check in report.checks if check.name == "tensors")
+    assert not report.passed and tensors.count("; ") == 3 and tensors.endswith(" more")
+    assert any("never identical" in note for note in report.notes)
+    same = hxaconv.verify(str(made), against=str(made), expect="identical")
+    assert same.passed and not any("never identical" in note for note in same.notes)
+
+
 def test_expectations_of_students_need_one(made: Path) -> None:
     with pytest.raises(HxaconvError, match="a student and its teacher"):
         hxaconv.verify(str(TEACHER), against=str(TEACHER), expect="untrained")

@@ -113,6 +113,11 @@ def compare_models(
     if report.expect in USUAL:
         if not any(isinstance(claim, Claim) and claim.check == "tensors" for claim in claims):
             _same_tensors(report, exactly=report.expect == "identical")
+        if not same_kind and report.expect == "identical":
+            report.notes.append(
+                "A student and its teacher are never identical: leave --expect out, or take untrained, calibrated or"
+                " attention-trained."
+            )
         found = report.config_differences
         report.problems("config", found, "the same settings")
     if report.logits is not None:
@@ -213,7 +218,7 @@ def _same_tensors(report: Report, *, exactly: bool) -> None:
     if wrong:
         amounts = [f" by {result.max_difference:.3g}" if result.max_difference else "" for result in wrong]
         shown = [f"{r.name} {r.status}{by} {r.detail}".rstrip() for r, by in zip(wrong, amounts, strict=True)]
-        text = f"{len(wrong)} of {len(report.tensors)}: {shortened(shown, '; ')}"
+        text = f"{len(wrong)} of {len(report.tensors)}: {shortened(shown, '; ', most=3)}"
     report.check("tensors", not wrong, text)
 
 

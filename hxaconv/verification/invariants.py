@@ -154,12 +154,13 @@ def check_against(
         more: what `compare_models` takes beside it: ids, thresholds, how, progress.
     """
     config, history = student.student, history or History()
+    asked = expect is not None
     expect = expect or history.expectation(config)
     states = States(config, history.calibrated)
     refitted = history.refitted if expect == "calibrated" else frozenset()
     claims: list[Claim | States] = []
     if expect == "attention-trained":
-        claims = [copied(config, without=is_attention)]
+        claims = [copied(config, without=is_attention, but="only attention may have changed")]
     elif expect != "report":
         claims = [copied(config, without=functools.partial(_changed, layers=refitted, parts=REFITTED))]
         for made in history.made:
@@ -183,7 +184,7 @@ def check_against(
         _check_copied_dtypes(report, student.plan, teacher.plan)
     else:
         check_one_dtype(report, student.plan)
-        _check_states(report, expect, states)
+        _check_states(report, expect, states, asked=asked)
         check_ranks(report, config)
         check_gqa_layers(report, without=refitted)
     return report
@@ -211,10 +212,17 @@ def _explain(report: Report, *, plain: bool = False) -> None:
     report.notes.append(text)
 
 
-def _check_states(report: Report, expect: str, states: States) -> None:
+def _check_states(report: Report, expect: str, states: States, *, asked: bool) -> None:
+    """Whether every layer is as expected; who asks for a calibrated student expects one layer of it at least.
+
+    Without being asked, none is: by its record a calibration may have left every layer its plain values.
+    """
     fine = {"untrained", "kept"} | ({"calibrated"} if expect == "calibrated" else set())
     wrong = [f"layer {i} is {state}" for i, state in states.found.items() if state not in fine]
     hint = " (of a student that was trained since: --expect attention-trained)" if wrong else ""
+    if asked and expect == "calibrated" and not wrong and "calibrated" not in states.found.values():
+        wrong = ["no layer is calibrated"]
+        hint = f" ({states.sentence()}; of a student that was not calibrated: --expect untrained)"
     report.check(f"as {expect}", not wrong, shortened(wrong, "; ") + hint or "every layer")
 
 
@@ -265,13 +273,13 @@ def completed(model: Model, base: Model) -> Model:
 # --- Claims and checks that several operations share -----------------------------------------------------------------
 
 
-def copied(config: StudentConfig, *, without: Callable[[str], bool] = lambda name: False) -> Claim:
-    """Everything outside the mixers of RWKV layers is the teacher's, but for some names."""
+def copied(config: StudentConfig, *, without: Callable[[str], bool] = lambda name: False, but: str = "") -> Claim:
+    """Everything outside the mixers of RWKV layers is the teacher's, but for some names, which `but` describes."""
 
     def wanted(name: str) -> bool:
         return not in_rwkv_layer(config, name) and not without(name)
 
-    good, bad = "are the teacher's", "differ from the teacher's"
+    good, bad = f"are the teacher's{f'; {but}' if but else ''}", "differ from the teacher's"
     return Copied("copied tensors", good, bad, wanted, complete=True, padded=True)
 
 
