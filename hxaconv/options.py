@@ -163,7 +163,10 @@ def text_of(value: Any) -> str:
         raise ValueError("it is empty")
     if "\0" in text:
         raise ValueError(f"{_short(text)} has a null byte")
-    names = text.encode(errors="surrogatepass").split(b"/")
+    try:
+        names = os.fsencode(text).split(b"/")
+    except UnicodeEncodeError:
+        raise ValueError(f"{_short(text)} has a character that no file system can name") from None
     if len(text) > LONGEST_PATH or max(map(len, names)) > LONGEST_NAME:
         raise ValueError(f"{_short(text)} is longer than the name of a file can be")
     return text
@@ -196,6 +199,8 @@ def _layers(value: Any) -> str:
     """A choice of layers as the command line has it; from Python it may be a number, or several."""
     if isinstance(value, str) and "," in value:  # a list of many layers is longer than a name
         return value
+    if isinstance(value, str) and not value:
+        raise ValueError("it is empty; layers are named by their numbers, such as 8,15-17,-1")
     if isinstance(value, str | os.PathLike):
         return text_of(value)
     several = value.tolist() if hasattr(value, "tolist") else value

@@ -11,6 +11,7 @@ import torch
 from hostile import corpus, forge
 
 from hxaconv.errors import HxaconvError
+from hxaconv.formats import hub
 from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import teacher_config
@@ -215,3 +216,46 @@ def test_rows_of_a_transposed_matrix_are_refused_in_a_sentence(tmp_path: Path) -
         part(plan["lm_head.weight"])
         with pytest.raises(HxaconvError, match="is not stored contiguously"):
             part(plan[EMBEDDING])
+
+
+@pytest.mark.parametrize(
+    ("spec", "asked", "said"),
+    [
+        ("student/ahead", "student/ahead", "the folder student/ is here, and holds no ahead"),
+        ("org/ahead", "org/ahead", "no such path here, and the Hub cannot be reached"),
+        ("org/ahead/", "org/ahead", "no such path here, and the Hub cannot be reached"),
+        ("org/ahead/deeper/", None, "does not exist"),
+    ],
+)
+def test_what_is_no_path_may_be_a_hub_id(
+    spec: str, asked: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+
+    def unreachable(repo: str, *_: object) -> None:
+        names.append(repo)
+        raise hub.explain(ConnectionError(), repo, None)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "student").mkdir()
+    monkeypatch.setattr(hub, "open_repository", unreachable)
+    with pytest.raises(HxaconvError) as caught:
+        open_checkpoint(spec)
+    assert said in caught.value.message and names == ([asked] if asked else [])
+    assert "whole files" not in str(caught.value)
+
+
+def test_a_json_file_beside_weights_leads_to_them(tmp_path: Path) -> None:
+    for name in ("config.json", "s.json", "s.pth"):
+        (tmp_path / name).write_text("{}")
+    for name, way in (("config.json", f"Give the folder that it is in: {tmp_path}/"), ("s.json", "s.pth.")):
+        with pytest.raises(HxaconvError) as caught:
+            open_checkpoint(tmp_path / name)
+        assert "not a file of weights" in caught.value.message and caught.value.hint.endswith(way)
+
+
+def test_a_name_that_no_file_can_have_is_refused() -> None:
+    with pytest.raises(HxaconvError, match="no file system can name"):
+        open_checkpoint("\ud800")
+    with pytest.raises(HxaconvError, match="does not exist"):
+        open_checkpoint("./\udcff")

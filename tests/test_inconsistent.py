@@ -179,3 +179,8 @@ def test_layers_that_an_option_confirms_have_to_be_the_tensors(cli, tiny_teacher
     assert "(2, 5) by the tensors, (2,) by --gqa-layers" in " ".join(capsys.readouterr().err.split())
     assert cli("to-pth", tmp_path / "s", tmp_path / "s.pth", "--gqa-layers", "2", "--no-verify") == 2
     assert not (tmp_path / "s.pth").exists()
+    capsys.readouterr()
+    assert cli("to-pth", tmp_path / "s", tmp_path / "s.pth", "--layer-map", "reka-flash-3", "--no-verify") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.count("by layer map reka-flash-3") == 2 and "leave --layer-map out" in error
+    assert "no --gqa-layers" not in error

@@ -235,3 +235,17 @@ def test_what_is_not_understood_is_not_called_empty(text):
 def test_a_folder_is_called_one(tmp_path):
     with pytest.raises(HxaconvError, match="that is a folder, expected a TOML file"):
         layer_maps.load(tmp_path)
+
+
+def test_a_hint_fits_what_is_wrong(tmp_path):
+    def hint(text, option="--gqa-layers"):
+        with pytest.raises(HxaconvError) as caught:
+            layer_maps.parse_layers(text, 6, option=option)
+        return caught.value.hint
+
+    assert hint("0") == "" and "numbered from 0" in hint("0,9")
+    assert "Without a map, name the layers by their numbers" in hint("reka-flash-3")
+    (tmp_path / "sample.txt").write_text("Once upon a time")
+    assert "A minimal map is one line" in hint(str(tmp_path / "sample.txt"))
+    (tmp_path / "map.toml").write_text("gqa_layers = [2, 2]")
+    assert hint(str(tmp_path / "map.toml")) == "Correct the file."

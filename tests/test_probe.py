@@ -114,6 +114,15 @@ def test_a_text_that_cannot_be_read_is_told_of_before_the_tokenizer(tmp_path: Pa
         assert "Errno" not in str(caught.value)
 
 
+def test_a_text_given_as_token_ids_is_led_to_its_option(tmp_path: Path) -> None:
+    with pytest.raises(HxaconvError) as caught:
+        probe_tokens(97, input_ids=tmp_path / "sample.txt")
+    assert "--text" in caught.value.hint
+    with pytest.raises(HxaconvError) as caught:
+        probe_tokens(97, input_ids=tmp_path / "absent.npy")
+    assert "--text" not in caught.value.hint
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bool", "complex64"])
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors", "memory"])
 def test_what_is_no_token_id_is_called_by_its_own_name(dtype: str, suffix: str, tmp_path: Path) -> None:

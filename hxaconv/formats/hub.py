@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.errors import HxaconvError
+from hxaconv.errors import HxaconvError, NotOnHub
 from hxaconv.formats import Contents, read_contents
 from hxaconv.formats.files import TEMPLATES, SourceFile
 from hxaconv.formats.safetensors import header_length, parse_header
@@ -327,7 +327,7 @@ def explain(error: Exception, repo: str, revision: str | None, *, begun: str = "
             hint=f"Accept them at {page}, then log in: `hf auth login` (or set HF_TOKEN).",
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return HxaconvError(
+        return NotOnHub(
             f"{repo}: no such path here, and no such model on the Hub, or a private one without access",
             hint=f"Check the spelling. {_LOGIN} if it is private.",
         )
@@ -343,7 +343,7 @@ def explain(error: Exception, repo: str, revision: str | None, *, begun: str = "
     if status is not None:
         return HxaconvError(f"The Hub answers {status} for {repo}", hint="Try again in a few minutes.")
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
-        return HxaconvError(
+        return NotOnHub(
             f"{repo} is not in the Hub's cache, and the Hub is not used (HF_HUB_OFFLINE)",
             hint=f"Unset HF_HUB_OFFLINE, or download it where there is network: `hf download {repo}`",
         )
@@ -354,7 +354,8 @@ def explain(error: Exception, repo: str, revision: str | None, *, begun: str = "
         )
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         return HxaconvError(f"{error.filename or repo}: {error.strerror}")
-    return HxaconvError(
+    kept = "; whole files of a download are kept" if begun else ""
+    return NotOnHub(
         f"{repo}: no such path here, and the Hub cannot be reached ({type(error).__name__})",
-        hint="Check the network (HTTPS_PROXY, HF_ENDPOINT); whole files of a download are kept.",
+        hint=f"Check the network (HTTPS_PROXY, HF_ENDPOINT){kept}.",
     )

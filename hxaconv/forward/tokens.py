@@ -159,9 +159,11 @@ def _read(path: Path) -> Any:
         HxaconvError: for another suffix, and for what is no such file.
     """
     if path.suffix not in (".npy", ".safetensors", ".json"):
-        raise HxaconvError(f"{path}: token ids are read from .npy, .safetensors, .json files")
+        raise HxaconvError(
+            f"{path}: token ids are read from .npy, .safetensors, .json files", hint="A file of text is for --text."
+        )
     if not path.is_file():
-        raise HxaconvError(f"{path} is not a file; token ids are read from one")
+        raise HxaconvError(f"{path} is not a file; token ids are read from one", hint="Check the path.")
     problem = f"{path} could not be read as token ids: "
     try:
         if path.suffix == ".npy":

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hxaconv.errors import HxaconvError, NotConverted, bullet_list, raise_all, shortened
+from hxaconv.errors import HxaconvError, NotConverted, NotOnHub, bullet_list, raise_all, shortened
 from hxaconv.formats import Contents, read_contents, sharded, zero
 from hxaconv.formats.files import SourceFile, show
 from hxaconv.formats.json_files import PROVENANCE_NAME, read_config, read_json, read_sidecar
@@ -88,6 +88,8 @@ def _open(spec: str | Path, revision: str | None, weights: str | None, progress:
         return _open_file(path, text, weights)
     if weights is not None:
         raise HxaconvError(f"--weights {weights} is for folders and files here; {text} is none")
+    if not isinstance(spec, Path) and _HUB_ID.match(text.rstrip("/")):
+        text = text.rstrip("/")  # as completion of a shell leaves it
     page = _HUB_PAGE.match(text)
     if page:  # the address of a model's page, pasted
         text = page["id"] + (f"@{page['revision']}" if page["revision"] else "")
@@ -99,6 +101,15 @@ def _open(spec: str | Path, revision: str | None, weights: str | None, progress:
     name, _, pinned = text.partition("@")
     if revision and pinned and revision != pinned:
         raise HxaconvError(f"{text} and --revision {revision} name two revisions", hint="Leave one of them out.")
+    beside = Path(name).parent
+    if not pinned and revision is None and beside.is_dir():
+        try:
+            return _open_hub(name, None, text, progress)
+        except NotOnHub:
+            raise HxaconvError(
+                f"{text} does not exist: the folder {beside}/ is here, and holds no {Path(name).name}",
+                hint="Check the path. As a Hub id, there is no such model, or the Hub cannot be reached.",
+            ) from None
     return _open_hub(name, revision or pinned or None, text, progress)
 
 
@@ -237,6 +248,10 @@ def _open_file(path: Path, label: str, weights: str | None) -> Checkpoint:
     shard = SHARD.search(path.name)
     if shard and int(shard[2]) > 1:
         raise HxaconvError(f"{label} is one of {int(shard[2])} shards", hint=f"Give the folder instead: {path.parent}")
+    if path.suffix == ".json":
+        beside = path.with_suffix(".pth")
+        hint = f"Give {beside}." if beside.is_file() else f"Give the folder that it is in: {path.parent}/"
+        raise HxaconvError(f"{label} is not a file of weights", hint=hint)
     file = SourceFile.local(path, label=label)
     root, where = path.parent.resolve(), str(path.parent)
     names = [path.with_suffix(".json").name]
@@ -404,8 +419,8 @@ def _merged(label: str, opened: Sequence[tuple[SourceFile, Contents]], index: In
     if differing and not parts:
         each = bullet_list(f"{file.name}: {len(contents.tensors)} tensors" for file, contents in opened)
         raise NotConverted(
-            f"{label} holds {len(opened)} files with the same tensors, each a checkpoint of its own:\n{each}",
-            hint="Give the one file to convert by its path.",
+            f"{label} holds {len(opened)} files that share names of tensors, each a checkpoint of its own:\n{each}",
+            hint="Give one of these files by its path.",
         )
     hint = "One of the shards is stale: download the folder again."
     if index is not None:

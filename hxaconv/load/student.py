@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.errors import HxaconvError, Inconsistent, bullet_list, raise_all
+from hxaconv.errors import HxaconvError, Inconsistent, bullet_list, raise_all, shortened
 from hxaconv.load.tensors import INCOMPLETE, split_fused, split_tied_head
 from hxaconv.model import layer_maps
 from hxaconv.model.config import ModelConfig, StudentConfig, number_problems, teacher_config
@@ -264,13 +264,16 @@ def settings_sources(
     return sources
 
 
+LAYER_MAP = "layer map "
+
+
 def map_settings(layer_map: str) -> SettingsSource:
     """The settings of a layer map, as a named source; its choice of layers is not one."""
     chosen = layer_maps.load(layer_map)
     values = {key: value for key, value in chosen.model.items() if key != "model_type"}
     if chosen.variant:
         values["rwkv_architecture"] = chosen.variant
-    return SettingsSource(f"layer map {chosen.name}", values, VARIANT)
+    return SettingsSource(f"{LAYER_MAP}{chosen.name}", values, VARIANT)
 
 
 def _file_settings(source: str, raw: Mapping[str, Any], where: str) -> list[SettingsSource]:
@@ -292,17 +295,25 @@ def resolve(sources: list[SettingsSource], where: str, plan: Plan | None = None)
     """
     values: dict[str, Any] = dict(sources[0].values)
     origin: dict[str, str | None] = dict.fromkeys(values)
-    problems, keys = [], set()
+    problems: list[str] = []
+    of_map: list[str] = []
+    keys = set()
     for source in sources[1:]:
         for key, value in source.values.items():
             if key not in values:
                 values[key], origin[key] = value, source.source
             elif values[key] != value and origin[key] is not None and key not in source.weak:
                 keys.add(key)
-                problems.append(f"{key} is {values[key]!r} by {origin[key]}, {value!r} by {source.source}")
+                found = of_map if source.source.startswith(LAYER_MAP) else problems
+                found.append(f"{key} is {values[key]!r} by {origin[key]}, {value!r} by {source.source}")
     hint = "Give the right value as an option."
     if not keys <= FLAGS.keys():
         hint = "One of them belongs to another model, or the checkpoint holds tensors that it should not."
+    if of_map:
+        problems.append(shortened(of_map, "; ", most=2))
+        hint = "The layer map is for another model: leave --layer-map out, or name the one of this model."
+    if any("by --gqa-layers" in line for line in problems):
+        hint += " A finished student needs no --gqa-layers."
     raise_all(f"{where}: its sources contradict each other:", problems, hint=hint, kind=Inconsistent)
     _refuse_gaps(values, where, plan or {})
     raise_all(f"{where}:", number_problems({key: values[key] for key in ("rope_theta", "rms_norm_eps")}))

@@ -202,7 +202,10 @@ def teacher_config(
         HxaconvError: listing everything that a student cannot carry, or that the config leaves open.
     """
     if raw.get("rwkv_architecture") or raw.get("model_type") == MODEL_TYPE:
-        raise HxaconvError(f"{where} is a student already, a teacher is needed here")
+        raise HxaconvError(
+            f"{where} is a student already, a teacher is needed here",
+            hint="Give the transformer that it was made of; are the arguments in their order?",
+        )
     problems = _refusals(raw, allow_output_bias, drop_rope_scaling)
     raise_all(f"{where} cannot become a student:", problems)
     sizes, problems = _integers(raw, _SIZES)

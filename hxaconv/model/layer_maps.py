@@ -103,6 +103,9 @@ def load(name: str | Path, num_layers: int | None = None, *, allow_layer_0: bool
 _WHERE = "Name the file, or one of the shipped maps: hxaconv maps"
 
 
+_MINIMAL = "A minimal map is one line: gqa_layers = [4, 9, 14]"
+_FOR_OTHERS = "it is for "
+_SUCH_AS = "8,15-17,-1"
 MAX_BYTES = 1024 * 1024
 
 
@@ -119,9 +122,12 @@ def read(path: Path, num_layers: int | None = None, allow_layer_0: bool = False)
     except OSError as error:
         raise HxaconvError(f"layer map {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise HxaconvError(f"layer map {path} is not valid TOML: {why_unread(error)}") from None
-    minimal = "" if "gqa_layers" in raw else "A minimal map is one line: gqa_layers = [4, 9, 14]"
-    raise_all(f"layer map {path}:", _problems(raw, num_layers, allow_layer_0), hint=minimal)
+        raise HxaconvError(f"layer map {path} is not valid TOML: {why_unread(error)}", hint=_MINIMAL) from None
+    problems = _problems(raw, num_layers, allow_layer_0)
+    hint = _MINIMAL if "gqa_layers" not in raw else "Correct the file."
+    if any(line.startswith(_FOR_OTHERS) for line in problems):
+        hint = f"{_WHERE}. Without a map, name the layers by their numbers: {_SUCH_AS}."
+    raise_all(f"layer map {path}:", problems, hint=hint)
     return LayerMap(
         name=path.stem,
         gqa_layers=tuple(sorted(raw["gqa_layers"])),
@@ -297,7 +303,9 @@ def parse_layers(
     layers, problems = _numbers(word, num_layers)
     if layers or not problems:
         problems += check(layers, num_layers, allow_layer_0=allow_layer_0)
-    raise_all(f"{option} {text!r} of a model of {num_layers} layers:", problems, hint=_NUMBERS_HINT)
+    accepted = all(line.startswith(LAYER_0_REASON) for line in problems)  # such a line says what to do
+    hint = "" if accepted else _NUMBERS_HINT
+    raise_all(f"{option} {text!r} of a model of {num_layers} layers:", problems, hint=hint)
     return tuple(sorted(layers))
 
 
@@ -339,7 +347,7 @@ def _misfits(layers: Sequence[int], depth: int | None, num_layers: int | None, a
     if num_layers is None:
         return range_problems(layers, depth)
     if depth not in (None, num_layers):
-        return [f"it is for {depth} layers, the model has {num_layers}", *range_problems(layers, depth)]
+        return [f"{_FOR_OTHERS}{depth} layers, the model has {num_layers}", *range_problems(layers, depth)]
     return check(layers, num_layers, allow_layer_0=allow_layer_0)
 
 
@@ -351,7 +359,7 @@ def check(layers: Sequence[int], num_layers: int, *, allow_layer_0: bool = False
     elif set(range(num_layers)) <= set(layers):
         found.append("every layer is named, so nothing becomes RWKV; write `all` if that is meant")
     elif 0 in layers and not allow_layer_0:
-        found.append(f"{LAYER_0_REASON}; --allow-gqa-layer-0 goes on")
+        found.append(f"{LAYER_0_REASON}; --allow-gqa-layer-0 accepts it")
     return found
 
 

@@ -380,7 +380,8 @@ case(name="deepspeed_file", what="mp_rank_00_model_states.pt of DeepSpeed", outc
 case(name="one_pth", what="a trainer's folder with one .pth", outcome=READ, command=TO_HF, met="RWKV-LM",
      build=save(FULL, "rwkv-final.pth"), expected=lambda p: by_torch()(p / "rwkv-final.pth"))
 case(name="many_pth", what="a trainer's folder with several .pth of the same tensors", outcome=REFUSED,
-     do="name the one to convert", command=TO_HF, words=("Give the one file",), kind="2 files with the same tensors",
+     do="name the one to convert", command=TO_HF, words=("Give one of these files",),
+     kind="2 files that share names of tensors",
      build=lambda p: (save(FULL, "rwkv-0.pth")(p), torch.save(FULL, p / "rwkv-1.pth")))
 AVERAGE = mixers("RGR", seed=30)
 EMA = "a .pth with several state dicts: the model's and its moving average's (ema)"

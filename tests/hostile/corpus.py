@@ -111,7 +111,7 @@ def _entry(**changes: Any) -> dict[str, Any]:
 
 _PLAIN = json.dumps(HEADER)
 header_case("truncated_data", HEADER, "the file is truncated: the tensors take 32 bytes, there are 31", bytes(31))
-header_case("trailing_data", HEADER, "the file is longer than its header says", bytes(40))
+header_case("trailing_data", HEADER, "the file is longer than its header implies", bytes(40))
 header_case("truncated_header", HEADER, "a safetensors header of 4000 bytes does not fit a file", length=4000)
 header_case("absurd_length", HEADER, "a safetensors header of 9223372036854775807 bytes", length=2**63 - 1)
 header_case("long_header", b"{" + b" " * 10, "expected at most 25000000", 30_000_000, length=26_000_000)
@@ -447,7 +447,7 @@ def index_deep(folder: Path) -> Path:
     return folder
 
 
-@case("holds 2 files with the same tensors")
+@case("holds 2 files that share names of tensors")
 def folder_duplicates(folder: Path) -> Path:
     for name in ("rwkv-1.pth", "rwkv-2.pth"):
         good_zip(folder).rename(folder / name)
