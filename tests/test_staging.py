@@ -182,7 +182,7 @@ def test_resuming_gives_the_same_bytes_and_rewrites_only_the_rest(tmp_path, monk
     monkeypatch.undo()
     monkeypatch.setattr(fill, "BATCH_BYTES", 20_000)
     if not partials(tmp_path):
-        assert "Nothing had been finished" in str(caught.value)
+        assert "Nothing was written" in str(caught.value)
         return
     assert "--resume" in str(caught.value)
     with pytest.raises(HxaconvError, match="Add --resume to continue"):

@@ -136,7 +136,7 @@ def prepare(teacher: Model, plain: Model, fit: Fit, seed: int, workers: int | No
     if fit.given and fit.random_tokens:
         problems.append("--random-tokens and a text both name the tokens to use; give one of them")
     if not fit.given and not fit.random_tokens:
-        problems.append("calibration fits layers to text, and no text is given; pass --text FILE or --input-ids FILE")
+        problems.append("calibration fits layers to text, and no text is given; pass --text or --input-ids")
     if fit.polish_only and not fit.polish_tokens:
         problems.append("--polish-only needs --polish-tokens")
     if 0 < fit.polish_tokens < fit.tokens and not fit.polish_only:

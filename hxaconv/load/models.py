@@ -306,7 +306,8 @@ def _with_adapters(plan: Plan, settings: Settings, where: str, *, tied: bool) ->
     names, scales = settings.adapter, settings.adapter_scale
     if scales and len(scales) != len(names):
         raise HxaconvError(
-            f"{len(names)} --adapter and {len(scales)} --adapter-scale", hint="Give every adapter a scale, or none."
+            f"--adapter is given {len(names)} times, --adapter-scale {len(scales)} times",
+            hint="Give every adapter a scale, or none.",
         )
     if not names:
         return plan

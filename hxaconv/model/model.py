@@ -14,7 +14,7 @@ from hxaconv.model.names import EMBEDDING, HEAD
 from hxaconv.model.plan import Plan, Recipe, same_bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Checkpoint:
     """An opened checkpoint. Nothing but headers and small JSON files has been read."""
 
@@ -63,6 +63,9 @@ class Checkpoint:
     def name(self) -> str:
         """A Hub id, or the bare name of a folder or file."""
         return self.repo or Path(self.label).resolve().name
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint: {self.label}, {self.container}, {len(self.plan)} tensors>"
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ def refuse(output: Output, staging: Staging, *, overwrite: bool, place_alone: bo
     problems = _place_problems(output, staging)
     if output.target.parent.is_dir() and (problems or not place_alone):
         problems += _content_problems(output, staging, overwrite=overwrite)
-    raise_all(f"{output.target} cannot be written:", problems, hint="Nothing was written.")
+    raise_all(f"{output.target} cannot be written:", problems)
 
 
 def _place_problems(output: Output, staging: Staging) -> list[str]:

@@ -168,7 +168,7 @@ class _Run:
         if count == 0:
             if ranks.rank() == 0:
                 self.staging.remove()
-            return f"Nothing had been finished; {target} is as before."
+            return f"Nothing was written; {target} is as before."
         return f"{count} finished tensors are kept in {path}; the same command with --resume continues."
 
     def begin(self, signals: Signals) -> bool:

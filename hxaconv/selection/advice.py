@@ -102,13 +102,7 @@ def figure_text(value: float | None) -> str:
 
 
 def needs(strategy: str) -> frozenset[str]:
-    """What a strategy asks for: `teacher`, `student` (all RWKV), `tokens`, `log`.
-
-    Raises:
-        HxaconvError: when there is no such strategy.
-    """
-    if strategy not in STRATEGIES:
-        raise HxaconvError(f"unknown strategy {strategy!r}", hint=f"Strategies: {', '.join(STRATEGIES)}.")
+    """What a strategy asks for: `teacher`, `student` (all RWKV), `tokens`, `log`."""
     return STRATEGIES[strategy].needs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.errors import raise_all
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
@@ -30,8 +30,6 @@ def parse_scale(text: str | None, preset: str) -> dict[str, float]:
     Raises:
         HxaconvError: listing every part that is not NAME=NUMBER with a known name.
     """
-    if preset not in PRESETS:
-        raise HxaconvError(f"unknown preset {preset!r}", hint=f"Presets: {', '.join(PRESETS)}.")
     factors, problems, seen = dict(PRESETS[preset]), [], set[str]()
     for part in filter(None, (text or "").split(",")):
         name, _, value = part.partition("=")
@@ -46,7 +44,7 @@ def parse_scale(text: str | None, preset: str) -> dict[str, float]:
         else:
             factors[name.strip()] = number
             seen.add(name.strip())
-    raise_all("--scale is not understood:", problems, hint="Example: --scale receptance=0.5,value=0.3")
+    raise_all("--scale is not understood:", problems, hint="It takes factors by name, such as receptance=0.5,value=0.3")
     return factors
 
 
