@@ -8,7 +8,7 @@ from hxaconv.save import interruption
 
 
 def main() -> int:
-    """Run the command line; returns 0 done, 1 a check failed, 2 wrong use or bad input, 130 or 143 interrupted."""
+    """Run the command line; returns 0 done, 1 a check failed, 2 wrong use or a fault, 130 or 143 interrupted."""
     try:
         interruption.for_life()
         from hxaconv.cli.app import run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import re
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.errors import HxaconvError, meant, raise_all
 from hxaconv.options import Argument, Group, Option, Shown, WrongOption, checked, option_words, options_of, plain
 from hxaconv.progress import Progress
 
@@ -112,7 +111,7 @@ def _group(name: str, kind: type[Group], default: Any, given: Any, fields: dict[
     if isinstance(given, Mapping):
         raise_all(
             f"{name} has no such options:",
-            [repr(key) for key in given if key not in options_of(kind)],
+            [f"{key!r}{meant(str(key), options_of(kind))}" for key in given if key not in options_of(kind)],
             hint=f"It has {', '.join(options_of(kind))}.",
         )
         given, fields = default, {**given, **fields}
@@ -220,7 +219,7 @@ def public(function: Callable[..., Result], command: str) -> Callable[..., Resul
             parameter.name,
             inspect.Parameter.POSITIONAL_OR_KEYWORD if parameter.is_argument else inspect.Parameter.KEYWORD_ONLY,
             default=parameter.default,
-            annotation=parameter.kind,
+            annotation=parameter.option.taken or parameter.kind,
         )
         for parameter in sorted(parameters, key=lambda parameter: not parameter.is_argument)
     ]
@@ -233,10 +232,9 @@ def public(function: Callable[..., Result], command: str) -> Callable[..., Resul
     def call(*given: Any, **values: Any) -> Result:
         try:
             unknown = [value for value in values if value not in signature.parameters]
-            near = {value: difflib.get_close_matches(value, signature.parameters, n=1) for value in unknown}
             raise_all(
                 f"{name} has no such arguments:",
-                [f"{value} (did you mean {near[value][0]}?)" if near[value] else value for value in unknown],
+                [f"{value}{meant(value, signature.parameters)}" for value in unknown],
             )
             try:
                 values = signature.bind(*given, **values).arguments
@@ -251,7 +249,8 @@ def public(function: Callable[..., Result], command: str) -> Callable[..., Resul
     call.__signature__ = signature  # type: ignore[attr-defined]
     call.__name__ = call.__qualname__ = name
     call.__module__ = "hxaconv"
-    call.__doc__ = f"{inspect.getdoc(function)}\n\n{_described(parameters)}"
+    described, *sections = (inspect.getdoc(function) or "").partition("\n\nCommand line:")
+    call.__doc__ = f"{in_python(described, parameters)}{''.join(sections)}\n\n{_described(parameters)}"
     return call
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 MAX_LISTED = 12
 """Entries of one kind that a message lists before it only counts the rest."""
+
+
+FAULT = "this is a fault of hxaconv, not of what you gave it; please report it with the traceback above"
 
 
 class HxaconvError(Exception):
@@ -74,6 +78,12 @@ def out_of_memory(error: BaseException) -> HxaconvError | None:
         f"memory has run out{f': {reason}' if reason else ''}",
         hint="Take fewer tokens, skip the check with --no-verify where a command has it, or use a larger machine.",
     )
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """` (did you mean this?)`, or nothing where nothing known is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def bullet_list(problems: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, Self, get_args, get_origin, get_type_hints
 
-from hxaconv.errors import HxaconvError
+from hxaconv.errors import HxaconvError, meant
 from hxaconv.model.variants import VARIANTS
 
 
@@ -37,6 +37,8 @@ class Option:
     choices: tuple[str, ...] = ()
     convert: Callable[[Any], Any] | None = None
     """From what Python may give to what the field holds; a ValueError names what is wrong."""
+    taken: Any = None
+    """What Python may give, as its signature says it, where that is more than the field's type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +123,8 @@ def checked(value: Any, kind: Any, option: Option) -> Any:
     if option.most is not None and not value <= option.most:
         raise ValueError(f"{_short(value)} is not possible, it takes {option.most} or less")
     if option.choices and value not in option.choices:
-        raise ValueError(f"{value!r} is not known, it takes {', '.join(option.choices)}")
+        near = meant(str(value), option.choices)
+        raise ValueError(f"{value!r} is not known{near}, it takes {', '.join(option.choices)}")
     return value
 
 
@@ -158,7 +161,7 @@ def text_of(value: Any) -> str:
     """
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str):
-        raise ValueError(f"{_short(value)} is not text")
+        raise ValueError(f"{_short(value)} is not text, nor a path")
     if not text:
         raise ValueError("it is empty")
     if "\0" in text:
@@ -192,6 +195,8 @@ def _scale(value: Any) -> str:
     """Factors as the command line has them; from Python they may be a dictionary."""
     if isinstance(value, Mapping):
         return ",".join(f"{name}={_number(factor)!r}" for name, factor in value.items())
+    if not isinstance(value, str):
+        raise ValueError(f"{_short(value)} is neither factors by name nor text such as value=0.4")
     return text_of(value)
 
 
@@ -237,7 +242,12 @@ def _size(ids: Sequence[Any] | ArrayLike) -> int:
 TokenIds = str | Sequence[Any] | ArrayLike
 """A file of token ids, or the ids themselves: one sequence, or several of one length."""
 
+LayerNumbers = str | int | Iterable[int] | None
+Factors = str | Mapping[str, float] | None
+
 LARGEST_SEED = 2**63 - 1
+STRATEGIES = ("uniform", "last", "log", "mse", "influence", "entropy", "distance", "kl", "nll", "retrieval", "gates")
+PRESETS = ("openmose-stage1", "openmose-stage2")
 STAGES = ("untrained", "calibrated", "attention-trained")
 """What may be expected of a student beside its teacher."""
 
@@ -290,7 +300,9 @@ class Settings(Group):
     PANEL: ClassVar[str] = "Teacher and settings"
 
     layer_map: str | None = option(None, "Layer map that names rope_theta and eps.")
-    gqa_layers: str | None = option(None, "Confirms which layers are GQA, where a file lacks some.", convert=_layers)
+    gqa_layers: str | None = option(
+        None, "Confirms which layers are GQA, where a file lacks some.", convert=_layers, taken=LayerNumbers
+    )
     rope_theta: float | None = option(None, "Where no file has it, or to override it.")
     rms_norm_eps: float | None = option(None, "Where no file has it, or to override it.")
     tie_word_embeddings: bool | None = option(
@@ -327,7 +339,9 @@ class Layers(Group):
     layer_map: str | None = option(
         None, "Layer map (name or TOML file). Default: the teacher's shipped map, else evenly spaced."
     )
-    gqa_layers: str | None = option(None, "Layers that stay GQA: 8,15-17,-1, none, all.", convert=_layers)
+    gqa_layers: str | None = option(
+        None, "Layers that stay GQA: 8,15-17,-1, none, all.", convert=_layers, taken=LayerNumbers
+    )
     allow_gqa_layer_0: bool = option(False, "Accept layer 0 as GQA (loaders disagree).")
 
 
@@ -337,15 +351,15 @@ class Choice(Group):
 
     PANEL: ClassVar[str] = "Layers"
 
-    layers: str | None = option(None, "The layers that become GQA: 8,15-17,-1, a layer map or file.", convert=_layers)
-    count: int | None = option(None, "How many to choose. Default: L//7.")
-    strategy: str = option(
-        "uniform", "uniform, last, log, mse, influence, entropy, distance, kl, nll, retrieval, gates."
+    layers: str | None = option(
+        None, "The layers that become GQA: 8,15-17,-1, a layer map or file.", convert=_layers, taken=LayerNumbers
     )
+    count: int | None = option(None, "How many to choose. Default: L//7.")
+    strategy: str = option("uniform", f"{', '.join(STRATEGIES)}.", choices=STRATEGIES)
     min_gap: int | None = option(None, "Least distance of two.")
     max_gap: int | None = option(None, "Greatest distance of two.")
     max_consecutive: int | None = option(None, "Longest run of adjacent ones.")
-    exclude: str | None = option(None, "Layers never chosen: 0,5-7.", convert=_layers)
+    exclude: str | None = option(None, "Layers never chosen: 0,5-7.", convert=_layers, taken=LayerNumbers)
     kl_mode: str = option(
         "restore", "restore (one layer of the student) or convert (one of the teacher).", choices=("restore", "convert")
     )
@@ -366,8 +380,10 @@ class Init(Group):
     init: str = option(
         "openmose", "openmose (published values) or calibrated (fitted to text).", choices=("openmose", "calibrated")
     )
-    preset: str = option("openmose-stage1", "openmose-stage1 (0.5 0.5 0.3 0.5) or openmose-stage2 (1.0).")
-    scale: str | None = option(None, "Factors over the preset: receptance=0.5,key=1,...", convert=_scale)
+    preset: str = option(
+        "openmose-stage1", "openmose-stage1 (0.5 0.5 0.3 0.5) or openmose-stage2 (1.0).", choices=PRESETS
+    )
+    scale: str | None = option(None, "Factors over the preset: receptance=0.5,key=1,...", convert=_scale, taken=Factors)
     seed: int = option(0, "Seed of the random matrices.", least=0, most=LARGEST_SEED)
 
 
@@ -380,7 +396,7 @@ class Tokens(Group):
     input_ids: TokenIds | None = option(None, "Token ids: .npy, .safetensors or .json.", convert=_ids)
     text: str | None = option(None, "Text file, cut by the tokenizer in the folder.")
     tokens: int = option(1024, "Calibration tokens.", least=2)
-    device: str = option("cpu", "cpu or cuda.", convert=_device)
+    device: str = option("cpu", "cpu, cuda or cuda:1.", convert=_device)
 
     @property
     def given(self) -> bool:

@@ -82,7 +82,7 @@ def test_options_of_a_calibration_that_is_not_done_are_refused(
 ) -> None:
     words = ["init-from-teacher", TINY_TEACHER, tmp_path / "o", "--dry-run", "--input-ids", TOKENS]
     assert cli(*words, "--refine-steps", "5") == 2
-    assert "--input-ids, --refine-steps: these are for a calibration" in capsys.readouterr().err
+    assert "--input-ids, --refine-steps: for a calibration only" in capsys.readouterr().err
     assert cli(*words, "--init", "calibrated", "--gqa-layers", "all") == 0
     assert cli(*words[:4]) == 0
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import hxaconv
+from hxaconv.cli.app import run
 from hxaconv.cli.tables import WIDTH, shown
 from hxaconv.commands import COMMANDS
 from hxaconv.progress import Result
@@ -30,15 +31,21 @@ def test_help_has_a_short_name(cli: Cli, words: list[str], capsys: Capture) -> N
 
 @pytest.mark.parametrize(
     ("word", "meant"),
-    [("init", "hxaconv init-from-teacher"), ("to", "hxaconv to-hf or hxaconv to-pth"), ("verfy", "hxaconv verify")],
+    [
+        ("convert", "hxaconv to-hf or hxaconv to-pth"),
+        ("init", "hxaconv init-from-teacher"),
+        ("to", "hxaconv to-hf or hxaconv to-pth"),
+        ("verfy", "hxaconv verify"),
+    ],
 )
 def test_commands_that_there_are_not_bring_those_that_were_meant(
     cli: Cli, word: str, meant: str, capsys: Capture
 ) -> None:
     assert cli(word, "x") == 2
     assert f"Did you mean {meant}" in capsys.readouterr().err
-    assert cli("nothing-like-it") == 2
-    assert "Commands: init-from-teacher, " in capsys.readouterr().err
+    for word in ("nothing-like-it", "help", ""):
+        assert cli(word) == 2
+        assert "Commands: init-from-teacher, " in (said := capsys.readouterr().err) and "hxaconv --help" in said
 
 
 def completed(*words: str) -> str:
@@ -53,6 +60,58 @@ def completed(*words: str) -> str:
 def test_the_shell_completes_commands_and_options() -> None:
     assert {name for name in COMMANDS if name.startswith("to-")} == set(completed("hxaconv", "to-").split())
     assert "--max-shard-size" in completed("hxaconv", "to-hf", "--max").split()
+    assert completed("hxaconv", "verify", "x", "--expect", "c").split() == ["calibrated", "close"]
+
+
+def test_words_without_a_place_are_explained(cli: Cli, capsys: Capture) -> None:
+    assert cli("verify", "one", "other") == 2
+    assert "`hxaconv verify ONE --against other`" in capsys.readouterr().err
+    assert cli("init-from-teacher", "one", "other", "--gqa-layers", "2", "5") == 2
+    assert "separated by commas" in (said := capsys.readouterr().err) and "no use for 5" in said
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_help_is_in_words_of_the_command_line_and_fits_a_terminal(name: str) -> None:
+    script = f"from hxaconv.__main__ import main; import sys; sys.argv = ['hxaconv', {name!r}, '--help']; main()"
+    narrow = os.environ | {"COLUMNS": "80", "TERMINAL_WIDTH": "80"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=narrow, check=True)
+    described = done.stdout.partition("╭")[0]
+    assert not re.search(r"`|\w_\w", described.partition("Example")[0])
+    assert "…" not in done.stdout
+
+
+def test_a_switch_can_be_turned_either_way() -> None:
+    assert option_of("--no-tie-word-embeddings") is False and option_of("--tie-word-embeddings") is True
+    assert option_of() is None
+
+
+def option_of(*words: str) -> object:
+    """What `to-hf` is given as `tie_word_embeddings` by these words."""
+    seen: list[object] = []
+
+    def keep(function: object, name: str, values: dict[str, object], progress: object) -> Result:
+        seen.append(values["tie_word_embeddings"])
+        raise hxaconv.HxaconvError("that is all")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hxaconv.cli.app.invoke", keep)
+        patch.setattr(sys, "argv", ["hxaconv", "to-hf", "one", "other", *words])
+        assert run() == 2
+    return seen[0]
+
+
+def test_a_fault_of_ours_is_no_failed_check(cli: Cli, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def faulty(*_: object) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr("hxaconv.cli.app.invoke", faulty)
+    assert cli("maps") == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "KeyError: 'lost'" in said and "this is a fault of hxaconv" in said
+
+
+def test_what_is_opened_is_short_to_print(tiny_teacher: Path) -> None:
+    assert len(repr(hxaconv.open_checkpoint(tiny_teacher))) < 100 + len(str(tiny_teacher))
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "last", "influence"])

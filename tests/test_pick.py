@@ -494,10 +494,10 @@ def test_a_saved_map_names_all_that_it_depends_on(
 def test_layers_and_other_options_are_judged_at_once(
     cli: Cli, make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [COMMAND, make("a", "1,5"), tmp_path / "b", "--layers", "5,99", "--preset", "nope"]
+    words = [COMMAND, make("a", "1,5"), tmp_path / "b", "--layers", "5,99", "--scale", "nope=1"]
     assert cli(*words) == 2
     error = capsys.readouterr().err
-    for part in ("out of range (the last is 5): 99", "unknown preset 'nope'", "Presets: "):
+    for part in ("out of range (the last is 5): 99", "'nope=1' is not one of"):
         assert part in error
     assert cli(*words, "--max-shard-size", "huge", "--workers", "0", "--seed", "-1") == 2
     error = capsys.readouterr().err

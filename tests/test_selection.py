@@ -19,6 +19,7 @@ from hxaconv.load import load_teacher
 from hxaconv.model import layer_maps
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
+from hxaconv.options import STRATEGIES as NAMED
 from hxaconv.options import Choice
 from hxaconv.selection import sweep as sweep_module
 from hxaconv.selection.advice import needs, pick
@@ -275,8 +276,9 @@ def test_what_strategies_need(teacher):
     assert needs("kl") == {"teacher", "student", "tokens"}
     with pytest.raises(HxaconvError, match="kl needs: student, tokens"):
         advised(teacher, strategy="kl")
-    with pytest.raises(HxaconvError, match="unknown strategy 'best'"):
-        advised(strategy="best")
+    assert set(STRATEGIES) == set(NAMED)
+    with pytest.raises(HxaconvError, match=r"'influense' is not known \(did you mean influence\?\), it takes uniform"):
+        Choice(strategy="influense")
 
 
 def test_pick_uniform_and_last():

@@ -12,6 +12,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
@@ -20,7 +21,7 @@ from hxaconv import ranks
 from hxaconv.calls import MISSING, Parameter, invoke, parameters_of
 from hxaconv.cli.console import Talk, render_error
 from hxaconv.commands import COMMANDS, SUMMARIES
-from hxaconv.errors import HxaconvError, out_of_memory
+from hxaconv.errors import FAULT, HxaconvError, out_of_memory
 from hxaconv.options import Option, WrongOption
 from hxaconv.save.interruption import NOTHING_PUBLISHED, ignore_from_now
 
@@ -51,7 +52,7 @@ def app() -> None:
     for name in [named] if named else SUMMARIES:
         if named or COMPLETING in os.environ:
             make, needed = _command(name, COMMANDS[name])
-            typer_app.command(name, no_args_is_help=needed)(make)
+            typer_app.command(name, no_args_is_help=needed, context_settings={"allow_extra_args": True})(make)
         else:
             typer_app.command(name, help=SUMMARIES[name])(lambda: None)
     typer_app()
@@ -70,12 +71,30 @@ def _named(words: Sequence[str]) -> str | None:
     word = next((word for word in words if not word.startswith("-")), None)
     if word is None or word in SUMMARIES:
         return word
-    near = [name for name in SUMMARIES if name.startswith(word)]
+    near = [name for name in SUMMARIES if word and name.startswith(word)]
+    near = near or ["to-hf", "to-pth"] * (word == "convert")
     near = near or difflib.get_close_matches(word, SUMMARIES, n=2, cutoff=0.5)
     meant, known = " or ".join(f"hxaconv {name}" for name in near), ", ".join(SUMMARIES)
     raise HxaconvError(
-        f"there is no command {word!r}", hint=f"Did you mean {meant}?" if near else f"Commands: {known}."
+        f"there is no command {word!r}",
+        hint=f"Did you mean {meant}?" if near else f"Commands: {known}. hxaconv --help explains them.",
     )
+
+
+def _refuse_extra(name: str, extra: Sequence[str]) -> None:
+    """Refuse words that have no place on the command line.
+
+    Raises:
+        HxaconvError: naming them, and what was probably meant.
+    """
+    if not extra:
+        return
+    hint = f"hxaconv {name} --help lists what it takes; a name with spaces needs quotes."
+    if all(word.strip(",").isdigit() for word in extra):
+        hint = "Numbers of layers are separated by commas alone: 2,5."
+    elif name == "verify":
+        hint = f"To compare two checkpoints: `hxaconv verify ONE --against {extra[0]}`"
+    raise HxaconvError(f"{name} has no use for {' '.join(extra)}", hint=hint)
 
 
 def _root(
@@ -93,8 +112,13 @@ def _root(
 def _command(name: str, function: Callable[..., Any]) -> tuple[Callable[..., None], bool]:
     """What Typer makes `hxaconv NAME` of: arguments and options, those of groups too; whether any has to be given."""
     found = [*parameters_of(function), *DISPLAY]
+    switches = {parameter.name: off for parameter in found if (off := _switched_off(parameter))}
 
-    def run(**values: Any) -> None:
+    def run(context: typer.Context, **values: Any) -> None:
+        _refuse_extra(name, context.args)
+        for switched, off in switches.items():
+            if values.pop(off.name):
+                values[switched] = False
         talk = Talk(quiet=values.pop("quiet"), json_output=values.pop("json"))
         try:
             talk.show(invoke(function, name, values, talk.progress()))
@@ -105,11 +129,20 @@ def _command(name: str, function: Callable[..., Any]) -> tuple[Callable[..., Non
             words = {parameter.name: parameter.words[0].split("/")[-1] for parameter in found}
             raise WrongOption(error.lines, lambda name: words.get(name, name)) from None
 
-    parameters = [_typer_parameter(parameter) for parameter in found]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    both = [one for parameter in found for one in (parameter, switches.get(parameter.name)) if one is not None]
+    parameters = [_typer_parameter(parameter) for parameter in both]
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (context, *parameters)}
     run.__doc__ = _help(inspect.getdoc(function) or "")
     return run, any(parameter.default is MISSING for parameter in found)
+
+
+def _switched_off(parameter: Parameter) -> Parameter | None:
+    """Of `--this/--no-this`, the latter as a flag of its own: side by side, the names are too long for a terminal."""
+    on, _, off = parameter.words[0].partition("/")
+    option = replace(parameter.option, help=f"The opposite of {on}.", names=(off,))
+    return Parameter(f"no_{parameter.name}", bool, False, option) if on.strip() and off else None
 
 
 def _typer_parameter(parameter: Parameter) -> inspect.Parameter:
@@ -119,8 +152,13 @@ def _typer_parameter(parameter: Parameter) -> inspect.Parameter:
         info = typer.Argument(help=option.help)
     else:
         off_only = parameter.words[0].startswith(" /")
+        words = parameter.words if off_only else [word.partition("/")[0] for word in parameter.words]
         info = typer.Option(
-            *parameter.words, help=option.help, rich_help_panel=option.panel or None, show_default=not off_only
+            *words,
+            help=option.help,
+            rich_help_panel=option.panel or None,
+            show_default=not off_only,
+            autocompletion=_completing(option.choices) if option.choices else None,
         )
     default = parameter.default
     if get_origin(parameter.kind) is tuple:  # an option that may be given several times
@@ -133,13 +171,23 @@ def _typer_parameter(parameter: Parameter) -> inspect.Parameter:
     )
 
 
+def _completing(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """What a shell offers for an option that takes one of these."""
+
+    def completed(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return completed
+
+
 def _help(doc: str) -> str:
     """The text of `--help`: the first part of a docstring, and the examples of its command line."""
     described, *sections = re.split(r"\n\n(?=[A-Z][a-z ]+:\n)", doc)
     examples = next((text for text in sections if text.startswith("Command line:")), "")
     lines = [line.strip() for line in examples.splitlines()[1:]]
     title = [f"[bold]Example{'s' if len(lines) > 1 else ''}[/bold]"] if lines else []
-    return "\n\n".join([described, *title, *lines])
+    paragraphs = [" ".join(paragraph.split()) for paragraph in described.split("\n\n")]
+    return "\n\n".join([*paragraphs, *title, *lines])
 
 
 class Stopped(Exception):
@@ -157,7 +205,7 @@ def run() -> int:
 
 
 def guarded(run: Callable[[], Any]) -> int:
-    """Run the app: 0 done, 1 a check failed, 2 wrong use or bad input; a traceback with --debug or for our faults."""
+    """Run the app: 0 done, 1 a check failed, 2 wrong use, bad input, or, with a traceback, a fault of ours."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does it: what cannot be encoded, the names of some files, must not end a command.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -169,23 +217,23 @@ def guarded(run: Callable[[], Any]) -> int:
         run()
     except BrokenPipeError:
         return 0
-    except (HxaconvError, MemoryError, RuntimeError, OSError) as error:
+    except Stopped as stop:
+        Talk().say(stop.message)
+        ignore_from_now()
+        return stop.exit_code
+    except Exception as error:
         known = error if isinstance(error, HxaconvError) else out_of_memory(error)
         if known is None and isinstance(error, OSError):
             known = HxaconvError(
                 str(error), hint="This is the system's own message; with --debug, a traceback shows where."
             )
-        if known is None:
-            raise
-        if debug:
+        if known is None or debug:
             traceback.print_exc()
-        else:
+        if known is None:
+            render_error(HxaconvError(FAULT))
+        elif not debug:
             render_error(known)
-        return known.exit_code
-    except Stopped as stop:
-        Talk().say(stop.message)
-        ignore_from_now()
-        return stop.exit_code
+        return known.exit_code if known else 2
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     return 0

@@ -107,8 +107,6 @@ class Talk:
         """
         for warning in result.warnings:
             self.warn(warning)
-        for note in result.notes:
-            self.say(note)
         if self.json_output and ranks.rank() == 0:
             from hxaconv.formats.json_files import plain_data
 
@@ -117,6 +115,8 @@ class Talk:
             sys.stdout.write("\n")
         else:
             self.write(result)
+        for note in result.notes:
+            self.say(note)
         result.raise_if_failed()
 
     def progress(self) -> Progress | None:

@@ -130,7 +130,7 @@ def _calibrated(report: CalibrationReport) -> list[RenderableType]:
     """How the fit of every layer went, on validation tokens."""
 
     def spread(values: tuple[float, ...]) -> str:
-        return f"{min(values):.3g} .. {max(values):.3g}" if values else ""
+        return f"{min(values):.2g}..{max(values):.2g}" if values else ""
 
     rows = [
         (
@@ -172,8 +172,12 @@ def inspection_tables(inspection: Inspection) -> list[RenderableType]:
         memory = facts["memory"]
         lines.append(
             f"KV cache {memory['kv_cache_bytes_per_token']:,} bytes per token in bf16"
-            f" (teacher: {memory['teacher_kv_cache_bytes_per_token']:,}),"
-            f" recurrent state {human_size(memory['state_bytes_per_sequence'])} per sequence in float32"
+            + (
+                f" (teacher: {memory['teacher_kv_cache_bytes_per_token']:,}),"
+                f" recurrent state {human_size(memory['state_bytes_per_sequence'])} per sequence in float32"
+                if memory["state_bytes_per_sequence"]
+                else ""
+            )
         )
     left, unknown = facts["left_behind"], facts["unknown_names"]
     remarks = {

@@ -41,8 +41,8 @@ def to_hf(
 ) -> Outcome:
     """Write a student as a Hugging Face folder that transformers and RWKV-Infer load.
 
-    Bits are copied unless `dtype` (every float tensor is cast, rounded once) or `pad_ffn` (which changes no result)
-    is given. A `teacher` completes a checkpoint that holds attention alone.
+    Bits are copied unless --dtype (every float tensor is cast, rounded once) or --pad-ffn (which changes no result)
+    is given. --teacher completes a checkpoint that holds attention alone.
 
     Command line:
         hxaconv to-hf student.pth student-hf/ --layer-map reka-flash-3
@@ -69,7 +69,7 @@ def to_pth(
 ) -> Outcome:
     """Write a student as a .pth for RWKV-Infer, with a sidecar of the settings it cannot carry.
 
-    The arguments are those of `to_hf`; `out` is a file, NAME.pth, and the sidecar becomes NAME.json.
+    The options are those of to-hf; OUT is a file, NAME.pth, and the sidecar becomes NAME.json.
 
     Command line:
         hxaconv to-pth student-hf/ student.pth
@@ -96,7 +96,7 @@ def to_training(
 ) -> Outcome:
     """Write a student under the names that published trainers load, to train it further.
 
-    The arguments are those of `to_hf`; `out` is a file. Only attention is written, unless `all_tensors`.
+    The options are those of to-hf; OUT is a file. Without --all, only attention is written.
 
     Command line:
         hxaconv to-training student-hf/ student-attention.pth

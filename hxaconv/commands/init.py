@@ -44,7 +44,7 @@ def init_from_teacher(
     """Make an hxa079 student of a teacher: RWKV layers initialised from its attention, the rest copied.
 
     Without a choice, the layers that stay attention are those of the map shipped for that teacher, else evenly
-    spaced and anchored at the last one. With `init="calibrated"`, the RWKV layers are then fitted to text.
+    spaced and anchored at the last one. With --init calibrated, the RWKV layers are then fitted to text.
 
     Command line:
         hxaconv init-from-teacher RekaAI/reka-flash-3 student/ --dry-run
@@ -57,7 +57,7 @@ def init_from_teacher(
     calibrated = values.init == "calibrated"
     if not calibrated and calibration.differing():
         raise HxaconvError(
-            f"{option_words(calibration.differing())}: these are for a calibration", hint="Add --init calibrated."
+            f"{option_words(calibration.differing())}: for a calibration only", hint="Add --init calibrated."
         )
     check_plot(calibration.plot, overwrite=write.overwrite)
     initial = init_settings(values, parse_dtype(dtype))

@@ -44,7 +44,7 @@ def inspect(
 ) -> Inspection:
     """Describe a checkpoint, from its headers alone.
 
-    With `stats`, every weight is read. A pickle on the Hub has to be downloaded before it can be read.
+    With --stats, every weight is read. A pickle on the Hub has to be downloaded before it can be read.
 
     Command line:
         hxaconv inspect RekaAI/reka-flash-3

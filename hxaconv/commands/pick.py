@@ -46,10 +46,10 @@ def pick_gqa_layers(
 ) -> Outcome | Advice:
     """Choose the layers that stay attention: change the choice, or get advice on it.
 
-    With `layers`, `out` is written with these as its GQA layers. Otherwise the layers of `source`, a teacher or a
-    student, are ranked by a strategy: without `out` that is the result, with `out` it is written with the best ones.
-    Layers that keep their kind keep their bits; others come from `from_` where that has them in the new kind, else
-    from the teacher: its attention as it is, or a time-mix initialised as `init_from_teacher` does.
+    With --layers, OUT is written with these as its GQA layers. Otherwise the layers of SOURCE, a teacher or a
+    student, are ranked by a strategy: without OUT that is the result, with OUT it is written with the best ones.
+    Layers that keep their kind keep their bits; others come from the checkpoint of --from where that has them in the
+    new kind, else from the teacher: its attention as it is, or a time-mix initialised as init-from-teacher does.
 
     Command line:
         hxaconv pick-gqa-layers student/ student-2/ --layers 8,15,22,29,36,43 --teacher RekaAI/reka-flash-3
@@ -160,8 +160,9 @@ class _Run:
         rest = [i for i in changed if i not in taken]
         if rest and base is None:
             raise HxaconvError(
-                f"{_layers(rest)}: of another kind in this choice, and there is nothing to make the new one from",
-                hint="Pass --teacher TEACHER, or --from a trained checkpoint that has it in the new kind.",
+                f"{_layers(rest)}: this choice turns RWKV into attention or attention into RWKV there, and nothing is"
+                " given to make the new layers from",
+                hint="Pass --teacher TEACHER, or --from a trained checkpoint that has them in the new kind.",
             )
         trained = in_dtype(other, initial.dtype) if other else None
         plan = repick(student.plan, base.plan if base else {}, old, new, initial, trained)

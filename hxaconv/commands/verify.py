@@ -40,13 +40,16 @@ def verify(
 ) -> Report | DigestReport:
     """Check a checkpoint with an independent reference forward, alone or against another.
 
-    What is wrong with the checkpoint is in the report: see its `passed`, or call its `raise_if_failed`.
+    What is wrong with the checkpoint is in the report.
 
     Command line:
         hxaconv verify student/
         hxaconv verify student.pth --against student-hf/ --expect identical
         hxaconv verify student/ --against RekaAI/reka-flash-3 --text sample.txt --plot depth.png
         hxaconv verify out/epoch_0_step_300 --against RekaAI/reka-flash-3 --json
+
+    Returns:
+        The report: see its `passed`, or call its `raise_if_failed`.
 
     Raises:
         HxaconvError: when a setting is known from no source, or the two cannot be fed the same input.
