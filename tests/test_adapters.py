@@ -291,7 +291,7 @@ def test_adapters_of_peft_that_are_not_merged(
         (
             {"blocks.0.att.receptance.lora_A": noise(4, 48), "blocks.0.att.receptance.lora_B": noise(48, 4)},
             (1, 2),
-            "1 --adapter and 2",
+            "given are 1 and 2",
         ),
     ],
 )

@@ -312,3 +312,11 @@ def test_the_page_about_python_runs(tiny_teacher: Path, tmp_path: Path, monkeypa
         exec(block, {})
     for name, group in re.findall(r"`(\w+)`(?:, `(\w+)`)? \| `\w+` \|", page):
         assert {name, group} - {""} <= set(dir(hxaconv))
+
+
+def test_signatures_and_texts_are_those_of_python() -> None:
+    taken = inspect.signature(hxaconv.init_from_teacher).parameters
+    assert "Iterable[int]" in str(taken["gqa_layers"]) and "Mapping[str, float]" in str(taken["scale"])
+    assert "Iterable" not in str(taken["preset"])
+    described = str(hxaconv.init_from_teacher.__doc__).partition("Command line:")
+    assert 'With init="calibrated", the RWKV' in described[0] and "--gqa-layers" in described[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hxaconv.cli.console import Bars, Lines, Talk, filled
+from hxaconv.progress import Result
 
 
 class Clock:
@@ -47,6 +48,18 @@ def test_long_work_leaves_a_line_in_a_log_now_and_then() -> None:
     clock.now += 11
     lines.advance(0)
     assert talk.lines[3:] == ["waiting for somebody"]
+
+
+def test_notes_follow_what_they_are_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(Result):
+        warnings, notes = ("careful",), ("nothing was written",)
+
+    talk, order = Said(), Said()
+    monkeypatch.setattr(talk, "warn", order.lines.append)
+    monkeypatch.setattr(talk, "say", order.lines.append)
+    monkeypatch.setattr(talk, "write", lambda result: order.lines.append("the plan"))
+    talk.show(Told())
+    assert order.lines == ["careful", "the plan", "nothing was written"]
 
 
 def test_short_work_is_silent_in_a_log_and_quiet_work_everywhere() -> None:

@@ -306,7 +306,7 @@ def _with_adapters(plan: Plan, settings: Settings, where: str, *, tied: bool) ->
     names, scales = settings.adapter, settings.adapter_scale
     if scales and len(scales) != len(names):
         raise HxaconvError(
-            f"--adapter is given {len(names)} times, --adapter-scale {len(scales)} times",
+            f"every --adapter takes one --adapter-scale, given are {len(names)} and {len(scales)}",
             hint="Give every adapter a scale, or none.",
         )
     if not names:
