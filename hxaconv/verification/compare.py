@@ -218,7 +218,8 @@ def _same_tensors(report: Report, *, exactly: bool) -> None:
     if wrong:
         amounts = [f" by {result.max_difference:.3g}" if result.max_difference else "" for result in wrong]
         shown = [f"{r.name} {r.status}{by} {r.detail}".rstrip() for r, by in zip(wrong, amounts, strict=True)]
-        text = f"{len(wrong)} of {len(report.tensors)}: {shortened(shown, '; ', most=3)}"
+        most = 3 if len(shown) > 4 else 4  # a fourth name takes no more room than its count
+        text = f"{len(wrong)} of {len(report.tensors)}: {shortened(shown, '; ', most=most)}"
     report.check("tensors", not wrong, text)
 
 
