@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -25,8 +26,13 @@ def tiny_teacher() -> Path:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run the command line in this process; returns its exit code."""
+    """Run the command line in this process; returns its exit code. An exception that nobody foresaw ends the test."""
     from hxaconv.cli.app import run
+
+    def fault() -> NoReturn:
+        raise
+
+    monkeypatch.setattr("hxaconv.cli.app._fault", fault)
 
     def call(*arguments: object) -> int:
         monkeypatch.setattr("sys.argv", ["hxaconv", *map(str, arguments)])

@@ -100,14 +100,21 @@ def option_of(*words: str) -> object:
     return seen[0]
 
 
-def test_a_fault_of_ours_is_no_failed_check(cli: Cli, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_a_fault_of_ours_is_no_failed_check(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     def faulty(*_: object) -> None:
         raise KeyError("lost")
 
     monkeypatch.setattr("hxaconv.cli.app.invoke", faulty)
-    assert cli("maps") == 2
+    monkeypatch.setattr(sys, "argv", ["hxaconv", "maps"])
+    assert run() == 2
     said = capsys.readouterr().err
     assert "Traceback" in said and "KeyError: 'lost'" in said and "this is a fault of hxaconv" in said
+
+
+def test_tests_see_a_fault_of_ours(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hxaconv.cli.app.invoke", lambda *_: {}["lost"])
+    with pytest.raises(KeyError):
+        cli("maps")
 
 
 def test_what_is_opened_is_short_to_print(tiny_teacher: Path) -> None:

@@ -227,13 +227,20 @@ def guarded(run: Callable[[], Any]) -> int:
             known = HxaconvError(
                 str(error), hint="This is the system's own message; with --debug, a traceback shows where."
             )
-        if known is None or debug:
-            traceback.print_exc()
         if known is None:
-            render_error(HxaconvError(FAULT))
-        elif not debug:
+            return _fault()
+        if debug:
+            traceback.print_exc()
+        else:
             render_error(known)
-        return known.exit_code if known else 2
+        return known.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     return 0
+
+
+def _fault() -> int:
+    """Show an exception that nobody foresaw."""
+    traceback.print_exc()
+    render_error(HxaconvError(FAULT))
+    return HxaconvError.exit_code
