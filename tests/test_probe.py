@@ -121,6 +121,11 @@ def test_a_text_given_as_token_ids_is_led_to_its_option(tmp_path: Path) -> None:
     with pytest.raises(HxaconvError) as caught:
         probe_tokens(97, input_ids=tmp_path / "absent.npy")
     assert "--text" not in caught.value.hint
+    for name in ("torn.npy", "torn.json", "other.json"):
+        (tmp_path / name).write_text('{"a": [1]' + ("}" if name == "other.json" else ""))
+        with pytest.raises(HxaconvError) as caught:
+            probe_tokens(97, input_ids=tmp_path / name)
+        assert caught.value.hint == probe.EXPECTED
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bool", "complex64"])

@@ -177,9 +177,10 @@ def _read(path: Path) -> Any:
             name = "input_ids" if len(held) != 1 else next(iter(held))
     except (OSError, ValueError, SafetensorError) as error:
         # numpy's message recommends to unpickle it
-        raise HxaconvError(problem + ("it is no .npy file" if path.suffix == ".npy" else str(error))) from None
+        reason = "it is no .npy file" if path.suffix == ".npy" else str(error)
+        raise HxaconvError(problem + reason, hint=EXPECTED) from None
     if name not in held:
-        raise HxaconvError(f"{problem}it holds {shortened(held) or 'nothing'}, and no input_ids")
+        raise HxaconvError(f"{problem}it holds {shortened(held) or 'nothing'}, and no input_ids", hint=EXPECTED)
     return held[name]
 
 

@@ -87,7 +87,7 @@ def _open(spec: str | Path, revision: str | None, weights: str | None, progress:
     if path.exists():
         return _open_file(path, text, weights)
     if weights is not None:
-        raise HxaconvError(f"--weights {weights} is for folders and files here; {text} is none")
+        raise HxaconvError(f"--weights {weights} is for folders and files here; {text} is none", hint="Leave it out.")
     if not isinstance(spec, Path) and _HUB_ID.match(text.rstrip("/")):
         text = text.rstrip("/")  # as completion of a shell leaves it
     page = _HUB_PAGE.match(text)
