@@ -139,7 +139,7 @@ def _command(name: str, function: Callable[..., Any]) -> tuple[Callable[..., Non
 
 
 def _switched_off(parameter: Parameter) -> Parameter | None:
-    """Of `--this/--no-this`, the latter as a flag of its own: side by side, the names are too long for a terminal."""
+    """What turns an option off, as a flag of its own: side by side, the two names are too long for a terminal."""
     on, _, off = parameter.words[0].partition("/")
     option = replace(parameter.option, help=f"The opposite of {on}.", names=(off,))
     return Parameter(f"no_{parameter.name}", bool, False, option) if on.strip() and off else None
