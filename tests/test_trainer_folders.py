@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import os
@@ -49,6 +50,22 @@ def test_master_weights_of_a_zero_folder(masters: dict[str, Tensor], tmp_path: P
         assert any("optimizer_state_dict" in name for name in checkpoint.extra["ignored"])
     other = masters | {next(iter(masters)): masters[next(iter(masters))] + 1}
     assert not same(checkpoint, other)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_members_of_enumerations_are_read_by_name(
+    masters: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    def by_name(member: enum.Enum, protocol: int) -> tuple[Any, ...]:
+        return getattr, (type(member), member.name)
+
+    for cls in (enum.Enum, enum.IntEnum):
+        monkeypatch.setattr(cls, "__reduce_ex__", by_name)
+    inside = zero_folder(tmp_path / "run", masters, stage=stage, ranks=2)
+    [written, *_] = sorted(inside.glob("*optim_states.pt"))
+    assert b"getattr" in written.read_bytes()
+    checkpoint = open_checkpoint(inside)
+    assert same(checkpoint, masters) and checkpoint.extra["zero_stage"] == stage
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -107,9 +107,11 @@ _ALLOWED_PATTERN = re.compile(
 TRAINER_OBJECTS = (
     *("deepspeed.", "lightning.", "pytorch_lightning.", "lightning_fabric.", "accelerate.", "omegaconf.", "numpy."),
     *("argparse.Namespace", "pathlib.", "datetime.timedelta", "collections.defaultdict", "torch.distributed."),
+    "builtins.getattr",
 )
 """What trainers put into their own folders besides (stages, loss scalers, random states, how tensors are divided): for
-`inert` of `parse`."""
+`inert` of `parse`. The first releases of Python 3.11 write a member of an enumeration as getattr(class, name): a record
+like others, which nothing can call."""
 _DANGEROUS = frozenset(
     {
         *("os", "posix", "nt", "subprocess", "sys", "builtins", "runpy", "shutil", "socket", "importlib", "pty"),

@@ -33,6 +33,8 @@ LATEST = "latest"
 """The file beside the folders of steps that names the newest of them."""
 _MODEL, _OPTIMIZER = "model_states.pt", "optim_states.pt"
 _RANK = re.compile(r"^(?:(?:bf16|fp16)_)?(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_(?:model|optim)_states\.pt$")
+_STAGES = {"optimizer_states": 1, "gradients": 2, "weights": 3}
+"""DeepSpeed's names of the stages."""
 _MASTERS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
 _USED = ("module", "param_shapes", "buffer_names", "frozen_param_shapes", "frozen_param_fragments", "shared_params")
 _AGAIN = "Copy the step's folder again."
@@ -197,9 +199,11 @@ def _masters(models: Mapping[int, TorchZip], optimizers: Mapping[int, TorchZip],
 
 
 def _number(value: Any) -> int | None:
-    """A whole number, or an enumeration's member that stands for one."""
-    if isinstance(value, Record) and len(value.arguments) == 1:
-        value = value.arguments[0]
+    """A whole number, or a member of DeepSpeed's enumeration of stages, written by its value or by its name."""
+    if isinstance(value, Record) and value.arguments:
+        value = value.arguments[-1]
+    if isinstance(value, str):
+        value = _STAGES.get(value)
     return value if type(value) is int else None
 
 
