@@ -242,7 +242,7 @@ def make(target: Path, wanted: Wanted) -> int:
         stored_name(name, key_format): Recipe(wanted.dtype, shape, Literal(b""), "synthetic")
         for name, shape in expected_tensors(config).items()
     }
-    fill = None if wanted.sparse else Values(wanted.seed, config.head_dim).pieces
+    fill = None if wanted.sparse else Values(wanted.seed, config.head_dim).chunks
     text = json.dumps(document, indent=2) + "\n"
     if wanted.container == "hf":
         target.mkdir(parents=True, exist_ok=True)
