@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hxaconv.calibration.polish import OUTPUTS, orthogonal
+from hxaconv.calibration.polish import OUTPUTS, scheduled, stepped
 from hxaconv.forward import hxa079
 from hxaconv.forward.chunked import chunked
 from hxaconv.forward.pool import Pool
@@ -31,11 +31,7 @@ RATE = 0.009
 """Of a matrix's own size, what a step moves it by at most."""
 RATES = {"w0": 0.03, "a0": 0.03, "r_k": 0.01}
 """Of the others: how far Adam goes in a step."""
-MOMENTUM = 0.8
 ADAM = (0.9, 0.98)
-WARM_UP = 3
-LAST_RATE = 0.1
-"""Of the rates, where the cosine schedule ends."""
 BATCH = 2
 """Sequences of a step, one for each worker."""
 LOOKS = 4
@@ -99,10 +95,10 @@ def descend(
     def missed(i: int) -> Tensor:
         return (output(i, moved) - wanted[i]).square().sum(dim=1) @ (1 - training[i])
 
-    judged = [i for i in range(len(inputs)) if not bool(training[i].all())]
+    validated = [i for i in range(len(inputs)) if not bool(training[i].all())]
 
     def validation() -> float:
-        return float(torch.stack(pool.map(missed, judged)).double().sum())
+        return float(torch.stack(pool.map(missed, validated)).double().sum())
 
     best, update = validation(), _Update(moved, config.head_dim)
     kept: dict[str, Tensor] = {}
@@ -110,9 +106,8 @@ def descend(
     for step in range(steps):
         picked = [rows[(step * BATCH + i) % len(rows)] for i in range(min(BATCH, len(rows)))]
         found = pool.map(gradients, picked)
-        rate = min(1.0, (step + 1) / WARM_UP)
-        rate *= LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * step / steps)) / 2
-        update({name: torch.stack(parts).mean(dim=0) for name, *parts in zip(moved, *found, strict=True)}, rate)
+        mean = {name: torch.stack(parts).mean(dim=0) for name, *parts in zip(moved, *found, strict=True)}
+        update(mean, scheduled(1.0, step, steps))
         if step + 1 in looks and (error := validation()) < best:
             best, kept = error, {name: value.clone() for name, value in moved.items()}
     return kept
@@ -137,9 +132,9 @@ class _Update:
                 size = (square / (1 - ADAM[1] ** self.count)).sqrt() + 1e-12
                 value -= mean / (1 - ADAM[0] ** self.count) / size * (rate * RATES[name])
             else:
-                mean.lerp_(gradient, 1 - MOMENTUM)
-                change = orthogonal(gradient.lerp(mean, MOMENTUM), self.head_dim, name.partition(".")[0] in OUTPUTS)
-                value -= change * (rate * RATE * float(value.square().mean().sqrt()))
+                self.moved[name], self.mean[name] = stepped(
+                    value, gradient, mean, rate * RATE, self.head_dim, name.partition(".")[0] in OUTPUTS
+                )
 
 
 def _narrowed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ RATE = 0.025
 MOMENTUM = 0.8
 WARM_UP = 3
 LAST_RATE = 0.1
-"""Of RATE, where the cosine schedule ends."""
+"""Of the rate, where the cosine schedule ends."""
 HELD_OUT = 16
 """One sequence of so many is held out, at least one."""
 LOOKS = 4
@@ -286,8 +286,7 @@ class _Polish:
         some = [_Sequence(i, self.rows[i : i + 1]) for i in picked]
         self._forward(some, keep=True)
         kl = sum(self._head(one) for one in some) / len(some)
-        rate = RATE * self.config.num_hidden_layers**-0.5 * min(1.0, (self.step + 1) / WARM_UP)
-        rate *= LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * self.step / self.steps)) / 2
+        rate = scheduled(RATE * self.config.num_hidden_layers**-0.5, self.step, self.steps)
         for layer in reversed(range(self.config.num_hidden_layers)):
             self._backward(layer, some, rate)
         return kl
@@ -398,17 +397,32 @@ class _Polish:
         for name in self.trained[layer]:
             gradient = functools.reduce(Tensor.add_, [one.pop(name) for one in grown]).div_(len(grown))
             weight, momentum = weights.pop(name).detach(), self._kept(name, "momentum")
-            momentum = momentum.lerp(gradient, 1 - MOMENTUM)
-            change = orthogonal(
-                gradient.lerp_(momentum, MOMENTUM), self.config.head_dim, name.split(".")[-2] in OUTPUTS
-            )
-            change *= rate * float(weight.square().mean().sqrt())
-            self._keep(name, weight - change, momentum, later=1)
+            after = stepped(weight, gradient, momentum, rate, self.config.head_dim, name.split(".")[-2] in OUTPUTS)
+            self._keep(name, *after, later=1)
 
     def _feed_forward_gradient(self, x: Tensor, gradient: Tensor, layer: int) -> Tensor:
         """Of some tokens of a stream: its gradient before the second half of a layer, from that after it."""
         x.requires_grad_()
         return torch.autograd.grad(self._feed_forward(x, layer), x, gradient)[0]
+
+
+def scheduled(rate: float, step: int, steps: int) -> float:
+    """The rate of a step: after a warm-up, a cosine from it down to LAST_RATE of it."""
+    rate *= min(1.0, (step + 1) / WARM_UP)
+    return rate * (LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def stepped(
+    weight: Tensor, gradient: Tensor, momentum: Tensor, rate: float, head_dim: int, output: bool
+) -> tuple[Tensor, Tensor]:
+    """A matrix and its momentum after a step by a share of the matrix's own size; the gradient is used up.
+
+    `output`: heads lie along the columns.
+    """
+    momentum = momentum.lerp(gradient, 1 - MOMENTUM)
+    change = orthogonal(gradient.lerp_(momentum, MOMENTUM), head_dim, output)
+    change *= rate * float(weight.square().mean().sqrt())
+    return weight - change, momentum
 
 
 def orthogonal(gradient: Tensor, size: int, output: bool, steps: int = 5) -> Tensor:
