@@ -47,14 +47,10 @@ def as_if_trained(teacher, moved=("w1", "a1", "v1", "k1", "g1", "r_k")):
 LENGTH, VOCAB, HEAD_DIM = 24, 40, 96
 
 
-def copying_teacher(*, plant=True):
-    """Two layers of two heads. Layer 0's head 0 looks one token back and writes what stands there into a
-    second half of the stream; layer 1's head 0 looks for the current token there: an induction head.
-    All other heads are random. Channels: current token, previous token, a constant."""
-    width = 2 * VOCAB + 8
-    config = TeacherConfig(
-        num_hidden_layers=2,
-        hidden_size=width,
+def planted_config(num_layers, hidden_size):
+    return TeacherConfig(
+        num_hidden_layers=num_layers,
+        hidden_size=hidden_size,
         intermediate_size=8,
         vocab_size=VOCAB,
         num_attention_heads=2,
@@ -67,6 +63,13 @@ def copying_teacher(*, plant=True):
         attention_bias=True,
         model_type="qwen2",
     )
+
+
+def copying_teacher(*, plant=True):
+    """Two layers of two heads. Layer 0's head 0 looks one token back and writes what stands there into a
+    second half of the stream; layer 1's head 0 looks for the current token there: an induction head.
+    All other heads are random. Channels: current token, previous token, a constant."""
+    config = planted_config(2, 2 * VOCAB + 8)
     generator = torch.Generator().manual_seed(1)
     values = {
         name: torch.randn(shape, generator=generator) * 0.3 if ".self_attn." in name else torch.zeros(shape)
@@ -95,20 +98,7 @@ def induction_teacher(seed, num_layers=8):
     """
     random, noise = torch.Generator().manual_seed(seed), 32
     first, *lookups = sorted((torch.randperm(num_layers - 1, generator=random)[:3] + 1).tolist())
-    config = TeacherConfig(
-        num_hidden_layers=num_layers,
-        hidden_size=3 * VOCAB + noise,
-        intermediate_size=8,
-        vocab_size=VOCAB,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=HEAD_DIM,
-        rms_norm_eps=1e-6,
-        rope_theta=1e36,
-        tie_word_embeddings=False,
-        attention_bias=True,
-        model_type="qwen2",
-    )
+    config = planted_config(num_layers, 3 * VOCAB + noise)
     values = {name: torch.zeros(shape) for name, shape in expected_tensors(config).items()}
     for name, value in values.items():
         if name.endswith("norm.weight"):

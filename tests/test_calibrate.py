@@ -32,15 +32,6 @@ from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
 from hxaconv.verification.claims import untouched_layers
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only wait for each other on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def plain_student(teacher, gqa_layers=()):
     config = student_of(teacher.config, gqa_layers)
     settings = InitSettings(PRESETS["openmose-stage1"], 0, "BF16")

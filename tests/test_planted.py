@@ -9,15 +9,6 @@ from hxaconv.selection import gates
 from hxaconv.surgery.arithmetic import tensor
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only wait for each other on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def planted():
     teacher, layers = induction_teacher(0)

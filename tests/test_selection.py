@@ -33,15 +33,6 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 EXACT = torch.float64
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only wait for each other on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def teacher():
     return load_teacher(TEACHER)
