@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -135,31 +135,6 @@ def _cgroup_peak(group: Path) -> float | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Compared:
-    """A command beside `cp` of as many bytes, run in turn."""
-
-    ours: list[Sample]
-    copies: list[Sample]
-
-    def summary(self) -> dict[str, Any]:
-        """Medians, peaks, and the median of the pairs' ratios."""
-        ratios = [ours.wall / copy.wall for ours, copy in zip(self.ours, self.copies, strict=True)]
-        return {
-            "pairs": len(ratios),
-            "ratio": round(statistics.median(ratios), 3),
-            "ratios": [round(ratio, 3) for ratio in ratios],
-            "seconds": round(median_wall(self.ours), 3),
-            "cp_seconds": round(median_wall(self.copies), 3),
-            "best_seconds": round(min(sample.wall for sample in self.ours), 3),
-            "cp_best_seconds": round(min(sample.wall for sample in self.copies), 3),
-            "cpu_seconds": round(statistics.median(sample.cpu for sample in self.ours), 3),
-            "cp_cpu_seconds": round(statistics.median(sample.cpu for sample in self.copies), 3),
-            "load": round(statistics.median(sample.load for sample in [*self.ours, *self.copies]), 1),
-            **peaks(self.ours),
-        }
-
-
 def peaks(samples: Iterable[Sample]) -> dict[str, Any]:
     """The highest of each kind of memory."""
     samples = list(samples)
@@ -176,20 +151,19 @@ def median_wall(samples: Iterable[Sample]) -> float:
     return statistics.median(sample.wall for sample in samples)
 
 
-def compare(
-    ours: Callable[[], Sample], copy: Callable[[], Sample], pairs: int, said: Callable[[str], None]
-) -> Compared:
-    """Pairs of runs; who goes first changes every time, so that neither always finds the warmer cache."""
-    samples, copies = [], []
-    for index in range(pairs):
-        if index % 2:
-            copies.append(copy())
-            samples.append(ours())
-        else:
-            samples.append(ours())
-            copies.append(copy())
-        said(f"  pair {index + 1}: {samples[-1].wall:.2f} s, cp {copies[-1].wall:.2f} s")
-    return Compared(samples, copies)
+def in_turn(runs: Mapping[str, Callable[[], Sample]], rounds: int) -> dict[str, list[Sample]]:
+    """Each run once per round, every second round backwards: so that none always finds the warmer cache."""
+    found: dict[str, list[Sample]] = {name: [] for name in runs}
+    for index in range(rounds):
+        for name in list(runs)[:: -1 if index % 2 else 1]:
+            found[name].append(runs[name]())
+        say("  " + ", ".join(f"{name} {samples[-1].wall:.2f} s" for name, samples in found.items()))
+    return found
+
+
+def ratio(samples: Sequence[Sample], others: Sequence[Sample]) -> float:
+    """How many times as long a run took as another one of the same round: the median."""
+    return statistics.median(one.wall / other.wall for one, other in zip(samples, others, strict=True))
 
 
 def warm(files: Iterable[Path]) -> None:
