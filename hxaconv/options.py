@@ -355,7 +355,9 @@ class Choice(Group):
         None, "The layers that become GQA: 8,15-17,-1, a layer map or file.", convert=_layers, taken=LayerNumbers
     )
     count: int | None = option(None, "How many to choose. Default: L//7.")
-    strategy: str = option("uniform", f"{', '.join(STRATEGIES)}.", choices=STRATEGIES)
+    strategy: str | None = option(
+        None, f"{', '.join(STRATEGIES)}. Default: retrieval where there is text, else uniform.", choices=STRATEGIES
+    )
     min_gap: int | None = option(None, "Least distance of two.")
     max_gap: int | None = option(None, "Greatest distance of two.")
     max_consecutive: int | None = option(None, "Longest run of adjacent ones.")

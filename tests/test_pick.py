@@ -448,6 +448,20 @@ def test_why_says_why_never_layer_0(
         assert (layer_maps.LAYER_0_REASON in why) == said
 
 
+def test_without_a_strategy_text_is_ranked_by_retrieval(
+    cli: Cli, tiny_teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [COMMAND, tiny_teacher, "--count", 2]
+    ids = ["--input-ids", tiny_teacher / "calibration_tokens.npy"]
+    for options, strategy, reason in ((ids, "retrieval", "there is text"), ([], "uniform", "neither --strategy nor")):
+        assert cli(*words, *options, "--json") == 0
+        seen = capsys.readouterr()
+        assert json.loads(seen.out)["strategy"] == strategy and reason in seen.err.splitlines()[0]
+        assert cli(*words, *options, "--strategy", strategy) == 0
+        seen = capsys.readouterr()
+        assert f"layers stay attention by {strategy}: " in seen.out.splitlines()[0] and "as there is" not in seen.err
+
+
 def test_retrieval_says_how_many_tokens_to_pass(
     cli: Cli, tiny_teacher: Path, tokens: list[object], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ def test_answer_tokens_find_the_layers_that_look_up(planted):
     teacher, student, layers = planted
     found = advised(teacher, student, induction_ids(0), num_layers=8, strategy="nll", count=2)
     assert found.pick.layers == layers
-    worth = found.decider.values
+    worth = found.columns[0].values
     assert min(worth[i] for i in layers) > 1.5 * max(worth[i] for i in range(8) if i not in layers)
     assert found.facts["recall of the teacher"] < 1.5 < 2 < torch.tensor(40.0).log()
     # Negative control: what turns the stream most is elsewhere.
@@ -42,8 +42,8 @@ def test_gates_find_the_layers_that_look_up(planted, tmp_path):
     asked = {"num_layers": 8, "strategy": "gates", "count": 2}
     found = advised(teacher, student, induction_ids(0), **asked)
     assert found.pick.layers == layers
-    assert sum(found.decider.values) == pytest.approx(2, abs=1e-6)
-    assert found.decider.values[0] == 0.0  # never picked, so that it takes nothing of the budget
+    assert sum(found.columns[0].values) == pytest.approx(2, abs=1e-6)
+    assert found.columns[0].values[0] == 0.0  # never picked, so that it takes nothing of the budget
 
 
 def test_interrupted_gates_go_on(planted, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 from selection_models import LENGTH, VOCAB, advised, copying_teacher
 
 from hxaconv.errors import HxaconvError
-from hxaconv.selection import heads
+from hxaconv.selection import strategies
 from hxaconv.selection.heads import twice
 
 
@@ -13,7 +13,7 @@ from hxaconv.selection.heads import twice
 def copies(monkeypatch):
     def found(teacher):
         short = lambda *words, length=LENGTH, **more: twice(*words, length=LENGTH, **more)  # noqa: E731
-        monkeypatch.setattr(heads, "twice", short)
+        monkeypatch.setattr(strategies, "twice", short)
         random = np.zeros((1, 2), dtype=np.int64)
         return advised(teacher, ids=random, num_layers=2, are_text=False, strategy="retrieval", count=1)
 

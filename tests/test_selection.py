@@ -22,7 +22,7 @@ from hxaconv.model.model import Model
 from hxaconv.options import STRATEGIES as NAMED
 from hxaconv.options import Choice
 from hxaconv.selection import sweep as sweep_module
-from hxaconv.selection.advice import needs, pick
+from hxaconv.selection.advice import pick
 from hxaconv.selection.strategies import STRATEGIES, Column
 from hxaconv.selection.sweep import Sweep
 from hxaconv.surgery.arithmetic import tensor
@@ -263,8 +263,8 @@ def test_random_tokens_are_warned_about(teacher, ids):
 
 
 def test_what_strategies_need(teacher):
-    assert needs("uniform") == frozenset()
-    assert needs("kl") == {"teacher", "student", "tokens"}
+    assert STRATEGIES["uniform"].needs == frozenset()
+    assert STRATEGIES["kl"].needs == {"teacher", "student", "tokens"}
     with pytest.raises(HxaconvError, match="kl needs: student, tokens"):
         advised(teacher, strategy="kl")
     assert set(STRATEGIES) == set(NAMED)

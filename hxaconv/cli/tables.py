@@ -366,6 +366,7 @@ def advice_tables(advice: Advice, width: int = WIDTH) -> list[RenderableType]:
     columns, left_out = _advice_columns(advice, width)
     note = f"Too wide for {width} columns, left out: {', '.join(left_out)}; --json has all."
     return [
+        *textwrap.wrap(advice.headline, width),
         *strip(advice, min(STRIP_WIDTH, max(1, width - 6))),
         table("", list(columns), list(zip(*columns.values(), strict=True)), right=3),
         *(textwrap.wrap(note, width) if left_out else []),
@@ -380,7 +381,8 @@ def _advice_columns(advice: Advice, width: int) -> tuple[dict[str, Sequence[str]
     """
     from hxaconv.selection.advice import figure_text
 
-    pick, decider, layers = advice.pick, advice.decider, range(advice.num_layers)
+    pick, layers = advice.pick, range(advice.num_layers)
+    decider = advice.columns[0] if advice.columns else None
     columns: dict[str, Sequence[str]] = {
         "layer": [str(layer) for layer in layers],
         "": ["G" if layer in pick.layers else "R" for layer in layers],
@@ -421,7 +423,7 @@ def strip(advice: Advice, width: int = STRIP_WIDTH) -> list[str]:
 
 def summary(advice: Advice, width: int = WIDTH) -> list[str]:
     """What the columns mean, the pick, its overlap with uniform, and why."""
-    pick, parts = advice.pick, bool(advice.decider and advice.decider.parts)
+    pick, parts = advice.pick, bool(advice.columns and advice.columns[0].parts)
     lines = [
         "G: stays attention; even: what uniform takes"
         + ("; 0..1: what decides" if pick.margins and not parts else "")

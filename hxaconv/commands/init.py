@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 Teacher = Annotated[str, Argument("Folder or Hub id (org/name@revision) of the teacher.")]
 OfTeacher = Annotated[Settings, Shown(without=("layer_map", "gqa_layers", "weights"))]
+BETTER = (
+    "; `hxaconv pick-gqa-layers TEACHER --text FILE --save map.toml` looks for the layers that recall, and --layer-map"
+    " map.toml takes them"
+)
 
 
 def init_from_teacher(
@@ -80,7 +84,7 @@ def init_from_teacher(
         ),
     )
     warnings = [*source.teacher.warnings, *layer_maps.layer_0_warning(student.student)]
-    notes = [f"GQA layers: {reason}"]
+    notes = [f"GQA layers: {reason}{BETTER if reason.startswith('evenly') else ''}"]
     if calibrated:
         from hxaconv.calibration.task import prepare
         from hxaconv.commands.calibrated import save_calibrated

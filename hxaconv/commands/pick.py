@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from hxaconv.calls import Call
+from hxaconv.commands.plots import plot_problems
 from hxaconv.errors import HxaconvError, all_of, raise_all
-from hxaconv.options import Argument, Choice, Init, Option, Settings, Shown, Source, TeacherToo, Tokens, Write
+from hxaconv.load import load_other, load_student
+from hxaconv.model import layer_maps
+from hxaconv.model.config import StudentConfig, student_of
+from hxaconv.model.model import Model
+from hxaconv.model.plan import main_dtype
+from hxaconv.options import (
+    Argument,
+    Choice,
+    Init,
+    OfStudent,
+    Option,
+    Settings,
+    Shown,
+    Source,
+    TeacherToo,
+    Tokens,
+    Write,
+)
+from hxaconv.save.documents import UNTRAINED, history_of, init_record, partly_untrained
+from hxaconv.save.output import Output, Record, dtype_warnings, kept_shards, lay_out
+from hxaconv.save.run import Outcome
+from hxaconv.surgery.init import InitSettings, as_options, init_settings
+from hxaconv.surgery.reshape import in_dtype, repick
+from hxaconv.verification.written import OutputCheck, Verify
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from hxaconv.model.config import StudentConfig
-    from hxaconv.model.model import Model
     from hxaconv.progress import Progress
-    from hxaconv.save.output import Output
-    from hxaconv.save.run import Outcome
     from hxaconv.selection.advice import Advice
-    from hxaconv.surgery.init import InitSettings
     from hxaconv.verification.report import Report
-    from hxaconv.verification.written import Verify
 
 Out = Annotated[str | None, Argument(help="Folder or NAME.pth to create. Without it: advice only.")]
 From = Annotated[
     str | None,
     Option(help="Trained checkpoint to take changed layers from.", panel="Teacher and settings", names=("--from",)),
 ]
-OfStudent = Annotated[Settings, Shown(without=("allow_output_bias", "drop_rope_scaling"))]
+BY_RETRIEVAL = "By retrieval, as there is text and no --strategy: it looks for the layers that recall."
+EVENLY_SPACED = (
+    "Evenly spaced, as there is neither --strategy nor text: with --text FILE, retrieval looks for the layers that"
+    " recall."
+)
 
 
 def pick_gqa_layers(
@@ -60,169 +82,145 @@ def pick_gqa_layers(
         CheckFailed: when the output does not pass its verification; it is left beside `out`.
     """
     from hxaconv import ranks
-    from hxaconv.selection.subject import open_subject, refuse_useless, score, unread_tokens
+    from hxaconv.model.layer_maps import uniform
+    from hxaconv.save.run import save
+    from hxaconv.save.writer import refuse
+    from hxaconv.selection.advice import checked_choice, strategy_of
+    from hxaconv.selection.subject import TOKENS, open_subject, refuse_useless, save_advice, score
 
+    notes = []
+    if choice.layers is None and choice.strategy is None:
+        choice = replace(choice, strategy="retrieval" if probe.given else "uniform")
+        notes.append(BY_RETRIEVAL if probe.given else EVENLY_SPACED)
+        if call.progress is not None:
+            call.progress.note(notes.pop())
     refuse_useless(choice, call, writes=out is not None)
-    run = _Run(source, out, choice, teacher, from_, settings, values, write, call)
+
+    def repicked(layers: str) -> Repicked:
+        assert out is not None
+        given = {"teacher": teacher, "from_": from_, "allow_layer_0": choice.allow_gqa_layer_0}
+        return _repicked(source, Path(out), layers, settings, values, write, call, **given)
+
+    def written(layers: str) -> Outcome:
+        output, verify, warnings, notes = repicked(layers)
+        return save(output, write, check=OutputCheck(verify), warnings=warnings, notes=notes)
+
     if choice.layers is not None:
-        return run.write_with(choice.layers)
+        return written(choice.layers)
     raise_all("this cannot be written:", _unwritable(choice, out, write))
-    beside = choice.save or out or choice.plot
+    beside, strategy, found = choice.save or out or choice.plot, strategy_of(choice), None
     cache = Path(f"{beside.rstrip('/')}.scores.safetensors") if beside else None
-    scored = ranks.in_turn(
-        lambda: score(
-            open_subject(source, teacher, from_, settings, values, choice.strategy, call),
-            choice,
-            probe,
-            values,
-            cache=cache,
-            call=call,
-            rehearse=run.rehearse,
-        )
-    )
-    advice, notes = scored.advice, unread_tokens(choice, call)
-    if "strategy" not in call.given:
-        notes.append(
-            "Evenly spaced, since no --strategy is given. --strategy retrieval looks for the layers that recall."
-        )
-    outcome = run.write_with(",".join(map(str, advice.pick.layers))) if out is not None else None
-    if outcome is None or outcome.written is not None:
-        if not ranks.rank():
-            scored.save(choice)
-    elif scored.cache is not None:
-        notes.append(f"The scores are kept in {scored.cache} for the run itself.")
+    with ranks.together():
+        if ranks.rank() == 0:  # a ranking is one process's
+            subject = open_subject(source, teacher, from_, settings, values, strategy, call.progress)
+            num_layers = subject.model.config.num_hidden_layers
+            _, count = checked_choice(choice, num_layers)
+            if out is not None and not write.resume and "tokens" in strategy.needs:
+                # Before hours of scoring, what would be refused after them, whichever layers it takes.
+                refuse(repicked(",".join(map(str, uniform(num_layers, count))))[0], write)
+            found = score(subject, choice, probe, values, cache, call.progress)
+    advice = ranks.broadcast(found)
+    assert advice is not None
+    if "tokens" not in strategy.needs:  # as a loop over strategies gives them
+        notes += call.useless(TOKENS, f"--strategy {strategy.name} looks at no tokens, they are not read")
+    outcome = written(",".join(map(str, advice.pick.layers))) if out is not None else None
+    if outcome is not None and outcome.written is None:
+        notes += [f"The scores are kept in {cache} for the run itself."] if cache and cache.is_file() else []
+    elif ranks.rank() == 0:
+        save_advice(advice, subject, choice)
+        if cache is not None:
+            cache.unlink(missing_ok=True)
     if outcome is None:
-        return replace(advice, notes=(*advice.notes, *notes))
-    return replace(outcome, advice=advice, notes=[*outcome.notes, *notes])
+        return replace(advice, notes=(*notes, *advice.notes))
+    return replace(outcome, advice=advice, notes=[*notes, *outcome.notes])
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Writing, as it was called for."""
+Repicked = tuple["Output", "Verify", list[str], list[str]]
+"""An output, the check of what was written, warnings, notes."""
 
-    source: str
-    out: str | None
-    choice: Choice
-    teacher: str | None
-    from_: str | None
-    settings: Settings
-    values: Init
-    write: Write
-    call: Call
 
-    def write_with(self, layers: str) -> Outcome:
-        """Write SOURCE with these GQA layers."""
-        from hxaconv.save.run import save
-        from hxaconv.verification.written import OutputCheck
-
-        output, verify, warnings, notes = self._repicked(layers)
-        return save(output, self.write, check=OutputCheck(verify), warnings=warnings, notes=notes)
-
-    def rehearse(self, num_layers: int) -> None:
-        """Refuse what cannot be written with as many layers, of whichever choice; where there is something to write."""
-        from hxaconv.model.layer_maps import uniform
-        from hxaconv.save.writer import refuse
-        from hxaconv.selection.advice import count_of
-
-        if self.out is None or self.write.resume:
-            return
-        output, *_ = self._repicked(",".join(map(str, uniform(num_layers, count_of(self.choice, num_layers)))))
-        refuse(output, self.write)
-
-    def _repicked(self, layers: str) -> tuple[Output, Verify, list[str], list[str]]:
-        """(the output of SOURCE with these layers, the check of what was written, warnings, notes)."""
-        from hxaconv.load import load_other, load_student
-        from hxaconv.model import layer_maps
-        from hxaconv.model.config import student_of
-        from hxaconv.model.model import Model
-        from hxaconv.model.plan import main_dtype
-        from hxaconv.save.documents import UNTRAINED, history_of, init_record, partly_untrained
-        from hxaconv.save.output import Record, dtype_warnings, kept_shards, lay_out
-        from hxaconv.surgery.init import as_options, init_settings
-        from hxaconv.surgery.reshape import in_dtype, repick
-
-        assert self.out is not None
-        student = load_student(
-            self.source, self.settings, teacher=self.teacher, continued=False, progress=self.call.progress
+def _repicked(
+    source: str,
+    out: Path,
+    layers: str,
+    settings: Settings,
+    values: Init,
+    write: Write,
+    call: Call,
+    *,
+    teacher: str | None,
+    from_: str | None,
+    allow_layer_0: bool,
+) -> Repicked:
+    """SOURCE with these layers as GQA."""
+    student = load_student(source, settings, teacher=teacher, continued=False, progress=call.progress)
+    base, sources, old = student.base, student.sources, student.student
+    chosen, initial = all_of(
+        lambda: layer_maps.parse_layers(layers, old.num_hidden_layers, allow_layer_0=allow_layer_0),
+        lambda: init_settings(values, main_dtype(student.plan)),
+    )
+    new = student_of(old, chosen, old.ranks)
+    changed = [i for i in range(old.num_hidden_layers) if old.layer_kind(i) != new.layer_kind(i)]
+    other = None
+    if from_ is not None:
+        other = load_other(from_, student, settings, progress=call.progress)
+        sources["from"] = other.opened
+    taken = [i for i in changed if other and other.student.layer_kind(i) == new.layer_kind(i)]
+    rest = [i for i in changed if i not in taken]
+    if rest and base is None:
+        raise HxaconvError(
+            f"{_layers(rest)}: this choice turns RWKV into attention or attention into RWKV there, and nothing is"
+            " given to make the new layers from",
+            hint="Pass --teacher TEACHER, or --from a trained checkpoint that has them in the new kind.",
         )
-        base, sources, old = student.base, student.sources, student.student
-        chosen, initial = all_of(
-            lambda: layer_maps.parse_layers(layers, old.num_hidden_layers, allow_layer_0=self.choice.allow_gqa_layer_0),
-            lambda: init_settings(self.values, main_dtype(student.plan)),
+    trained = in_dtype(other, initial.dtype) if other else None
+    plan = repick(student.plan, base.plan if base else {}, old, new, initial, trained)
+    fresh = [i for i in rest if i in new.rwkv_layers]
+    made: dict[str, Any] = {"changed_layers": changed}
+    if fresh:
+        made["init"] = init_record(fresh, values, initial)
+    shards = kept_shards(sources["source"], student.plan, plan, write.max_shard_bytes)
+    purpose = UNTRAINED if fresh == list(new.rwkv_layers) else partly_untrained(fresh)
+    output = lay_out(
+        Model(new, plan, str(out), student.raw, student.tied_head),
+        out,
+        write,
+        format=write.format_of(str(out)),
+        record=Record(call=call, sources=sources, purpose=purpose, extra=made),
+        shards=shards,
+    )
+    trained_as = main_dtype(other.plan) if other else initial.dtype
+    cast = f", cast from {trained_as} to {initial.dtype}, the student's dtype" if trained_as != initial.dtype else ""
+    origins = {
+        f"trained, from {from_}{cast}": taken,
+        "GQA, the teacher's attention": [i for i in rest if i in new.gqa_layers],
+        f"RWKV, initialised ({as_options(values.preset, initial.factors, initial.seed)})": fresh,
+    }
+    notes = [*student.notes, *(f"{_layers(those)}: {origin}" for origin, those in origins.items() if those)]
+    if not changed:
+        notes.append("these are the student's GQA layers already: no layer changes")
+    linked = sum(shard.hard_link is not None for shard in shards or ())
+    if linked and output.is_folder:
+        notes.append(
+            f"{linked} of {len(shards or ())} files do not change: they become hard links to the source's, where"
+            " the file system has links, so that editing one of them in place edits both"
         )
-        new = student_of(old, chosen, old.ranks)
-        changed = [i for i in range(old.num_hidden_layers) if old.layer_kind(i) != new.layer_kind(i)]
-        other = None
-        if self.from_ is not None:
-            other = load_other(self.from_, student, self.settings, progress=self.call.progress)
-            sources["from"] = other.opened
-        taken = [i for i in changed if other and other.student.layer_kind(i) == new.layer_kind(i)]
-        rest = [i for i in changed if i not in taken]
-        if rest and base is None:
-            raise HxaconvError(
-                f"{_layers(rest)}: this choice turns RWKV into attention or attention into RWKV there, and nothing is"
-                " given to make the new layers from",
-                hint="Pass --teacher TEACHER, or --from a trained checkpoint that has them in the new kind.",
-            )
-        trained = in_dtype(other, initial.dtype) if other else None
-        plan = repick(student.plan, base.plan if base else {}, old, new, initial, trained)
-        fresh = [i for i in rest if i in new.rwkv_layers]
-        history = history_of(sources["source"])
-        made: dict[str, Any] = {"changed_layers": changed}
-        if fresh:
-            made["init"] = init_record(fresh, self.values, initial)
-        shards = kept_shards(sources["source"], student.plan, plan, self.write.max_shard_bytes)
-        output = lay_out(
-            Model(new, plan, self.out, student.raw, student.tied_head),
-            Path(self.out),
-            self.write,
-            format=self.write.format_of(self.out),
-            record=Record(
-                call=self.call,
-                sources=sources,
-                purpose=UNTRAINED if fresh == list(new.rwkv_layers) else partly_untrained(fresh),
-                extra=made,
-            ),
-            shards=shards,
-        )
-        trained_as = main_dtype(other.plan) if other else initial.dtype
-        cast = (
-            f", cast from {trained_as} to {initial.dtype}, the student's dtype" if trained_as != initial.dtype else ""
-        )
-        origins = {
-            f"trained, from {self.from_}{cast}": taken,
-            "GQA, the teacher's attention": [i for i in rest if i in new.gqa_layers],
-            f"RWKV, initialised ({as_options(self.values.preset, initial.factors, initial.seed)})": fresh,
-        }
-        notes = [*student.notes, *(f"{_layers(those)}: {origin}" for origin, those in origins.items() if those)]
-        if not changed:
-            notes.append("these are the student's GQA layers already: no layer changes")
-        linked = sum(shard.hard_link is not None for shard in shards or ())
-        if linked and output.is_folder:
-            notes.append(
-                f"{linked} of {len(shards or ())} files do not change: they become hard links to the source's, where"
-                " the file system has links, so that editing one of them in place edits both"
-            )
-        warnings = [*student.source_warnings, *dtype_warnings(plan), *layer_maps.layer_0_warning(new)]
-        warnings += _uneven(history, fresh, new, self.values.preset, initial)
-        if other and not taken:
-            warnings.append(f"--from {self.from_} has none of the changed layers in its new kind: it is not used")
+    warnings = [*student.source_warnings, *dtype_warnings(plan), *layer_maps.layer_0_warning(new)]
+    warnings += _uneven(history_of(sources["source"]), fresh, new, values.preset, initial)
+    if other and not taken:
+        warnings.append(f"--from {from_} has none of the changed layers in its new kind: it is not used")
 
-        def verify(written: Model, progress: Progress | None) -> Report:
-            from hxaconv.verification.invariants import check_repicked, completed
+    def verify(written: Model, progress: Progress | None) -> Report:
+        from hxaconv.verification.invariants import check_repicked, completed
 
-            whole, factors, seed = completed(written, student), initial.factors, initial.seed
-            return check_repicked(student, base, whole, other=other, factors=factors, seed=seed, progress=progress)
+        whole, factors, seed = completed(written, student), initial.factors, initial.seed
+        return check_repicked(student, base, whole, other=other, factors=factors, seed=seed, progress=progress)
 
-        return output, verify, warnings, notes
+    return output, verify, warnings, notes
 
 
 def _unwritable(choice: Choice, out: str | None, write: Write) -> list[str]:
     """What could not be written after hours of scoring, a line each."""
-    import os
-
-    from hxaconv.commands.plots import plot_problems
-
     problems = []
     for name, path in (("--save", choice.save), ("OUT", out)):
         if path is None:
@@ -245,8 +243,6 @@ def _uneven(
     history: Sequence[Mapping[str, Any]], fresh: Sequence[int], new: StudentConfig, preset: str, settings: InitSettings
 ) -> list[str]:
     """Warnings where layers made just now are not what the student's others are by its record."""
-    from hxaconv.surgery.init import as_options
-
     if not fresh:
         return []
     found = []
@@ -263,8 +259,8 @@ def _uneven(
         choice = ",".join(map(str, new.gqa_layers)) or "none"
         found.append(
             f"{_layers(fresh)}: plain among calibrated layers, and a student that is calibrated in part cannot be"
-            " calibrated further. To have all calibrated, begin with this choice: `hxaconv init-from-teacher TEACHER"
-            f" OUT --gqa-layers {choice} --init calibrated --text FILE`"
+            " calibrated further. To have all calibrated, begin with this choice: init-from-teacher with"
+            f" --gqa-layers {choice} --init calibrated --text FILE"
         )
     return found
 

@@ -117,8 +117,8 @@ def draw_advice(advice: Advice, path: Path) -> None:
     Raises:
         HxaconvError: when matplotlib is not installed, or the file cannot be written.
     """
-    pick, decider, layers = advice.pick, advice.decider, range(advice.num_layers)
-    values = decider.values if decider else [float(i in pick.layers) for i in layers]
+    pick, layers = advice.pick, range(advice.num_layers)
+    values = advice.columns[0].values if advice.columns else [float(i in pick.layers) for i in layers]
     with _saved(path, (max(6.0, advice.num_layers * 0.2), 3.0)) as figure:
         axes = figure.subplots()
         colours = ["#c2410c" if i in pick.layers else "#94a3b8" for i in layers]

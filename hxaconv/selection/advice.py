@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,24 +10,20 @@ from hxaconv.model.layer_maps import LAYER_0_REASON, LayerMap, default_count, du
 from hxaconv.options import Choice, option_words
 from hxaconv.progress import Result
 from hxaconv.selection.choice import Pick, Rules, choose, margins, solve
-from hxaconv.selection.strategies import STRATEGIES, Column, Found, Given, Values, swept
+from hxaconv.selection.strategies import STRATEGIES, Column, Found, Given, Strategy, Values
 
 RANDOM_TOKENS = "scores were taken on random tokens, which no model was trained on: real text ranks layers better"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Advice(Result):
-    """The choice, every column of numbers (the deciding one first), and what to be wary of."""
+class Advice(Found, Result):
+    """The choice, every column of numbers (the deciding one first), single numbers, and what to be wary of."""
 
     num_layers: int
     pick: Pick
-    columns: tuple[Column, ...] = ()
-    facts: Mapping[str, float] | None = None
-    """Single numbers: `kl total`, the KL of the student without attention, and what recall is."""
-    warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    heads: tuple[tuple[float, ...], ...] = ()
-    """Retrieval: share of copied positions per layer and head."""
+    settings: tuple[str, ...] = ()
+    """What the scores are of, and depend on, in lines for a layer map."""
 
     @property
     def headline(self) -> str:
@@ -38,17 +33,17 @@ class Advice(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, plain."""
-        pick = self.pick
+        pick, columns = self.pick, self.columns
         result: dict[str, Any] = {
             "num_layers": self.num_layers,
             "strategy": pick.strategy,
             "gqa_layers": list(pick.layers),
             "uniform": list(pick.uniform),
             "overlap_with_uniform": pick.overlap,
-            "scores": {column.strategy: list(column.values) for column in self.columns},
-            "parts": {column.strategy: {k: list(v) for k, v in column.parts.items()} for column in self.columns},
-            "meanings": {column.strategy: column.meaning for column in self.columns},
-            "facts": dict(self.facts or {}),
+            "scores": {column.strategy: list(column.values) for column in columns},
+            "parts": {column.strategy: {k: list(v) for k, v in column.parts.items()} for column in columns},
+            "meanings": {column.strategy: column.meaning for column in columns},
+            "facts": dict(self.facts),
             "why": pick.reasons,
             "warnings": list(self.warnings),
         }
@@ -61,26 +56,21 @@ class Advice(Result):
         return result
 
     @property
-    def decider(self) -> Column | None:
-        """The column that the choice is made by."""
-        return next((column for column in self.columns if column.strategy == self.pick.strategy), None)
-
-    @property
     def fact_lines(self) -> list[str]:
         """What is known beside the scores."""
         overlap = f"{self.pick.overlap} of {len(self.pick.layers)} in common"
         return [
             f"uniform would take {', '.join(map(str, self.pick.uniform))}: {overlap}",
-            *(f"{name}: {value:.4f} nats per token" for name, value in (self.facts or {}).items()),
+            *(f"{name}: {value:.4f} nats per token" for name, value in self.facts.items()),
         ]
 
-    def layer_map_text(self, chosen: LayerMap, *, date: str, settings: Sequence[str] = ()) -> str:
+    def layer_map_text(self, chosen: LayerMap, *, date: str) -> str:
         """The TOML of `--save`: strategy, figures and `date` (as the caller writes it) in comments."""
         columns = {column.strategy: column.values for column in self.columns}
-        columns |= self.decider.parts if self.decider else {}
+        columns |= self.columns[0].parts if self.columns else {}
         comments = [
             f"{len(self.pick.layers)} of {self.num_layers} layers stay attention, chosen on {date}",
-            *settings,
+            *self.settings,
             *self.fact_lines,
             *self.pick.reasons,
             *(f"warning: {warning}" for warning in self.warnings),
@@ -101,9 +91,9 @@ def figure_text(value: float | None) -> str:
     return text.lstrip("-") if float(text) == 0 else text
 
 
-def needs(strategy: str) -> frozenset[str]:
-    """What a strategy asks for: `teacher`, `student` (all RWKV), `tokens`, `log`."""
-    return STRATEGIES[strategy].needs
+def strategy_of(choice: Choice) -> Strategy:
+    """The strategy that is named."""
+    return STRATEGIES[choice.strategy or "uniform"]
 
 
 def advise(choice: Choice, given: Given) -> Advice:
@@ -114,37 +104,25 @@ def advise(choice: Choice, given: Given) -> Advice:
     Raises:
         HxaconvError: when something that the strategy needs is missing, or does not fit the model.
     """
-    name, at_hand = choice.strategy, {"tokens": given.ids, "log": given.log, **given.models}
-    missing = sorted(what for what in needs(name) if at_hand.get(what) is None)
+    entry, at_hand = strategy_of(choice), {"tokens": given.ids, "log": given.log, **given.models}
+    missing = sorted(what for what in entry.needs if at_hand.get(what) is None)
     if missing:
-        raise HxaconvError(f"--strategy {name} needs: {', '.join(missing)}")
-    check_choice(choice, given.num_layers)
-    entry, rules = STRATEGIES[name], rules_of(choice, given.num_layers)
-    given = replace(given, count=count_of(choice, given.num_layers), barred=rules.exclude)
-    found = entry.rank(given) if entry.rank else swept(given, name) if entry.score else Found(columns=())
+        raise HxaconvError(f"--strategy {entry.name} needs: {', '.join(missing)}")
+    rules, count = checked_choice(choice, given.num_layers)
+    found = entry.rank(replace(given, count=count, barred=rules.exclude))
     random = (RANDOM_TOKENS,) if "tokens" in entry.needs and not given.are_text else ()
     made = pick(choice, given.num_layers, found.columns[0] if found.columns else None)
-    return Advice(
-        num_layers=given.num_layers,
-        pick=made,
-        columns=found.columns,
-        facts=found.facts,
-        warnings=(*random, *found.warnings),
-        heads=found.heads,
-    )
+    return Advice(num_layers=given.num_layers, pick=made, **vars(found) | {"warnings": (*random, *found.warnings)})
 
 
-def count_of(choice: Choice, num_layers: int) -> int:
-    """How many layers are to be chosen."""
-    return default_count(num_layers) if choice.count is None else choice.count
-
-
-def rules_of(choice: Choice, num_layers: int) -> Rules:
-    """The strategy's own rules with the options over them, and without layer 0.
+def checked_choice(choice: Choice, num_layers: int) -> tuple[Rules, int]:
+    """(the strategy's own rules with the options over them, and without layer 0; how many layers are to be chosen).
 
     Raises:
-        HxaconvError: for gaps that contradict each other, and for --exclude that names no layers of the model.
+        HxaconvError: before anything is scored, for what no scores could answer: an impossible count, rules that
+            contradict each other or that no choice keeps to, and --exclude that names no layers of the model.
     """
+    entry, count = strategy_of(choice), default_count(num_layers) if choice.count is None else choice.count
     gaps = {key: getattr(choice, key) for key in ("min_gap", "max_gap", "max_consecutive")}
     given = {key: value for key, value in gaps.items() if value is not None}
     problems = [f"{option_words([key])} {value}: from 1 on" for key, value in given.items() if value < 1]
@@ -153,29 +131,22 @@ def rules_of(choice: Choice, num_layers: int) -> Rules:
     raise_all("the rules cannot be kept:", problems, hint="Adjacent layers have gap 1, and are a run of 2.")
     excluded = parse_numbers(choice.exclude, num_layers, "--exclude") if choice.exclude else ()
     barred = frozenset(excluded) | (frozenset() if choice.allow_gqa_layer_0 else {0})
-    return replace(STRATEGIES[choice.strategy].rules, exclude=barred, **given)
-
-
-def check_choice(choice: Choice, num_layers: int) -> None:
-    """Refuse, before anything is scored, what no scores could answer.
-
-    Raises:
-        HxaconvError: for an unknown strategy, an impossible count, or rules that no choice keeps to.
-    """
-    wanted, count, most = needs(choice.strategy), count_of(choice, num_layers), num_layers - 1
-    rules = rules_of(choice, num_layers)
-    if not 1 <= count <= most:
+    rules = replace(entry.rules, exclude=barred, **given)
+    if not 1 <= count < num_layers:
         reason = "one layer has to become RWKV" if choice.allow_gqa_layer_0 else LAYER_0_REASON
         beyond = f" ({reason})" if count == num_layers else ""
-        raise HxaconvError(f"--count {count}: between 1 and {most} of {num_layers} layers can stay attention{beyond}")
-    if wanted:
-        choose([0.0] * num_layers, count, rules)
-    elif choice.min_gap or choice.max_gap or choice.max_consecutive or choice.exclude:
         raise HxaconvError(
-            f"--strategy {choice.strategy} has no scores, so --min-gap, --max-gap, --max-consecutive and --exclude"
+            f"--count {count}: between 1 and {num_layers - 1} of {num_layers} layers can stay attention{beyond}"
+        )
+    if entry.needs:
+        choose([0.0] * num_layers, count, rules)
+    elif given or choice.exclude:
+        raise HxaconvError(
+            f"--strategy {entry.name} has no scores, so --min-gap, --max-gap, --max-consecutive and --exclude"
             " have nothing to decide by",
             hint="Choose a strategy with scores, or name the layers: --layers.",
         )
+    return rules, count
 
 
 def pick(choice: Choice, num_layers: int, column: Column | None) -> Pick:
@@ -184,11 +155,11 @@ def pick(choice: Choice, num_layers: int, column: Column | None) -> Pick:
     Raises:
         HxaconvError: for numbers that are not finite, or when no choice keeps to the rules.
     """
-    count, meaning = count_of(choice, num_layers), column.meaning if column else STRATEGIES[choice.strategy].meaning
+    entry, (rules, count) = strategy_of(choice), checked_choice(choice, num_layers)
     even = uniform(num_layers, count)
     if column is None:
-        layers = even if choice.strategy == "uniform" else tuple(range(num_layers - count, num_layers))
-        return Pick(choice.strategy, meaning, layers, even)
+        layers = even if entry.name == "uniform" else tuple(range(num_layers - count, num_layers))
+        return Pick(entry.name, entry.meaning, layers, even)
     bad = [i for i, value in enumerate(column.values) if value is not None and not abs(value) < float("inf")]
     if bad:
         several = "s" if len(bad) > 1 else ""
@@ -196,15 +167,14 @@ def pick(choice: Choice, num_layers: int, column: Column | None) -> Pick:
             f"the {column.strategy} score of layer{several} {', '.join(map(str, bad))} is not a finite number",
             hint="Do the weights hold NaN or Inf? `hxaconv inspect PATH --stats` counts them, tensor by tensor.",
         )
-    rules = rules_of(choice, num_layers)
     rules = replace(rules, exclude=rules.exclude | {i for i, value in enumerate(column.values) if value is None})
     deciding = scaled(column, rules.exclude)
     scores = [0.0 if value is None else value for value in deciding]
     value, layers = choose(scores, count, rules)
     with_even = solve(scores, count, replace(rules, require=frozenset(even)))
     return Pick(
-        strategy=choice.strategy,
-        meaning=meaning,
+        strategy=entry.name,
+        meaning=column.meaning,
         layers=layers,
         uniform=even,
         rules=rules,
@@ -224,7 +194,5 @@ def scaled(column: Column, barred: frozenset[int]) -> Values:
     known = [value for value in values if value is not None]
     if column.strategy == "log" or not known:
         return tuple(values)
-    best, worst = max(known), min(known)
-    if not STRATEGIES[column.strategy].high:
-        best, worst = worst, best
+    worst, best = (min(known), max(known))[:: 1 if STRATEGIES[column.strategy].high else -1]
     return tuple(None if x is None else (x - worst) / (best - worst) if best != worst else 0.0 for x in values)

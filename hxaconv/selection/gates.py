@@ -29,7 +29,7 @@ from hxaconv.model.model import Model
 from hxaconv.model.plan import layer_bytes
 from hxaconv.progress import bar
 from hxaconv.selection.strategies import Given
-from hxaconv.selection.sweep import needles
+from hxaconv.selection.sweep import first_counted, needles
 
 STEPS, RATE = 12, 0.3
 """The gate whose gradient is the largest moves by RATE in the first step, and by less and less in later ones."""
@@ -67,7 +67,8 @@ def sequences(ids: Tensor) -> list[Sequence]:
     """The text (B, T) in parts, and random tokens of it said twice."""
     length = min(LENGTH, ids.shape[1])
     text = ids[:, : ids.shape[1] // length * length].reshape(-1, length)
-    again, first = needles(ids, NEEDLES)
+    again = needles(ids, NEEDLES)
+    first = first_counted(again)
     return [
         *(Sequence(row[None], slice(None), 0.5 / len(text)) for row in text),
         *(Sequence(row[None], slice(first - 1, -1), 0.5 / len(again), again=True) for row in again),

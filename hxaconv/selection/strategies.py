@@ -1,25 +1,28 @@
 """The strategies, one function each, and what they look at.
 
-A function under `each_layer` scores the layer at hand (`Layer` of sweep.py), all such functions that are wanted in one
-pass; one under `ranking` scores all layers by itself. Adding a strategy means adding a function here.
+A function under `strategy` scores all layers by itself; with `each_layer`, the layer at hand (`Layer` of sweep.py), all
+such functions that are wanted in one pass. Adding a strategy means adding a function here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
+import numpy as np
+import torch
+from torch.nn.functional import cosine_similarity
+
+from hxaconv.forward.state import StateFile, fingerprint
+from hxaconv.model.model import Model
+from hxaconv.progress import Progress
 from hxaconv.selection.choice import LOG_RULES, SOFT_RULES, Rules
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from hxaconv.forward.state import StateFile
-    from hxaconv.model.model import Model
-    from hxaconv.progress import Progress
-    from hxaconv.selection.sweep import Layer, Sweep
+from hxaconv.selection.heads import FAINT, copying, separator_of, twice
+from hxaconv.selection.log import read_log, score_log
+from hxaconv.selection.sweep import Layer, Sweep
+from hxaconv.verification.claims import untouched_layers
 
 Values = tuple[float | None, ...]
 """A number for every layer; None for layers that cannot be picked."""
@@ -27,8 +30,8 @@ WITH_TEACHER = frozenset({"teacher", "tokens"})
 WITH_STUDENT = frozenset({"teacher", "student", "tokens"})
 
 CALIBRATE = (
-    "Calibrate first: `hxaconv init-from-teacher TEACHER all-rwkv/ --gqa-layers none --init calibrated --text FILE`,"
-    " then score all-rwkv/ with --teacher TEACHER"
+    "Calibrate a student first (init-from-teacher with --gqa-layers none --init calibrated --text FILE), then score"
+    " that one with --teacher TEACHER"
 )
 UNCALIBRATED = (
     "{count} of {total} layers, scored as RWKV, hold their initial values: {strategy} shows what the initial values"
@@ -77,8 +80,6 @@ class Given:
 
     def kept(self, ids: np.ndarray, settings: Mapping[str, Any]) -> StateFile:
         """The state of a pass over these tokens with these settings."""
-        from hxaconv.forward.state import StateFile, fingerprint
-
         return StateFile(self.cache, fingerprint(self.models, ids, settings) if self.cache else "", self.check)
 
 
@@ -98,11 +99,11 @@ class Column:
         return self.other_meaning or STRATEGIES[self.strategy].meaning
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Found:
     """What a ranking found."""
 
-    columns: tuple[Column, ...]
+    columns: tuple[Column, ...] = ()
     """The strategy's own, and what came with it."""
     facts: Mapping[str, float] = field(default_factory=dict)
     """Single numbers, nats per token."""
@@ -115,69 +116,63 @@ class Found:
 class Strategy:
     """A way to rank layers. `high`: whether layers with high numbers are the ones to keep as attention."""
 
+    name: str
     meaning: str
     needs: frozenset[str] = frozenset()
     """What it looks at: `teacher`, `student` (every layer RWKV), `tokens`, `log`; nothing: only at the spacing."""
     high: bool = True
     rules: Rules = SOFT_RULES
     score: Callable[[Layer], float] | None = None
-    rank: Callable[[Given], Found] | None = None
+    rank: Callable[[Given], Found] = lambda given: Found()
 
 
-STRATEGIES: dict[str, Strategy] = {
-    "uniform": Strategy("evenly spaced, anchored at the last layer"),
-    "last": Strategy("the last layers"),
+STRATEGIES = {
+    "uniform": Strategy("uniform", "evenly spaced, anchored at the last layer"),
+    "last": Strategy("last", "the last layers"),
 }
 """By name. Those that follow add themselves."""
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def each_layer(
-    meaning: str, *, needs: frozenset[str] = WITH_TEACHER, high: bool = True
-) -> Callable[[Callable[[Layer], float]], Callable[[Layer], float]]:
-    """Make a function that scores a layer the strategy of its name."""
+def strategy(
+    meaning: str, needs: frozenset[str] = WITH_TEACHER, *, each_layer: bool = False, **more: Any
+) -> Callable[[Function], Function]:
+    """Make a function the strategy of its name: one that ranks all layers, or one that scores each."""
 
-    def added(function: Callable[[Layer], float]) -> Callable[[Layer], float]:
-        STRATEGIES[function.__name__] = Strategy(meaning, needs, high, score=function)
+    def added(function: Function) -> Function:
+        name = function.__name__
+        how = {"score": function, "rank": lambda given: swept(given, name)} if each_layer else {"rank": function}
+        STRATEGIES[name] = Strategy(name, meaning, needs, **how, **more)
         return function
 
     return added
 
 
-def ranking(
-    meaning: str, *, needs: frozenset[str] = WITH_TEACHER, rules: Rules = SOFT_RULES
-) -> Callable[[Callable[[Given], Found]], Callable[[Given], Found]]:
-    """Make a function that scores all layers the strategy of its name."""
-
-    def added(function: Callable[[Given], Found]) -> Callable[[Given], Found]:
-        STRATEGIES[function.__name__] = Strategy(meaning, needs, rules=rules, rank=function)
-        return function
-
-    return added
-
-
-@each_layer("error of the RWKV mixer on the teacher's inputs, as a share of the attention's energy", needs=WITH_STUDENT)
+@strategy(
+    "error of the RWKV mixer on the teacher's inputs, as a share of the attention's energy",
+    WITH_STUDENT,
+    each_layer=True,
+)
 def mse(at: Layer) -> float:
     """0 where the attention adds nothing on these tokens: nothing can be missed there."""
     missed, energy = (part.double().square().sum().item() for part in (at.mixed - at.attended, at.attended))
     return missed / energy if energy else 0.0
 
 
-@each_layer("1 - mean cosine of the block's input and output")
+@strategy("1 - mean cosine of the block's input and output", each_layer=True)
 def influence(at: Layer) -> float:
     """Near 0 where the block hardly turns the residual stream."""
-    from torch.nn.functional import cosine_similarity
-
     return 1.0 - float(cosine_similarity(at.x.double(), at.after.double(), dim=-1).mean())
 
 
 # Sharp heads look something up, which a state of fixed size is worst at.
-@each_layer("spread of the attention, 0 one position, 1 all alike; sharp layers stay", high=False)
+@strategy("spread of the attention, 0 one position, 1 all alike; sharp layers stay", each_layer=True, high=False)
 def entropy(at: Layer) -> float:
     """Mean over sequences, heads and queries."""
     return at.entropy_and_distance[0]
 
 
-@each_layer("how far back the attention looks, 0 itself, 1 the first token")
+@strategy("how far back the attention looks, 0 itself, 1 the first token", each_layer=True)
 def distance(at: Layer) -> float:
     """Mean over sequences, heads and queries."""
     return at.entropy_and_distance[1]
@@ -187,37 +182,26 @@ BY_THE_WAY = ("mse", "influence", "entropy", "distance")
 """Columns that come almost free with another one of the same pass."""
 
 
-@ranking("share of copied tokens that the best heads find again")
+@strategy("share of copied tokens that the best heads find again")
 def retrieval(given: Given) -> Found:
     """A layer scores the sum of its best max(1, H // 16) heads on repeated texts."""
-    from hxaconv.selection.heads import FAINT, copying, separator_of, twice
-    from hxaconv.selection.sweep import Sweep
-
     assert given.teacher is not None
-    config = given.teacher.config
-    asked = twice(
-        config.vocab_size,
-        given.ids if given.are_text else None,
-        separator=separator_of(given.teacher),
-        seed=given.seed,
-    )
-    sweep = Sweep(teacher=given.teacher, student=None, measures={"heads": copying}, device=given.device)
-    shares = _run(sweep, given, asked, "retrieval")["heads"]
-    best = max(map(max, shares))
+    config, text = given.teacher.config, given.ids if given.are_text else None
+    asked = twice(config.vocab_size, text, separator=separator_of(given.teacher), seed=given.seed)
+    shares = _run(replace(given, student=None), asked, "retrieval", {"heads": copying})["heads"]
+    best, count = max(map(max, shares)), max(1, config.num_attention_heads // 16)
     faint = (
         f"no head copies more than {FAINT:.0%} of the positions (the best: {best:.1%}):"
         " this teacher has no clear copying heads, the retrieval scores are noise"
     )
-    count = max(1, config.num_attention_heads // 16)
-    scores = tuple(sum(sorted(row)[-count:]) for row in shares)
     return Found(
-        columns=(Column("retrieval", scores),),
+        columns=(Column("retrieval", tuple(sum(sorted(row)[-count:]) for row in shares)),),
         warnings=(faint,) if best <= FAINT else (),
         heads=tuple(map(tuple, shares)),
     )
 
 
-@ranking("how much nearer to the teacher's distribution attention in this layer brings the student", needs=WITH_STUDENT)
+@strategy("how much nearer to the teacher's distribution attention in this layer brings the student", WITH_STUDENT)
 def kl(given: Given) -> Found:
     """KL on the tokens, one layer at a time: attention put back into the student, or taken from the teacher."""
     found = swept(given, "kl", given.kl_mode)
@@ -225,12 +209,11 @@ def kl(given: Given) -> Found:
     harmful = sum(value < 0 for value in values)
     if given.kl_mode == "convert" or harmful * 2 <= len(values):
         return found
-    remedy = CALIBRATE if found.warnings else NOT_PLAIN
-    worse = HARMFUL.format(count=harmful, total=len(values), remedy=remedy)
-    return Found(columns=found.columns, facts=found.facts, warnings=(*found.warnings, worse))
+    worse = HARMFUL.format(count=harmful, total=len(values), remedy=CALIBRATE if found.warnings else NOT_PLAIN)
+    return replace(found, warnings=(*found.warnings, worse))
 
 
-MEANINGS = {
+MEANINGS: dict[tuple[str, str | None], str] = {
     ("kl", "convert"): "how far the teacher's distribution moves when this layer alone becomes RWKV",
     ("kl", "window"): "how far the teacher's distribution moves when this layer alone has a sliding window",
     ("nll", "restore"): "how much lower attention in this layer brings the student's NLL of repeated tokens",
@@ -239,7 +222,7 @@ MEANINGS = {
 """Of the two columns of a pass with forks, where it is not the strategy's own."""
 
 
-@ranking("how much the NLL of repeated tokens grows when this layer alone has a sliding window")
+@strategy("how much the NLL of repeated tokens grows when this layer alone has a sliding window")
 def nll(given: Given) -> Found:
     """NLL of answer tokens far behind what gives them away, as each layer alone of the teacher sees a window only.
 
@@ -249,13 +232,9 @@ def nll(given: Given) -> Found:
     return swept(given, "nll", "window")
 
 
-@ranking(
-    "how far the gate from RWKV to attention opens when all gates are trained within the budget", needs=WITH_STUDENT
-)
+@strategy("how far the gate from RWKV to attention opens when all gates are trained within the budget", WITH_STUDENT)
 def gates(given: Given) -> Found:
     """Gates trained together in a model that mixes both mixers in every layer, after arXiv 2606.30562; see gates.py."""
-    import torch
-
     from hxaconv.selection.gates import train
 
     values, losses = train(given, torch.as_tensor(given.ids, dtype=torch.int64))
@@ -267,47 +246,38 @@ def gates(given: Given) -> Found:
 
 def swept(given: Given, name: str, mode: str | None = None) -> Found:
     """One pass over the layers: the strategy, and the columns that come along with it."""
-    from hxaconv.selection.sweep import Sweep
-
-    assert given.teacher is not None and given.ids is not None
+    assert given.ids is not None
     names = [each for each in sorted({name, *BY_THE_WAY}) if given.student or "student" not in STRATEGIES[each].needs]
     measures = {each: score for each in names if (score := STRATEGIES[each].score)}
-    sweep = Sweep(teacher=given.teacher, student=given.student, measures=measures, mode=mode, device=given.device)
-    scores = _run(sweep, given, given.ids, name)
+    scores = _run(given, given.ids, name, measures, mode)
     first = ["kl", "nll"] if mode else [name]
     order = sorted(first, key=lambda each: each != name) + [each for each in measures if each != name]
-    facts = {fact: values[0] for fact, values in scores.items() if fact not in order}
     return Found(
-        columns=tuple(
-            Column(each, tuple(scores[each]), other_meaning=MEANINGS.get((each, mode or ""), "")) for each in order
-        ),
-        facts=facts,
+        columns=tuple(Column(each, tuple(scores[each]), {}, MEANINGS.get((each, mode), "")) for each in order),
+        facts={fact: values[0] for fact, values in scores.items() if fact not in order},
         warnings=_plain(given, name),
     )
 
 
-def _plain(given: Given, name: str) -> tuple[str, ...]:
-    """A warning where the student's layers hold their initial values."""
-    from hxaconv.verification.claims import untouched_layers
-
-    if given.student is None or "student" not in STRATEGIES[name].needs:
-        return ()
-    plain = untouched_layers(given.student)
-    return (UNCALIBRATED.format(count=len(plain), total=given.num_layers, strategy=name),) if plain else ()
-
-
-def _run(sweep: Sweep, given: Given, ids: np.ndarray, name: str) -> dict[str, list[Any]]:
-    import torch
-
-    kept = given.kept(ids, {"strategy": name, "measures": list(sweep.measures), "mode": sweep.mode})
+def _run(
+    given: Given, ids: np.ndarray, name: str, measures: Mapping[str, Callable[[Layer], Any]], mode: str | None = None
+) -> dict[str, list[Any]]:
+    assert given.teacher is not None
+    sweep = Sweep(teacher=given.teacher, student=given.student, measures=measures, mode=mode, device=given.device)
+    kept = given.kept(ids, {"strategy": name, "measures": list(measures), "mode": mode})
     return sweep.run(torch.as_tensor(ids, dtype=torch.int64), kept, given.progress)
 
 
-@ranking("how hard the layer was to align in stage 1, from the training log", needs=frozenset({"log"}), rules=LOG_RULES)
+def _plain(given: Given, name: str) -> tuple[str, ...]:
+    """A warning where the student's layers hold their initial values."""
+    looked_at = given.student if "student" in STRATEGIES[name].needs else None
+    plain = untouched_layers(looked_at) if looked_at else ()
+    return (UNCALIBRATED.format(count=len(plain), total=given.num_layers, strategy=name),) if plain else ()
+
+
+@strategy("how hard the layer was to align in stage 1, from the training log", frozenset({"log"}), rules=LOG_RULES)
 def log(given: Given) -> Found:
     """The weighted sum of the log's signs of difficulty."""
-    from hxaconv.selection.log import read_log, score_log
-
     assert given.log is not None
     values, parts, warnings = score_log(read_log(given.log), given.num_layers)
     return Found(columns=(Column("log", values, parts),), warnings=warnings)

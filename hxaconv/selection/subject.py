@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
 from hxaconv.calls import Call
+from hxaconv.commands.plots import draw_advice
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.forward.tokens import calibration_tokens, checked_device
 from hxaconv.load import load_other, load_student, load_teacher, open_checkpoint
@@ -18,10 +18,11 @@ from hxaconv.model.config import dropped_scaling, student_of
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.plan import main_dtype, source_files
 from hxaconv.options import Choice, Init, Settings, Tokens, options_of
+from hxaconv.progress import Progress
 from hxaconv.save.diskio import write_result
 from hxaconv.save.interruption import interruptible
-from hxaconv.selection.advice import Advice, advise, check_choice, needs
-from hxaconv.selection.strategies import Given
+from hxaconv.selection.advice import Advice, advise, strategy_of
+from hxaconv.selection.strategies import Given, Strategy
 from hxaconv.surgery.init import as_options, init_settings, new_student, parse_scale
 from hxaconv.surgery.reshape import in_dtype, repick
 
@@ -45,62 +46,17 @@ class Subject:
     """SOURCE first, its teacher last: it names the model that a choice is for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """The advice, what it is about, and the file that keeps its scores until they are used."""
-
-    advice: Advice
-    subject: Subject
-    described: tuple[str, ...]
-    """What the scores are of, and what they depend on, by bare names."""
-    cache: Path | None
-
-    def save(self, choice: Choice) -> None:
-        """Write the layer map and the picture that are wanted, and drop the scores that they were made of.
-
-        Raises:
-            HxaconvError: when a file cannot be written.
-        """
-        from hxaconv.commands.plots import draw_advice
-
-        if choice.save is not None:
-            origin, picked = self.subject.sources[-1], self.advice.pick
-            chosen = layer_maps.of_config(
-                Path(choice.save).stem,
-                self.subject.model.config,
-                picked.layers,
-                title=f"{origin.name}, {len(picked.layers)} of {self.advice.num_layers} layers by {picked.strategy}",
-                model_ids=(origin.repo,) if origin.repo else (),
-                source=f"hxaconv, strategy {picked.strategy}",
-            )
-            text = self.advice.layer_map_text(chosen, date=date.today().isoformat(), settings=self.described)
-            write_result(Path(choice.save), text.encode())
-        if choice.plot is not None:
-            draw_advice(self.advice, Path(choice.plot))
-        if self.cache is not None:
-            self.cache.unlink(missing_ok=True)
-
-
 def score(
-    subject: Subject,
-    choice: Choice,
-    probe: Tokens,
-    values: Init,
-    *,
-    cache: Path | None,
-    call: Call,
-    rehearse: Callable[[int], None],
-) -> Scored:
+    subject: Subject, choice: Choice, probe: Tokens, values: Init, cache: Path | None, progress: Progress | None
+) -> Advice:
     """Score the layers of SOURCE: a teacher (its plain initialisation is scored), or a student with its teacher.
 
-    `cache` is where interrupted scoring keeps its state; `rehearse` refuses, before hours of scoring, what would be
-    refused after them.
+    `cache` is where interrupted scoring keeps its state.
 
     Raises:
         HxaconvError: when the strategy needs something that is not given.
         Interrupted: on Ctrl-C or SIGTERM; with what is kept.
     """
-    progress, wanted = call.progress, needs(choice.strategy)
     given = Given(
         num_layers=subject.model.config.num_hidden_layers,
         teacher=subject.teacher,
@@ -112,17 +68,11 @@ def score(
         seed=values.seed,
         progress=progress,
     )
-    check_choice(choice, given.num_layers)
-    described = _described(subject, choice, values)
-    if "tokens" not in wanted:
-        return Scored(advise(choice, given), subject, tuple(described), None)
-    rehearse(given.num_layers)
+    if "tokens" not in strategy_of(choice).needs:
+        read = (f"training log: {given.log.name}",) if given.log else ()
+        return replace(advise(choice, given), settings=read)
     tokenizer = next((found for found in subject.sources if "tokenizer.json" in found.companions), subject.sources[0])
     ids = calibration_tokens(probe, values.seed, subject.model, tokenizer).numpy()
-    named = probe.text or (probe.input_ids if isinstance(probe.input_ids, str) else None)
-    given_where = f" of {Path(named).name}" if named else ", given in memory"
-    where = given_where if probe.given else f", random, seed {values.seed}"
-    described.append(f"scored on {ids.size} tokens{where}")
     notes = [f"{probe.tokens} tokens are requested, {ids.size} are used."] if ids.size != probe.tokens else []
     if cache is None:
         notes.append("Scores are kept nowhere: with --save MAP.toml, interrupted scoring would go on where it stopped.")
@@ -130,52 +80,75 @@ def score(
         for note in notes:
             progress.note(note)
         notes = []
+
+    def kept() -> str:
+        if cache is not None and cache.is_file():
+            return f"Scores so far are kept in {cache}; run the same command again to continue."
+        return "Nothing is kept." if cache is None else "Nothing had been scored yet."
+
     models = [model for model in (subject.teacher, subject.student) if model is not None]
-    with interruptible(lambda: _kept(cache)) as signals:
+    with interruptible(kept) as signals:
         # Before scoring, which does not stop between two layers for as long as a download takes.
         download(subject.sources, [file for model in models for file in source_files(model.plan)], models, progress)
         with signals.deferred():
             advice = advise(choice, replace(given, ids=ids, cache=cache, check=signals.stop_if_requested))
         signals.stop_if_requested()
     scaling = [line for checkpoint in subject.sources for line in dropped_scaling(checkpoint.config or {})]
-    advice = replace(advice, warnings=(*scaling, *advice.warnings), notes=tuple(notes))
-    return Scored(advice, subject, tuple(described), cache)
+    file = probe.text or (probe.input_ids if isinstance(probe.input_ids, str) else None)
+    where = (
+        f" of {Path(file).name}" if file else ", given in memory" if probe.given else f", random, seed {values.seed}"
+    )
+    settings = (*_described(subject, choice, values), f"scored on {ids.size} tokens{where}")
+    return replace(advice, warnings=(*scaling, *advice.warnings), notes=tuple(notes), settings=settings)
 
 
-def _kept(cache: Path | None) -> str:
-    if cache is not None and cache.is_file():
-        return f"Scores so far are kept in {cache}; run the same command again to continue."
-    return "Nothing is kept." if cache is None else "Nothing had been scored yet."
+def save_advice(advice: Advice, subject: Subject, choice: Choice) -> None:
+    """Write the layer map and the picture that are wanted.
+
+    Raises:
+        HxaconvError: when a file cannot be written.
+    """
+    if choice.save is not None:
+        origin, picked = subject.sources[-1], advice.pick
+        chosen = layer_maps.of_config(
+            Path(choice.save).stem,
+            subject.model.config,
+            picked.layers,
+            title=f"{origin.name}, {len(picked.layers)} of {advice.num_layers} layers by {picked.strategy}",
+            model_ids=(origin.repo,) if origin.repo else (),
+            source=f"hxaconv, strategy {picked.strategy}",
+        )
+        write_result(Path(choice.save), advice.layer_map_text(chosen, date=date.today().isoformat()).encode())
+    if choice.plot is not None:
+        draw_advice(advice, Path(choice.plot))
 
 
 def _described(subject: Subject, choice: Choice, values: Init) -> list[str]:
-    wanted, (source, *others) = needs(choice.strategy), subject.sources
-    if "log" in wanted:
-        return [f"training log: {Path(choice.log or '').name}"]
-    if "tokens" not in wanted:
-        return []
-    lines = [f"SOURCE: {_name(source)}"]
-    lines += [f"teacher: {_name(others[-1])}"] if others else []
-    if "student" in wanted:
-        lines += [f"layers that SOURCE has as GQA: {_name(other)}, where RWKV there" for other in others[:-1]]
+    """What the scores are of, and what they depend on, by bare names."""
+    source, *others = [c.name + (f"@{c.revision}" if c.revision else "") for c in subject.sources]
+    lines = [f"SOURCE: {source}", *(f"teacher: {name}" for name in others[-1:])]
+    if "student" in strategy_of(choice).needs:
+        lines += [f"layers that SOURCE has as GQA: {name}, where RWKV there" for name in others[:-1]]
         how = as_options(values.preset, parse_scale(values.scale, values.preset), values.seed)
         lines.append(f"RWKV layers that exist nowhere yet: {how}")
     return [*lines, f"--kl-mode {choice.kl_mode}"] if choice.strategy == "kl" else lines
 
 
-def _name(checkpoint: Checkpoint) -> str:
-    return checkpoint.name + (f"@{checkpoint.revision}" if checkpoint.revision else "")
-
-
 def open_subject(
-    source: str, teacher: str | None, other: str | None, settings: Settings, values: Init, strategy: str, call: Call
+    source: str,
+    teacher: str | None,
+    other: str | None,
+    settings: Settings,
+    values: Init,
+    strategy: Strategy,
+    progress: Progress | None,
 ) -> Subject:
     """Open SOURCE and what belongs to it, each once; where the strategy needs a student, every layer of it as RWKV.
 
     Raises:
         HxaconvError: when a teacher is missing, or options are given that have no use.
     """
-    wanted, progress = needs(strategy), call.progress
+    wanted = strategy.needs
     checkpoint = open_checkpoint(source, revision=settings.revision, weights=settings.weights, progress=progress)
     if not is_student(checkpoint):
         given = {"--teacher": teacher, "--from": other, "--layer-map": settings.layer_map}
@@ -195,7 +168,7 @@ def open_subject(
     student = load_student(checkpoint, settings, teacher=teacher, whole=whole, continued=False, progress=progress)
     sources, base = tuple(student.sources.values()), student.base
     if "teacher" in wanted and base is None:
-        raise HxaconvError(f"--strategy {strategy} compares with the teacher", hint="Pass --teacher.")
+        raise HxaconvError(f"--strategy {strategy.name} compares with the teacher", hint="Pass --teacher.")
     if "student" not in wanted or base is None:
         return Subject(student, base, None, sources)
     initial = init_settings(values, main_dtype(student.plan))
@@ -216,32 +189,20 @@ def refuse_useless(choice: Choice, call: Call, *, writes: bool) -> None:
     """
     if choice.layers is not None and not writes:
         raise HxaconvError("--layers names the choice, but there is no OUT to write it to", hint="Add OUT.")
-    raise_all("these options do not go together:", _useless(choice, call, writes=writes))
-
-
-def _useless(choice: Choice, call: Call, *, writes: bool) -> list[str]:
-    if choice.layers is not None:
-        return call.useless((*CHOOSING, *TOKENS), "--layers is a choice made, nothing is to be scored")
-    wanted, found = needs(choice.strategy), []
-    if choice.strategy != "kl":
-        found += call.useless(("kl_mode",), "only --strategy kl has modes")
-    if choice.strategy == "log" and not choice.log:
-        found.append("--strategy log reads a training log: name it with --log FILE.csv")
-    elif choice.strategy != "log":
+    strategy = strategy_of(choice)
+    found = call.useless(("kl_mode",), "only --strategy kl has modes") if strategy.name != "kl" else []
+    if strategy.name != "log":
         found += call.useless(("log",), "only --strategy log reads one")
-    if not writes:
+    elif not choice.log:
+        found.append("--strategy log reads a training log: name it with --log FILE.csv")
+    if choice.layers is not None:
+        found = call.useless((*CHOOSING, *TOKENS), "--layers is a choice made, nothing is to be scored")
+    elif not writes:
         found += call.useless(WRITING, "there is no OUT to write")
-        if "student" not in wanted:
-            found += call.useless(("from_", "preset", "scale"), f"--strategy {choice.strategy} looks at no RWKV layer")
-        if "tokens" not in wanted:
+        if "student" not in strategy.needs:
+            found += call.useless(("from_", "preset", "scale"), f"--strategy {strategy.name} looks at no RWKV layer")
+        if "tokens" not in strategy.needs:
             found += call.useless(("seed",), "nothing is random here")
         if not choice.save and not choice.plot:
             found += call.useless(("overwrite",), "nothing is written")
-    return found
-
-
-def unread_tokens(choice: Choice, call: Call) -> list[str]:
-    """A note where tokens were named for a strategy that reads none, as a loop over strategies does."""
-    if choice.layers is not None or "tokens" in needs(choice.strategy):
-        return []
-    return call.useless(TOKENS, f"--strategy {choice.strategy} looks at no tokens, they are not read")
+    raise_all("these options do not go together:", found)

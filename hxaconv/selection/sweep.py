@@ -16,7 +16,7 @@ beside one layer's weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from hxaconv.forward import hxa079, llama
-from hxaconv.forward.hxa079 import Carry, Get
+from hxaconv.forward.hxa079 import Carry
 from hxaconv.forward.logits import LOGITS_AT_ONCE, Divergence
 from hxaconv.forward.state import State, StateFile
-from hxaconv.forward.walk import First, Walk, time_mix
-from hxaconv.model.config import ModelConfig, StudentConfig
+from hxaconv.forward.walk import Walk, time_mix
+from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.plan import layer_bytes
 from hxaconv.progress import Progress, bar
@@ -36,10 +36,6 @@ from hxaconv.selection.heads import entropy_and_distance, windowed
 
 NEEDLE, NEEDLES = 64, 2
 """Tokens that are repeated, and how often that is tried."""
-FIRSTS = ("base", "fork 0", "teacher")
-"""Whose v_first and k_first are kept: those of base and of all forks after layer 0; those of fork 0, whose first RWKV
-layer is layer 1; what layer 0 of the student makes of the teacher's stream."""
-
 UNLIKELY = -1e30
 """A logit that is as good as minus infinity, and with which one can still calculate."""
 
@@ -47,16 +43,19 @@ Step = Callable[[int, str], None]
 """Called between two steps with the bytes of weights that the last one applied: moves the bar, saves, stops."""
 
 
-def needles(ids: Tensor, count: int = NEEDLES) -> tuple[Tensor, int]:
-    """(random tokens of a text (B, T) said twice, (count, 2D); the first place that counts).
-
-    The first eighth of the second time is not counted: it cannot be recognised as a repetition yet.
-    """
+def needles(ids: Tensor, count: int = NEEDLES) -> Tensor:
+    """Random tokens of a text (B, T) said twice, (count, 2D)."""
     known, random = torch.unique(ids.cpu()), torch.Generator().manual_seed(0)
     length = max(2, min(NEEDLE, ids.shape[1] // 2))
     picked = [torch.randperm(max(length, len(known)), generator=random)[:length] % len(known) for _ in range(count)]
     once = known[torch.stack(picked)]
-    return torch.cat([once, once], dim=1), length + max(1, length // 8)
+    return torch.cat([once, once], dim=1)
+
+
+def first_counted(needles: Tensor) -> int:
+    """Where the second time begins, but for its first eighth: that cannot be recognised as a repetition yet."""
+    length = needles.shape[1] // 2
+    return length + max(1, length // 8)
 
 
 @dataclass(slots=True)
@@ -64,41 +63,15 @@ class Streams:
     """Sequences between two layers."""
 
     ids: Tensor
-    teacher: Tensor
-    base: Tensor | None = None
-    forks: Tensor | None = None
-    """(L, B, T, C), taken at once: streams that live long among short-lived tensors split the heap."""
-    firsts: dict[str, First] = field(default_factory=dict)
+    kept: dict[str, Tensor]
+    """(B, T, C) each: `teacher`, `base`. (L, B, T, C): `forks`, taken at once, since streams that live long among
+    short-lived tensors split the heap. `v_first X` and `k_first X`, where X is `base` (and all forks after layer 0),
+    `fork 0`, whose first RWKV layer is layer 1, or `teacher`: what layer 0 of the student makes of its stream."""
 
     @property
     def others(self) -> list[Tensor]:
         """All but the teacher's."""
-        assert self.forks is not None
-        return [*self.forks, *([] if self.base is None else [self.base])]
-
-    def state(self, name: str, layer: int) -> dict[str, Tensor]:
-        """For a file."""
-        tensors = {"teacher": self.teacher}
-        if self.base is not None:
-            tensors["base"] = self.base
-        if self.forks is not None:
-            tensors["forks"] = self.forks[:layer]
-        for whose, pair in self.firsts.items():
-            if pair is not None:
-                tensors |= {f"v_first {whose}": pair[0], f"k_first {whose}": pair[1]}
-        return {f"{name} {key}": values for key, values in tensors.items()}
-
-    def restore(self, tensors: Mapping[str, Tensor], name: str) -> None:
-        """The inverse of `state`."""
-        found = {key.removeprefix(f"{name} "): values for key, values in tensors.items() if key.startswith(f"{name} ")}
-        self.teacher, self.base = found["teacher"], found.get("base")
-        if self.forks is not None:
-            self.forks[: len(found["forks"])].copy_(found["forks"])
-        self.firsts = {
-            whose: (found[f"v_first {whose}"], found[f"k_first {whose}"])
-            for whose in FIRSTS
-            if f"v_first {whose}" in found
-        }
+        return [*self.kept["forks"], *(x for name, x in self.kept.items() if name == "base")]
 
 
 @dataclass(slots=True)
@@ -112,33 +85,14 @@ class Progressed:
     scores: dict[str, list[Any]] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
 class Layer:
     """What strategies see of a layer: the teacher's, and the student's mixer on its input; (B, T, C) each."""
 
-    walk: Walk
-    index: int
-    streams: Streams
-
-    @property
-    def ids(self) -> Tensor:
-        """(B, T)."""
-        return self.streams.ids
-
-    @property
-    def x(self) -> Tensor:
+    def __init__(self, walk: Walk, index: int, streams: Streams) -> None:
+        self.walk, self.index, self.streams, self.ids = walk, index, streams, streams.ids
+        self.x = streams.kept["teacher"]
         """The residual stream before the block."""
-        return self.streams.teacher
-
-    @property
-    def config(self) -> ModelConfig:
-        """The teacher's."""
-        return self.walk["teacher"].config
-
-    @property
-    def get(self) -> Get:
-        """The teacher's weights."""
-        return self.walk["teacher"].weight
+        self.config, self.get = walk["teacher"].config, walk["teacher"].weight
 
     @cached_property
     def normed(self) -> Tensor:
@@ -163,17 +117,18 @@ class Layer:
     @cached_property
     def mixed(self) -> Tensor:
         """What the student's RWKV mixer adds on the teacher's input."""
-        found, self.streams.firsts["teacher"] = self._time_mix(
-            self.normed, self.walk["student"].model.student, self.streams.firsts.get("teacher")
-        )
-        return found
+        return self._time_mix(self.normed, self.walk["student"].model.student, "teacher")
 
     @property
     def converted(self) -> Tensor:
         """The residual stream behind the block if it alone is the student's: its first RWKV layer."""
         student = self.walk["student"].model.student
         others = tuple(i for i in range(student.num_hidden_layers) if i != self.index)
-        return self.fed(self.x + self._time_mix(self.normed, replace(student, gqa_layers=others), None)[0])
+        return self.fed(self.x + self._time_mix(self.normed, replace(student, gqa_layers=others)))
+
+    def block(self, x: Tensor) -> Tensor:
+        """Another stream of the teacher behind the block."""
+        return self.walk.each(lambda s: llama.layer(s, self.get, self.config, self.index), x)
 
     @property
     def windowed(self) -> Tensor:
@@ -195,17 +150,21 @@ class Layer:
 
     def passed(self, x: Tensor, whose: str) -> Tensor:
         """A stream of the student behind the block as it is; `whose` v_first and k_first."""
-        config, firsts = self.walk["student"].model.student, self.streams.firsts
+        config = self.walk["student"].model.student
         config = replace(config, gqa_layers=(0,)) if whose == "fork 0" else config
-        mixed, firsts[whose] = self._time_mix(self.walk["student"].normed(x, self.index), config, firsts.get(whose))
-        return self._student_fed(x + mixed)
+        return self._student_fed(x + self._time_mix(self.walk["student"].normed(x, self.index), config, whose))
 
     def _student_fed(self, x: Tensor) -> Tensor:
         student, config = self.walk["student"], self.walk["student"].model.student
         return self.walk.each(lambda s: hxa079.feed_forward(s, student.weight, config, self.index), x)
 
-    def _time_mix(self, normed: Tensor, config: StudentConfig, first: First) -> tuple[Tensor, First]:
-        return time_mix(normed, self.walk["student"].weight, config, self.index, first, self.walk.pool.map)
+    def _time_mix(self, normed: Tensor, config: StudentConfig, whose: str = "") -> Tensor:
+        kept, names = self.streams.kept, (f"v_first {whose}", f"k_first {whose}")
+        first = (kept[names[0]], kept[names[1]]) if names[0] in kept else None
+        mixed, first = time_mix(normed, self.walk["student"].weight, config, self.index, first, self.walk.pool.map)
+        if whose and first is not None:
+            kept |= zip(names, first, strict=True)
+        return mixed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,59 +193,55 @@ class Sweep:
             return scores
         models = {"teacher": self.teacher} | ({"student": self.student} if self.student is not None else {})
         with torch.no_grad(), Walk(models, dtype=self.dtype, device=self.device) as walk:
-            rows = {"text": ids} | ({"needles": needles(ids)[0]} if self.mode else {})
-            streams = {name: self._start(walk, some) for name, some in rows.items()}
-            at = Progressed()
+            rows = {"text": ids} | ({"needles": needles(ids)} if self.mode else {})
+            streams, at = {name: self._start(walk, some) for name, some in rows.items()}, Progressed()
             if saved:
                 at = Progressed(**saved[1])
-                for name, some in streams.items():
-                    some.restore(saved[0], name)
+                for (name, _, key), x in ((name.partition(" "), x) for name, x in saved[0].items()):
+                    if key == "forks":
+                        streams[name].kept[key][: len(x)].copy_(x)
+                    else:
+                        streams[name].kept[key] = x
             saved = None
 
             def state() -> State:
-                tensors = {key: x for name, some in streams.items() for key, x in some.state(name, at.layer).items()}
-                return tensors, {"layer": at.layer, "moved": at.moved, "scores": at.scores}
+                found = [(f"{name} {key}", x) for name, some in streams.items() for key, x in some.kept.items()]
+                tensors = {name: x[: at.layer] if name.endswith(" forks") else x for name, x in found}
+                return tensors, asdict(at)
 
-            with bar(progress, "scoring layers", self._work(self.num_layers) + self._head_work) as advance:
-                moved = layer_bytes(self.teacher.plan, at.layer) * at.moved if at.moved else 0
-                advance(self._work(at.layer) + moved, "resumed" if at.layer or at.moved else "")
+            layers = self.teacher.config.num_hidden_layers
+            head = 2 * self.teacher.config.vocab_size * self.teacher.config.hidden_size * (layers + 1 + self._restores)
+            work, done = sum(map(self._work, range(layers))), sum(map(self._work, range(at.layer)))
+            done += layer_bytes(self.teacher.plan, at.layer) * at.moved if at.moved else 0
+            with bar(progress, "scoring layers", work + (head if self.mode else 0)) as advance:
+                advance(done, "resumed" if done else "")
 
                 def step(done: int, what: str) -> None:
                     advance(done, what)
                     kept.pause(state)
 
-                for _ in walk.layers(range(at.layer, self.num_layers)):
+                for _ in walk.layers(range(at.layer, layers)):
                     self._layer(walk, streams, at, step)
                 if self.mode:
-                    self._divergences(walk, streams, at, step)
+                    at.scores |= self._divergences(walk, **streams, step=lambda share: step(int(share * head), "head"))
         kept.save({}, {"scores": at.scores})
         return at.scores
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        return self.teacher.config.num_hidden_layers
-
-    def _work(self, layers: int) -> int:
-        # In bytes of weights applied: what time goes with, whatever is measured.
-        streams = [1 + (self._restores + i + 1 if self.mode else 0) for i in range(layers)]
-        return sum(layer_bytes(self.teacher.plan, i) * streams[i] for i in range(layers))
-
-    @property
-    def _head_work(self) -> int:
-        size = self.teacher.config.vocab_size * self.teacher.config.hidden_size * 2
-        return size * (self.num_layers + 1 + self._restores) if self.mode else 0
 
     @property
     def _restores(self) -> bool:
         return self.mode == "restore"
 
+    def _work(self, layer: int) -> int:
+        # In bytes of weights applied: what time goes with, whatever is measured.
+        return layer_bytes(self.teacher.plan, layer) * (1 + (self._restores + layer + 1 if self.mode else 0))
+
     def _start(self, walk: Walk, ids: Tensor) -> Streams:
-        base = walk["student"].start(ids).x if self._restores else None
-        streams = Streams(ids, walk["teacher"].start(ids).x, base)
+        kept = {"teacher": walk["teacher"].start(ids).x}
+        if self._restores:
+            kept["base"] = walk["student"].start(ids).x
         if self.mode:
-            streams.forks = streams.teacher.new_empty(self.num_layers, *streams.teacher.shape)
-        return streams
+            kept["forks"] = kept["teacher"].new_empty(self.teacher.config.num_hidden_layers, *kept["teacher"].shape)
+        return Streams(ids, kept)
 
     def _layer(self, walk: Walk, streams: Mapping[str, Streams], at: Progressed, step: Step) -> None:
         """One layer further, every stream in its place."""
@@ -295,44 +250,37 @@ class Sweep:
         found = {name: measure(layers[0]) for name, measure in self.measures.items()}
         for i in range(at.moved, index if self.mode else 0):
             for layer in layers:
-                self._move(layer, i)
+                fork = layer.streams.kept["forks"][i]
+                fork.copy_(layer.passed(fork, "base" if i else "fork 0") if self._restores else layer.block(fork))
             at.moved += 1
             step(size, f"layer {index}, candidate {i}")
         for layer in layers:
-            some = layer.streams
-            if some.forks is not None:
-                alone = layer.restored(some.base) if some.base is not None else None
-                if alone is None:
-                    alone = layer.windowed if self.mode == "window" else layer.converted
-                some.forks[index].copy_(alone)
-            if some.base is not None:
-                some.base = layer.passed(some.base, "base")
-            some.teacher = layer.after
+            kept = layer.streams.kept
+            if self.mode:
+                windowed = self.mode == "window"
+                alone = (
+                    layer.restored(kept["base"]) if self._restores else layer.windowed if windowed else layer.converted
+                )
+                kept["forks"][index].copy_(alone)
+            if self._restores:
+                kept["base"] = layer.passed(kept["base"], "base")
+            kept["teacher"] = layer.after
         for name, value in found.items():
             at.scores.setdefault(name, []).append(value)
-        rest = self._work(index + 1) - self._work(index) - at.moved * size
+        rest = self._work(index) - at.moved * size
         at.layer, at.moved = index + 1, 0
         step(rest, f"layer {index}")
 
-    def _move(self, layer: Layer, i: int) -> None:
-        """Fork i passes the layer."""
-        forks = layer.streams.forks
-        assert forks is not None
-        if self._restores:
-            forks[i].copy_(layer.passed(forks[i], "fork 0" if i == 0 else "base"))
-        else:
-            after = layer.walk.each(lambda s: llama.layer(s, layer.get, layer.config, layer.index), forks[i])
-            forks[i].copy_(after)
-
-    def _divergences(self, walk: Walk, streams: Mapping[str, Streams], at: Progressed, step: Step) -> None:
-        """The figures, from the final streams."""
+    def _divergences(
+        self, walk: Walk, text: Streams, needles: Streams, step: Callable[[float], None]
+    ) -> dict[str, list[float]]:
+        """The figures, from the final streams; `step` is told what share of the head is done."""
         role = "student" if self._restores else "teacher"
-        first = needles(streams["text"].ids)[1]
-        wanted = streams["needles"].ids[:, first:].flatten().to(self.device)
-        others = streams["text"].others
-        asked = [walk[role].final_norm(x[:, first - 1 : -1]) for x in streams["needles"].others]
-        asked.append(walk["teacher"].final_norm(streams["needles"].teacher[:, first - 1 : -1]))
-        target = walk["teacher"].final_norm(streams["text"].teacher)
+        first = first_counted(needles.ids)
+        wanted = needles.ids[:, first:].flatten().to(self.device)
+        others, target = text.others, walk["teacher"].final_norm(text.kept["teacher"])
+        asked = [walk[role].final_norm(x[:, first - 1 : -1]) for x in needles.others]
+        asked.append(walk["teacher"].final_norm(needles.kept["teacher"][:, first - 1 : -1]))
         recipes = {"teacher": walk["teacher"].head, role: walk[role].head}
         kl, nll, step_rows = Divergence(), Divergence(), max(1, LOGITS_AT_ONCE // len(target))
         for start, stop in walk.slices(recipes, "head"):
@@ -351,12 +299,11 @@ class Sweep:
                 here = torch.arange(start + low, start + low + len(mine), device=wanted.device)
                 certain = torch.where(wanted[:, None] == here, 0.0, UNLIKELY).to(target.dtype)
                 nll.add(certain, len(asked), answers, walk.pool.map)
-                step(int(len(mine) / self.teacher.config.vocab_size * self._head_work), "head")
+                step(len(mine) / self.teacher.config.vocab_size)
         kls, (*nlls, teachers) = ([float(x.mean()) for x in each.result()] for each in (kl, nll))
-        if self._restores:
-            total, students = kls.pop(), nlls.pop()
-            kls, nlls = [total - value for value in kls], [students - value for value in nlls]
-            at.scores |= {"kl total": [total], "recall of the student": [students]}
-        else:
-            nlls = [value - teachers for value in nlls]
-        at.scores |= {"recall of the teacher": [teachers], "kl": kls, "nll": nlls}
+        found = {"recall of the teacher": [teachers]}
+        if not self._restores:
+            return found | {"kl": kls, "nll": [value - teachers for value in nlls]}
+        total, students = kls.pop(), nlls.pop()
+        found |= {"kl total": [total], "recall of the student": [students]}
+        return found | {"kl": [total - value for value in kls], "nll": [students - value for value in nlls]}
