@@ -98,8 +98,8 @@ def pick_gqa_layers(
 
     def repicked(layers: str) -> Repicked:
         assert out is not None
-        given = {"teacher": teacher, "from_": from_, "allow_layer_0": choice.allow_gqa_layer_0}
-        return _repicked(source, Path(out), layers, settings, values, write, call, **given)
+        allowed = choice.allow_gqa_layer_0
+        return _repicked(source, Path(out), layers, allowed, teacher, from_, settings, values, write, call)
 
     def written(layers: str) -> Outcome:
         output, verify, warnings, notes = repicked(layers)
@@ -143,14 +143,13 @@ def _repicked(
     source: str,
     out: Path,
     layers: str,
+    allow_layer_0: bool,
+    teacher: str | None,
+    from_: str | None,
     settings: Settings,
     values: Init,
     write: Write,
     call: Call,
-    *,
-    teacher: str | None,
-    from_: str | None,
-    allow_layer_0: bool,
 ) -> Repicked:
     """SOURCE with these layers as GQA."""
     student = load_student(source, settings, teacher=teacher, continued=False, progress=call.progress)
