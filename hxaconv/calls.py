@@ -9,13 +9,25 @@ import reprlib
 import shlex
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from hxaconv.errors import HxaconvError, meant, raise_all
-from hxaconv.options import Argument, Group, Option, Shown, WrongOption, checked, option_words, options_of, plain
+from hxaconv import options
+from hxaconv.errors import HxaconvError
+from hxaconv.options import (
+    Argument,
+    Group,
+    Option,
+    Shown,
+    WrongOption,
+    checked,
+    option_words,
+    options_of,
+    plain,
+    refuse_unknown,
+)
 from hxaconv.progress import Progress
 
 Result = TypeVar("Result")
@@ -73,7 +85,7 @@ def _signature(function: Callable[..., Any]) -> Mapping[str, tuple[Any, Any, Any
 
 
 def _is_group(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Group)
+    return isinstance(kind, type) and issubclass(kind, Group) and kind is not Group
 
 
 def arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,15 +100,23 @@ def arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[s
     result: dict[str, Any] = {}
     wrong: list[tuple[str, str]] = []
     for name, (kind, default, option) in _signature(function).items():
+        given = values.get(name)
         try:
             if _is_group(kind):
                 taken = {field for field, parameter in known.items() if parameter.group == name}
                 fields = {field: values[field] for field in taken & values.keys()}
-                result[name] = _group(name, kind, default, values.get(name), fields)
+                if isinstance(given, Mapping):
+                    refuse_unknown(f"{name} has no such options:", given, options_of(kind))
+                    given, fields = default, {**given, **fields}
+                elif given is None:
+                    given = default
+                if not isinstance(given, kind):
+                    raise ValueError(f"{reprlib.repr(given)} is neither a {kind.__name__} nor its options by name")
+                result[name] = replace(given, **fields)
                 useless = set(result[name].differing(default)) - taken
                 wrong += [(field, f"it has no use in {function.__name__}") for field in sorted(useless)]
             elif name in values:
-                result[name] = checked(values[name], kind, option) if name in known else values[name]
+                result[name] = checked(given, kind, option) if name in known else given
         except WrongOption as error:
             wrong += error.lines
         except ValueError as error:
@@ -104,22 +124,6 @@ def arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[s
     if wrong:
         raise WrongOption(wrong)
     return result
-
-
-def _group(name: str, kind: type[Group], default: Any, given: Any, fields: dict[str, Any]) -> Any:
-    """A group as it was given, or the command's default, with these fields."""
-    if isinstance(given, Mapping):
-        raise_all(
-            f"{name} has no such options:",
-            [f"{key!r}{meant(str(key), options_of(kind))}" for key in given if key not in options_of(kind)],
-            hint=f"It has {', '.join(options_of(kind))}.",
-        )
-        given, fields = default, {**given, **fields}
-    elif given is None:
-        given = default
-    if not isinstance(given, kind):
-        raise ValueError(f"{reprlib.repr(given)} is neither a {kind.__name__} nor its options by name")
-    return replace(given, **fields)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +151,12 @@ class Call:
     def recorded(self) -> dict[str, Any]:
         """What differs from the defaults and is of consequence, as it may be published: without local folders."""
         given = [parameter.name for parameter in self.differing if parameter.option.recorded]
-        return {name: "OUT" if name == "out" else bare(self.options[name]) for name in given}
+        return {name: "OUT" if name == "out" else _bare(self.options[name]) for name in given}
 
     @property
     def line(self) -> str:
         """The command as one could type it again, with OUT for the target."""
-        return _line(self.command, [found for found in self.differing if found.option.recorded], self.recorded)
+        return typed(self.command, self.differing, self.recorded)
 
 
 def invoke(
@@ -166,26 +170,21 @@ def invoke(
     given = arguments(function, values)
     if "call" not in _signature(function):
         return function(**given)
-    options, differing = {}, []
+    recorded, differing = {}, []
     for parameter in parameters_of(function):
         value = given.get(parameter.group or parameter.name, parameter.default)
         value = plain(getattr(value, parameter.name) if parameter.group else value)
         if parameter.option.recorded:
-            options[parameter.name] = value
+            recorded[parameter.name] = value
         if parameter.default is MISSING or value != plain(parameter.default):
             differing.append(parameter)
-    return function(**given, call=Call(command, options, tuple(differing), progress))
+    return function(**given, call=Call(command, recorded, tuple(differing), progress))
 
 
-def typed(function: Callable[..., Any], command: str, options: Mapping[str, Any]) -> str:
-    """A command with these options, as one types it."""
-    return _line(command, [parameter for parameter in parameters_of(function) if parameter.name in options], options)
-
-
-def _line(command: str, parameters: Iterable[Parameter], values: Mapping[str, Any]) -> str:
+def typed(command: str, parameters: Iterable[Parameter], values: Mapping[str, Any]) -> str:
+    """A command with those of the parameters that have values, as one types it."""
     words = ["hxaconv", command]
-    for parameter in parameters:
-        value = values[parameter.name]
+    for parameter, value in ((found, values[found.name]) for found in parameters if found.name in values):
         on, _, off = parameter.words[0].partition("/")
         if parameter.is_argument:
             words.append(str(value))
@@ -196,15 +195,14 @@ def _line(command: str, parameters: Iterable[Parameter], values: Mapping[str, An
     return shlex.join(words)
 
 
-def bare(value: Any) -> Any:
+def _bare(value: Any) -> Any:
     """An option as it may be published: local paths as bare names, Hub ids and numbers as they are."""
     if isinstance(value, list):
-        return [bare(one) for one in value]
-    if isinstance(value, str) and (value.startswith((".", "/", "~")) or "\\" in value or value.count("/") > 1):
-        return Path(value).name
-    if isinstance(value, str) and "/" in value and Path(value.partition("@")[0]).exists():
-        return Path(value).name
-    return value
+        return [_bare(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    local = value.startswith((".", "/", "~")) or "\\" in value or value.count("/") > 1
+    return Path(value).name if local or ("/" in value and Path(value.partition("@")[0]).exists()) else value
 
 
 def public(function: Callable[..., Result], command: str) -> Callable[..., Result]:
@@ -223,19 +221,15 @@ def public(function: Callable[..., Result], command: str) -> Callable[..., Resul
         )
         for parameter in sorted(parameters, key=lambda parameter: not parameter.is_argument)
     ]
-    groups = {group: kind for group, (kind, *_) in _signature(function).items() if _is_group(kind)}
-    for extra, kind in (groups | {"progress": Progress | bool}).items():
-        flat.append(inspect.Parameter(extra, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind | None))
+    extra = {group: kind for group, (kind, *_) in _signature(function).items() if _is_group(kind)}
+    for group, kind in (extra | {"progress": Progress | bool}).items():
+        flat.append(inspect.Parameter(group, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind | None))
     signature = inspect.Signature(flat)
 
     @functools.wraps(function)
     def call(*given: Any, **values: Any) -> Result:
         try:
-            unknown = [value for value in values if value not in signature.parameters]
-            raise_all(
-                f"{name} has no such arguments:",
-                [f"{value}{meant(value, signature.parameters)}" for value in unknown],
-            )
+            refuse_unknown(f"{name} has no such arguments:", values, signature.parameters)
             try:
                 values = signature.bind(*given, **values).arguments
             except TypeError as error:
@@ -271,7 +265,10 @@ _WORD = re.compile(r"(`[^`]*`)|(?<![\w-])--([a-z][a-z0-9-]*)(?: (\w+))?")
 def in_python(text: str, parameters: Iterable[Parameter]) -> str:
     """A message with `--options` named as the arguments they are; commands in backticks stay as they are."""
     known: dict[str, tuple[Parameter, bool]] = {}
-    for parameter in [*_of_groups(Group), *parameters]:
+    # A message of one command may name options of another.
+    every = [options_of(kind) for kind in vars(options).values() if _is_group(kind)]
+    others = [Parameter(name, kind, None, option) for group in every for name, (kind, option) in group.items()]
+    for parameter in [*others, *parameters]:
         for word in "/".join(parameter.words).split("/"):
             known[word.removeprefix("--")] = parameter, not word.startswith("--no-")
 
@@ -289,13 +286,6 @@ def in_python(text: str, parameters: Iterable[Parameter]) -> str:
     return _WORD.sub(renamed, text)
 
 
-def _of_groups(group: type[Group]) -> Iterator[Parameter]:
-    """The options of all groups: a message of one command may name those of another."""
-    for kind in group.__subclasses__():
-        yield from (Parameter(name, of, None, option) for name, (of, option) in options_of(kind).items())
-        yield from _of_groups(kind)
-
-
 def _progress(given: Any) -> Progress | None:
     """What progress is reported to: a bar for True, and in a notebook; elsewhere the library is silent.
 
@@ -308,14 +298,10 @@ def _progress(given: Any) -> Progress | None:
         from hxaconv.cli.console import Bars
 
         return Bars()
-    lacking = [method for method in PROGRESS_METHODS if not callable(getattr(given, method, None))]
-    if given is not False and (lacking or isinstance(given, type)):
-        why = f"it lacks {lacking[0]}" if lacking else "but its class"
+    methods = [name for name in vars(Progress) if not name.startswith("_")]
+    if given is not False and (isinstance(given, type) or not all(hasattr(given, name) for name in methods)):
         raise HxaconvError(
-            f"progress: {reprlib.repr(given)} is no hxaconv.Progress, {why}",
+            f"progress: {reprlib.repr(given)} is no hxaconv.Progress: it needs {', '.join(methods)}",
             hint="Pass an object of a class derived from hxaconv.Progress, or True for a bar.",
         )
     return given or None
-
-
-PROGRESS_METHODS = [name for name in vars(Progress) if not name.startswith("_")]

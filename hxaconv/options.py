@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, Self, get_args, get_origin, get_type_hints
 
-from hxaconv.errors import HxaconvError, meant
+from hxaconv.errors import HxaconvError, meant, raise_all
 from hxaconv.model.variants import VARIANTS
 
 
@@ -72,6 +72,10 @@ class Group:
 
     PANEL: ClassVar[str] = ""
 
+    def __new__(cls, **values: Any) -> Self:
+        refuse_unknown(f"{cls.__name__} has no such options:", values, options_of(cls))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         wrong = []
         for name, (kind, option) in options_of(type(self)).items():
@@ -93,15 +97,29 @@ def option(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"option": Option(help, **more)})
 
 
-_OPTIONS: dict[type, dict[str, tuple[Any, Option]]] = {}
+_OPTIONS: dict[Any, dict[str, tuple[Any, Option]]] = {}
 
 
-def options_of(group: type[Group]) -> Mapping[str, tuple[Any, Option]]:
+def options_of(group: Any) -> Mapping[str, tuple[Any, Option]]:
     """Field -> (its type, its option), in order."""
     if group not in _OPTIONS:
-        kinds, options = get_type_hints(group), fields(group)  # type: ignore[arg-type]
-        _OPTIONS[group] = {field.name: (kinds[field.name], field.metadata["option"]) for field in options}
+        kinds = get_type_hints(group)
+        _OPTIONS[group] = {field.name: (kinds[field.name], field.metadata["option"]) for field in fields(group)}
     return _OPTIONS[group]
+
+
+def refuse_unknown(summary: str, given: Iterable[Any], known: Iterable[str]) -> None:
+    """Refuse names that there are not.
+
+    Raises:
+        HxaconvError: listing them, and what was probably meant.
+    """
+    names = list(known)
+    raise_all(
+        summary,
+        [f"{name!r}{meant(str(name), names)}" for name in given if name not in names],
+        hint=f"There are {', '.join(names)}." if len(names) <= 20 else "",
+    )
 
 
 def checked(value: Any, kind: Any, option: Option) -> Any:

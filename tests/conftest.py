@@ -32,7 +32,7 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def fault() -> NoReturn:
         raise
 
-    monkeypatch.setattr("hxaconv.cli.app._fault", fault)
+    monkeypatch.setattr("hxaconv.cli.app.traceback.print_exc", fault)
 
     def call(*arguments: object) -> int:
         monkeypatch.setattr("sys.argv", ["hxaconv", *map(str, arguments)])

@@ -116,7 +116,7 @@ def test_options_are_keywords_groups_or_mappings(tiny_teacher: Path, tmp_path: P
         ({"dtype": torch.int8}, "unknown dtype 'int8'"),
         ({"scale": "value=x"}, "scale is not understood"),
         ({"tokens": 5}, 'tokens: for a calibration only\nAdd init="calibrated"'),
-        ({"overwrites": True}, r"no such arguments:\n.*overwrites \(did you mean overwrite\?\)"),
+        ({"overwrites": True}, r"no such arguments:\n.*overwrites' \(did you mean overwrite\?\)"),
         ({"max_shard_size": "huge"}, "max_shard_size: 'huge' is not a size"),
         ({"format": "gguf"}, "format: 'gguf' is not known, it takes hf, pth, training"),
         ({"layer_map": "reka-flash-3", "gqa_layers": 1}, "layer_map and gqa_layers both choose the layers"),
@@ -161,6 +161,13 @@ def test_a_bar_is_shown_on_request(student: Path, tmp_path: Path, monkeypatch: p
     assert made[0].titles
 
 
+def test_groups_refuse_what_they_do_not_have() -> None:
+    for wrong in ({"overwite": True}, {"overwrite": 1}):
+        with pytest.raises(hxaconv.HxaconvError, match=r"did you mean overwrite\?|overwrite: 1 is not True or False"):
+            hxaconv.Write(**wrong)
+    assert pickle.loads(pickle.dumps(hxaconv.Write(overwrite=True))).overwrite
+
+
 @pytest.mark.parametrize("name", ["", "a\0b", "n" * 300, None])
 def test_what_no_file_can_be_called_is_not_opened(name: Any) -> None:
     with pytest.raises(hxaconv.HxaconvError, match="cannot be opened"):
@@ -182,8 +189,8 @@ def test_an_existing_target_is_refused_in_pythons_words(student: Path, tiny_teac
         ("calibrate", {"source": "a", "out": "b"}, "calibrate: .*'teacher'"),
         ("verify", {}, "verify: .*'source'"),
         ("to_hf", {"source": "a", "out": ""}, "out: it is empty"),
-        ("to_pth", {"source": "a", "out": "b", "progress": 5}, "progress: 5 is no hxaconv.Progress, it lacks start"),
-        ("to_pth", {"source": "a", "out": "b", "progress": hxaconv.Progress}, "progress: .* its class"),
+        ("to_pth", {"source": "a", "out": "b", "progress": 5}, "progress: 5 is no hxaconv.Progress: it needs start"),
+        ("to_pth", {"source": "a", "out": "b", "progress": hxaconv.Progress}, "progress: .* is no hxaconv.Progress"),
     ],
 )
 def test_arguments_of_others_and_lacking_ones_are_refused(

@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, get_args, get_origin
 
@@ -112,13 +112,12 @@ def _root(
 def _command(name: str, function: Callable[..., Any]) -> tuple[Callable[..., None], bool]:
     """What Typer makes `hxaconv NAME` of: arguments and options, those of groups too; whether any has to be given."""
     found = [*parameters_of(function), *DISPLAY]
-    switches = {parameter.name: off for parameter in found if (off := _switched_off(parameter))}
 
     def run(context: typer.Context, **values: Any) -> None:
         _refuse_extra(name, context.args)
-        for switched, off in switches.items():
-            if values.pop(off.name):
-                values[switched] = False
+        for switch in [name for name in values if name.startswith(OFF)]:
+            if values.pop(switch):
+                values[switch.removeprefix(OFF)] = False
         talk = Talk(quiet=values.pop("quiet"), json_output=values.pop("json"))
         try:
             talk.show(invoke(function, name, values, talk.progress()))
@@ -129,55 +128,47 @@ def _command(name: str, function: Callable[..., Any]) -> tuple[Callable[..., Non
             words = {parameter.name: parameter.words[0].split("/")[-1] for parameter in found}
             raise WrongOption(error.lines, lambda name: words.get(name, name)) from None
 
-    both = [one for parameter in found for one in (parameter, switches.get(parameter.name)) if one is not None]
-    parameters = [_typer_parameter(parameter) for parameter in both]
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (context, *parameters)}
+    parameters = [context, *(one for parameter in found for one in _typer_parameters(parameter))]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = _help(inspect.getdoc(function) or "")
     return run, any(parameter.default is MISSING for parameter in found)
 
 
-def _switched_off(parameter: Parameter) -> Parameter | None:
-    """What turns an option off, as a flag of its own: side by side, the two names are too long for a terminal."""
-    on, _, off = parameter.words[0].partition("/")
-    option = replace(parameter.option, help=f"The opposite of {on}.", names=(off,))
-    return Parameter(f"no_{parameter.name}", bool, False, option) if on.strip() and off else None
+OFF = "no_"
+"""What the name of a flag begins with that turns another option off."""
 
 
-def _typer_parameter(parameter: Parameter) -> inspect.Parameter:
-    option, kinds = parameter.option, get_args(parameter.kind) or (parameter.kind,)
+def _typer_parameters(parameter: Parameter) -> Iterator[inspect.Parameter]:
+
+    def completed(incomplete: str) -> list[str]:
+        return [choice for choice in option.choices if choice.startswith(incomplete)]
+
+    option, kinds, default = parameter.option, get_args(parameter.kind) or (parameter.kind,), parameter.default
     kind: Any = next((kind for kind in (bool, int, float, str) if kind in kinds), str)
-    if parameter.is_argument:
-        info = typer.Argument(help=option.help)
-    else:
-        off_only = parameter.words[0].startswith(" /")
-        words = parameter.words if off_only else [word.partition("/")[0] for word in parameter.words]
+    if get_origin(parameter.kind) is tuple:  # an option that may be given several times
+        kind, default = list[kind], list(default)
+    words, (on, _, off) = parameter.words, parameter.words[0].partition("/")
+    if on.strip() and off:  # side by side, the two names are too long for a terminal
+        other = replace(option, help=f"The opposite of {on}.", names=(off,))
+        yield from _typer_parameters(Parameter(f"{OFF}{parameter.name}", bool, False, other))
+        words = (on,)
+    info = typer.Argument(help=option.help)
+    if not parameter.is_argument:
         info = typer.Option(
             *words,
             help=option.help,
             rich_help_panel=option.panel or None,
-            show_default=not off_only,
-            autocompletion=_completing(option.choices) if option.choices else None,
+            show_default=bool(on.strip()),
+            autocompletion=completed if option.choices else None,
         )
-    default = parameter.default
-    if get_origin(parameter.kind) is tuple:  # an option that may be given several times
-        kind, default = list[kind], list(default)
-    return inspect.Parameter(
+    yield inspect.Parameter(
         parameter.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
         annotation=Annotated[kind | None if types.NoneType in kinds else kind, info],
     )
-
-
-def _completing(choices: Sequence[str]) -> Callable[[str], list[str]]:
-    """What a shell offers for an option that takes one of these."""
-
-    def completed(incomplete: str) -> list[str]:
-        return [choice for choice in choices if choice.startswith(incomplete)]
-
-    return completed
 
 
 def _help(doc: str) -> str:
@@ -227,20 +218,11 @@ def guarded(run: Callable[[], Any]) -> int:
             known = HxaconvError(
                 str(error), hint="This is the system's own message; with --debug, a traceback shows where."
             )
-        if known is None:
-            return _fault()
-        if debug:
+        if known is None or debug:
             traceback.print_exc()
-        else:
-            render_error(known)
-        return known.exit_code
+        if known is None or not debug:
+            render_error(known or HxaconvError(FAULT))
+        return known.exit_code if known else HxaconvError.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     return 0
-
-
-def _fault() -> int:
-    """Show an exception that nobody foresaw."""
-    traceback.print_exc()
-    render_error(HxaconvError(FAULT))
-    return HxaconvError.exit_code

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from hxaconv.calls import Call, invoke, typed
+from hxaconv.calls import Call, invoke, parameters_of, typed
 from hxaconv.errors import HxaconvError
 from hxaconv.options import Argument
 from hxaconv.progress import Result
@@ -35,7 +35,7 @@ class Step(Result):
         """The command as one types it."""
         from hxaconv.commands import COMMANDS
 
-        return typed(COMMANDS[self.command], self.command, self.options)
+        return typed(self.command, parameters_of(COMMANDS[self.command]), self.options)
 
     def to_dict(self) -> dict[str, Any]:
         """The title and the command."""
