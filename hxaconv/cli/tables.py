@@ -20,14 +20,13 @@ from hxaconv.errors import MAX_LISTED, shortened
 
 if TYPE_CHECKING:
     from hxaconv.calibration.report import CalibrationReport
-    from hxaconv.commands.demo import Demo, Generated
     from hxaconv.commands.inspect import Inspection
     from hxaconv.commands.maps import Maps
     from hxaconv.model.layer_maps import LayerMap
     from hxaconv.progress import Result
     from hxaconv.save.run import Outcome
     from hxaconv.selection.advice import Advice
-    from hxaconv.verification.report import LayerResult, LogitResult, Report
+    from hxaconv.verification.report import LogitResult, Report
 
 WIDTH = 80
 """Columns that every table fits into: those of the narrowest usual terminal."""
@@ -50,12 +49,9 @@ def shown(result: Result, width: int, *, plan: bool = True) -> list[RenderableTy
         "Advice": lambda advice: advice_tables(advice, width),
         "Inspection": inspection_tables,
         "Maps": maps_tables,
-        "Step": lambda step: [f"\n# {step.title}", f"$ {step.line}"],
-        "Generated": generated_lines,
-        "Demo": demo_lines,
     }
     show = tables.get(type(result).__name__)
-    return show(result) if show else [result.headline]
+    return show(result) if show else [getattr(result, "text", result.headline)]
 
 
 def html(result: Result) -> str:
@@ -168,17 +164,12 @@ def inspection_tables(inspection: Inspection) -> list[RenderableType]:
         table("", ("part", "tensors", "parameters", "size"), parts),
         table("", ("setting", "value"), settings),
     ]
-    if facts["memory"]:
-        memory = facts["memory"]
-        lines.append(
-            f"KV cache {memory['kv_cache_bytes_per_token']:,} bytes per token in bf16"
-            + (
-                f" (teacher: {memory['teacher_kv_cache_bytes_per_token']:,}),"
-                f" recurrent state {human_size(memory['state_bytes_per_sequence'])} per sequence in float32"
-                if memory["state_bytes_per_sequence"]
-                else ""
-            )
-        )
+    if memory := facts["memory"]:
+        line, state = f"KV cache {memory['kv_cache_bytes_per_token']:,} bytes per token in bf16", ""
+        if memory["state_bytes_per_sequence"]:
+            state = f", recurrent state {human_size(memory['state_bytes_per_sequence'])} per sequence in float32"
+            line += f" (teacher: {memory['teacher_kv_cache_bytes_per_token']:,})"
+        lines.append(line + state)
     left, unknown = facts["left_behind"], facts["unknown_names"]
     remarks = {
         "left_behind": f"Known and left behind: {len(left)} rotary buffers or layers of no use here",
@@ -191,19 +182,11 @@ def inspection_tables(inspection: Inspection) -> list[RenderableType]:
     lines += [f"One tensor under {len(names)} names: {' = '.join(names)}" for names in facts["one_tensor"]]
     if facts["problem"]:
         lines += ["", f"Remark: {facts['problem']}"]
-    return [*lines, *_statistics_lines(facts.get("statistics", {}))]
-
-
-def _statistics_lines(statistics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Two lines for each tensor: a name and all its figures do not fit into one."""
-
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4g}"
-
-    lines = ["", "Tensors: dtype, range, mean, and how many values are NaN or Inf"] if statistics else []
-    for name, s in statistics.items():
-        figures = f"{number(s['min'])} .. {number(s['max'])}, mean {number(s['mean'])}, {s['nan']} NaN, {s['inf']} Inf"
-        lines += [name, f"    {s['dtype']} {figures}"]
+    statistics = facts.get("statistics", {})
+    lines += ["", "Tensors: dtype, range, mean, and how many values are NaN or Inf"] if statistics else []
+    for name, s in statistics.items():  # two lines each: a name and all its figures do not fit into one
+        low, high, mean = ("-" if s[key] is None else f"{s[key]:.4g}" for key in ("min", "max", "mean"))
+        lines += [name, f"    {s['dtype']} {low} .. {high}, mean {mean}, {s['nan']} NaN, {s['inf']} Inf"]
     return lines
 
 
@@ -230,7 +213,6 @@ def maps_tables(result: Maps) -> list[RenderableType]:
 
 
 def _map_lines(found: LayerMap) -> list[RenderableType]:
-    """One layer map, whole."""
     count = found.num_hidden_layers
     letters = "".join("G" if i in found.gqa_layers else "R" for i in range(count or 0))
     return [
@@ -239,22 +221,6 @@ def _map_lines(found: LayerMap) -> list[RenderableType]:
         *(_strip_block(letters) if count else ["The number of its model's layers is not given."]),
         f"GQA layers: {', '.join(map(str, found.gqa_layers))}",
         *([table("", ("setting", "value"), list(found.model.items()))] if found.model else []),
-    ]
-
-
-def generated_lines(generated: Generated) -> list[RenderableType]:
-    """How transformers loads a student, and what it writes."""
-    load = f'model = AutoModelForCausalLM.from_pretrained("{generated.folder}", trust_remote_code=True)'
-    return ["\n# And transformers runs it", f">>> {load}", generated.headline]
-
-
-def demo_lines(demo: Demo) -> list[RenderableType]:
-    """Where the files of a demo are, what was left out, what to try next."""
-    return [
-        f"\nEverything is in {demo.folder}.",
-        *(f"Left out: {line}" for line in demo.left_out),
-        "What to try next:",
-        *(f"  $ {line}" for line in demo.next),
     ]
 
 
@@ -301,22 +267,21 @@ def _strip(report: Report) -> list[str]:
 
 
 def _layers(report: Report) -> RenderableType:
-    lowest = error_bar_start([result.output_error for result in report.layers])
+    seen = [r.output_error for r in report.layers if math.isfinite(r.output_error) and r.output_error > 0]
+    # The power of ten below all errors.
+    lowest = max(LOWEST, min(HIGHEST, math.floor(math.log10(min(seen))) - 1)) if seen else LOWEST
+
+    def number(value: float | None) -> str:
+        return "" if value is None else "0" if abs(value) < 1e-15 else f"{value:.1e}"
+
+    rows = []
+    for r in report.layers:
+        kinds = LETTERS[r.kind] + ("" if r.kind == r.other_kind else f"/{LETTERS[r.other_kind]}")
+        errors = (r.output_error, r.mixer_error, 1 - r.cosine, r.firsts_error, r.nope_error)
+        rows.append((r.layer, kinds, error_bar(r.output_error, lowest), *map(number, errors)))
     title = f"Relative error on the other's input, bar from 1e{lowest} to 1"
     columns = ("layer", "", f"{'output error':<{BAR}}", "output", "mixer", "1 - cos", "v, k", "no RoPE")
-    return table(title, columns, [_layer_row(result, lowest) for result in report.layers], right=3)
-
-
-def _layer_row(result: LayerResult, lowest: int) -> tuple[object, ...]:
-    kinds = LETTERS[result.kind] + ("" if result.kind == result.other_kind else f"/{LETTERS[result.other_kind]}")
-    numbers = (result.output_error, result.mixer_error, 1 - result.cosine, result.firsts_error, result.nope_error)
-    return (result.layer, kinds, error_bar(result.output_error, lowest), *map(_number, numbers))
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return "0" if abs(value) < 1e-15 else f"{value:.1e}"
+    return table(title, columns, rows, right=3)
 
 
 def error_bar(error: float, lowest: int) -> str:
@@ -324,12 +289,6 @@ def error_bar(error: float, lowest: int) -> str:
     if not math.isfinite(error):
         return "not finite"
     return "█" * min(BAR, max(1, round(BAR * (1 - math.log10(error) / lowest)))) if error else ""
-
-
-def error_bar_start(errors: Sequence[float]) -> int:
-    """The power of ten below all errors, within LOWEST and HIGHEST."""
-    seen = [error for error in errors if math.isfinite(error) and error > 0]
-    return max(LOWEST, min(HIGHEST, math.floor(math.log10(min(seen))) - 1)) if seen else LOWEST
 
 
 def _logits(logits: LogitResult) -> RenderableType:
@@ -363,22 +322,6 @@ def render_loaders(verdicts: Sequence[Mapping[str, Any]]) -> list[RenderableType
 
 def advice_tables(advice: Advice, width: int = WIDTH) -> list[RenderableType]:
     """Bars, table and reasons for a terminal of `width` columns."""
-    columns, left_out = _advice_columns(advice, width)
-    note = f"Too wide for {width} columns, left out: {', '.join(left_out)}; --json has all."
-    return [
-        *textwrap.wrap(advice.headline, width),
-        *strip(advice, min(STRIP_WIDTH, max(1, width - 6))),
-        table("", list(columns), list(zip(*columns.values(), strict=True)), right=3),
-        *(textwrap.wrap(note, width) if left_out else []),
-        *summary(advice, width),
-    ]
-
-
-def _advice_columns(advice: Advice, width: int) -> tuple[dict[str, Sequence[str]], list[str]]:
-    """(every layer with every score: taken or not, what uniform takes, the price of overruling; scores left out).
-
-    Scores are left out where they would make it wider than `width`, the later ones first.
-    """
     from hxaconv.selection.advice import figure_text
 
     pick, layers = advice.pick, range(advice.num_layers)
@@ -395,14 +338,22 @@ def _advice_columns(advice: Advice, width: int) -> tuple[dict[str, Sequence[str]
     scores |= {SHORT.get(part, part): values for part, values in decider.parts.items()} if decider else {}
     last = {"margin": [figure_text(margin) for margin in pick.margins]} if pick.margins else {}
     left_out = []
-    for name, values in scores.items():
+    for name, values in scores.items():  # the later ones are left out where it would be too wide
         figures = [figure_text(value) for value in values]
         wider = columns | {name: figures} | last
         if sum(max(map(len, (title, *cells))) + 3 for title, cells in wider.items()) <= width:
             columns[name] = figures
         else:
             left_out.append(name)
-    return columns | last, left_out
+    columns |= last
+    note = f"Too wide for {width} columns, left out: {', '.join(left_out)}; --json has all."
+    return [
+        *textwrap.wrap(advice.headline, width),
+        *strip(advice, min(STRIP_WIDTH, max(1, width - 6))),
+        table("", list(columns), list(zip(*columns.values(), strict=True)), right=3),
+        *(textwrap.wrap(note, width) if left_out else []),
+        *summary(advice, width),
+    ]
 
 
 def strip(advice: Advice, width: int = STRIP_WIDTH) -> list[str]:
@@ -423,7 +374,7 @@ def strip(advice: Advice, width: int = STRIP_WIDTH) -> list[str]:
 
 def summary(advice: Advice, width: int = WIDTH) -> list[str]:
     """What the columns mean, the pick, its overlap with uniform, and why."""
-    pick, parts = advice.pick, bool(advice.columns and advice.columns[0].parts)
+    pick, parts = advice.pick, advice.columns and advice.columns[0].parts
     lines = [
         "G: stays attention; even: what uniform takes"
         + ("; 0..1: what decides" if pick.margins and not parts else "")

@@ -19,27 +19,19 @@ from hxaconv.progress import Result
 
 @dataclass(frozen=True, repr=False)
 class Step(Result):
-    """One command of the demo, and what it shows."""
+    """A step of the demo: what is shown of it, and the same for JSON."""
 
-    title: str
-    command: str
-    options: Mapping[str, Any]
+    text: str
+    facts: Mapping[str, Any]
 
     @property
     def headline(self) -> str:
-        """What it shows."""
-        return self.title
-
-    @property
-    def line(self) -> str:
-        """The command as one types it."""
-        from hxaconv.commands import COMMANDS
-
-        return typed(self.command, parameters_of(COMMANDS[self.command]), self.options)
+        """What is shown."""
+        return self.text
 
     def to_dict(self) -> dict[str, Any]:
-        """The title and the command."""
-        return {"title": self.title, "command": self.line}
+        """The facts."""
+        return dict(self.facts)
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,6 +51,12 @@ class Demo(Result):
     def headline(self) -> str:
         """How many steps, and where."""
         return f"{len(self.steps)} steps in {self.folder}"
+
+    @property
+    def text(self) -> str:
+        """What is shown in the end."""
+        left, tries = (f"Left out: {line}" for line in self.left_out), (f"  $ {line}" for line in self.next)
+        return "\n".join([f"\nEverything is in {self.folder}.", *left, "What to try next:", *tries])
 
     def to_dict(self) -> dict[str, Any]:
         """The steps with their results, and the rest."""
@@ -92,25 +90,35 @@ def demo(
         raise HxaconvError(f"{out}: the demo's teacher cannot be put there: {error}") from None
     show = call.progress.show if call.progress is not None else lambda result: None
     plots, runs = (importlib.util.find_spec(name) is not None for name in ("matplotlib", "transformers"))
-    steps, results = _steps(folder, plots=plots), list[Result]()
-    for step in steps:
-        show(step)
-        results.append(invoke(COMMANDS[step.command], step.command, step.options, call.progress))
+    steps, results = list[Step](), list[Result]()
+    for title, command, options in _steps(folder, plots=plots):
+        line = typed(command, parameters_of(COMMANDS[command]), options)
+        steps.append(Step(f"\n# {title}\n$ {line}", {"title": title, "command": line}))
+        show(steps[-1])
+        results.append(invoke(COMMANDS[command], command, options, call.progress))
         show(results[-1])
         results[-1].raise_if_failed()
     if runs:
-        results.append(generate(folder / "student-hf"))
+        results.append(_generate(folder / "student-hf"))
         show(results[-1])
     lacking = {
         "plots of the ranking, the calibration and the comparison: pip install 'hxaconv[plot]'": plots,
         "text written by the student in transformers: pip install 'hxaconv[hf]'": runs,
     }
     left_out = tuple(text for text, done in lacking.items() if not done)
-    return Demo(folder, tuple(steps), tuple(results), left_out, _next(folder))
+    beside = Path(sys.executable).parent / "hxaconv"
+    program = "hxaconv" if shutil.which("hxaconv") else str(beside) if beside.exists() else "python -m hxaconv"
+    tries = (
+        f"{program} verify {folder / 'student-calibrated'} --against {folder / 'teacher'} --text FILE.txt",
+        f"{program} pick-gqa-layers {folder / 'teacher'} --strategy retrieval --text FILE.txt",
+        f"{program} init-from-teacher RekaAI/reka-flash-3 student/ --dry-run",
+        f"{program} --help",
+    )
+    return Demo(folder, tuple(steps), tuple(results), left_out, tries)
 
 
-def _steps(folder: Path, *, plots: bool) -> list[Step]:
-    """Every step in order, without `plots` where these cannot be drawn."""
+def _steps(folder: Path, *, plots: bool) -> list[tuple[str, str, dict[str, Any]]]:
+    """(title, command, options) of every step in order, without `plots` where these cannot be drawn."""
 
     def at(name: str) -> str:
         return str(folder / name)
@@ -119,53 +127,29 @@ def _steps(folder: Path, *, plots: bool) -> list[Step]:
     pth, back, chosen = at("student.pth"), at("student-hf"), at("layers.toml")
     text, heldout = at("teacher/calibration_tokens.npy"), at("teacher/heldout_tokens.npy")
     ranking = {"source": teacher, "count": 2, "strategy": "influence", "input_ids": text, "save": chosen}
-    fit = {"init": "calibrated", "input_ids": text, "refine_steps": 0, "layer_map": chosen}
+    made, fit = {"teacher": teacher, "layer_map": chosen}, {"init": "calibrated", "input_ids": text, "refine_steps": 0}
     compare, again = {"against": teacher, "input_ids": heldout}, {"overwrite": True}
     drawn = [{"plot": at(name)} if plots else {} for name in ("ranking.png", "calibration.png", "depth.png")]
+    depth = {**drawn[2], **again} if plots else {}
+    published = "A student with these layers, the others RWKV with the published initial values"
     return [
-        Step("What is this checkpoint?", "inspect", {"source": teacher}),
-        Step("Which two layers should stay attention?", "pick-gqa-layers", {**ranking, **drawn[0], **again}),
-        Step(
-            "A student with these layers, the others RWKV with the published initial values",
-            "init-from-teacher",
-            {"teacher": teacher, "out": student, "layer_map": chosen, **again},
-        ),
-        Step("How near is it to the teacher?", "verify", {"source": student, **compare}),
-        Step(
+        ("What is this checkpoint?", "inspect", {"source": teacher}),
+        ("Which two layers should stay attention?", "pick-gqa-layers", {**ranking, **drawn[0], **again}),
+        (published, "init-from-teacher", {**made, "out": student, **again}),
+        ("How near is it to the teacher?", "verify", {"source": student, **compare}),
+        (
             "The same with its RWKV layers fitted to text",
             "init-from-teacher",
-            {"teacher": teacher, "out": calibrated, **fit, **drawn[1], **again},
+            {**made, "out": calibrated, **fit, **drawn[1], **again},
         ),
-        Step(
-            "And how near is this one?",
-            "verify",
-            {"source": calibrated, **compare, **drawn[2], **(again if plots else {})},
-        ),
-        Step("As one file, under RWKV names", "to-pth", {"source": calibrated, "out": pth, **again}),
-        Step("And back to a Hugging Face folder", "to-hf", {"source": pth, "out": back, **again}),
-        Step("The same model?", "verify", {"source": back, "against": calibrated}),
+        ("And how near is this one?", "verify", {"source": calibrated, **compare, **depth}),
+        ("As one file, under RWKV names", "to-pth", {"source": calibrated, "out": pth, **again}),
+        ("And back to a Hugging Face folder", "to-hf", {"source": pth, "out": back, **again}),
+        ("The same model?", "verify", {"source": back, "against": calibrated}),
     ]
 
 
-@dataclass(frozen=True, repr=False)
-class Generated(Result):
-    """Text that the student wrote."""
-
-    folder: Path
-    prompt: str
-    text: str
-
-    @property
-    def headline(self) -> str:
-        """The prompt and how it goes on."""
-        return f">>> it continues {self.prompt!r} with {self.text!r} (not trained yet: this is no prose)"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Prompt and text."""
-        return {"prompt": self.prompt, "text": self.text}
-
-
-def generate(folder: Path) -> Generated:
+def _generate(folder: Path) -> Step:
     """Load the folder as any user would, and let it write a few bytes."""
     import torch
     import transformers
@@ -176,17 +160,7 @@ def generate(folder: Path) -> Generated:
     prompt = b"def main("
     ids = torch.tensor([list(prompt)])
     output = model.generate(ids, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(ids))
-    text = bytes(output[0].tolist()).decode(errors="replace")
-    return Generated(folder, prompt.decode(), text[len(prompt) :])
-
-
-def _next(folder: Path) -> tuple[str, ...]:
-    beside = Path(sys.executable).parent / "hxaconv"
-    program = "hxaconv" if shutil.which("hxaconv") else str(beside) if beside.exists() else "python -m hxaconv"
-    teacher, student = folder / "teacher", folder / "student-calibrated"
-    return (
-        f"{program} verify {student} --against {teacher} --text FILE.txt",
-        f"{program} pick-gqa-layers {teacher} --strategy retrieval --text FILE.txt",
-        f"{program} init-from-teacher RekaAI/reka-flash-3 student/ --dry-run",
-        f"{program} --help",
-    )
+    facts = {"prompt": prompt.decode(), "text": bytes(output[0].tolist()).decode(errors="replace")[len(prompt) :]}
+    load = f'model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)'
+    wrote = f"it continues {facts['prompt']!r} with {facts['text']!r} (not trained yet: this is no prose)"
+    return Step(f"\n# And transformers runs it\n>>> {load}\n>>> {wrote}", facts)
