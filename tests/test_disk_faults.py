@@ -13,7 +13,7 @@ import pytest
 from writing import TARGETS, leftovers, output, partials, plan_over, reference, source, tree, verified
 
 from hxaconv.errors import HxaconvError
-from hxaconv.save import diskio
+from hxaconv.formats import diskio
 from hxaconv.save.staging import read_journals
 
 
@@ -231,5 +231,6 @@ def test_too_many_open_files_are_no_fault_of_the_disk(tmp_path, monkeypatch, num
         with pytest.raises(HxaconvError, match="Too many open files") as caught:
             verified(out)
     assert "ulimit -n" in caught.value.hint
-    error = diskio.output_error(OSError(number, os.strerror(number)), out.target, "opening")
-    assert "ulimit -n" in error.hint
+    with pytest.raises(HxaconvError) as caught, diskio.explained(out.target):
+        raise OSError(number, os.strerror(number))
+    assert "ulimit -n" in caught.value.hint

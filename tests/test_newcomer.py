@@ -147,7 +147,7 @@ def test_a_dry_run_refuses_what_the_run_would(
     assert cli("init-from-teacher", tiny_teacher, tmp_path / "new", "--dry-run", "--push-to", "no id") == 2
     assert "--push-to no id" in capsys.readouterr().err
     assert cli("init-from-teacher", tiny_teacher, tmp_path / "new", "--dry-run") == 0
-    monkeypatch.setattr("hxaconv.save.diskio.free_bytes", lambda folder: 1_000_000)
+    monkeypatch.setattr("hxaconv.formats.diskio.free_bytes", lambda folder: 1_000_000)
     assert cli("init-from-teacher", tiny_teacher, tmp_path / "new", "--dry-run") == 2
     assert "free" in capsys.readouterr().err
 

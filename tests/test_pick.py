@@ -529,7 +529,7 @@ def test_shards_that_are_only_linked_need_no_space(
     shards = ("--max-shard-size", "1MB", "--no-verify", "--quiet")
     assert cli("init-from-teacher", tiny_teacher, tmp_path / "s", "--gqa-layers", "2,5", *shards) == 0
     pick = ("pick-gqa-layers", tmp_path / "s", tmp_path / "p", "--layers", "2", "--teacher", tiny_teacher, *shards[:3])
-    monkeypatch.setattr("hxaconv.save.diskio.free_bytes", lambda folder: 4_000_000)
+    monkeypatch.setattr("hxaconv.formats.diskio.free_bytes", lambda folder: 4_000_000)
     capsys.readouterr()
     assert cli(*pick) == 0
     assert "hard links to the source's" in capsys.readouterr().err

@@ -12,9 +12,9 @@ from writing import leftovers, output, partials, plan_over, source, stop_after, 
 
 from hxaconv.calls import Call
 from hxaconv.errors import HxaconvError
+from hxaconv.formats import diskio
 from hxaconv.load import open_checkpoint
 from hxaconv.options import Write
-from hxaconv.save import diskio
 from hxaconv.save.output import Record
 
 

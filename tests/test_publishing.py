@@ -14,9 +14,9 @@ import pytest
 from writing import TARGETS, leftovers, output, partials, plan_over, reference, source, tree, verified, write
 
 from hxaconv.errors import CheckFailed, HxaconvError
-from hxaconv.formats import safetensors, torchzip
+from hxaconv.formats import diskio, safetensors, torchzip
 from hxaconv.options import Write
-from hxaconv.save import checks, diskio, documents, fill, staging, writer
+from hxaconv.save import checks, documents, fill, staging, writer
 
 Cli = Callable[..., int]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
@@ -15,8 +14,8 @@ import pytest
 from kill_rounds import CI_KILLS
 from writing import leftovers, output, partials, plan_over, reference, source, tree, verified, write
 
+from hxaconv.formats import diskio
 from hxaconv.options import Write
-from hxaconv.save import diskio
 from hxaconv.save.interruption import Interrupted
 from hxaconv.save.staging import read_journals
 
@@ -70,7 +69,7 @@ def test_a_second_command_on_a_target_names_the_first_one_and_takes_over_when_it
         first.kill()
         first.wait()
     lock = tmp_path / ".out.hxaconv-lock"
-    assert json.loads(lock.read_text())["pid"] == first.pid  # stale: its file remains, nobody holds it
+    assert lock.read_text().startswith(f"process {first.pid} on host")  # stale: its file remains, nobody holds it
     assert cli(*words, "--resume") == 0
     assert leftovers(out) == []
 
@@ -81,9 +80,9 @@ def test_a_file_system_without_locks_holds_nobody_up(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", flock)
     path = tmp_path / "lock"
-    path.write_text("not JSON")
+    path.write_text("another's")
     with diskio.held(path, path), diskio.held(path, path):
-        assert json.loads(path.read_text())["pid"] == os.getpid()
+        assert path.read_text().startswith(f"process {os.getpid()} on")
     assert not path.exists()
 
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from hxaconv.calibration.report import settings_of
 from hxaconv.errors import HxaconvError
+from hxaconv.formats import diskio
 from hxaconv.forward.state import StateFile, fingerprint
 from hxaconv.model.model import Model
 from hxaconv.model.plan import Recipe
 from hxaconv.options import Fit
-from hxaconv.save import diskio
 from hxaconv.surgery.arithmetic import Computed
 
 FORMAT = 4

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.save.diskio import write_result
+from hxaconv.formats.diskio import write_result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hxaconv.formats.diskio import explained
 from hxaconv.formats.files import write_from
 from hxaconv.formats.safetensors import file_layout
 from hxaconv.forward.pool import ROWS
 from hxaconv.model.config import ModelConfig
 from hxaconv.model.plan import Ranges, Recipe
-from hxaconv.save.diskio import output_error
 from hxaconv.surgery.arithmetic import dtype_name
 
 if TYPE_CHECKING:
@@ -71,14 +71,13 @@ def dumping(path: Path | None, config: ModelConfig, ids: Tensor | None, dtype: t
         return
     growing = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        dump = Dump(growing, config, ids, dtype)
-        try:
-            yield dump
-        finally:
-            dump.close()
-        os.replace(growing, path)
-    except OSError as error:
-        raise output_error(error, path, "writing") from error
+        with explained(path):
+            dump = Dump(growing, config, ids, dtype)
+            try:
+                yield dump
+            finally:
+                dump.close()
+            os.replace(growing, path)
     finally:
         growing.unlink(missing_ok=True)
 

@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hxaconv.errors import HxaconvError, shortened
+from hxaconv.formats.diskio import memory_limit
 from hxaconv.formats.json_files import parse_json
 from hxaconv.model.config import StudentConfig
 from hxaconv.options import TokenIds, Tokens
-from hxaconv.save.diskio import memory_limit
 
 if TYPE_CHECKING:
     from hxaconv.formats.files import SourceFile

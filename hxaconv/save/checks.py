@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, raise_all, shortened
-from hxaconv.formats import FileLayout
+from hxaconv.formats import FileLayout, diskio
 from hxaconv.formats.files import SourceFile
 from hxaconv.formats.json_files import PROVENANCE_NAME, json_chunks, plain_data, read_sidecar
 from hxaconv.formats.safetensors import INDEX_NAME, index
 from hxaconv.model.plan import Buffers
-from hxaconv.save import diskio
 from hxaconv.save.documents import settings_digest
 from hxaconv.save.fill import Finished, digest_of_file, type_text
 from hxaconv.save.output import Output

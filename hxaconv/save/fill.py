@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hxaconv.errors import HxaconvError
-from hxaconv.formats import FileLayout, Fill
+from hxaconv.formats import FileLayout, Fill, diskio
 from hxaconv.formats.dtypes import count_nonfinite
 from hxaconv.formats.files import SourceFile, read_into, write_from
 from hxaconv.model.plan import Buffers, Recipe
 from hxaconv.progress import Progress
-from hxaconv.save import diskio
 
 BATCH_BYTES = 512 * 1024 * 1024
 """Bytes that are finished before they are synced and recorded together."""

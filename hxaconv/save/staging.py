@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from hxaconv.errors import HxaconvError, bullet_list, raise_all
-from hxaconv.formats import FileLayout
+from hxaconv.formats import FileLayout, diskio
 from hxaconv.formats.files import SourceFile, write_from
 from hxaconv.options import option_words
-from hxaconv.save import diskio
 from hxaconv.save.fill import Finished
 from hxaconv.save.output import FILE_SUFFIXES, Output
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from hxaconv import ranks
 from hxaconv.errors import CheckFailed, HxaconvError, raise_all
-from hxaconv.formats import FileLayout, Fill
+from hxaconv.formats import FileLayout, Fill, diskio
 from hxaconv.formats.files import SourceChanged, SourceFile
 from hxaconv.options import Write
 from hxaconv.progress import Progress, bar
-from hxaconv.save import checks, diskio
+from hxaconv.save import checks
 from hxaconv.save.fill import Filling, Finished
 from hxaconv.save.interruption import Signals, interruptible
 from hxaconv.save.output import Output

@@ -9,6 +9,7 @@ from pathlib import Path
 from hxaconv.calls import Call
 from hxaconv.commands.plots import draw_advice
 from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.formats.diskio import write_result
 from hxaconv.forward.tokens import calibration_tokens, checked_device
 from hxaconv.load import load_other, load_student, load_teacher, open_checkpoint
 from hxaconv.load.models import download
@@ -19,7 +20,6 @@ from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.plan import main_dtype, source_files
 from hxaconv.options import Choice, Init, Settings, Tokens, options_of
 from hxaconv.progress import Progress
-from hxaconv.save.diskio import write_result
 from hxaconv.save.interruption import interruptible
 from hxaconv.selection.advice import Advice, advise, strategy_of
 from hxaconv.selection.strategies import Given, Strategy

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
-import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -19,29 +20,16 @@ from pathlib import Path
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.files import CHUNK_BYTES
 
-_F_FULLFSYNC = 51
 _SYNC_WAIT_BEFORE, _SYNC_WRITE, _SYNC_WAIT_AFTER = 1, 2, 4
 _NOT_OFFERED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 
 
 @functools.cache
 def _libc(name: str) -> Callable[..., int] | None:
-    """A call of the C library that Python does not wrap; None where there is none."""
-    if not sys.platform.startswith("linux"):
-        return None
+    """A call of Linux's C library that Python does not wrap."""
     import ctypes
 
-    try:
-        call = getattr(ctypes.CDLL(None, use_errno=True), name)
-    except (OSError, AttributeError):
-        return None
-    offset = ctypes.c_int64
-    call.argtypes = {
-        "fallocate": [ctypes.c_int, ctypes.c_int, offset, offset],
-        "sync_file_range": [ctypes.c_int, offset, offset, ctypes.c_uint],
-    }[name]
-    call.restype = ctypes.c_int
-    return call  # type: ignore[no-any-return]
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None) if sys.platform.startswith("linux") else None
 
 
 def reserve(fd: int, size: int) -> None:
@@ -53,24 +41,25 @@ def reserve(fd: int, size: int) -> None:
     Raises:
         OSError: ENOSPC, EDQUOT or EFBIG when the size does not fit.
     """
-    fallocate = _libc("fallocate")
-    if size and fallocate is not None:
-        import ctypes
+    import ctypes
 
-        while fallocate(fd, 0, 0, size) != 0:
-            number = ctypes.get_errno()
-            if number in _NOT_OFFERED:
-                break
-            if number != errno.EINTR:
-                raise OSError(number, os.strerror(number))
+    fallocate = _libc("fallocate")
+    while size and fallocate and fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
+        number = ctypes.get_errno()
+        if number in _NOT_OFFERED:
+            break
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
     os.ftruncate(fd, size)
 
 
 def write_back(fd: int, offset: int, count: int, *, wait: bool = False) -> None:
     """Ask for these dirty pages to go to disk, or wait until they are; errors are left for the fsync that follows."""
-    call = _libc("sync_file_range")
-    if call is not None:
-        call(fd, offset, count, _SYNC_WAIT_BEFORE | _SYNC_WRITE | _SYNC_WAIT_AFTER if wait else _SYNC_WRITE)
+    import ctypes
+
+    if call := _libc("sync_file_range"):
+        how = _SYNC_WAIT_BEFORE | _SYNC_WRITE | _SYNC_WAIT_AFTER if wait else _SYNC_WRITE
+        call(fd, ctypes.c_int64(offset), ctypes.c_int64(count), how)
 
 
 def drop_cached(fd: int, offset: int = 0, count: int = 0) -> None:
@@ -86,11 +75,9 @@ def sync_file(fd: int) -> None:
     Raises:
         OSError: when the device reports an error. It does so once: what was not synced then never is.
     """
-    if sys.platform == "darwin":
-        import fcntl
-
+    if hasattr(fcntl, "F_FULLFSYNC"):
         with contextlib.suppress(OSError):  # macOS's own fsync stops at the drive's cache
-            fcntl.fcntl(fd, _F_FULLFSYNC)
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
             return
     getattr(os, "fdatasync", os.fsync)(fd)
 
@@ -111,23 +98,28 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], workplace: Path
     """A small file, complete and synced under its name, or not there at all.
 
     It is written in the folder `workplace`, on the same file system: a crash leaves nothing beside `path`.
+
+    Raises:
+        OSError: naming the file.
     """
     temporary = workplace / f"{path.name}.tmp-{os.getpid()}"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        try:
+        with open(temporary, "wb", buffering=0) as file:
             for chunk in chunks:
                 view = memoryview(chunk)
                 while len(view):
-                    view = view[os.write(fd, view) :]
-            sync_file(fd)
-        finally:
-            os.close(fd)
+                    view = view[os.write(file.fileno(), view) :]
+            sync_file(file.fileno())
         os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    except OSError as error:
+        _remove(temporary)
+        error.filename = path  # not all calls know it
         raise
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def write_result(path: Path, data: bytes) -> None:
@@ -147,15 +139,14 @@ def free_bytes(folder: Path) -> int:
 
 def memory_limit() -> int | None:
     """Bytes of memory that are to be had, cached file pages included; None where the system has no figure."""
-    with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^MemAvailable: +(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
     with contextlib.suppress(AttributeError, ValueError, OSError):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
 
 
-_NO_SPACE = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _HINTS = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Choose a folder that files can be made in."),
     **dict.fromkeys(
@@ -164,28 +155,25 @@ _HINTS = {
 }
 
 
-def output_error(error: OSError, path: Path, doing: str, total: int | None = None) -> HxaconvError:
-    """What went wrong while writing `path`, and what to do; `total` bytes are what the whole output takes."""
-    hint = _HINTS.get(error.errno or 0, "Check the disk or the network file system.")
-    if error.errno in _NO_SPACE:
-        hint = "" if total is None else f"The output needs {total:,} bytes in all; "
-        try:
-            free = free_bytes(path.parent)
-            full = free < (total or CHUNK_BYTES)
-            hint += f"{free:,} are free now{'' if full else ': what has run out is a quota, or inodes (`df -i`)'}."
-        except OSError:
-            hint += "how much is free is not known."
-        hint += " Make room, or choose another disk."
-    return HxaconvError(f"{path}: {doing} failed: {error.strerror or error}", hint=hint)
-
-
 @contextlib.contextmanager
 def explained(path: Path, doing: str = "writing", total: int | None = None) -> Iterator[None]:
-    """What the system refuses inside, as an error of ours that names the file, or else `path`."""
+    """What the system refuses inside, as an error of ours that names the file, or else `path`, and what to do.
+
+    `total` bytes are what the whole output takes.
+    """
     try:
         yield
     except OSError as error:
-        raise output_error(error, Path(os.fsdecode(error.filename or path)), doing, total) from error
+        path = Path(os.fsdecode(error.filename or path))
+        hint = _HINTS.get(error.errno or 0, "Check the disk or the network file system.")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "" if total is None else f"The output needs {total:,} bytes in all; "
+            with contextlib.suppress(OSError):
+                free = free_bytes(path.parent)
+                full = free < (total or CHUNK_BYTES)
+                hint += f"{free:,} are free now{'' if full else ': what has run out is a quota, or inodes (`df -i`)'}. "
+            hint += "Make room, or choose another disk."
+        raise HxaconvError(f"{path}: {doing} failed: {error.strerror or error}", hint=hint) from error
 
 
 @contextlib.contextmanager
@@ -198,55 +186,32 @@ def held(path: Path, target: Path) -> Iterator[None]:
     Raises:
         HxaconvError: naming who holds it, or why the file cannot be made.
     """
-    with explained(path, "locking"):
-        fd = _acquire(path, target)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        os.close(fd)
-
-
-def _acquire(path: Path, target: Path) -> int:
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            if not _lock(fd):
-                raise HxaconvError(
-                    f"{target}: {_holder(fd)} is writing the same target",
-                    hint="Wait until it has finished, or stop it first; --resume takes over what it has done.",
-                )
+    with contextlib.ExitStack() as stack:
+        with explained(path, "locking"):
+            fd = None
             # Its last holder may have removed the file between our opening and locking it.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(path)):
-                    with contextlib.suppress(OSError):  # on a full disk the lock is held without its holder's number
-                        os.ftruncate(fd, 0)
-                        os.write(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-                    return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
+            while fd is None or not _stands_at(fd, path):
+                fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                stack.callback(os.close, fd)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    holder = os.read(fd, 4096).decode(errors="replace") or "another process"
+                    raise HxaconvError(
+                        f"{target}: {holder} is writing the same target",
+                        hint="Wait until it has finished, or stop it first; --resume takes over what it has done.",
+                    ) from None
+                except OSError:  # a file system without such locks
+                    pass
+            with contextlib.suppress(OSError):  # on a full disk the lock is held without its holder's name
+                os.ftruncate(fd, 0)
+                os.write(fd, f"process {os.getpid()} on host {socket.gethostname()}".encode())
+        stack.callback(_remove, path)
+        yield
 
 
-def _lock(fd: int) -> bool:
-    """False where another process holds it."""
+def _stands_at(fd: int, path: Path) -> bool:
     try:
-        import fcntl
-
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
         return False
-    except (OSError, ImportError):  # a file system, or a system, without such locks
-        return True
-    return True
-
-
-def _holder(fd: int) -> str:
-    """`process 4711 on host node3`."""
-    try:
-        holder = json.loads(os.pread(fd, 4096, 0))
-        return f"process {int(holder['pid'])} on host {holder['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
