@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from hxaconv.calibration.report import Distances, Recall
+from hxaconv.forward.logits import Likelihood
+from hxaconv.forward.tokens import first_counted, said_twice
 from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
 from hxaconv.model.names import layer_index
-from hxaconv.verification.claims import Claim, Copied, listing
+from hxaconv.verification.claims import Claim, bits_taken_over, copied, initial_claims
 from hxaconv.verification.compare import Compute, compare_models
-from hxaconv.verification.invariants import against_teacher, completed, copied, initial_claims
+from hxaconv.verification.invariants import against_teacher, completed
 from hxaconv.verification.report import Report
 
 if TYPE_CHECKING:
@@ -48,38 +50,25 @@ def measure(
 
 
 def recall(models: Mapping[str, Model], ids: Tensor, device: str = "cpu") -> dict[int, dict[str, float]]:
-    """Distance -> role -> NLL of random tokens of a text (B, T) at their repetition.
-
-    The first eighth of the second time is not counted: it cannot be recognised as a repetition yet.
-    """
+    """Distance -> role -> NLL of random tokens of a text (B, T) at their repetition."""
     random, known = torch.Generator().manual_seed(0), torch.unique(ids.cpu())
     found: dict[int, dict[str, float]] = {}
     with torch.no_grad(), Walk(models, device=device) as walk:
         rows = {}
         for distance, count in RECALL.items():
             once = known[torch.randint(len(known), (count, distance), generator=random)]
-            rows[distance] = torch.cat([once, once], dim=1).to(device)
+            rows[distance] = said_twice(once.to(device))
         streams = {(role, at): walk[role].start(row) for role in models for at, row in rows.items()}
         for layer in walk.layers():
             for (role, _), stream in streams.items():
                 walk[role].layer(stream, layer)
         for (role, at), stream in streams.items():
-            first = at + at // 8
-            nll = _nll(walk, role, stream.x[:, first - 1 : -1], rows[at][:, first:])
-            found.setdefault(at, {})[role] = nll
+            row, first = rows[at], first_counted(rows[at])
+            normed, nll = walk[role].final_norm(stream.x[:, first - 1 : -1]), Likelihood(row[:, first:].flatten())
+            for start, _ in walk.slices({role: walk[role].head}, "head"):
+                nll.add(start, walk.product(normed, walk.held(role)["head"].values))
+            found.setdefault(at, {})[role] = float(nll.result().mean())
     return found
-
-
-def _nll(walk: Walk, role: str, x: Tensor, wanted: Tensor) -> float:
-    normed, tokens = walk[role].final_norm(x), wanted.flatten()
-    total = torch.full(tokens.shape, -torch.inf, device=x.device, dtype=torch.float64)
-    target = torch.zeros_like(total)
-    for start, stop in walk.slices({role: walk[role].head}, "head"):
-        logits = walk.product(normed, walk.held(role)["head"].values).double()
-        total = torch.logaddexp(total, logits.logsumexp(dim=-1))
-        mine = (tokens >= start) & (tokens < stop)
-        target[mine] = logits[mine, tokens[mine] - start]
-    return float((total - target).mean())
 
 
 def check_calibrated(
@@ -98,14 +87,14 @@ def check_calibrated(
     GQA layers that were not replaced equal the teacher's attention with all positions 0. With `factors`, what was
     copied and the projections that were not replaced are checked against the teacher's as well.
     """
-    claims: list[Claim] = [
-        Copied(
-            check="kept tensors",
-            good=f"are the plain student's, {len(replaced)} are fitted",
-            bad="differ from the plain student's",
-            wanted=lambda name: name in output.plan and name not in replaced,
+    claims = [
+        Claim(
+            "kept tensors",
+            f"are the plain student's, {len(replaced)} are fitted",
+            "differ from the plain student's",
+            lambda name: name in output.plan and name not in replaced,
+            bits_taken_over,
             role="plain",
-            exact=True,
         )
     ]
     if factors is not None:
@@ -124,5 +113,5 @@ def check_calibrated(
     )
     lost = [name for name in replaced if name not in output.plan]
     if replaced:
-        report.check("fitted tensors", not lost, listing(lost, "are missing") or f"{len(replaced)} are there")
+        report.problems("fitted tensors", lost, f"{len(replaced)} are there", "are missing")
     return report

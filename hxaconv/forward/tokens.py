@@ -152,6 +152,17 @@ def probe_tokens(
     return ids
 
 
+def said_twice(once: Tensor) -> Tensor:
+    """Tokens (rows, D) and the same again, (rows, 2D)."""
+    return torch.cat([once, once], dim=1)
+
+
+def first_counted(twice: Tensor) -> int:
+    """Where the second time begins, but for its first eighth: that cannot be recognised as a repetition yet."""
+    length = twice.shape[1] // 2
+    return length + max(1, length // 8)
+
+
 def _read(path: Path) -> Any:
     """What a .npy, .safetensors (`input_ids`, or its only tensor) or .json file holds.
 

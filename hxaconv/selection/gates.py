@@ -24,12 +24,13 @@ from hxaconv.forward.chunked import chunked
 from hxaconv.forward.hxa079 import Carry
 from hxaconv.forward.logits import kl_and_gradient
 from hxaconv.forward.state import State
+from hxaconv.forward.tokens import first_counted
 from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
 from hxaconv.model.plan import layer_bytes
 from hxaconv.progress import bar
 from hxaconv.selection.strategies import Given
-from hxaconv.selection.sweep import first_counted, needles
+from hxaconv.selection.sweep import needles
 
 STEPS, RATE = 12, 0.3
 """The gate whose gradient is the largest moves by RATE in the first step, and by less and less in later ones."""

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.hxa079 import Carry
-from hxaconv.forward.logits import LOGITS_AT_ONCE, Divergence
+from hxaconv.forward.logits import LOGITS_AT_ONCE, Divergence, Likelihood
 from hxaconv.forward.state import State, StateFile
+from hxaconv.forward.tokens import first_counted, said_twice
 from hxaconv.forward.walk import Walk, time_mix
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
@@ -36,8 +37,6 @@ from hxaconv.selection.heads import entropy_and_distance, windowed
 
 NEEDLE, NEEDLES = 64, 2
 """Tokens that are repeated, and how often that is tried."""
-UNLIKELY = -1e30
-"""A logit that is as good as minus infinity, and with which one can still calculate."""
 
 Step = Callable[[int, str], None]
 """Called between two steps with the bytes of weights that the last one applied: moves the bar, saves, stops."""
@@ -48,14 +47,7 @@ def needles(ids: Tensor, count: int = NEEDLES) -> Tensor:
     known, random = torch.unique(ids.cpu()), torch.Generator().manual_seed(0)
     length = max(2, min(NEEDLE, ids.shape[1] // 2))
     picked = [torch.randperm(max(length, len(known)), generator=random)[:length] % len(known) for _ in range(count)]
-    once = known[torch.stack(picked)]
-    return torch.cat([once, once], dim=1)
-
-
-def first_counted(needles: Tensor) -> int:
-    """Where the second time begins, but for its first eighth: that cannot be recognised as a repetition yet."""
-    length = needles.shape[1] // 2
-    return length + max(1, length // 8)
+    return said_twice(known[torch.stack(picked)])
 
 
 @dataclass(slots=True)
@@ -282,7 +274,8 @@ class Sweep:
         asked = [walk[role].final_norm(x[:, first - 1 : -1]) for x in needles.others]
         asked.append(walk["teacher"].final_norm(needles.kept["teacher"][:, first - 1 : -1]))
         recipes = {"teacher": walk["teacher"].head, role: walk[role].head}
-        kl, nll, step_rows = Divergence(), Divergence(), max(1, LOGITS_AT_ONCE // len(target))
+        kl, step_rows = Divergence(), max(1, LOGITS_AT_ONCE // len(target))
+        nll = [Likelihood(wanted) for _ in asked]
         for start, stop in walk.slices(recipes, "head"):
             heads = [walk.held(name)["head"].values for name in ("teacher", role)]
             for low in range(0, stop - start, step_rows):
@@ -291,16 +284,14 @@ class Sweep:
                 def logits(i: int, rows: Tensor = theirs) -> Tensor:
                     return walk.product(walk[role].final_norm(others[i]), rows)  # not kept: L streams are large
 
-                def answers(i: int, rows: Tensor = theirs, own: Tensor = mine) -> Tensor:
-                    return walk.product(asked[i], own if i == len(asked) - 1 else rows)
+                def answer(i: int, at: int = start + low, rows: Tensor = theirs, own: Tensor = mine) -> None:
+                    nll[i].add(at, walk.product(asked[i], own if i == len(asked) - 1 else rows))
 
                 kl.add(walk.product(target, mine), len(others), logits, walk.pool.map)
-                # The NLL of a token is the KL from what is certain of it.
-                here = torch.arange(start + low, start + low + len(mine), device=wanted.device)
-                certain = torch.where(wanted[:, None] == here, 0.0, UNLIKELY).to(target.dtype)
-                nll.add(certain, len(asked), answers, walk.pool.map)
+                walk.pool.map(answer, range(len(asked)))
                 step(len(mine) / self.teacher.config.vocab_size)
-        kls, (*nlls, teachers) = ([float(x.mean()) for x in each.result()] for each in (kl, nll))
+        kls = [float(x.mean()) for x in kl.result()]
+        *nlls, teachers = [float(x.result().mean()) for x in nll]
         found = {"recall of the teacher": [teachers]}
         if not self._restores:
             return found | {"kl": kls, "nll": [value - teachers for value in nlls]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 
@@ -9,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hxaconv.errors import shortened
 from hxaconv.forward.walk import Held, Walk
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD, is_attention, layer_index
-from hxaconv.model.plan import Plan, Recipe, same_bytes
+from hxaconv.model.plan import Plan, same_bytes
 from hxaconv.surgery.arithmetic import Scaled as ToCome
 from hxaconv.surgery.arithmetic import tensor
+from hxaconv.surgery.initial import orthogonal
 from hxaconv.verification import specification
 from hxaconv.verification.report import Report
 from hxaconv.verification.specification import FACTORS, NORMS, ORTHOGONAL
@@ -47,11 +48,12 @@ def part_of_mixer(name: str) -> str:
     return name.partition(".self_attn.")[2].partition(".")[0]
 
 
-def teacher_name(name: str) -> str:
-    """The teacher's name of what a projection or norm of an RWKV layer is made of."""
-    prefix, _, rest = name.partition(".self_attn.")
+def source_name(config: StudentConfig, name: str) -> str | None:
+    """The teacher's name of what a student's tensor is made of; None for what an RWKV layer has of its own."""
     part = part_of_mixer(name)
-    return f"{prefix}.self_attn.{rest.replace(part, (FACTORS | NORMS)[part], 1)}"
+    if not in_rwkv_layer(config, name):
+        return name
+    return name.replace(f".{part}.", f".{(FACTORS | NORMS)[part]}.") if part in FACTORS | NORMS else None
 
 
 # --- What one tensor is, of another or by itself ---------------------------------------------------------------------
@@ -119,6 +121,13 @@ def is_padded(made: Tensor, origin: Tensor) -> bool:
     return torch.equal(inside, origin.to(made.dtype)) and int(made.count_nonzero()) == int(inside.count_nonzero())
 
 
+def is_taken_over(name: str, made: Tensor, origin: Tensor) -> bool:
+    """Whether a tensor that no surgery computes is its origin: a copy, or of an MLP padded with zeros."""
+    if ".mlp." in name and made.shape != origin.shape:
+        return is_padded(made, origin)
+    return is_copy(made, origin)
+
+
 def is_orthogonal(values: Tensor) -> bool:
     """Whether the rows of a (rows, columns) matrix, or its columns if they are fewer, are orthogonal with the gain.
 
@@ -133,14 +142,6 @@ def is_orthogonal(values: Tensor) -> bool:
     return bool(((gram - square * torch.eye(len(gram))).abs() <= limit).all())
 
 
-def is_drawn(name: str, values: Tensor, seed: int) -> bool:
-    """Whether a random matrix is the one of this seed and name, which every machine makes alike."""
-    from hxaconv.surgery.initial import orthogonal
-
-    rows, columns = values.shape
-    return same_bits(values, orthogonal((rows, columns), seed, name, specification.GAIN).to(values.dtype).contiguous())
-
-
 def is_initial(name: str, values: Tensor, config: StudentConfig, *, exact: bool = True) -> bool:
     """Whether a parameter of an RWKV layer has its published initial value.
 
@@ -148,7 +149,7 @@ def is_initial(name: str, values: Tensor, config: StudentConfig, *, exact: bool 
     """
     part, layer = part_of_mixer(name), layer_index(name)
     assert layer is not None
-    wanted = specification.INITIAL.get(config.variant.name, {}).get(part)
+    wanted = _initial_values(config).get(part)
     if part == "head_size_record":
         wanted = float(config.head_dim)
     if isinstance(wanted, float):
@@ -171,18 +172,23 @@ def is_initial(name: str, values: Tensor, config: StudentConfig, *, exact: bool 
     return bool(((values.double() - expected).abs() <= step * expected.abs() + ROUNDED_ON_THE_WAY).all())
 
 
-def departure(name: str, values: Tensor, origins: Mapping[str, Tensor], config: StudentConfig) -> str | None:
-    """What a tensor of an RWKV layer would be as `init-from-teacher` makes it, with any factor and seed; None if it is.
+def _initial_values(config: StudentConfig) -> Mapping[str, float | str]:
+    return specification.INITIAL.get(config.variant.name, {})
 
-    `origins` are the teacher's tensors; records of the layer are left out.
+
+def departure(name: str, values: Tensor, origin: Tensor | None, config: StudentConfig) -> str | None:
+    """What a student's tensor would be as `init-from-teacher` makes it, with any factor and seed; None if it is.
+
+    `origin` is what it is made of, by `source_name`; records of the layer are left out.
     """
-    part = part_of_mixer(name)
-    if part in FACTORS | NORMS:
-        origin = origins.get(teacher_name(name))
+    part, of = part_of_mixer(name), source_name(config, name)
+    if not in_rwkv_layer(config, name):
+        return None if origin is not None and is_taken_over(name, values, origin) else "the teacher's"
+    if of is not None:
         if origin is not None and (is_multiple if part in FACTORS else is_copy)(values, origin):
             return None
-        return f"{'a multiple of ' if part in FACTORS else ''}the teacher's {teacher_name(name)}"
-    wanted = specification.INITIAL.get(config.variant.name, {}).get(part)
+        return f"{'a multiple of ' if part in FACTORS else ''}the teacher's {of}"
+    wanted = _initial_values(config).get(part)
     if wanted is None or part == "layer_architecture" or is_initial(name, values, config, exact=False):
         return None
     return f"{wanted:g} everywhere" if isinstance(wanted, float) else "the published values"
@@ -194,10 +200,9 @@ def departure(name: str, values: Tensor, origins: Mapping[str, Tensor], config: 
 def untouched_layers(student: Model) -> tuple[int, ...]:
     """RWKV layers that still hold the published constants and biases, so were never calibrated or trained."""
     config, touched = student.student, set()
-    initial = specification.INITIAL.get(config.variant.name, {})
     for name, recipe in student.plan.items():
-        exact = in_rwkv_layer(config, name) and initial.get(part_of_mixer(name), ORTHOGONAL) != ORTHOGONAL
-        if exact and departure(name, tensor(recipe), {}, config):
+        exact = _initial_values(config).get(part_of_mixer(name), ORTHOGONAL) != ORTHOGONAL
+        if exact and in_rwkv_layer(config, name) and departure(name, tensor(recipe), None, config):
             touched.add(layer_index(name))
     return tuple(layer for layer in config.rwkv_layers if layer not in touched)
 
@@ -207,52 +212,50 @@ def departures(student: Model, teacher: Model) -> dict[str, str]:
 
     With any factors; random matrices say nothing. What stands outside RWKV mixers is copied, or padded with zeros.
     """
-    found, config, origins = {}, student.student, with_head(teacher)
-    initial = specification.INITIAL.get(config.variant.name, {})
+    found, config, origins = dict[str, str | None](), student.student, with_head(teacher)
     for name, recipe in with_head(student).items():
-        part, rwkv = part_of_mixer(name), in_rwkv_layer(config, name)
-        if not rwkv:
-            if not _is_copied(name, recipe, origins.get(name)):
-                found[name] = "the teacher's"
-        elif initial.get(part) != ORTHOGONAL:
-            origin = origins.get(teacher_name(name)) if part in FACTORS | NORMS else None
-            if origin is None or _to_come(recipe, origin) is None:
-                beside = {} if origin is None else {teacher_name(name): tensor(origin)}
-                expected = departure(name, tensor(recipe), beside, config)
-                found |= {} if expected is None else {name: expected}
-    return found
-
-
-def _is_copied(name: str, recipe: Recipe, origin: Recipe | None) -> bool:
-    if origin is None:
-        return False
-    if recipe.dtype == origin.dtype and recipe.shape == origin.shape:
-        return same_bytes(recipe, origin)
-    if _to_come(recipe, origin) == 1.0:
-        return True
-    padded = ".mlp." in name and recipe.shape != origin.shape
-    return (is_padded if padded else is_copy)(tensor(recipe), tensor(origin))
-
-
-def _to_come(made: Recipe, origin: Recipe) -> float | None:
-    """The factor where `made` is still to be computed from these very bytes: there is nothing to compare then."""
-    return made.make.factor if isinstance(made.make, ToCome) and made.make.source == origin.make else None
+        of, rwkv = source_name(config, name), in_rwkv_layer(config, name)
+        origin = None if of is None else origins.get(of)
+        if rwkv and _initial_values(config).get(part_of_mixer(name)) == ORTHOGONAL:
+            continue
+        if origin is not None and isinstance(recipe.make, ToCome) and recipe.make.source == origin.make:
+            # Still to be computed from these very bytes: there is nothing to compare.
+            found[name] = None if rwkv or recipe.make.factor == 1.0 else "the teacher's"
+        elif origin is not None and not rwkv and (recipe.dtype, recipe.shape) == (origin.dtype, origin.shape):
+            found[name] = None if same_bytes(recipe, origin) else "the teacher's"
+        else:
+            found[name] = departure(name, tensor(recipe), None if origin is None else tensor(origin), config)
+    return {name: expected for name, expected in found.items() if expected}
 
 
 # --- Statements ------------------------------------------------------------------------------------------------------
 
+Holds = Callable[[str, Held, Mapping[str, Held]], bool]
+"""Whether something is true of a tensor, or of some rows of it: its name, it, and what is held of the other model."""
+
+
+def taken_over(name: str, made: Held, origin: Mapping[str, Held]) -> bool:
+    """It is the other's: the same bits, or rounded once to another dtype, or of an MLP padded with zeros."""
+    return name in origin and is_taken_over(name, made.values, origin[name].values)
+
+
+def bits_taken_over(name: str, made: Held, origin: Mapping[str, Held]) -> bool:
+    """It has the other's bits."""
+    return name in origin and made.recipe.dtype == origin[name].recipe.dtype and taken_over(name, made, origin)
+
 
 @dataclass
 class Claim:
-    """A statement about some tensors of the model that was made; subclasses define when it `holds` of one."""
+    """A statement about some tensors of the model that was made."""
 
     check: str
     """The name of the check that it becomes in the report."""
-    good: str
+    good: str | Callable[[Iterable[str]], str]
     bad: str
-    """The words for tensors of which it holds, and for those of which it does not."""
+    """The words for tensors of which it holds (their names may matter), and for those of which it does not."""
     wanted: Callable[[str], bool]
     """Of which tensors, by canonical name."""
+    holds: Holds = taken_over
     _: KW_ONLY
     role: str = ORIGIN
     """Whose tensors they are held against."""
@@ -270,137 +273,135 @@ class Claim:
         if self.complete:
             self.lacking += [name for name in origin if name not in made and self.wanted(name)]
 
-    def holds(self, name: str, made: Held, origin: Mapping[str, Held]) -> bool:
-        """Of one tensor, or of some rows of it."""
-        raise NotImplementedError
-
     def conclude(self, report: Report) -> None:
         """Add the check, where there was anything to look at."""
         wrong = [name for name, holds in self.held.items() if not holds]
         if self.held:
-            text = listing(wrong, self.bad) or f"{len(self.held)} tensors {self.good}"
-            report.check(self.check, not wrong, text)
+            good = self.good if isinstance(self.good, str) else self.good(self.held)
+            report.problems(self.check, wrong, f"{len(self.held)} tensors {good}", self.bad)
         if self.complete:
-            missing = listing(self.lacking, "are missing")
-            report.check("nothing lost", not self.lacking, missing or "every tensor that has to be there is there")
+            good = "every tensor that has to be there is there"
+            report.problems("nothing lost", self.lacking, good, "are missing")
 
 
-@dataclass(kw_only=True)
-class Copied(Claim):
-    """They are the other's: the same bits, or rounded once to another dtype, or padded with zeros where `padded`."""
+def copied(config: StudentConfig, *, without: Callable[[str], bool] = lambda name: False, but: str = "") -> Claim:
+    """Everything outside the mixers of RWKV layers is the teacher's, but for some names, which `but` describes."""
 
-    padded: bool = False
-    exact: bool = False
-    """Only the same bits will do."""
+    def wanted(name: str) -> bool:
+        return not in_rwkv_layer(config, name) and not without(name)
 
-    def holds(self, name: str, made: Held, origin: Mapping[str, Held]) -> bool:
-        other = origin.get(name)
-        if other is None or (self.exact and made.values.dtype != other.values.dtype):
+    good, bad = f"are the teacher's{f'; {but}' if but else ''}", "differ from the teacher's"
+    return Claim("copied tensors", good, bad, wanted, complete=True)
+
+
+def initial_claims(
+    config: StudentConfig,
+    factors: Mapping[str, float],
+    *,
+    layers: Collection[int] | None = None,
+    without: Callable[[str], bool] = lambda name: False,
+    role: str = ORIGIN,
+    seed: int | None = None,
+    sampled: bool = False,
+    cast: bool = False,
+) -> list[Claim]:
+    """RWKV layers (all, or some) are as they were initialised, but for some names.
+
+    Args:
+        role: whose projections they were made of.
+        seed: of their random matrices, which every machine draws alike.
+        sampled: whether one matrix of each layer is drawn again, another in the next: a fifth of the time, and a wrong
+            seed shows in any.
+        cast: whether they may have been cast after that.
+    """
+    random = [part for part, value in _initial_values(config).items() if value == ORTHOGONAL]
+
+    def wanted(name: str) -> bool:
+        return in_rwkv_layer(config, name) and (layers is None or layer_index(name) in layers) and not without(name)
+
+    def scaled(name: str, made: Held, origin: Mapping[str, Held]) -> bool:
+        other, factor = origin.get(source_name(config, name) or ""), factors.get(part_of_mixer(name), 1.0)
+        ways = [None, torch.bfloat16, torch.float16] if cast else [None]
+        return other is not None and any(is_rounded(made.values, other.values, factor, between) for between in ways)
+
+    def multiples(names: Iterable[str]) -> str:
+        parts = {part_of_mixer(name) for name in names}
+        return "are the teacher's" + "".join(f", {p} x {factor:g}" for p, factor in factors.items() if p in parts)
+
+    def initial(name: str, made: Held, origin: Mapping[str, Held]) -> bool:
+        part, layer, values = part_of_mixer(name), layer_index(name), made.values
+        if not is_initial(name, values, config):
             return False
-        if made.values.shape != other.values.shape:
-            return self.padded and ".mlp." in name and is_padded(made.values, other.values)
-        return is_copy(made.values, other.values)
-
-
-@dataclass(kw_only=True)
-class Scaled(Claim):
-    """Projections of RWKV layers are the teacher's times a factor, norms are the teacher's."""
-
-    factors: Mapping[str, float]
-    cast: bool = False
-    """Whether it may have been cast after it was initialised."""
-    parts: set[str] = field(default_factory=set)
-
-    def holds(self, name: str, made: Held, origin: Mapping[str, Held]) -> bool:
-        part, other = part_of_mixer(name), origin.get(teacher_name(name))
-        self.parts.add(part)
-        if other is None:
-            return False
-        ways = [None, torch.bfloat16, torch.float16] if self.cast else [None]
-        return any(is_rounded(made.values, other.values, self.factors.get(part, 1.0), between) for between in ways)
-
-    def conclude(self, report: Report) -> None:
-        self.good += "".join(f", {part} x {factor:g}" for part, factor in self.factors.items() if part in self.parts)
-        super().conclude(report)
-
-
-@dataclass(kw_only=True)
-class Initial(Claim):
-    """Parameters of RWKV layers have their published initial values; with a seed, the random ones are its own."""
-
-    config: StudentConfig
-    seed: int | None = None
-    sampled: bool = False
-    """Draw one matrix of each layer again, another in the next: a fifth of the time, and a wrong seed shows in any."""
-
-    def holds(self, name: str, made: Held, origin: Mapping[str, Held]) -> bool:
-        if not is_initial(name, made.values, self.config):
-            return False
-        initial, layer = specification.INITIAL.get(self.config.variant.name, {}), layer_index(name)
-        random = [part for part, value in initial.items() if value == ORTHOGONAL]
-        part = part_of_mixer(name)
-        if self.seed is None or layer is None or part not in random:
+        if seed is None or part not in random or (sampled and part != random[(layer or 0) % len(random)]):
             return True
-        left_out = self.sampled and part != random[layer % len(random)]
-        return left_out or is_drawn(name, made.values, self.seed)
+        rows, columns = values.shape
+        drawn = orthogonal((rows, columns), seed, name, specification.GAIN)
+        return same_bits(values, drawn.to(values.dtype).contiguous())
+
+    good = "are as published, random matrices orthogonal"
+    if seed is not None:
+        good = f"{good}, one of each layer drawn again from seed {seed}" if sampled else f"are those of seed {seed}"
+    return [
+        Claim(
+            "scaled projections",
+            multiples,
+            "are not what they should be",
+            lambda name: wanted(name) and source_name(config, name) is not None,
+            scaled,
+            role=role,
+        ),
+        Claim(
+            "initial values",
+            good,
+            "are not what they should be",
+            lambda name: wanted(name) and source_name(config, name) is None,
+            initial,
+        ),
+    ]
 
 
-@dataclass
-class States:
+class States(Claim):
     """What has happened to the attention of every layer: `untrained` (GQA: `kept`), `calibrated` or `trained`.
 
     `calibrated` are calibrated layers by a record, of which nothing else has changed.
     """
 
-    config: StudentConfig
-    calibrated: Collection[int] = ()
-    found: dict[int, str] = field(default_factory=dict)
+    def __init__(self, config: StudentConfig, calibrated: Collection[int] = ()) -> None:
+        def untouched(name: str, made: Held, origin: Mapping[str, Held]) -> bool:
+            other = origin.get(source_name(config, name) or "")
+            return departure(name, made.values, None if other is None else other.values, config) is None
 
-    def look(self, walk: Walk) -> None:
-        """Check the layer at hand."""
-        made = {name: held.values for name, held in walk.held(MADE).items() if is_attention(name)}
-        origin = {name: held.values for name, held in walk.held(ORIGIN).items()}
-        layers = {layer_index(name) for name in made}
-        layer = layers.pop() if len(layers) == 1 else None
-        if layer is None:
-            return
-        gqa = self.config.layer_kind(layer) == "gqa"
+        super().__init__("attention", "", "", is_attention, untouched)
+        self.config, self.calibrated = config, calibrated
 
-        def touched(name: str) -> bool:
-            if gqa:
-                return name not in origin or not is_copy(made[name], origin[name])
-            return departure(name, made[name], origin, self.config) is not None
-
-        parts = {part_of_mixer(n) for n, changed in zip(made, walk.pool.map(touched, made), strict=True) if changed}
-        fitted = layer in self.calibrated and parts <= (specification.REFITTED if gqa else specification.FITTED)
-        before = "kept" if gqa else "untrained"
-        self.found[layer] = before if not parts else "calibrated" if fitted else "trained"
+    @property
+    def found(self) -> dict[int, str]:
+        """Layer -> its state."""
+        changed, states = dict[int, set[str]](), dict[int, str]()
+        for name, holds in self.held.items():
+            parts = changed.setdefault(layer_index(name) or 0, set())
+            parts |= set() if holds else {part_of_mixer(name)}
+        for layer, parts in changed.items():
+            gqa = self.config.layer_kind(layer) == "gqa"
+            fitted = layer in self.calibrated and parts <= (specification.REFITTED if gqa else specification.FITTED)
+            states[layer] = "calibrated" if parts and fitted else "trained" if parts else "kept" if gqa else "untrained"
+        return states
 
     def conclude(self, report: Report) -> None:
-        """The check, passed or failed."""
-        report.attention = dict(self.found)
-        if self.found:
+        """The check, which always passes: each layer's state, where there is any attention."""
+        report.attention = self.found
+        if self.held:
             report.check("attention", True, self.sentence())
 
     def sentence(self) -> str:
         """`trained: layers 0-7; kept: layer 8`."""
-        return "; ".join(
-            f"{state}: {_ranges([i for i, s in self.found.items() if s == state])}"
-            for state in dict.fromkeys(self.found.values())
-        )
+        found = self.found
+        of_state = {state: [i for i, s in found.items() if s == state] for state in dict.fromkeys(found.values())}
+        return "; ".join(f"{state}: {_ranges(layers)}" for state, layers in of_state.items())
 
 
 def _ranges(layers: list[int]) -> str:
-    parts: list[str] = []
-    start = 0
-    for i, layer in enumerate(layers):
-        if i + 1 == len(layers) or layers[i + 1] != layer + 1:
-            parts.append(f"{layers[start]}-{layer}" if i > start else str(layer))
-            start = i + 1
+    runs = itertools.groupby(enumerate(layers), key=lambda pair: pair[1] - pair[0])
+    found = [[layer for _, layer in run] for _, run in runs]
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found]
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(parts)}"
-
-
-def listing(names: Iterable[str], what: str) -> str:
-    """`3 differ: a, b, c`, or nothing where no name is given."""
-    found = list(names)
-    return f"{len(found)} {what}: {shortened(found)}" if found else ""

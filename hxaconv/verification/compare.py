@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from hxaconv.errors import Inconsistent, raise_all, shortened
-from hxaconv.forward.logits import dumping
 from hxaconv.forward.walk import Walk, compute_dtype
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, StudentConfig
@@ -19,7 +18,8 @@ from hxaconv.model.model import Model
 from hxaconv.model.names import EMBEDDING, HEAD
 from hxaconv.model.plan import check, same_bytes
 from hxaconv.progress import Progress
-from hxaconv.verification.claims import MADE, ORIGIN, Claim, States
+from hxaconv.verification.claims import MADE, ORIGIN, Claim
+from hxaconv.verification.dump import dumping
 from hxaconv.verification.measure import Pass
 from hxaconv.verification.report import LogitResult, Report
 
@@ -32,6 +32,10 @@ class Compute:
     device: str = "cpu"
     logits_out: Path | None = None
     """A file for the source's input_ids, logits and hidden.{i}."""
+
+    def settings(self, ids: Tensor) -> dict[str, object]:
+        """What the report has of it."""
+        return {"tokens": ids.shape[1], "batch": ids.shape[0], "dtype": self.dtype, "device": self.device}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +74,11 @@ def verify_model(
 
     The forward is left out where names or shapes are wrong already. `claims` are about it and models `beside` it.
     """
-    report = Report(source=model.label, settings=_settings(ids, how))
+    report = Report(source=model.label, settings=how.settings(ids))
     _check_tensors(report, model)
     _check_config(report, model.config)
     if report.passed:
-        models = {MADE: model, **(beside or {})}
-        _run(report, models, ids, claims, how, progress)
+        _run(report, {MADE: model, **(beside or {})}, ids, claims, how, progress)
     return report
 
 
@@ -88,7 +91,7 @@ def compare_models(
     thresholds: Thresholds = Thresholds(),
     how: Compute = Compute(),
     beside: Mapping[str, Model] | None = None,
-    claims: Collection[Claim | States] = (),
+    claims: Collection[Claim] = (),
     each_layer: bool = True,
     progress: Progress | None = None,
 ) -> Report:
@@ -104,22 +107,29 @@ def compare_models(
     """
     same_kind = isinstance(source.config, StudentConfig) == isinstance(other.config, StudentConfig)
     report = Report(source=source.label, other=other.label, expect=expect or ("identical" if same_kind else "report"))
-    report.config_differences = _config_differences(source.config, other.config, thresholds.may_differ)
+    # Whether the head is tied shows in the tensors, where an explicit copy counts as the same.
+    both_students = same_kind and isinstance(source.config, StudentConfig)
+    names = {f.name for f in fields(StudentConfig if both_students else ModelConfig)} - {"tie_word_embeddings"}
+    report.config_differences = [
+        f"{name} is {getattr(source.config, name)!r}, the other's is {getattr(other.config, name)!r}"
+        for name in sorted(names - set(thresholds.may_differ))
+        if getattr(source.config, name) != getattr(other.config, name)
+    ]
     if ids is not None:
-        _refuse_incomparable(source.config, other.config)
-        report.settings = _settings(ids, how)
-    models = {MADE: source, ORIGIN: other, **(beside or {})}
-    _run(report, models, ids, claims, how, progress, each_layer=each_layer)
+        sizes = [(n, getattr(source.config, n), getattr(other.config, n)) for n in ("num_hidden_layers", "hidden_size")]
+        problems = [f"{name} is {a} here, {b} there" for name, a, b in sizes if a != b]
+        raise_all("these two models cannot be fed the same input:", problems, hint="Is it the right teacher?")
+        report.settings = how.settings(ids)
+    _run(report, {MADE: source, ORIGIN: other, **(beside or {})}, ids, claims, how, progress, each_layer=each_layer)
     if report.expect in USUAL:
-        if not any(isinstance(claim, Claim) and claim.check == "tensors" for claim in claims):
+        if not any(claim.check == "tensors" for claim in claims):
             _same_tensors(report, exactly=report.expect == "identical")
         if not same_kind and report.expect == "identical":
             report.notes.append(
                 "A student and its teacher are never identical: leave --expect out, or take untrained, calibrated or"
                 " attention-trained."
             )
-        found = report.config_differences
-        report.problems("config", found, "the same settings")
+        report.problems("config", report.config_differences, "the same settings")
     if report.logits is not None:
         given = {name: limit for name, limit in asdict(thresholds).items() if limit is not None}
         _within(report, report.logits, replace(USUAL.get(report.expect, Thresholds()), **given))
@@ -128,15 +138,11 @@ def compare_models(
     return report
 
 
-def _settings(ids: Tensor, how: Compute) -> dict[str, object]:
-    return {"tokens": ids.shape[1], "batch": ids.shape[0], "dtype": how.dtype, "device": how.device}
-
-
 def _run(
     report: Report,
     models: Mapping[str, Model],
     ids: Tensor | None,
-    claims: Collection[Claim | States],
+    claims: Collection[Claim],
     how: Compute,
     progress: Progress | None,
     each_layer: bool = True,
@@ -152,22 +158,6 @@ def _run(
     for claim in claims:
         claim.conclude(report)
     report.seconds = time.monotonic() - began
-
-
-def _refuse_incomparable(source: ModelConfig, other: ModelConfig) -> None:
-    names = ("num_hidden_layers", "hidden_size")
-    pairs = [(name, getattr(source, name), getattr(other, name)) for name in names]
-    problems = [f"{name} is {a} here, {b} there" for name, a, b in pairs if a != b]
-    raise_all("these two models cannot be fed the same input:", problems, hint="Is it the right teacher?")
-
-
-def _config_differences(source: ModelConfig, other: ModelConfig, may_differ: Collection[str]) -> list[str]:
-    """Settings that both have and that differ, as sentences."""
-    both_students = isinstance(source, StudentConfig) and isinstance(other, StudentConfig)
-    # Whether the head is tied shows in the tensors, where an explicit copy counts as the same.
-    names = {f.name for f in fields(StudentConfig if both_students else ModelConfig)} - {"tie_word_embeddings"}
-    pairs = [(name, getattr(source, name), getattr(other, name)) for name in sorted(names - set(may_differ))]
-    return [f"{name} is {a!r}, the other's is {b!r}" for name, a, b in pairs if a != b]
 
 
 # --- Before a forward: one model and its own config ------------------------------------------------------------------
@@ -230,13 +220,10 @@ def _within(report: Report, logits: LogitResult, limits: Thresholds) -> None:
         found = logits.max_difference
         report.check("logits", found <= limits.logits, f"max |d| {found:.3g}, allowed {limits.logits:.3g}{first}")
     if limits.layer is not None:
-        worst = max(report.layers, key=lambda result: _nan_is_worst(result.output_error))
+        # Of NaN, numpy takes the first.
+        worst = report.layers[int(np.argmax([result.output_error for result in report.layers]))]
         text = f"relative error at most {worst.output_error:.3g} (layer {worst.layer}), allowed {limits.layer:.3g}"
         report.check("layers", worst.output_error <= limits.layer, text + first)
     if limits.kl is not None:
-        kl = max(logits.kl_other_source, logits.kl_source_other, key=_nan_is_worst)
+        kl = float(np.maximum(logits.kl_other_source, logits.kl_source_other))
         report.check("KL", kl <= limits.kl, f"{kl:.3g} nats per token, allowed {limits.kl:.3g}")
-
-
-def _nan_is_worst(value: float) -> float:
-    return math.inf if math.isnan(value) else value

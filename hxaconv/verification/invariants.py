@@ -17,12 +17,10 @@ from hxaconv.model.plan import Plan
 from hxaconv.verification import specification
 from hxaconv.verification.claims import (
     Claim,
-    Copied,
-    Initial,
-    Scaled,
     States,
-    in_rwkv_layer,
-    listing,
+    bits_taken_over,
+    copied,
+    initial_claims,
     part_of_mixer,
     with_head,
 )
@@ -113,7 +111,6 @@ class History:
                 found._add(step)
         except (AttributeError, KeyError, TypeError, ValueError):
             return cls()
-        found.made = [made for made in found.made if made.layers]
         return found
 
     def _add(self, step: Mapping[str, Any]) -> None:
@@ -158,7 +155,7 @@ def check_against(
     expect = expect or history.expectation(config)
     states = States(config, history.calibrated)
     refitted = history.refitted if expect == "calibrated" else frozenset()
-    claims: list[Claim | States] = []
+    claims: list[Claim] = []
     if expect == "attention-trained":
         claims = [copied(config, without=is_attention, but="only attention may have changed")]
     elif expect != "report":
@@ -229,7 +226,7 @@ def _check_states(report: Report, expect: str, states: States, *, asked: bool) -
 def against_teacher(
     student: Model,
     teacher: Model,
-    claims: Collection[Claim | States],
+    claims: Collection[Claim],
     *,
     beside: Mapping[str, Model] | None = None,
     without_gqa: Collection[int | None] = (),
@@ -270,46 +267,7 @@ def completed(model: Model, base: Model) -> Model:
     return replace(model, plan=rest | model.plan)
 
 
-# --- Claims and checks that several operations share -----------------------------------------------------------------
-
-
-def copied(config: StudentConfig, *, without: Callable[[str], bool] = lambda name: False, but: str = "") -> Claim:
-    """Everything outside the mixers of RWKV layers is the teacher's, but for some names, which `but` describes."""
-
-    def wanted(name: str) -> bool:
-        return not in_rwkv_layer(config, name) and not without(name)
-
-    good, bad = f"are the teacher's{f'; {but}' if but else ''}", "differ from the teacher's"
-    return Copied("copied tensors", good, bad, wanted, complete=True, padded=True)
-
-
-def initial_claims(
-    config: StudentConfig,
-    factors: Mapping[str, float],
-    *,
-    layers: Collection[int] | None = None,
-    without: Callable[[str], bool] = lambda name: False,
-    role: str = "other",
-    seed: int | None = None,
-    sampled: bool = False,
-    cast: bool = False,
-) -> list[Claim]:
-    """RWKV layers (all, or some) are as they were initialised, but for some names."""
-    from_teacher = specification.FACTORS | specification.NORMS
-
-    def wanted(name: str, *, projection: bool) -> bool:
-        mine = in_rwkv_layer(config, name) and (layers is None or layer_index(name) in layers)
-        return mine and not without(name) and (part_of_mixer(name) in from_teacher) == projection
-
-    good = "are as published, random matrices orthogonal"
-    if seed is not None:
-        good = f"{good}, one of each layer drawn again from seed {seed}" if sampled else f"are those of seed {seed}"
-    bad, projections = "are not what they should be", functools.partial(wanted, projection=True)
-    others = functools.partial(wanted, projection=False)
-    return [
-        Scaled("scaled projections", "are the teacher's", bad, projections, role=role, factors=factors, cast=cast),
-        Initial("initial values", good, bad, others, config=config, seed=seed, sampled=sampled),
-    ]
+# --- Checks that several operations share ----------------------------------------------------------------------------
 
 
 def check_settings(report: Report, student: StudentConfig, teacher: ModelConfig) -> None:
@@ -365,7 +323,7 @@ def check_gqa_layers(report: Report, *, without: Collection[int | None] = ()) ->
     worst = max(result.nope_error or 0.0 for result in layers)
     count = "1 layer equals" if len(layers) == 1 else f"{len(layers)} layers equal"
     text = f"{count} the teacher's attention with every position 0, relative error {worst:.2g}"
-    report.check("GQA layers", not wrong, listing(wrong, "are not the teacher's attention without RoPE") or text)
+    report.problems("GQA layers", wrong, text, "are not the teacher's attention without RoPE")
 
 
 # --- Conversions, and another choice of layers -----------------------------------------------------------------------
@@ -380,7 +338,7 @@ def check_converted(source: Model, output: Model, *, progress: Progress | None =
     cast = any(recipe.dtype != output.plan[name].dtype for name, recipe in source.plan.items() if name in output.plan)
     padded = output.config.intermediate_size > source.config.intermediate_size
     good, bad = "are the source's, rounded or padded with zeros", "are not the source's"
-    rounded = Copied("tensors", good, bad, lambda name: True, complete=True, padded=True)
+    rounded = Claim("tensors", good, bad, lambda name: True, complete=True)
     report = compare_models(
         completed(output, source),
         source,
@@ -415,16 +373,16 @@ def check_repicked(
         return lambda name: is_attention(name) and layer_index(name) in some
 
     good, bad, rest = "have the bits of the source", "differ from the source", mixers(changed)
-    claims: list[Claim] = [Copied("kept tensors", good, bad, lambda n: not rest(n), role="before", exact=True)]
+    claims = [Claim("kept tensors", good, bad, lambda name: not rest(name), bits_taken_over, role="before")]
     beside = {"before": source}
     if other is not None and taken:
         beside["from"] = other
         good = f"of layers {', '.join(map(str, sorted(taken)))} are those of --from"
-        claims.append(Copied("layers taken over", good, "differ from the other checkpoint", mixers(taken), role="from"))
+        claims.append(Claim("layers taken over", good, "differ from the other checkpoint", mixers(taken), role="from"))
     if teacher is not None and changed - taken:
         beside["teacher"] = teacher
         good, bad = "are the teacher's attention", "differ from the teacher's"
-        claims.append(Copied("new GQA layers", good, bad, mixers(gqa), role="teacher"))
+        claims.append(Claim("new GQA layers", good, bad, mixers(gqa), role="teacher"))
         new = changed - taken - gqa
         claims += initial_claims(config, factors, layers=new, role="teacher", seed=seed, sampled=True)
     report = verify_model(output, ids=_probe(output), beside=beside, claims=claims, progress=progress)

@@ -115,9 +115,13 @@ class Report(Result):
         """Record the outcome of a check."""
         self.checks.append(Check(name, passed, detail))
 
-    def problems(self, name: str, found: Collection[str], good: str) -> None:
-        """Record a check that fails on what was found; `good` says what there is where nothing was."""
-        self.check(name, not found, shortened(found, "; ") or good)
+    def problems(self, name: str, found: Collection[str], good: str, bad: str = "") -> None:
+        """Record a check that fails on what was found; `good` says what there is where nothing was.
+
+        `found` are sentences, or names of which `bad` holds: `3 are missing: a, b, c`.
+        """
+        wrong = f"{len(found)} {bad}: {shortened(found)}" if bad else shortened(found, "; ")
+        self.check(name, not found, wrong if found else good)
 
     def tensor_counts(self) -> dict[str, int]:
         """Status -> number of tensors."""
