@@ -17,7 +17,7 @@ from hxaconv.forward import hxa079 as student
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.rope import RopeScaling
-from hxaconv.model.variants import VARIANTS
+from hxaconv.model.variants import VARIANTS, hxa07b, hxa07e
 from hxaconv.model.variants.base import Ranks
 from hxaconv.save.documents import student_json
 
@@ -83,6 +83,13 @@ def test_a_neighbours_formula_gives_something_else(name: str, other: str) -> Non
     # A low-rank term that a variant lacks is given it as its neighbour's vectors have it.
     lent = load_file(GOLDEN / f"{other}.safetensors")
     found = mixed(config_of(other), {key: lent[key] for key in needed - vectors.keys()} | vectors)
+    assert min(relative(y, vectors[f"y.{i}"]) for i, y in enumerate(found)) > 1e-3
+
+
+def test_hxa07e_is_not_hxa07b_in_its_own_term_of_v(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = load_file(GOLDEN / "hxa07e.safetensors")
+    monkeypatch.setattr(hxa07e, "VALUE_SCALE", hxa07b.VALUE_SCALE)
+    found = mixed(config_of("hxa07e"), vectors)
     assert min(relative(y, vectors[f"y.{i}"]) for i, y in enumerate(found)) > 1e-3
 
 

@@ -1,7 +1,7 @@
 """Which loaders take a checkpoint, and with what settings: answered from headers and config alone.
 
 What RWKV-Infer does with a model was tried, release by release: `rwkv_infer.py`. transformers was tried from 4.51 to
-5.24 (`tests/hf_matrix.sh`). The fork of llama.cpp was read, not run.
+5.24 (`tests/hf_matrix.sh`). The graphs of llama.cpp's fork were run (`benchmarks/llama_cpp.py`), its converter read.
 """
 
 from __future__ import annotations
@@ -54,12 +54,8 @@ TRANSFORMERS, INFER_FOLDER, INFER_PTH = "transformers", "RWKV-Infer, HF folder",
 LLAMA_CPP = "llama.cpp, OpenMOSE's fork"
 
 TRANSFORMERS_RELEASES = "4.51.3, 4.57.6, 5.0.0 and 5.24.0 (tried)"
-FORK = {
-    "hxa079": "eab6e78 of 2025-08-09, whose log says `not working`",
-    "hxa07d": "2230605",
-    "hxa07e": "7033bf6",
-}
-"""Variant -> the commit of the fork that has its graph."""
+FORK = {"hxa07d": "eab6e78 (with experts, heads of 128) and 2230605", "hxa07e": "7033bf6"}
+"""Variant -> the commits of the fork that have its graph."""
 FORK_CLASSES = ("Hrwkv079HybridForCausalLM", "HrwkvMoeHybridForCausalLM")
 """What its converter asks `architectures` in config.json to be."""
 
@@ -215,11 +211,14 @@ class _Reading:
         if not self._is_folder():
             return self.verdict()
         if self.variant not in FORK:
-            self.add(f"it has no graph for {self.variant}", "Use transformers.", where="the fork")
+            what = f"it has no graph for {self.variant}"
+            if self.variant == "hxa079":
+                what += ": those that take its tensors compute hxa07d's formula, and so other logits"
+            self.add(what, "Use transformers.", where="the fork")
             return self.verdict()
         classes = self.raw.get("architectures") or []
         do = "Compare its logits before you rely on it."
-        self.add("nothing of it was run here", do, where="the fork")
+        self.add("its graph was run on small models, its converter was not", do, where="the fork", blocks=False)
         if not set(classes) & set(FORK_CLASSES):
             what = f"its converter has the architectures {' and '.join(FORK_CLASSES)}, here are {classes}"
             self.add(what, "Give the converter a copy of the folder with one of these.", where="config.json")
