@@ -127,83 +127,66 @@ def plain_data(value: Any, digits: int | None = None) -> Any:
 
 
 def _checked(raw: dict[str, Any], label: str) -> dict[str, Any]:
-    problems = _type_problems(raw, _TYPES, "")
+    problems = []
+    for key, (fits, expected) in _TYPES.items():
+        value: Any = raw
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None and not fits(value):
+            # Not the repr of lists and objects: it recurses as deeply as they are nested.
+            shown = (
+                "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else show(repr(value))
+            )
+            problems.append(f"{key} is {shown}, expected {expected}")
     raise_all(f"{label}: values of the wrong type:", problems, hint="Compare it with the original model's file.")
     return raw
 
 
-def _type_problems(raw: Mapping[str, Any], types: Mapping[str, Any], prefix: str) -> list[str]:
-    problems: list[str] = []
-    for key, expected in types.items():
-        value = raw.get(key)
-        if value is None:
-            continue
-        if isinstance(expected, dict):
-            if isinstance(value, dict):
-                problems += _type_problems(value, expected, f"{prefix}{key}.")
-            else:
-                problems.append(f"{prefix}{key} is {_described(value)}, expected an object")
-        elif not expected[0](value):
-            problems.append(f"{prefix}{key} is {_described(value)}, expected {expected[1]}")
-    return problems
+def _is_int(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
 
 
-def _described(value: Any) -> str:
-    # Not the repr of lists and objects: it recurses as deeply as they are nested.
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "an object"
-    return show(repr(value))
+def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
 
 
-def _whole(limit: int) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: type(value) is int and 0 <= value <= limit, f"a whole number up to {limit}"
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
-
-
-_NUMBER = (_is_number, "a number")
+_MOST = 2**31 - 1
+_SIZE = (lambda value: _is_int(value, 0, _MOST), f"a whole number up to {_MOST}")
+_NUMBER = (lambda value: type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value), "a number")
 _BOOL = (lambda value: isinstance(value, bool), "true or false")
 _TEXT = (lambda value: isinstance(value, str), "text")
-_TEXTS = (lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "texts only")
-_LAYERS = (
-    lambda value: isinstance(value, list) and all(type(item) is int and 0 <= item < MAX_LAYERS for item in value),
-    "layer numbers only",
-)
-_SIZE = _whole(2**31 - 1)
-
-
-def _is_token(value: Any) -> bool:
-    return type(value) is int and abs(value) < 2**31
-
-
+_LAYERS = (_all(lambda value: _is_int(value, 0, MAX_LAYERS - 1)), "layer numbers only")
 _TOKENS = (
-    lambda value: _is_token(value) or (isinstance(value, list) and all(map(_is_token, value))),
+    lambda value: _all(lambda one: _is_int(one, -_MOST, _MOST))(value if isinstance(value, list) else [value]),
     "a token id or a list of them",
 )
-_ROPE = {"rope_theta": _NUMBER, "rope_type": _TEXT, "type": _TEXT, "partial_rotary_factor": _NUMBER}
-_TYPES: dict[str, Any] = {
-    "num_hidden_layers": _whole(MAX_LAYERS),
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_hidden_layers": (lambda value: _is_int(value, 0, MAX_LAYERS), f"a whole number up to {MAX_LAYERS}"),
     **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"), _SIZE),
     **dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings"), _SIZE),
-    "sliding_window": (lambda value: value is False or _SIZE[0](value), _SIZE[1]),
+    "sliding_window": (lambda value: value is False or _is_int(value, 0, _MOST), _SIZE[1]),
     **dict.fromkeys(("lora_rank_decay", "lora_rank_iclr", "lora_rank_gate"), _SIZE),
     **dict.fromkeys(("lora_rank_value_residual_mix", "lora_rank_key_residual_mix"), _SIZE),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), _SIZE),
     **dict.fromkeys(("rms_norm_eps", "rope_theta", "partial_rotary_factor"), _NUMBER),
+    **dict.fromkeys(("initializer_range", "attention_dropout"), _NUMBER),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias"), _BOOL),
     **dict.fromkeys(("use_sliding_window", "enable_qk_norm", "has_layer_records"), _BOOL),
     **dict.fromkeys(("nope_in_transformer", "nope_in_rwkv"), _BOOL),
     **dict.fromkeys(("model_type", "hidden_act", "hidden_activation", "rwkv_architecture"), _TEXT),
-    **dict.fromkeys(("dtype", "torch_dtype"), _TEXT),
-    **dict.fromkeys(("architectures", "layer_types"), _TEXTS),
+    **dict.fromkeys(("dtype", "torch_dtype", "quantization_config.quant_method"), _TEXT),
+    **dict.fromkeys(("architectures", "layer_types"), (_all(_TEXT[0]), "texts only")),
     **dict.fromkeys(("transformer_layers", "rwkv_layers"), _LAYERS),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _TOKENS),
-    **dict.fromkeys(("initializer_range", "attention_dropout"), _NUMBER),
-    "auto_map": {},
-    "hxaconv": {},
-    **dict.fromkeys(("rope_parameters", "rope_scaling"), _ROPE),
-    "quantization_config": {"quant_method": _TEXT},
+    **dict.fromkeys(
+        ("auto_map", "hxaconv", "rope_parameters", "rope_scaling", "quantization_config"),
+        (lambda value: isinstance(value, dict), "an object"),
+    ),
+    **{
+        f"{outer}.{key}": kind
+        for outer in ("rope_parameters", "rope_scaling")
+        for kind, keys in ((_NUMBER, ("rope_theta", "partial_rotary_factor")), (_TEXT, ("rope_type", "type")))
+        for key in keys
+    },
 }
 """What the keys hold that are read anywhere in the package; null is allowed, and left to who reads it."""

@@ -113,12 +113,19 @@ TRAINER_OBJECTS = (
 `inert` of `parse`. The first releases of Python 3.11 write a member of an enumeration as getattr(class, name): a record
 like others, which nothing can call."""
 _DANGEROUS = frozenset(
-    {
+    (
         *("os", "posix", "nt", "subprocess", "sys", "builtins", "runpy", "shutil", "socket", "importlib", "pty"),
         *("code", "ctypes"),
-    }
+    )
 )
 """Modules that no training state needs and that malware asks for."""
+_CONSTANTS = frozenset(
+    (
+        *("INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING"),
+        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    )
+)
+"""Opcodes that push what stands behind them."""
 _STORAGES = {f"torch.{name}": dtype.name for name, dtype in BY_STORAGE_CLASS.items()}
 _STORAGES["torch.storage.UntypedStorage"] = "U8"  # counts bytes; the tensors on it have the dtype
 _KEY_TYPES = frozenset({str, int, float, bool, bytes, type(None), Record})
@@ -167,12 +174,9 @@ class Machine:
             for opcode, argument, position in pickletools.genops(stream):
                 self._position = position or 0
                 self.charge(1)
-                step = _STEPS.get(opcode.name)
-                if step is None:
-                    raise self.fail(f"uses opcode {opcode.name}, which torch.save does not write")
                 if type(argument) is int and argument.bit_length() > _MAX_BITS:
                     raise self.fail(f"holds a number of {argument.bit_length()} bits")
-                step(self, argument)
+                self.step(opcode.name, argument)
         except IndexError:
             raise self.fail("takes from an empty stack") from None
         except ValueError as error:  # of genops, also at the end of the data
@@ -180,6 +184,79 @@ class Machine:
         if self.marked or len(self.stack) != 1:
             raise self.fail("leaves more or less than one value")
         self.value = self.stack[0]
+
+    def step(self, opcode: str, argument: Any) -> None:
+        """What an opcode does."""
+        stack = self.stack
+        match opcode:
+            case _ if opcode in _CONSTANTS:
+                stack.append(argument)
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                if argument not in self.memo:
+                    raise self.fail(f"recalls value {argument}, which it never stored")
+                stack.append(self.memo[argument])
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode])
+            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append({"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}[opcode]())
+            case "MARK":
+                self.marked.append(stack)
+                self.stack = []
+            case "TUPLE":
+                items = self.items_above_mark()
+                self.stack.append(tuple(items))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(opcode[-1])
+                if len(stack) < count:
+                    raise IndexError
+                stack[-count:] = [tuple(stack[-count:])]
+            case "LIST":
+                items = self.items_above_mark()
+                self.stack.append(items)
+            case "APPEND":
+                value = stack.pop()
+                self.top(list).append(value)
+            case "APPENDS":
+                items = self.items_above_mark()
+                self.top(list).extend(items)
+            case "DICT":
+                made: dict[Any, Any] = {}
+                self.store_items(made, self.items_above_mark())
+                self.stack.append(made)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                self.store_items(self.top(dict), [key, value])
+            case "SETITEMS":
+                items = self.items_above_mark()
+                self.store_items(self.top(dict), items)
+            case "BINPERSID":
+                stack.append(self.storage(stack.pop()))
+            case "GLOBAL":
+                module, _, name = argument.partition(" ")
+                stack.append(self.find_global(module, name))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                if not (isinstance(name, str) and isinstance(module, str)):
+                    raise self.fail("names a global by something else than text")
+                stack.append(self.find_global(module, name))
+            case "REDUCE" | "NEWOBJ":
+                arguments, callee = stack.pop(), stack.pop()
+                stack.append(self.call(callee, arguments))
+            case "BUILD":
+                state, target = stack.pop(), self.top(OrderedDict, Record)
+                if isinstance(target, Record):  # else `_metadata` of a module's state dict: versions, of no use here
+                    target.state = state
+            case "PROTO":
+                if argument > 5:
+                    raise self.fail(f"is of protocol {argument}, expected at most 5")
+            case "FRAME" | "STOP":  # genops ends behind the second
+                pass
+            case _:
+                raise self.fail(f"uses opcode {opcode}, which torch.save does not write")
 
     def fail(self, what: str) -> HxaconvError:
         """The error for a pickle that no torch.save writes: what it does, and where."""
@@ -365,135 +442,3 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
     "torch.Size": _size,
 }
 _KNOWN = _BUILDERS.keys() | _STORAGES.keys() | _ALLOWED
-
-
-# --- what each opcode does ------------------------------------------------------------------------------
-
-
-def _nothing(machine: Machine, argument: Any) -> None:
-    """FRAME, and STOP, behind which genops ends."""
-
-
-def _push(value: Callable[[Machine, Any], Any]) -> Callable[[Machine, Any], None]:
-    def step(machine: Machine, argument: Any) -> None:
-        made = value(machine, argument)  # first: it may exchange the stack
-        machine.stack.append(made)
-
-    return step
-
-
-def _protocol(machine: Machine, version: int) -> None:
-    if version > 5:
-        raise machine.fail(f"is of protocol {version}, expected at most 5")
-
-
-def _mark(machine: Machine, argument: Any) -> None:
-    machine.marked.append(machine.stack)
-    machine.stack = []
-
-
-def _tuple_of(count: int) -> Callable[[Machine, Any], None]:
-    def step(machine: Machine, argument: Any) -> None:
-        if len(machine.stack) < count:
-            raise IndexError
-        machine.stack[-count:] = [tuple(machine.stack[-count:])]
-
-    return step
-
-
-def _put(machine: Machine, index: int) -> None:
-    machine.memo[index] = machine.stack[-1]
-
-
-def _memoize(machine: Machine, argument: Any) -> None:
-    machine.memo[len(machine.memo)] = machine.stack[-1]
-
-
-def _recall(machine: Machine, index: int) -> Any:
-    if index not in machine.memo:
-        raise machine.fail(f"recalls value {index}, which it never stored")
-    return machine.memo[index]
-
-
-def _append(machine: Machine, argument: Any) -> None:
-    value = machine.stack.pop()
-    machine.top(list).append(value)
-
-
-def _appends(machine: Machine, argument: Any) -> None:
-    items = machine.items_above_mark()
-    machine.top(list).extend(items)
-
-
-def _dict(machine: Machine, argument: Any) -> dict[Any, Any]:
-    made: dict[Any, Any] = {}
-    machine.store_items(made, machine.items_above_mark())
-    return made
-
-
-def _setitem(machine: Machine, argument: Any) -> None:
-    value, key = machine.stack.pop(), machine.stack.pop()
-    machine.store_items(machine.top(dict), [key, value])
-
-
-def _setitems(machine: Machine, argument: Any) -> None:
-    items = machine.items_above_mark()
-    machine.store_items(machine.top(dict), items)
-
-
-def _call(machine: Machine, argument: Any) -> Any:
-    arguments, callee = machine.stack.pop(), machine.stack.pop()
-    return machine.call(callee, arguments)
-
-
-def _build(machine: Machine, argument: Any) -> None:
-    state = machine.stack.pop()
-    target = machine.top(OrderedDict, Record)
-    if isinstance(target, Record):  # else `_metadata` of a module's state dict: versions of modules, of no use here
-        target.state = state
-
-
-def _global(machine: Machine, names: str) -> Global:
-    module, _, name = names.partition(" ")
-    return machine.find_global(module, name)
-
-
-def _stack_global(machine: Machine, argument: Any) -> Global:
-    name, module = machine.stack.pop(), machine.stack.pop()
-    if not (isinstance(name, str) and isinstance(module, str)):
-        raise machine.fail("names a global by something else than text")
-    return machine.find_global(module, name)
-
-
-_CONSTANTS = (
-    *("INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-)
-_STEPS: dict[str, Callable[[Machine, Any], None]] = {
-    **dict.fromkeys(_CONSTANTS, _push(lambda machine, value: value)),
-    **dict.fromkeys(("FRAME", "STOP"), _nothing),
-    "PROTO": _protocol,
-    "NONE": _push(lambda machine, _: None),
-    "NEWTRUE": _push(lambda machine, _: True),
-    "NEWFALSE": _push(lambda machine, _: False),
-    "MARK": _mark,
-    "EMPTY_TUPLE": _push(lambda machine, _: ()),
-    "TUPLE": _push(lambda machine, _: tuple(machine.items_above_mark())),
-    **{f"TUPLE{count}": _tuple_of(count) for count in (1, 2, 3)},
-    "EMPTY_LIST": _push(lambda machine, _: []),
-    "LIST": _push(lambda machine, _: machine.items_above_mark()),
-    "APPEND": _append,
-    "APPENDS": _appends,
-    "EMPTY_DICT": _push(lambda machine, _: {}),
-    "DICT": _push(_dict),
-    "SETITEM": _setitem,
-    "SETITEMS": _setitems,
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _put),
-    "MEMOIZE": _memoize,
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), _push(_recall)),
-    "GLOBAL": _push(_global),
-    "STACK_GLOBAL": _push(_stack_global),
-    "BINPERSID": _push(lambda machine, _: machine.storage(machine.stack.pop())),
-    **dict.fromkeys(("REDUCE", "NEWOBJ"), _push(_call)),
-    "BUILD": _build,
-}
