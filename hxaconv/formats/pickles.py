@@ -348,10 +348,10 @@ class Machine:
         kind, key, _device, numel, view = (*ident[1:], None)[:5]
         if kind.name not in _STORAGES:
             return Record(kind.name, (key,))
-        if not _are_sizes(numel):
+        if not are_sizes(numel):
             raise self.fail("refers to a storage with an impossible number of elements")
         if view is not None and not (
-            isinstance(view, tuple) and len(view) == 3 and isinstance(view[0], str) and _are_sizes(*view[1:])
+            isinstance(view, tuple) and len(view) == 3 and isinstance(view[0], str) and are_sizes(*view[1:])
         ):
             raise self.fail("refers to a storage view of unknown form")
         made = Storage(_STORAGES[kind.name], key, numel, view)
@@ -359,13 +359,21 @@ class Machine:
         return made
 
 
-def _are_sizes(*values: Any) -> bool:
+def are_sizes(*values: Any) -> bool:
+    """Whether these can be sizes, offsets or strides."""
     return all(type(value) is int and 0 <= value < _MAX_SIZE for value in values)
 
 
 def shape_of(value: Any) -> tuple[int, ...] | None:
     """The sizes (or offsets) of a tensor; None for what is none."""
-    return value if isinstance(value, tuple) and len(value) <= MAX_DIMS and _are_sizes(*value) else None
+    return value if isinstance(value, tuple) and len(value) <= MAX_DIMS and are_sizes(*value) else None
+
+
+def expect(value: Any, kind: type, where: str, what: str) -> Any:
+    """The value, if it is of this type, or an error for a damaged file is raised."""
+    if not isinstance(value, kind):
+        raise broken(where, f"{what} is a {type(value).__name__}, expected a {kind.__name__}")
+    return value
 
 
 # --- what is built, by the name that the pickle calls ---------------------------------------------------
@@ -393,7 +401,7 @@ def _tensor(machine: Machine, *arguments: Any) -> Tensor | Record:
     storage, offset, shape, strides = arguments[:4]
     if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= MAX_DIMS):
         raise machine.fail("builds a tensor whose shape and strides do not fit together")
-    if not _are_sizes(offset, *shape, *strides):
+    if not are_sizes(offset, *shape, *strides):
         raise machine.fail("builds a tensor with a size, stride or offset that is no whole number from 0 to 2**62")
     if len(arguments) == 7 and arguments[6]:
         raise machine.fail("marks a tensor as conjugated or negated, which is not supported")

@@ -18,13 +18,13 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hxaconv.errors import HxaconvError, raise_all, shortened
 from hxaconv.formats import Contents
 from hxaconv.formats.dtypes import BY_NAME, FLOATS, num_bytes
 from hxaconv.formats.files import Extent, SourceFile, broken, check_names, show
-from hxaconv.formats.pickles import TRAINER_OBJECTS, Record, Tensor, shape_of
+from hxaconv.formats.pickles import TRAINER_OBJECTS, Record, Tensor, are_sizes, expect, shape_of
 from hxaconv.formats.state_dict import recipes
 from hxaconv.formats.torchzip import TorchZip
 from hxaconv.model.plan import Plan, Ranges, Recipe, with_origin
@@ -48,25 +48,22 @@ def step_folder(folder: Path) -> Path | None:
     Raises:
         HxaconvError: when `latest` names a folder that is not there.
     """
-    if _holds_step(folder):
+    if _states(folder):
         return folder
     latest = folder / LATEST
     if latest.is_file() and latest.stat().st_size <= 512:
         tag = latest.read_text(encoding="utf-8", errors="replace").strip()
         if re.fullmatch(r"[\w.+=-]+", tag) and tag not in (".", "..") and (folder / tag).is_dir():
-            return folder / tag if _holds_step(folder / tag) else None
-        steps = sorted(inner.name for inner in folder.iterdir() if inner.is_dir() and _holds_step(inner))
+            return folder / tag if _states(folder / tag) else None
+        steps = sorted(inner.name for inner in folder.iterdir() if inner.is_dir() and _states(inner))
         there = f"the folder holds {shortened(steps)}" if steps else "no step of DeepSpeed is in the folder"
         raise HxaconvError(f"{latest} names {show(tag)}, which is not there; {there}", hint="Give the step's folder.")
     return None
 
 
-def _holds_step(folder: Path) -> bool:
-    return any(map(_is_state, folder.iterdir()))
-
-
-def _is_state(path: Path) -> bool:
-    return path.name.endswith((_MODEL, _OPTIMIZER)) and not path.name.startswith("._")  # of macOS, beside each file
+def _states(folder: Path) -> list[str]:
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if name.endswith((_MODEL, _OPTIMIZER)) and not name.startswith("._"))
 
 
 def read_zero(folder: Path, *, label: str, weights: str | None = None) -> tuple[list[SourceFile], Contents]:
@@ -79,10 +76,11 @@ def read_zero(folder: Path, *, label: str, weights: str | None = None) -> tuple[
         HxaconvError: for missing ranks, files of several steps, tensors of other sizes than announced, model-parallel
             checkpoints, and everything that makes a single file unreadable.
     """
-    names = sorted(path.name for path in folder.iterdir() if _is_state(path))
+    names = _states(folder)
     _refuse_other_layouts(names, label)
-    models = _opened(folder, [name for name in names if name.endswith(_MODEL)], label)
-    optimizers = _opened(folder, [name for name in names if name.endswith(_OPTIMIZER)], label)
+    models, optimizers = (
+        _opened(folder, [name for name in names if name.endswith(kind)], label) for kind in (_MODEL, _OPTIMIZER)
+    )
     if not models:
         raise HxaconvError(
             f"{label} holds {len(optimizers)} *{_OPTIMIZER} but no *{_MODEL}, which name the tensors",
@@ -137,8 +135,7 @@ def _opened(folder: Path, names: Iterable[str], label: str) -> dict[int, TorchZi
         assert match is not None
         file = SourceFile.local(folder / name, name=f"{folder.name}/{name}", label=f"{label.rstrip('/')}/{name}")
         archive = TorchZip(file, inert=TRAINER_OBJECTS)
-        if not isinstance(archive.value, dict):
-            raise HxaconvError(f"{file.label} holds a {type(archive.value).__name__}, expected DeepSpeed's dictionary")
+        expect(archive.value, dict, file.label, "what it holds")
         opened[int(match[1] or 0)] = archive
     return dict(sorted(opened.items()))
 
@@ -155,10 +152,7 @@ def _same_everywhere(what: str, values: Iterable[tuple[Any, str]], label: str) -
 
 def _mapping(archive: TorchZip, key: str) -> dict[Any, Any]:
     """A dictionary under a key; empty where the key is missing or None."""
-    found = archive.value.get(key)
-    if not isinstance(found, dict | None):
-        raise broken(archive.label, f"{key} is a {type(found).__name__}, expected a dictionary")
-    return found or {}
+    return dict(expect(archive.value.get(key) or {}, dict, archive.label, key))
 
 
 def _model_weights(model: TorchZip) -> tuple[Plan, list[list[str]]]:
@@ -175,27 +169,71 @@ def _model_weights(model: TorchZip) -> tuple[Plan, list[list[str]]]:
     return recipes(tensors, model.place, model.file)
 
 
+# --- master weights -----------------------------------------------------------------------------------
+
+
+class _Rank(NamedTuple):
+    """A rank's file of the optimizer's states, those of ZeRO in it, and its flat tensors, one per group."""
+
+    archive: TorchZip
+    state: dict[Any, Any]
+    flats: list[Recipe]
+
+
 def _masters(models: Mapping[int, TorchZip], optimizers: Mapping[int, TorchZip], label: str) -> tuple[Plan, int]:
-    states = {rank: _mapping(archive, "optimizer_state_dict") for rank, archive in optimizers.items()}
-    stage = _stage(optimizers, states, label)
-    _check_ranks(optimizers, states, label)
-    steps = [(_optimizer_step(archive, states[rank]), archive.file.name) for rank, archive in optimizers.items()]
-    _same_everywhere("steps", [(f"{step:g}", name) for step, name in steps if step is not None], label)
+    """The master weights, buffers and frozen parameters, and the stage of ZeRO."""
+    stage, ranks = _ranks(optimizers, label)
     first = next(iter(models.values()))
-    groups = _parameter_groups(first)
-    plan = _buffers(first)
+    shapes = first.value.get("param_shapes")
+    if not isinstance(shapes, list) or not shapes:
+        raise HxaconvError(
+            f"{first.label} lacks param_shapes, so that the flat partitions cannot be assigned", hint=_BY_MODEL
+        )
+    groups, module = [_shapes(first, group, "param_shapes") for group in shapes], _mapping(first, "module")
+    names = expect(first.value.get("buffer_names"), list, first.label, "buffer_names")
+    buffers = [name for name in names if isinstance(name, str) and isinstance(module.get(name), Tensor)]
+    plan = {name: first.recipe(module[name], name) for name in buffers}
     if stage == 3:
         missing = [f"rank {rank}" for rank in optimizers if rank not in models]
         raise_all(f"{label}: *{_MODEL} of these ranks are missing:", missing, hint=_AGAIN)
-        plan |= _frozen(list(models.values())) | _stage_3(groups, optimizers, states)
+        plan |= _frozen(list(models.values())) | _stage_3(groups, ranks)
     else:
-        plan |= _frozen([first]) | _stages_1_and_2(groups, optimizers, states)
+        plan |= _frozen([first]) | _stages_1_and_2(groups, ranks)
     for alias, name in _mapping(first, "shared_params").items():
         if isinstance(name, str) and name in plan:
             plan[alias] = with_origin(plan[name], f"{plan[name].origin}, shared by {alias}")
     if stage < 3:  # stage 1 names frozen parameters nowhere else
         plan |= {name: recipe for name, recipe in _model_weights(first)[0].items() if name not in plan}
     return plan, stage
+
+
+def _ranks(optimizers: Mapping[int, TorchZip], label: str) -> tuple[int, list[_Rank]]:
+    """The stage of ZeRO, and what every rank has: all of them, of one step."""
+    states = [(archive, _mapping(archive, "optimizer_state_dict")) for archive in optimizers.values()]
+    none = [archive.file.name for archive, state in states if "zero_stage" not in state]
+    raise_all(f"{label}: these are no files of a ZeRO optimizer:", none, hint="Take --weights model.")
+    stage, *others = {_number(state["zero_stage"]) for _, state in states}
+    if others or stage not in _MASTERS:
+        raise HxaconvError(f"{label}: its optimizer's files are not all of ZeRO stage 1, 2 or 3")
+    key, counts = _MASTERS[stage], states[0][1].get("partition_count")
+    expected = max(_number(count) or 0 for count in (counts if isinstance(counts, list) and counts else [counts]))
+    missing = [str(rank) for rank in range(min(expected, 65536)) if rank not in optimizers]
+    if missing or len(optimizers) != expected:
+        gone = f"; rank {shortened(missing)} is missing" if missing else ""
+        raise HxaconvError(
+            f"{label}: saved by {expected} ranks, but {len(optimizers)} *{_OPTIMIZER} are there{gone}",
+            hint="Copy the files of all nodes into one folder, or delete those of an earlier run with more ranks.",
+        )
+    ranks = []
+    for archive, state in states:
+        flats = expect(state.get(key), list, archive.label, f"{key}, the master weights")
+        ranks.append(_Rank(archive, state, [archive.recipe(flat, key) for flat in flats]))
+    steps = [(_optimizer_step(archive, state), archive.file.name) for archive, state in states]
+    _same_everywhere("steps", [(f"{step:g}", name) for step, name in steps if step is not None], label)
+    dtypes = sorted({flat.dtype for rank in ranks for flat in rank.flats})
+    if len(dtypes) != 1 or dtypes[0] not in FLOATS:
+        raise broken(label, f"{key} is of {', '.join(dtypes) or 'no type'}, expected one float type")
+    return stage, ranks
 
 
 def _number(value: Any) -> int | None:
@@ -205,34 +243,6 @@ def _number(value: Any) -> int | None:
     if isinstance(value, str):
         value = _STAGES.get(value)
     return value if type(value) is int else None
-
-
-def _stage(optimizers: Mapping[int, TorchZip], states: Mapping[int, Mapping[Any, Any]], label: str) -> int:
-    none = [optimizers[rank].file.name for rank, state in states.items() if "zero_stage" not in state]
-    raise_all(f"{label}: these are no files of a ZeRO optimizer:", none, hint="Take --weights model.")
-    stages = {_number(state["zero_stage"]) for state in states.values()}
-    stage = stages.pop()
-    if stages or stage not in _MASTERS:
-        raise HxaconvError(f"{label}: its optimizer's files are not all of ZeRO stage 1, 2 or 3")
-    lacking = [optimizers[rank].file.name for rank, state in states.items() if _MASTERS[stage] not in state]
-    raise_all(f"{label}: optimizer's files without {_MASTERS[stage]}, the master weights:", lacking)
-    return stage
-
-
-def _check_ranks(optimizers: Mapping[int, TorchZip], states: Mapping[int, Mapping[Any, Any]], label: str) -> None:
-    first, archive = next(iter(states.values())), next(iter(optimizers.values()))
-    counts = first.get("partition_count")
-    numbers = [_number(count) for count in (counts if isinstance(counts, list) else [counts])]
-    if None in numbers or not numbers:
-        raise broken(archive.label, "partition_count is no number of ranks")
-    expected = max(number for number in numbers if number is not None)
-    missing = [str(rank) for rank in range(min(expected, 65536)) if rank not in optimizers]
-    if missing or len(optimizers) != expected:
-        gone = f"; rank {shortened(missing)} is missing" if missing else ""
-        raise HxaconvError(
-            f"{label}: saved by {expected} ranks, but {len(optimizers)} *{_OPTIMIZER} are there{gone}",
-            hint="Copy the files of all nodes into one folder, or delete those of an earlier run with more ranks.",
-        )
 
 
 def _optimizer_step(archive: TorchZip, state: Mapping[Any, Any]) -> float | None:
@@ -261,30 +271,10 @@ def _cut(flats: Sequence[Recipe], start: int, shape: tuple[int, ...], origin: st
 
 
 def _shapes(archive: TorchZip, value: Any, what: str) -> dict[str, tuple[int, ...]]:
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise broken(archive.label, f"{what} does not map names to shapes")
-    shapes = {name: shape_of(shape) for name, shape in value.items()}
-    odd = [f"{show(name)} has no shape" for name, shape in shapes.items() if shape is None or 0 in shape]
-    raise_all(f"{archive.label}: {what}:", odd, hint=_AGAIN)
+    shapes = {name: shape_of(shape) for name, shape in expect(value, dict, archive.label, what).items()}
+    odd = [show(str(name)) for name, shape in shapes.items() if type(name) is not str or shape is None or 0 in shape]
+    raise_all(f"{archive.label}: names or shapes in {what} that are none:", odd, hint=_AGAIN)
     return {name: shape for name, shape in shapes.items() if shape is not None}
-
-
-def _parameter_groups(model: TorchZip) -> list[Shapes]:
-    groups = model.value.get("param_shapes")
-    if not isinstance(groups, list) or not groups:
-        raise HxaconvError(
-            f"{model.label} lacks param_shapes, so that the flat partitions cannot be assigned", hint=_BY_MODEL
-        )
-    return [_shapes(model, group, "param_shapes") for group in groups]
-
-
-def _buffers(model: TorchZip) -> Plan:
-    """The registered buffers, as the model holds them."""
-    module, names = _mapping(model, "module"), model.value.get("buffer_names")
-    if not isinstance(names, list):
-        raise broken(model.label, "buffer_names is no list")
-    held = [name for name in names if isinstance(name, str) and isinstance(module.get(name), Tensor)]
-    return {name: model.recipe(module[name], name) for name in held}
 
 
 def _frozen(models: Sequence[TorchZip]) -> Plan:
@@ -302,108 +292,63 @@ def _frozen(models: Sequence[TorchZip]) -> Plan:
     return plan
 
 
-def _flat(archive: TorchZip, tensors: Iterable[Any], what: str) -> list[Recipe]:
-    """A rank's flat tensors, all of one float type."""
-    found = [archive.recipe(tensor, what) for tensor in tensors]
-    dtypes = sorted({flat.dtype for flat in found})
-    if len(dtypes) != 1 or dtypes[0] not in FLOATS:
-        raise broken(archive.label, f"{what} is of {', '.join(dtypes) or 'no type'}, expected one float type")
-    return found
-
-
-def _flat_groups(archive: TorchZip, state: Mapping[Any, Any], key: str) -> list[Any]:
-    if not isinstance(state[key], list):
-        raise broken(archive.label, f"{key} is no list of groups")
-    return list(state[key])
-
-
-def _stage_3(
-    groups: Sequence[Shapes], optimizers: Mapping[int, TorchZip], states: Mapping[int, Mapping[Any, Any]]
-) -> Plan:
-    ranks, key = len(optimizers), _MASTERS[3]
-    flats = [_flat(archive, _flat_groups(archive, states[rank], key), key) for rank, archive in optimizers.items()]
+def _stage_3(groups: Sequence[Shapes], ranks: Sequence[_Rank]) -> Plan:
     shapes = {name: shape for group in groups for name, shape in group.items()}
-    shares = {name: -(-math.prod(shape) // ranks) for name, shape in shapes.items()}
-    dtype, needed = flats[0][0].dtype, sum(shares.values())
-    for archive, flat in zip(optimizers.values(), flats, strict=True):
-        numel = sum(part.numel for part in flat)
-        if numel != needed or flat[0].dtype != dtype:
-            raise broken(
-                archive.label,
-                f"{key} holds {numel} elements ({flat[0].dtype}), {ranks} ranks need {needed} ({dtype}) in each",
-            )
+    shares = {name: -(-math.prod(shape) // len(ranks)) for name, shape in shapes.items()}
+    needed = sum(shares.values())
+    for archive, _, flats in ranks:
+        numel = sum(flat.numel for flat in flats)
+        if numel != needed:
+            found = f"{_MASTERS[3]} holds {numel} elements"
+            raise broken(archive.label, f"{found}, {len(ranks)} ranks need {needed} in each")
     plan, offset = Plan(), 0
     for name, shape in shapes.items():
-        parts = [_cut(flat, offset, (shares[name],), name) for flat in flats]
-        plan[name] = _cut(parts, 0, shape, f"{name} in {ranks} {_OPTIMIZER}")
+        parts = [_cut(rank.flats, offset, (shares[name],), name) for rank in ranks]
+        plan[name] = _cut(parts, 0, shape, f"{name} in {len(ranks)} {_OPTIMIZER}")
         offset += shares[name]
     return plan
 
 
-def _stages_1_and_2(
-    groups: Sequence[Shapes], optimizers: Mapping[int, TorchZip], states: Mapping[int, Mapping[Any, Any]]
-) -> Plan:
-    ranks, key = len(optimizers), _MASTERS[2]
-    align = 2 * ranks
-    held = {rank: _flat_groups(archive, states[rank], key) for rank, archive in optimizers.items()}
-    other = [f"{optimizers[rank].file.name}: {len(flats)}" for rank, flats in held.items() if len(flats) != len(groups)]
-    first = next(iter(optimizers.values()))
-    raise_all(f"{first.label}: {key} has other groups than the {len(groups)} of the model's parameters:", other)
-    paddings = _paddings(next(iter(states.values())), groups, first.label)
+def _stages_1_and_2(groups: Sequence[Shapes], ranks: Sequence[_Rank]) -> Plan:
+    key, first, align = _MASTERS[2], ranks[0].archive.label, 2 * len(ranks)
+    other = [f"{rank.archive.file.name}: {len(rank.flats)}" for rank in ranks if len(rank.flats) != len(groups)]
+    raise_all(f"{first}: {key} has other groups than the {len(groups)} of the model's parameters:", other)
+    # Elements of padding behind every parameter; newer versions of DeepSpeed write them down.
+    none, what = [[0] * len(group) for group in groups], "param_alignment_paddings"
+    paddings = expect(ranks[0].state.get(what) or none, list, first, what)
+    counts = [len(inside) if isinstance(inside, list) and are_sizes(*inside) else None for inside in paddings]
+    if counts != [len(group) for group in groups]:
+        raise broken(first, f"{what} does not fit its parameters")
     plan: Plan = {}
     for number, shapes in enumerate(groups):
-        what = f"group {number} of {key}"
-        parts = {rank: _flat(archive, [held[rank][number]], what)[0] for rank, archive in optimizers.items()}
         offset, places = 0, {}
         for (name, shape), padding in zip(shapes.items(), paddings[number], strict=True):
             places[name] = (offset, math.prod(shape))
             offset += math.prod(shape) + padding
-        numel = sum(part.numel for part in parts.values())
-        if -(-offset // align) != -(-numel // align) or len({part.dtype for part in parts.values()}) > 1:
+        parts = [rank.flats[number] for rank in ranks]
+        numel = sum(part.numel for part in parts)
+        if -(-offset // align) != -(-numel // align):
             raise HxaconvError(
-                f"{first.label} and its {ranks - 1} companions: {what} holds"
+                f"{first} and its {len(ranks) - 1} companions: group {number} of {key} holds"
                 f" {numel} elements, its parameters have {offset} (padding: up to {align - 1})",
                 hint="Files of another save or of another number of ranks are among them; copy the folder again.",
             )
         begin = 0
-        for rank, part in parts.items():
-            _check_places(optimizers[rank], rank, _mappings(states[rank], number), places, (begin, begin + part.numel))
+        for rank, part in enumerate(parts):
+            _check_places(ranks[rank], rank, number, places, (begin, begin + part.numel))
             begin += part.numel
         for name, (start, _) in places.items():
-            plan[name] = _cut(list(parts.values()), start, shapes[name], f"{name} in {ranks} {_OPTIMIZER}")
+            plan[name] = _cut(parts, start, shapes[name], f"{name} in {len(ranks)} {_OPTIMIZER}")
     return plan
 
 
-def _paddings(state: Mapping[Any, Any], groups: Sequence[Shapes], where: str) -> list[list[int]]:
-    """Elements of padding behind every parameter; newer versions of DeepSpeed write them down."""
-    found = state.get("param_alignment_paddings")
-    if found is None:
-        return [[0] * len(group) for group in groups]
-    fits = isinstance(found, list) and len(found) == len(groups) and all(isinstance(inside, list) for inside in found)
-    if not fits or not all(
-        len(inside) == len(group) and all(type(n) is int and 0 <= n < 2**31 for n in inside)
-        for inside, group in zip(found, groups, strict=True)
-    ):
-        raise broken(where, "param_alignment_paddings does not fit its parameters")
-    return list(found)
-
-
-def _mappings(state: Mapping[Any, Any], group: int) -> dict[Any, Any]:
-    """What a rank records of the parameters in its partition of a group, where it does."""
-    mappings = state.get("param_slice_mappings")
-    found = mappings[group] if isinstance(mappings, list) and len(mappings) > group else None
-    return found if isinstance(found, dict) else {}
-
-
 def _check_places(
-    archive: TorchZip,
-    rank: int,
-    mappings: Mapping[Any, Any],
-    places: Mapping[str, tuple[int, int]],
-    partition: tuple[int, int],
+    rank: _Rank, index: int, group: int, places: Mapping[str, tuple[int, int]], partition: tuple[int, int]
 ) -> None:
-    """Compare the places of parameters in a group with the record of the rank whose partition this is."""
-    for name, address in mappings.items():
+    """Compare the places of parameters in a group with what the rank whose partition this is records of them."""
+    mappings = rank.state.get("param_slice_mappings")
+    recorded = mappings[group] if isinstance(mappings, list) and len(mappings) > group else None
+    for name, address in recorded.items() if isinstance(recorded, dict) else ():
         fields = address.fields if isinstance(address, Record) else {}
         if name not in places or {"start", "numel"} - fields.keys():
             continue
@@ -411,7 +356,7 @@ def _check_places(
         low, high = max(start, begin), min(start + numel, end)
         if (fields["start"], fields["numel"]) != (low - begin, high - low):
             raise HxaconvError(
-                f"{archive.label}: {name} stands at {fields['start']} with {fields['numel']} elements by"
-                f" this file, but at {low - begin} with {high - low} if it is that of rank {rank}",
+                f"{rank.archive.label}: {name} stands at {fields['start']} with {fields['numel']} elements by"
+                f" this file, but at {low - begin} with {high - low} if it is that of rank {index}",
                 hint="The file is of another rank or another save; copy the step's folder again.",
             )
