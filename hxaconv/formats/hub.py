@@ -58,13 +58,15 @@ class Repository:
         file.fetch = lambda: download([file], self, None)
         return file
 
-    def read(self, file: SourceFile) -> Contents:
+    def read(self, file: SourceFile, progress: Progress | None = None) -> Contents:
         """The tensors of a weight file, from its header alone where the format allows it.
 
         Raises:
             HxaconvError: when the header is wrong, or cannot be had.
         """
-        if file.path is not None or not file.name.endswith(".safetensors"):
+        if file.path is None and not file.name.endswith(".safetensors"):
+            download([file], self, progress)  # a pickle stands at no fixed place: it must be here
+        if file.path is not None:
             return read_contents(file)
         from huggingface_hub import HfFileSystem
 

@@ -52,7 +52,7 @@ def holds_dtensors(folder: Path) -> bool:
     return any(_RANK.match(path.name) for path in folder.iterdir())
 
 
-def read_dcp(folder: Path, *, label: str, weights: str | None = None) -> tuple[list[SourceFile], Contents]:
+def read_dcp(folder: Path, label: str, weights: str | None = None) -> tuple[list[SourceFile], Contents]:
     """The model's tensors in a folder, and its files; optimizer states and counters are left behind.
 
     `weights` is the key of one of several state dicts.
@@ -243,13 +243,15 @@ _Block = tuple[Recipe, tuple[int, ...], int | None]
 """A rank's part of a tensor, the whole shape, and the axis it is divided along (None: every rank has all of it)."""
 
 
-def read_dtensors(folder: Path, *, label: str) -> tuple[list[SourceFile], Contents]:
-    """The tensors in a folder, put together from the blocks of all ranks, and its files.
+def read_dtensors(folder: Path, label: str, weights: str | None = None) -> tuple[list[SourceFile], Contents]:
+    """The tensors in a folder, put together from the blocks of all ranks, and its files; there is one set of `weights`.
 
     Raises:
         HxaconvError: for missing ranks, files of several runs, blocks that do not make their tensor, and tensors that
             are divided along more than one axis of the mesh.
     """
+    if weights is not None:
+        raise HxaconvError(f"--weights {weights}: {label} has one set of weights", hint="Leave --weights out.")
     opened = [TorchZip(file, inert=TRAINER_OBJECTS) for file in _ranks(folder, label)]
     blocks: dict[str, list[_Block]] = {}
     for archive in opened:

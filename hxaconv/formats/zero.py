@@ -66,7 +66,7 @@ def _states(folder: Path) -> list[str]:
     return sorted(name for name in names if name.endswith((_MODEL, _OPTIMIZER)) and not name.startswith("._"))
 
 
-def read_zero(folder: Path, *, label: str, weights: str | None = None) -> tuple[list[SourceFile], Contents]:
+def read_zero(folder: Path, label: str, weights: str | None = None) -> tuple[list[SourceFile], Contents]:
     """The weights in a step's folder, and its files.
 
     `weights`: `master`, the optimizer's float32 weights; `model`, those that the model computes with, which stages
@@ -76,6 +76,8 @@ def read_zero(folder: Path, *, label: str, weights: str | None = None) -> tuple[
         HxaconvError: for missing ranks, files of several steps, tensors of other sizes than announced, model-parallel
             checkpoints, and everything that makes a single file unreadable.
     """
+    if weights not in (None, "master", "model"):
+        raise HxaconvError(f"--weights {weights}: {label} has master and model weights", hint="Leave --weights out.")
     names = _states(folder)
     _refuse_other_layouts(names, label)
     models, optimizers = (

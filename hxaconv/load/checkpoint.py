@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,10 +22,10 @@ from hxaconv.load.files import (
     WEIGHTS,
     Folder,
     Index,
-    inside,
     is_companion,
     listed,
     local_folder,
+    open_inside,
     select_weights,
 )
 from hxaconv.load.kinds import Kind, kind_of_adapter, kind_of_config, kind_of_shell, kind_of_tensors
@@ -125,17 +126,11 @@ def _open_hub(repo: str, revision: str | None, label: str, progress: Progress | 
     repository = hub.open_repository(repo, revision, progress)
     if isinstance(repository, Path):
         return _open_folder(repository, label, repo=repo, revision=repository.name)
-
-    def read(file: SourceFile) -> Contents:
-        if file.path is None and not file.name.endswith(".safetensors"):
-            hub.download([file], repository, progress)  # a pickle stands at no fixed place: it must be here
-        return repository.read(file)
-
     folder = Folder(
         label=label,
         sizes=dict(sorted(repository.sizes.items())),
         open=repository.open,
-        read=read,
+        read=partial(repository.read, progress=progress),
         repo=repo,
         revision=repository.commit,
         handle=repository,
@@ -188,7 +183,7 @@ class Trained(NamedTuple):
 
     folder: Path
     read: Callable[[str | None], tuple[list[SourceFile], Contents]]
-    """Its files and the tensors in them; of DeepSpeed's, `master` or `model` weights."""
+    """Its files and the tensors in them; of several sets, that of this name."""
 
 
 def find_trained(root: Path, label: str) -> Trained | None:
@@ -199,42 +194,27 @@ def find_trained(root: Path, label: str) -> Trained | None:
     """
     inner = [path for path in sorted(root.iterdir()) if _SHARDED.match(path.name) and path.is_dir()]
     found = [root] if sharded.holds_dcp(root) else [path for path in inner if sharded.holds_dcp(path)]
-    step = zero.step_folder(root)
-    sets: tuple[str, ...] | None = None
-    reader: Callable[..., tuple[list[SourceFile], Contents]] = sharded.read_dcp
+    reader, step = sharded.read_dcp, zero.step_folder(root)
     if step is not None:
-        folder, reader, sets = step, zero.read_zero, ("master", "model")
+        reader, found = zero.read_zero, [step]
     elif found != [root] and sharded.holds_dtensors(root):
-        folder, reader, sets = root, sharded.read_dtensors, ()
-    elif len(found) == 1:
-        folder = found[0]
-    elif found:
+        reader, found = sharded.read_dtensors, [root]
+    elif len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise HxaconvError(f"{label} holds several models: {names}", hint="Give one of these folders.")
-    else:
+    if not found:
         return None
+    folder = found[0]
     where = label if folder == root else f"{label.rstrip('/')}/{folder.name}"
-
-    def read(weights: str | None) -> tuple[list[SourceFile], Contents]:
-        if weights is not None and sets is not None and weights not in sets:
-            held = "master and model weights" if sets else "one set of weights"
-            raise HxaconvError(f"--weights {weights}: {where} has {held}", hint="Leave --weights out.")
-        return reader(folder, label=where, **({} if sets == () else {"weights": weights}))
-
-    return Trained(folder, read)
+    return Trained(folder, partial(reader, folder, where))
 
 
 def _from_trainer(trained: Trained, folder: Folder, root: Path, weights: str | None) -> Checkpoint:
     """Open what several ranks saved; the small files are beside it, in the folder above, or in verl's `huggingface`."""
     others = [place for place in (root / "huggingface", root.parent) if (place / "config.json").is_file()]
     if "config.json" not in folder.sizes and trained.folder == root and others:
-        beside = others[0]
-
-        def opened(name: str) -> SourceFile:
-            return SourceFile.local(inside(beside, name, str(beside)), name=name)
-
-        sizes = {name: path.stat().st_size for name, path in listed(beside.iterdir())}
-        folder = replace(folder, sizes=sizes, open=opened)
+        sizes = {name: path.stat().st_size for name, path in listed(others[0].iterdir())}
+        folder = replace(folder, sizes=sizes, open=partial(open_inside, others[0], str(others[0])))
 
     def read() -> _Read:
         files, contents = trained.read(weights)
@@ -253,15 +233,12 @@ def _open_file(path: Path, label: str, weights: str | None) -> Checkpoint:
         hint = f"Give {beside}." if beside.is_file() else f"Give the folder that it is in: {path.parent}/"
         raise HxaconvError(f"{label} is not a file of weights", hint=hint)
     file = SourceFile.local(path, label=label)
-    root, where = path.parent.resolve(), str(path.parent)
+    root = path.parent.resolve()
     names = [path.with_suffix(".json").name]
     if path.suffix in (".safetensors", ".bin") and (root / "config.json").is_file():
         names += ["config.json", *(name for name, _ in listed(root.iterdir()) if is_companion(name))]
-
-    def opened(name: str) -> SourceFile:
-        return SourceFile.local(inside(root, name, where), label=str(path.parent / name))
-
     sizes = {name: (root / name).stat().st_size for name in sorted(names) if (root / name).is_file()}
+    opened = partial(open_inside, root, str(path.parent))
     folder = Folder(label=label, sizes=sizes, open=opened, root=path.resolve())
     return assemble(folder, lambda: ([(file, read_contents(file, weights))], None, [file]))
 
@@ -283,30 +260,19 @@ def assemble(folder: Folder, read: Callable[[], _Read] | None = None) -> Checkpo
 
 
 def _chosen(folder: Folder) -> _Read:
-    """The headers of the weight files of a folder.
-
-    Raises:
-        HxaconvError: for files that are damaged, missing or ambiguous.
-    """
+    """The headers of the weight files of a folder."""
     names, index = select_weights(folder)
     try:
         opened = [(file, folder.read(file)) for file in map(folder.open, names)]
     except HxaconvError as error:
-        error.hint = f"{error.hint} {_instead(folder, names)}".strip()
+        if len(names) == 1 and folder.strays(names):  # what would be read if that file were not there
+            sizes = {name: size for name, size in folder.sizes.items() if name not in names}
+            with contextlib.suppress(HxaconvError):
+                others, _ = select_weights(replace(folder, sizes=sizes))
+                instead = f"If {shortened(others[:3])} hold the model, delete {names[0]}: they are read then."
+                error.hint = f"{error.hint} {instead}".strip()
         raise
     return opened, index, [file for file, _ in opened]
-
-
-def _instead(folder: Folder, names: Sequence[str]) -> str:
-    """What would be read if a single file of weights, which cannot be, were not there."""
-    if len(names) > 1 or not folder.strays(names):
-        return ""
-    sizes = {name: size for name, size in folder.sizes.items() if name not in names}
-    try:
-        others, _ = select_weights(replace(folder, sizes=sizes))
-    except HxaconvError:
-        return ""
-    return f"If {shortened(others[:3])} hold the model, delete {names[0]}: they are read then."
 
 
 def _checkpoint(
@@ -354,7 +320,17 @@ def _checkpoint(
         root=folder.root,
         repo=folder.repo,
         revision=folder.revision,
-        extra=first.extra | _facts(folder, opened, index, files),
+        # None of it decides anything here: the architecture decides whether a tensor is missing or too much.
+        extra=first.extra
+        | {
+            key: [one for _, contents in opened for one in contents.extra.get(key, ())]
+            for key in ("ignored", "aliases")
+        }
+        | {
+            "stray_files": folder.strays([PurePosixPath(file.name).name for file in files]),
+            "index": index.name if index else None,
+            "only_in_index": {k: file for k, file in (index.weight_map if index else {}).items() if k not in merged},
+        },
         handle=folder.handle,
     )
     problem = problem or _problem(found, kind_of_shell(config or {}), misfits)
@@ -380,25 +356,6 @@ def _warnings(
         if others:
             taken = f"{file.label}: the weights under {contents.extra['nested_under']!r} are taken"
             yield f"{taken}, not those under {shortened(map(repr, others))}: --weights {others[0]} takes these"
-
-
-def _facts(
-    folder: Folder, opened: Sequence[tuple[SourceFile, Contents]], index: Index | None, files: Sequence[SourceFile]
-) -> dict[str, Any]:
-    """What is worth knowing of the choice of files: those left out, and where the index contradicts them.
-
-    None of it decides anything here: the architecture decides whether a tensor is missing or too much.
-    """
-    held = {name for _, contents in opened for name in contents.tensors}
-    weight_map = index.weight_map if index else {}
-    facts: dict[str, Any] = {
-        "stray_files": folder.strays([PurePosixPath(file.name).name for file in files]),
-        "index": index.name if index else None,
-        "only_in_index": {name: file for name, file in weight_map.items() if name not in held},
-    }
-    for key in ("ignored", "aliases"):
-        facts[key] = [entry for _, contents in opened for entry in contents.extra.get(key, ())]
-    return facts
 
 
 def _merged(label: str, opened: Sequence[tuple[SourceFile, Contents]], index: Index | None) -> Plan:

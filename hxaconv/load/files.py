@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from hxaconv.errors import HxaconvError, raise_all
@@ -104,10 +105,7 @@ def local_folder(root: Path, label: str, repo: str | None = None, revision: str 
     if filled:  # DeepSpeed's zero_to_fp32.py since 0.15.3, which takes the name of a folder
         hint = f"The weights are inside {filled[0]}: move its files beside config.json, and delete it."
     raise_all(f"{label}: these should be files:", odd, hint=hint)
-
-    def opened(name: str) -> SourceFile:
-        return SourceFile.local(inside(root, name, label), name=name, label=f"{label.rstrip('/')}/{name}")
-
+    opened = partial(open_inside, root, label)
     return Folder(label=label, sizes=sizes, open=opened, root=root, repo=repo, revision=revision)
 
 
@@ -135,8 +133,8 @@ def _matters(entry: Path) -> bool:
     return entry.name.endswith(WEIGHTS) and (not entry.is_dir() or entry.name.startswith(("model", "pytorch_model")))
 
 
-def inside(root: Path, name: str, label: str) -> Path:
-    """The path of a file of the folder, unless a link leads out of it.
+def open_inside(root: Path, label: str, name: str) -> SourceFile:
+    """A file of the folder, unless a link leads out of it.
 
     Links into the Hub's cache are followed wherever it is: a file there is named by the digest of its content,
     so that only those who have the content can write such a link, and nothing private is copied by following it.
@@ -150,7 +148,7 @@ def inside(root: Path, name: str, label: str) -> Path:
             f"{label}: {show(name)} is a link to {target}, outside the folder",
             hint="Copy the file into the folder if it belongs there.",
         )
-    return root / name
+    return SourceFile.local(root / name, name=name, label=f"{label.rstrip('/')}/{name}")
 
 
 # --- which of them are the weights ------------------------------------------------------------------
