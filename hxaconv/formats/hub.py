@@ -48,7 +48,10 @@ class Repository:
 
     def open(self, name: str) -> SourceFile:
         """A file of the repository, in the cache already or downloaded when first read."""
-        cached, size = self.cached(name), self.sizes[name]
+        from huggingface_hub import try_to_load_from_cache
+
+        found, size = try_to_load_from_cache(self.name, name, revision=self.commit), self.sizes[name]
+        cached = Path(found) if isinstance(found, str) else None
         if cached is not None and cached.stat().st_size != size:
             raise HxaconvError(
                 f"{cached} in the Hub's cache has {cached.stat().st_size} bytes, the Hub announces {size}",
@@ -76,13 +79,6 @@ class Repository:
                 prefix: bytes = remote.read(min(8, file.size))
                 return parse_header(file, prefix + remote.read(header_length(prefix, file.size, file.label)))
 
-    def cached(self, name: str) -> Path | None:
-        """Where the file is in the Hub's cache, None where it is not."""
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(self.name, name, revision=self.commit)
-        return Path(found) if isinstance(found, str) else None
-
     def fetch(self, name: str, report: Callable[[int], None]) -> Path:
         """The path of a file in the Hub's cache, downloaded where needed; `report` gets the bytes that arrive.
 
@@ -90,16 +86,7 @@ class Repository:
             HxaconvError: without network, space or access, or when the digest is wrong.
         """
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.constants import HF_HUB_OFFLINE
 
-        cached = self.cached(name)
-        if cached is not None:
-            return cached
-        if HF_HUB_OFFLINE:
-            raise HxaconvError(
-                f"{self.label}/{name} is not in the Hub's cache, and HF_HUB_OFFLINE is set",
-                hint=f"Without HF_HUB_OFFLINE, run `hf download {self.name} --revision {self.commit}`.",
-            )
         with self._explained(name):
             if "tqdm_class" in inspect.signature(hf_hub_download).parameters:
                 path = Path(hf_hub_download(self.name, name, revision=self.commit, tqdm_class=_bar_class(report)))
@@ -149,17 +136,17 @@ def open_repository(repo: str, revision: str | None, progress: Progress | None =
     Raises:
         HxaconvError: with what to do when there is no such model or revision, no access or no network.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, snapshot_download
 
     try:
         info = _patient(
             lambda: HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_SECONDS), progress
         )
     except network_errors() as error:
-        folder = _cached_folder(repo, revision) if status_of(error) not in range(400, 500) else None
-        if folder is None:
-            raise explain(error, repo, revision) from None
-        return folder
+        if status_of(error) not in range(400, 500):
+            with contextlib.suppress(*network_errors()):
+                return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        raise explain(error, repo, revision) from None
     except ValueError as error:  # raised for ids that cannot exist
         raise HxaconvError(f"{repo!r} is no Hub id: {str(error).splitlines()[0]}") from None
     # Those of other subfolders are other forms of the model.
@@ -177,19 +164,13 @@ def _patient(ask: Callable[[], Any], progress: Progress | None) -> Any:
         try:
             return ask()
         except network_errors() as error:
-            seconds = _retry_after(error)
-            if seconds is None or time.monotonic() + seconds > deadline:
+            headers = getattr(getattr(error, "response", None), "headers", {})
+            wait = str(headers.get("Retry-After", "")) if status_of(error) == 429 else ""
+            if not (wait.isdigit() and len(wait) < 6) or time.monotonic() + int(wait) > deadline:
                 raise
             if progress is not None:
-                progress.note(f"The Hub asks to wait for {seconds} seconds (too many requests).")
-            time.sleep(seconds)
-
-
-def _retry_after(error: Exception) -> int | None:
-    """Seconds to wait before the request is made again, where that is what the Hub answered."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    text = str(headers.get("Retry-After", "")) if status_of(error) == 429 else ""
-    return int(text) if text.isdigit() and len(text) < 6 else None
+                progress.note(f"The Hub asks to wait for {wait} seconds (too many requests).")
+            time.sleep(int(wait))
 
 
 def remember(repo: str, revision: str, commit: str) -> None:
@@ -200,15 +181,6 @@ def remember(repo: str, revision: str, commit: str) -> None:
         note = Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "refs" / revision
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(commit, encoding="utf-8")
-
-
-def _cached_folder(repo: str, revision: str | None) -> Path | None:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except network_errors():
-        return None
 
 
 def refuse_if_too_large(files: list[SourceFile]) -> str | None:
