@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hxaconv.errors import HxaconvError
 
@@ -59,6 +61,19 @@ def parse_dtype(text: str) -> str:
             hint="Use bfloat16, float16 or float32.",
         )
     return name
+
+
+MAX_DIMS = 16
+
+
+def are_sizes(*values: Any) -> bool:
+    """Whether these can be sizes, offsets or strides."""
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def is_shape(value: Sequence[Any]) -> bool:
+    """Whether these can be the sizes of a tensor, or an element's place in it."""
+    return len(value) <= MAX_DIMS and are_sizes(*value)
 
 
 def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:

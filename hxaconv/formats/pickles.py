@@ -17,17 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from hxaconv.errors import HxaconvError
-from hxaconv.formats.dtypes import BY_NAME, BY_STORAGE_CLASS, BY_TORCH_NAME
+from hxaconv.formats.dtypes import BY_NAME, BY_STORAGE_CLASS, BY_TORCH_NAME, MAX_DIMS, are_sizes, is_shape
 from hxaconv.formats.files import broken, show
 
 MAX_PICKLE_BYTES = 64 * 1024 * 1024
 MAX_STEPS = 1_000_000
 """A tensor takes about 25 opcodes and an opcode at most about 100 bytes of memory."""
-MAX_DIMS = 16
 _MAX_BITS = 128
 _MAX_ARGUMENTS = 9
 """More than any builder takes: the same long tuple could be handed over again and again."""
-_MAX_SIZE = 2**62
 _MAX_KEY = 2**31
 """Numbers from 2**61 on can be chosen to hash alike, and a dictionary of such keys takes quadratic time."""
 
@@ -359,14 +357,9 @@ class Machine:
         return made
 
 
-def are_sizes(*values: Any) -> bool:
-    """Whether these can be sizes, offsets or strides."""
-    return all(type(value) is int and 0 <= value < _MAX_SIZE for value in values)
-
-
 def shape_of(value: Any) -> tuple[int, ...] | None:
     """The sizes (or offsets) of a tensor; None for what is none."""
-    return value if isinstance(value, tuple) and len(value) <= MAX_DIMS and are_sizes(*value) else None
+    return value if isinstance(value, tuple) and is_shape(value) else None
 
 
 def expect(value: Any, kind: type, where: str, what: str) -> Any:
@@ -402,7 +395,7 @@ def _tensor(machine: Machine, *arguments: Any) -> Tensor | Record:
     if not (isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= MAX_DIMS):
         raise machine.fail("builds a tensor whose shape and strides do not fit together")
     if not are_sizes(offset, *shape, *strides):
-        raise machine.fail("builds a tensor with a size, stride or offset that is no whole number from 0 to 2**62")
+        raise machine.fail("builds a tensor with a size, stride or offset that is no whole number from 0 to 2**63")
     if len(arguments) == 7 and arguments[6]:
         raise machine.fail("marks a tensor as conjugated or negated, which is not supported")
     return Tensor(storage, offset, shape, strides)

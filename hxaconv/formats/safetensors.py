@@ -15,15 +15,14 @@ from typing import Any
 
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats import Contents, FileLayout, Fill
-from hxaconv.formats.dtypes import BY_NAME, num_bytes
+from hxaconv.formats.dtypes import BY_NAME, is_shape, num_bytes
 from hxaconv.formats.files import SourceFile, broken, check_names, show
 from hxaconv.formats.json_files import parse_json
-from hxaconv.model.plan import Plan, Ranges, Recipe, stored, total_bytes
+from hxaconv.model.plan import Plan, Ranges, stored, total_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 25_000_000
 """About 200,000 tensors; the format allows four times as much, which costs gigabytes once parsed."""
-_MAX_DIMS = 16
 _DENSE_BYTES = 4 * 1024 * 1024
 _KEYS = {"dtype", "shape", "data_offsets"}
 _PATTERN = "model{suffix}.safetensors"
@@ -63,45 +62,40 @@ def parse_header(file: SourceFile, data: bytes) -> Contents:
     Raises:
         HxaconvError: listing every entry of one kind of fault at once.
     """
-    entries = _entries(data[8:], file.label)
-    metadata = entries.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata  # some writers put null
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise broken(file.label, "__metadata__ of the header does not map text to text")
-    check_names(entries, file.label)
-    _check_entries(entries, file.label)
-    in_order = sorted(entries, key=lambda name: entries[name]["data_offsets"])
-    _check_places({name: entries[name]["data_offsets"] for name in in_order}, file.size - len(data), file.label)
-    plan: Plan = {}
-    for name in in_order:
-        dtype, shape, start = entries[name]["dtype"], tuple(entries[name]["shape"]), entries[name]["data_offsets"][0]
-        plan[name] = stored(dtype, shape, file, len(data) + start, f"{name} in {file.name}")
-    file.header_digest = hashlib.sha256(data).hexdigest()
-    return Contents(container="safetensors", tensors=plan)
-
-
-def _entries(raw: bytes, where: str) -> dict[str, Any]:
+    raw, where = data[8:], file.label
     # Parsed, each bracket costs some 60 bytes; the three of an entry stand in 50 bytes at least. Metadata
     # may quote JSON that is denser, but not by the megabyte.
     dense = len(raw) > _DENSE_BYTES and raw.count(b"[") + raw.count(b"{") > len(raw) // 12
     if raw[:1] != b"{" or dense:
         raise broken(where, "what should be the safetensors header is not one")
     try:
-        header: dict[str, Any] = parse_json(raw)
+        entries: dict[str, Any] = parse_json(raw)
     except ValueError as error:
         raise broken(where, f"the safetensors header is not valid: {error}") from None
-    return header
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= _MAX_DIMS and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # some writers put null
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise broken(where, "__metadata__ of the header does not map text to text")
+    check_names(entries, where)
+    _check_entries(entries, where)
+    in_order = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+    _check_places([(name, *entry["data_offsets"]) for name, entry in in_order], file.size - len(data), where)
+    plan: Plan = {}
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for name, entry in in_order:
+        shape = tuple(entry["shape"])
+        shape = shapes.setdefault(shape, shape)  # experts by the thousand have three shapes
+        dtype, start = BY_NAME[entry["dtype"]].name, len(data) + entry["data_offsets"][0]
+        plan[name] = stored(dtype, shape, file, start, f"{name} in {file.name}")
+    file.header_digest = hashlib.sha256(data).hexdigest()
+    return Contents(container="safetensors", tensors=plan)
 
 
 def _check_entries(entries: dict[str, Any], where: str) -> None:
     malformed, unknown, wrong = [], [], []
     for name, entry in entries.items():
         fits = isinstance(entry, dict) and entry.keys() == _KEYS and isinstance(entry["dtype"], str)
-        if not fits or not (_are_sizes(entry["shape"]) and _are_sizes(entry["data_offsets"])):
+        if not fits or not all(isinstance(entry[key], list) and is_shape(entry[key]) for key in _KEYS - {"dtype"}):
             malformed.append(f"{name}: expected dtype, shape and data_offsets of whole numbers")
         elif entry["dtype"] not in BY_NAME:
             unknown.append(f"{name} has dtype {show(entry['dtype'])}")
@@ -115,10 +109,11 @@ def _check_entries(entries: dict[str, Any], where: str) -> None:
     raise_all(f"{where}: sizes and offsets in the safetensors header contradict each other:", wrong)
 
 
-def _check_places(ranges: dict[str, list[int]], data_bytes: int, where: str) -> None:
+def _check_places(ranges: Iterable[tuple[str, int, int]], data_bytes: int, where: str) -> None:
+    """Whether tensors (name, first and last byte), in order, follow each other without holes up to the end."""
     problems = []
     position, before = 0, "the header"
-    for name, (start, end) in ranges.items():
+    for name, start, end in ranges:
         if start > position:
             problems.append(f"{start - position} bytes between {before} and {name} belong to no tensor")
         elif start < position:
@@ -174,26 +169,17 @@ def _hard_linked(file_name: str, plan: Plan, hard_link: SourceFile) -> FileLayou
 
 def file_layout(file_name: str, plan: Plan) -> FileLayout:
     """One safetensors file that holds `plan`."""
-    names = _aligned_order(plan)
-    header, size = _header((name, plan[name]) for name in names)
-    start, fills = len(header), []
+    names, end = _aligned_order(plan), 0
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name in names:
-        fills.append(Fill(name, start, plan[name]))
-        start += plan[name].nbytes
-    return FileLayout(file_name, len(header) + size, ((0, header),), tuple(fills))
-
-
-def _header(tensors: Iterable[tuple[str, Recipe]]) -> tuple[bytes, int]:
-    """The header, its length before it, and the bytes of all tensors."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, recipe in tensors:
-        offsets = [end, end + recipe.nbytes]
-        entries[name] = {"dtype": recipe.dtype, "shape": list(recipe.shape), "data_offsets": offsets}
+        offsets = [end, end + plan[name].nbytes]
+        entries[name] = {"dtype": plan[name].dtype, "shape": list(plan[name].shape), "data_offsets": offsets}
         end = offsets[1]
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, end
+    start = 8 + len(text)
+    fills = tuple(Fill(name, start + entries[name]["data_offsets"][0], plan[name]) for name in names)
+    return FileLayout(file_name, start + end, ((0, len(text).to_bytes(8, "little") + text),), fills)
 
 
 def _aligned_order(plan: Plan) -> list[str]:

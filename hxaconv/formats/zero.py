@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 from hxaconv.errors import HxaconvError, raise_all, shortened
 from hxaconv.formats import Contents
-from hxaconv.formats.dtypes import BY_NAME, FLOATS, num_bytes
+from hxaconv.formats.dtypes import BY_NAME, FLOATS, are_sizes, num_bytes
 from hxaconv.formats.files import Extent, SourceFile, broken, check_names, show
-from hxaconv.formats.pickles import TRAINER_OBJECTS, Record, Tensor, are_sizes, expect, shape_of
+from hxaconv.formats.pickles import TRAINER_OBJECTS, Record, Tensor, expect, shape_of
 from hxaconv.formats.state_dict import recipes
 from hxaconv.formats.torchzip import TorchZip
 from hxaconv.model.plan import Plan, Ranges, Recipe, with_origin
