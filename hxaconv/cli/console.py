@@ -17,7 +17,6 @@ from hxaconv.progress import Progress, Result
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import TaskID
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_OF_ESTIMATE = 3600.0
@@ -124,15 +123,34 @@ class Talk:
         return None if self.quiet or ranks.rank() else Bars(self) if sys.stderr.isatty() else Lines(self)
 
 
-class Bars(Progress):
+class _Talking(Progress):
+    """Notes and plans go to a talk; without one, in a notebook, they are left to the result."""
+
+    def __init__(self, talk: Talk | None = None) -> None:
+        self._talk = talk
+
+    def stop(self) -> None:
+        """Nothing: what comes next speaks for itself."""
+
+    def note(self, text: str) -> None:
+        """Print it."""
+        if self._talk is not None:
+            self._talk.say(text)
+
+    def show(self, result: Result) -> None:
+        """Show it."""
+        if self._talk is not None:
+            self._talk.on_the_way(result)
+
+
+class Bars(_Talking):
     """Rich's progress bars behind the Progress protocol."""
 
     def __init__(self, talk: Talk | None = None) -> None:
-        """Without `talk`, in a notebook, notes and plans are left to the result."""
         from rich import progress
         from rich.table import Column
 
-        self._talk = talk
+        super().__init__(talk)
         self._bars = progress.Progress(
             progress.TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             progress.BarColumn(bar_width=24),
@@ -146,7 +164,6 @@ class Bars(Progress):
             # A step may take minutes: the last half minute alone would give no estimate.
             speed_estimate_period=SECONDS_OF_ESTIMATE,
         )
-        self._task: TaskID | None = None
 
     def start(self, title: str, total: int) -> None:
         """Show a bar."""
@@ -155,34 +172,22 @@ class Bars(Progress):
 
     def advance(self, n: int, what: str = "") -> None:
         """Move the bar."""
-        if self._task is not None:
-            self._bars.advance(self._task, n)
-            if what:
-                self._bars.update(self._task, what=what)
+        self._bars.advance(self._task, n)
+        if what:
+            self._bars.update(self._task, what=what)
 
     def stop(self) -> None:
         """Remove the bar."""
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-            self._task = None
+        self._bars.remove_task(self._task)
         self._bars.stop()
 
-    def note(self, text: str) -> None:
-        """Print it."""
-        if self._talk is not None:
-            self._talk.say(text)
 
-    def show(self, result: Result) -> None:
-        """Show it."""
-        if self._talk is not None:
-            self._talk.on_the_way(result)
-
-
-class Lines(Progress):
+class Lines(_Talking):
     """Progress for logs: nothing about short work, about long work a line now and then."""
 
     def __init__(self, talk: Talk, clock: Callable[[], float] = time.monotonic) -> None:
-        self._talk, self._clock = talk, clock
+        super().__init__(talk)
+        self._clock = clock
 
     def start(self, title: str, total: int) -> None:
         """Remember what begins."""
@@ -205,18 +210,7 @@ class Lines(Progress):
         if done and self._done < self._total:
             left = (now - self._began) * (self._total - self._done) / done
             parts.append(f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left")
-        self._talk.say(", ".join(filter(None, parts)))
-
-    def stop(self) -> None:
-        """Nothing: what comes next speaks for itself."""
-
-    def note(self, text: str) -> None:
-        """Print it."""
-        self._talk.say(text)
-
-    def show(self, result: Result) -> None:
-        """Show it."""
-        self._talk.on_the_way(result)
+        self.note(", ".join(filter(None, parts)))
 
 
 def render_error(error: HxaconvError) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from hxaconv.calls import Call
-from hxaconv.commands.plots import plot_problems
+from hxaconv.commands.plots import SUFFIXES, file_problems
 from hxaconv.errors import HxaconvError, all_of, raise_all
 from hxaconv.load import load_other, load_student
 from hxaconv.model import layer_maps
@@ -107,7 +106,9 @@ def pick_gqa_layers(
 
     if choice.layers is not None:
         return written(choice.layers)
-    raise_all("this cannot be written:", _unwritable(choice, out, write))
+    problems = file_problems("--save", choice.save, (), overwrite=write.overwrite)
+    problems += file_problems("--plot", choice.plot, SUFFIXES, overwrite=write.overwrite)
+    raise_all("this cannot be written:", problems)
     beside, strategy, found = choice.save or out or choice.plot, strategy_of(choice), None
     cache = Path(f"{beside.rstrip('/')}.scores.safetensors") if beside else None
     with ranks.together():
@@ -216,26 +217,6 @@ def _repicked(
         return check_repicked(student, base, whole, other=other, factors=factors, seed=seed, progress=progress)
 
     return output, verify, warnings, notes
-
-
-def _unwritable(choice: Choice, out: str | None, write: Write) -> list[str]:
-    """What could not be written after hours of scoring, a line each."""
-    problems = []
-    for name, path in (("--save", choice.save), ("OUT", out)):
-        if path is None:
-            continue
-        folder = Path(path).absolute().parent
-        if Path(path).exists() and not write.overwrite:
-            problems.append(f"{path} exists; --overwrite replaces it")
-        if name != "OUT" and Path(path).is_dir():
-            problems.append(f"{name} {path}: that is a folder")
-        if not folder.is_dir():
-            problems.append(f"{folder} is not a folder")
-        elif not os.access(folder, os.W_OK):
-            problems.append(f"{folder}: nothing can be written there")
-    if choice.plot:
-        problems += [f"--plot: {why}" for why in plot_problems(Path(choice.plot), overwrite=write.overwrite)]
-    return problems
 
 
 def _uneven(

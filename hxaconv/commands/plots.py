@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,25 +27,25 @@ FLOOR = 1e-9
 _NO_DATE = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
-def file_problems(path: Path, suffixes: Sequence[str], *, overwrite: bool) -> list[str]:
-    """Why a result could not be written as `path`, a line each: checked before hours of computing it."""
-    problems = []
-    if path.suffix not in suffixes:
+def file_problems(option: str, file: str | Path | None, suffixes: Sequence[str], *, overwrite: bool) -> list[str]:
+    """Why a result could not be written, a line each, checked before hours of computing it; None is no file."""
+    if file is None:
+        return []
+    path, problems = Path(file), []
+    folder = path.absolute().parent
+    if suffixes and path.suffix not in suffixes:
         problems.append(f"{path.name}: its name ends in {', '.join(suffixes)}")
-    if not path.absolute().parent.is_dir():
-        problems.append(f"{path.absolute().parent} is not a folder")
+    if not folder.is_dir():
+        problems.append(f"{folder} is not a folder")
+    elif not os.access(folder, os.W_OK):
+        problems.append(f"{folder}: nothing can be written there")
     if path.is_dir():
         problems.append(f"{path} is a folder")
     elif path.exists() and not overwrite:
         problems.append(f"{path} exists; --overwrite replaces it")
-    return problems
-
-
-def plot_problems(path: Path, *, overwrite: bool) -> list[str]:
-    """Why a plot could not be saved as `path`, a line each."""
-    installed = importlib.util.find_spec("matplotlib") is not None
-    lacking = [] if installed else ["it needs matplotlib: pip install 'hxaconv[plot]'"]
-    return file_problems(path, SUFFIXES, overwrite=overwrite) + lacking
+    if suffixes == SUFFIXES and importlib.util.find_spec("matplotlib") is None:
+        problems.append("it needs matplotlib: pip install 'hxaconv[plot]'")
+    return [f"{option} {path}: {problem}" for problem in problems]
 
 
 def check_plot(path: str | Path | None, *, overwrite: bool) -> None:
@@ -53,8 +54,7 @@ def check_plot(path: str | Path | None, *, overwrite: bool) -> None:
     Raises:
         HxaconvError: listing what stands in its way.
     """
-    if path is not None:
-        raise_all(f"--plot {path}:", plot_problems(Path(path), overwrite=overwrite))
+    raise_all("this cannot be drawn:", file_problems("--plot", path, SUFFIXES, overwrite=overwrite))
 
 
 def draw_report(report: Report, path: Path) -> None:
@@ -70,14 +70,11 @@ def draw_report(report: Report, path: Path) -> None:
     floor = f" (0 at {FLOOR:g})" if any(value < FLOOR for values in errors.values() for value in values) else ""
     with _by_depth(path, "layer (hatched: GQA)") as (figure, upper, lower):
         _lines(upper, depth, {name: [max(value, FLOOR) for value in values] for name, values in errors.items()})
-        upper.set_yscale("log")
-        upper.set_ylabel(f"relative error\non equal input{floor}")
+        upper.set(yscale="log", ylabel=f"relative error\non equal input{floor}")
         _lines(lower, depth, {"": [r.cosine for r in layers]})
         lower.set_ylabel("cosine of the residual\nstreams, end to end")
-        for result in layers:
-            for axes in (upper, lower) if result.kind == "gqa" else ():
-                place = result.layer - 0.4, result.layer + 0.4
-                axes.axvspan(*place, facecolor="none", edgecolor="0.6", hatch="///", linewidth=0)
+        for axes, layer in ((axes, r.layer) for axes in (upper, lower) for r in layers if r.kind == "gqa"):
+            axes.axvspan(layer - 0.4, layer + 0.4, facecolor="none", edgecolor="0.6", hatch="///", linewidth=0)
         figure.suptitle(f"{Path(report.source).name} against {Path(report.other or '').name}", fontsize=10)
 
 
@@ -91,14 +88,11 @@ def draw_calibration(report: CalibrationReport, path: Path) -> None:
     depth, after = [layer.layer for layer in layers], [layer.error_after for layer in layers]
     with _by_depth(path, "layer", width=max(7.0, len(layers) * 0.17)) as (figure, upper, lower):
         _lines(upper, depth, {"after": after, "before": [layer.error_before for layer in layers]})
-        kept = [layer for layer in layers if layer.fell_back]
-        if kept:
-            places = [layer.layer for layer in kept], [layer.error_after for layer in kept]
-            upper.plot(*places, "kx", markersize=8, label="fell back")
+        if kept := [(layer.layer, layer.error_after) for layer in layers if layer.fell_back]:
+            upper.plot(*zip(*kept, strict=True), "kx", markersize=8, label="fell back")
         upper.set_ylim(bottom=0)
         upper.set_ylabel("held-out mixer error\n(teacher's energy: 1)")
-        points = [(layer.layer, 1 - decay) for layer in layers for decay in layer.decay]
-        if points:
+        if points := [(layer.layer, 1 - decay) for layer in layers for decay in layer.decay]:
             lower.plot(*zip(*points, strict=True), "k_", markersize=6)
             lower.set_yscale("log")
         lower.set_ylabel("1 - decay per token\na mark per head")
@@ -123,9 +117,8 @@ def draw_advice(advice: Advice, path: Path) -> None:
         axes = figure.subplots()
         colours = ["#c2410c" if i in pick.layers else "#94a3b8" for i in layers]
         axes.bar(layers, [0.0 if value is None else value for value in values], color=colours)
-        axes.set_xlabel("layer (stays attention: orange)")
-        axes.set_ylabel(pick.strategy)
-        axes.set_xlim(-0.7, advice.num_layers - 0.3)
+        label = "layer (stays attention: orange)"
+        axes.set(xlabel=label, ylabel=pick.strategy, xlim=(-0.7, advice.num_layers - 0.3))
 
 
 @contextmanager

@@ -56,7 +56,11 @@ def verify(
     """
     _refuse_useless(call)
     check_plot(check.plot, overwrite=check.overwrite)
-    _check_logits_out(probe.logits_out, [source, against, teacher], overwrite=check.overwrite)
+    problems = file_problems("--logits-out", probe.logits_out, (".safetensors",), overwrite=check.overwrite)
+    for folder in (Path(name) for name in (source, against, teacher) if name and probe.logits_out):
+        if folder.exists() and folder.resolve() in Path(probe.logits_out or "").resolve().parents:
+            problems.append(f"--logits-out {probe.logits_out}: it lies inside the checkpoint {folder}")
+    raise_all("this cannot be written:", problems)
     checkpoint = open_checkpoint(source, revision=settings.revision, weights=settings.weights, progress=call.progress)
     if digests:
         from hxaconv.verification.written import check_digests
@@ -197,20 +201,6 @@ def _refuse_useless(call: Call) -> None:
         if not call.given & {"plot", "logits_out"}:
             problems += call.useless(("overwrite",), "there is no --plot or --logits-out to write")
     raise_all("these options do not go together:", problems)
-
-
-def _check_logits_out(text: str | None, sources: Sequence[str | None], *, overwrite: bool) -> None:
-    """Stop before anything is put into a checkpoint, or anything that exists is replaced without --overwrite.
-
-    Raises:
-        HxaconvError: listing what is wrong with the path.
-    """
-    if text is None:
-        return
-    path = Path(text)
-    inside = [s for s in sources if s and Path(s).exists() and Path(s).resolve() in path.resolve().parents]
-    problems = file_problems(path, (".safetensors",), overwrite=overwrite)
-    raise_all(f"--logits-out {path}:", [*problems, *(f"it lies inside the checkpoint {source}" for source in inside)])
 
 
 def _refuse_for_teachers(source: str, teacher: str | None, settings: Settings) -> None:

@@ -78,16 +78,12 @@ class Pick:
         order = sorted(candidates, key=lambda layer: -(self.scores[layer] or 0.0))
         for rank, layer in enumerate(order, 1):
             if (rank <= count) != (layer in self.layers):
-                what = "taking" if rank <= count else "leaving"
-                lines.append(f"layer {layer} ranks {rank}, but {what} it would {_price(self.margins[layer])}")
+                what, margin = "taking" if rank <= count else "leaving", self.margins[layer]
+                price = f"cost {margin:.3f} of the total" if margin >= 5e-4 else "be worth as much"
+                price = "break a rule" if margin == float("inf") else price
+                lines.append(f"layer {layer} ranks {rank}, but {what} it would {price}")
         even = "would break a rule" if self.uniform_value is None else f"would be worth {self.uniform_value:.3f}"
         return [*lines, f"the choice is worth {self.value:.3f}; uniform {even}"]
-
-
-def _price(margin: float) -> str:
-    if margin == float("inf"):
-        return "break a rule"
-    return f"cost {margin:.3f} of the total" if margin >= 5e-4 else "be worth as much"
 
 
 def ideal_gap(num_layers: int, count: int) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,34 +45,34 @@ def read_log(path: Path) -> Log:
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [_stripped(row) for row in csv.reader(file) if any(cell.strip() for cell in row)]
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
     except OSError as error:
         raise HxaconvError(f"training log {path}: {error.strerror}") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise HxaconvError(f"training log {path} is not a CSV file: {error}") from None
+    for row in rows:
+        while row and not row[-1]:  # spreadsheets and closing commas add empty cells at the end
+            row.pop()
+    rows = [row for row in rows if row]
     if not rows:
         raise HxaconvError(f"training log {path} is empty")
-    names = _columns(path, rows[0])
-    cells, warnings = _cells(path, rows[0], rows[1:], names)
-
-    def table(columns: Iterable[str]) -> np.ndarray:
-        return np.array([[_number(row.get(name, "")) for name in columns] for row in cells])
-
-    layers = sorted(names["rawMSE"])
-    columns = {kind: [found[layer] for layer in layers] for kind, found in names.items()}
-    lost: set[int] = set()
-    for kind, mine in columns.items() if cells else ():
-        finite = np.isfinite(table(mine)).any(axis=0)
-        if not finite.any():
+    header, *rows = rows
+    columns = _columns(path, header)
+    layers = sorted(columns["rawMSE"])
+    names = [columns[kind][layer] for kind in ("rawMSE", "scale") for layer in layers]
+    rows, places, warnings = _fields(path, header, [row for row in rows if row != header], names)
+    numbers = np.array([[_number(row[i]) for i in places[len(row)]] for row in rows]).reshape(-1, 1 + len(names))
+    known = np.isfinite(numbers[:, 1:]).any(axis=0).reshape(2, -1)
+    for i, kind in enumerate(columns if rows else ()):
+        if not known[i].any():
+            first = rows[0][places[len(rows[0])][1 + i * len(layers)]]
             raise HxaconvError(
-                f"training log {path}: no layer has a finite {kind} in any row; {mine[0]} is"
-                f" {cells[0].get(mine[0], '')!r} in the first"
+                f"training log {path}: no layer has a finite {kind} in any row; {names[i * len(layers)]} is {first!r}"
+                " in the first"
             )
-        lost |= {layer for layer, found in zip(layers, finite, strict=True) if not found}
-    unknown = (f"layers {sorted(lost)} have no finite rawMSE or scale in any row: they cannot be picked",)
-    layers = [layer for layer in layers if layer not in lost]
-    rest = [[names[kind][layer] for layer in layers] for kind in ("rawMSE", "scale")]
-    numbers = table(["step", *rest[0], *rest[1]]).reshape(-1, 1 + 2 * len(layers))
+    kept = known.all(axis=0) | (not rows)
+    lost = [layer for layer, both in zip(layers, kept, strict=True) if not both]
+    numbers = numbers[:, [True, *kept, *kept]]
     usable = np.isfinite(numbers).all(axis=1)
     if not usable.all():
         warnings.append(f"{int((~usable).sum())} of {len(usable)} rows hold missing or infinite numbers: left out")
@@ -85,17 +84,11 @@ def read_log(path: Path) -> Log:
         )
     if (np.diff(numbers[:, 0]) <= 0).any():
         warnings.append("steps go back: the log of a run that was resumed; rows are sorted by step")
+    if lost:
+        warnings.append(f"layers {lost} have no finite rawMSE or scale in any row: they cannot be picked")
     numbers = numbers[np.argsort(numbers[:, 0], kind="stable")]
     raw, scale = np.split(numbers[:, 1:], 2, axis=1)
-    return Log(tuple(layers), numbers[:, 0], raw, scale, (*warnings, *(unknown if lost else ())))
-
-
-def _stripped(row: Iterable[str]) -> list[str]:
-    """Cells without the empty ones at the end, which spreadsheets and closing commas add."""
-    cells = [cell.strip() for cell in row]
-    while cells and not cells[-1]:
-        cells.pop()
-    return cells
+    return Log(tuple(layer for layer in layers if layer not in lost), numbers[:, 0], raw, scale, tuple(warnings))
 
 
 def _number(cell: str) -> float:
@@ -126,44 +119,38 @@ def _columns(path: Path, header: list[str]) -> dict[str, dict[int, str]]:
     return columns
 
 
-def _cells(
-    path: Path, header: list[str], rows: Sequence[list[str]], columns: Mapping[str, Mapping[int, str]]
-) -> tuple[list[dict[str, str]], list[str]]:
-    """(every row as name -> cell, warnings)."""
+def _fields(
+    path: Path, header: list[str], rows: list[list[str]], names: list[str]
+) -> tuple[list[list[str]], dict[int, list[int]], list[str]]:
+    """(rows that can be read; by the length of a row, where the step and `names` stand in it; warnings)."""
     # Some trainers write a header of 3L+1 names over rows of 2L+1 numbers: step, raw MSE and scale, the scaled
     # MSE left out. Read by position, the scales land under scaledMSE and the scale columns stay empty. Table
     # programs fill such rows up.
     short = [name for name in header if not name.endswith("_scaledMSE")]
-    scales = [header.index(name) for name in columns["scale"].values()]
-    rows = [row for row in rows if row != header]
-
-    def filled_up(row: list[str]) -> bool:
-        empty = all(row[i].lower() in ("", "nan") for i in scales) if len(row) == len(header) else False
-        return empty and min(scales) >= len(short)
-
-    if rows and all(map(filled_up, rows)):
-        rows = [row[: len(short)] for row in rows]
-    faulty = sum(len(row) == len(short) < len(header) for row in rows)
-    if faulty and max(map(header.index, columns["rawMSE"].values())) > min(scales):
+    places = {len(found): [found.index(name) for name in ("step", *names)] for found in (short, header)}
+    whole, half = places[len(header)], len(names) // 2
+    raw, scale = whole[1 : 1 + half], whole[1 + half :]
+    if rows and min(scale) >= len(short):
+        filled = (len(row) == len(header) and all(row[i].lower() in ("", "nan") for i in scale) for row in rows)
+        rows = [row[: len(short)] for row in rows] if all(filled) else rows
+    faulty, warnings = sum(len(row) == len(short) < len(header) for row in rows), []
+    if faulty and max(raw) > min(scale):
         raise HxaconvError(
             f"training log {path}: {faulty} rows have {len(short)} fields under a header of {len(header)}, whose names"
             " do not stand in the order rawMSE, scale: which field is which is unknown",
             hint="Give the header one name per field, in the order of the rows.",
         )
-    names = {len(short): short, len(header): header}
-    found = [dict(zip(names[len(row)], row, strict=True)) for row in rows if len(row) in names]
-    warnings = []
     if faulty:
         warnings.append(
             f"{faulty} rows of {path.name} have {len(short)} fields under a header of {len(header)}: the known"
             " fault of these logs, the scaledMSE columns were never written. The scales that would be read as"
             " scaledMSE have been put under scale"
         )
+    found = [row for row in rows if len(row) in places]
     if len(found) < len(rows):
-        warnings.append(
-            f"{len(rows) - len(found)} rows of {path.name} have neither {len(header)} nor {len(short)} fields: left out"
-        )
-    return found, warnings
+        lengths = f"neither {len(header)} nor {len(short)}"
+        warnings.append(f"{len(rows) - len(found)} rows of {path.name} have {lengths} fields: left out")
+    return found, places, warnings
 
 
 Values = tuple[float | None, ...]
