@@ -40,14 +40,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "closed-form-refit-always": {"refine_steps": 0, "refit_output": "always"},
     "chunk-256": {"chunk": 256},
     "chunk-128": {"chunk": 128},
-    "fold-rope": {"fold_rope": True},
 }
 RUNS = (
     ("rwkv", 1024, ("default", "closed-form", "20-steps", "50-steps", "refit-always", "chunk-256", "chunk-128")),
     ("rwkv", 4096, ("default", "closed-form", "refit-always", "closed-form-refit-always")),
     ("rwkv", 8192, ("default", "closed-form", "refit-never")),
-    ("gqa-2-5", 1024, ("default", "closed-form", "fold-rope")),
-    ("gqa-2-5", 4096, ("default", "closed-form", "fold-rope")),
+    ("gqa-2-5", 1024, ("default", "closed-form")),
+    ("gqa-2-5", 4096, ("default", "closed-form")),
 )
 CASES = {f"{name}/{tokens}/{how}": (name, tokens, how) for name, tokens, hows in RUNS for how in hows}
 

@@ -111,6 +111,29 @@ def test_a_calibrated_student_is_expected_as_such(tmp_path: Path) -> None:
         assert "as untrained" in failing(verify(path, expect="untrained"))
 
 
+def test_kept_layers_may_change_by_a_calibration_alone(tmp_path: Path) -> None:
+    """The record names those that were calibrated, and in these only the mixer has changed."""
+    ids, path = tmp_path / "ids.json", tmp_path / "student"
+    ids.write_text(json.dumps(torch.randint(97, (2, 64), generator=torch.Generator().manual_seed(0)).tolist()))
+    fit = {"init": "calibrated", "input_ids": str(ids), "refine_steps": 8, "verify": False}
+    hxaconv.init_from_teacher(str(TEACHER), str(path), gqa_layers="2,4", **fit)
+    record = json.loads((path / "hxaconv.json").read_text())
+    layers = {layer["layer"]: layer for layer in record["calibration"]["layers"]}
+    assert all(layers[i]["error_after"] < layers[i]["error_before"] for i in (2, 4))
+    report = verify(path, expect="calibrated")
+    assert report.passed and report.attention[2] == report.attention[4] == "calibrated", report.reason
+    assert "as untrained" in failing(verify(path, expect="untrained"))
+    # Of a layer that the record does not name, the same tensors are nobody's work.
+    layers[4]["fell_back"] = True
+    (path / "hxaconv.json").write_text(json.dumps(record))
+    wrong = verify(path)
+    assert {"as calibrated", "copied tensors"} <= failing(wrong) and "layer 4 is trained" in wrong.reason
+    layers[4]["fell_back"] = False
+    (path / "hxaconv.json").write_text(json.dumps(record))
+    change(path, "model.layers.2.post_attention_layernorm.weight", lambda values: values * 1.01)
+    assert "copied tensors" in failing(verify(path))
+
+
 def test_who_asks_for_a_calibrated_student_gets_none_that_never_was(made: Path, tmp_path: Path) -> None:
     report = verify(made, expect="calibrated")
     assert failing(report) == {"as calibrated"} and "no layer is calibrated (untrained: " in report.reason

@@ -229,7 +229,7 @@ def test_an_attention_that_says_nothing_gives_numbers(
 
         json.loads(capsys.readouterr().out, parse_constant=refuse)
     ids = ("--input-ids", tiny_teacher / "calibration_tokens.npy", "--tokens", "64", "--chunk", "64")
-    fit = ("--init", "calibrated", "--refine-steps", "0", "--fold-rope", "--gqa-layers", "2,5")
+    fit = ("--init", "calibrated", "--refine-steps", "2", "--gqa-layers", "2,5")
     assert cli("init-from-teacher", teacher, tmp_path / "s", *ids, *fit, *QUIET) == 0
     layers = json.loads((tmp_path / "s" / "hxaconv.json").read_text())["calibration"]["layers"]
     assert all(isinstance(layer["error_before"], float) for layer in layers)

@@ -12,21 +12,16 @@ orders, about which the teacher is asked as about any text.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hxaconv.calibration.polish import OUTPUTS, scheduled, stepped
-from hxaconv.forward import hxa079
-from hxaconv.forward.chunked import chunked
+from hxaconv.calibration.polish import OUTPUTS, TRAINED, scheduled, stepped
 from hxaconv.forward.pool import Pool
-from hxaconv.forward.walk import First
-from hxaconv.model.config import StudentConfig
-from hxaconv.model.names import mixer_prefix
 
-PROJECTIONS = ("receptance.weight", "key.weight", "value.weight", "output.weight")
+MATRICES = tuple(f"{part}.weight" for part in TRAINED)
 RATE = 0.009
 """Of a matrix's own size, what a step moves it by at most."""
 RATES = {"w0": 0.03, "a0": 0.03, "r_k": 0.01}
@@ -58,32 +53,22 @@ def spans(ids: Tensor, training: Tensor) -> Tensor:
 
 
 def descend(
-    inputs: Tensor,
+    output: Callable[[int, Mapping[str, Tensor]], Tensor],
+    moved: dict[str, Tensor],
     wanted: Tensor,
     training: Tensor,
-    weights: Mapping[str, Tensor],
-    first: First,
-    config: StudentConfig,
-    layer: int,
+    head_dim: int,
     steps: int,
     pool: Pool,
 ) -> dict[str, Tensor]:
-    """What replaces `weights`, a mixer by short name; empty where no step was better than the start.
+    """What replaces `moved`, the free parameters of a mixer by short name; empty where no step was better than those.
 
-    Normed inputs (B, T, C), the teacher's output (B, T, C) with its bias, training tokens (B, T) as 1.0.
+    `output(i, values)` is the mixer's of sequence i with these values, (T, C). The teacher's output (B, T, C) with its
+    bias, training tokens (B, T) as 1.0.
     """
-    narrow, prefix = _narrowed(weights), mixer_prefix(layer)
-    rows = [i for i in range(len(inputs)) if bool(training[i].any())]
+    rows = [i for i in range(len(wanted)) if bool(training[i].any())]
     energy = (wanted.square().sum(dim=2) * training).sum(dim=1).clamp_min(1e-30)
-    moved = {name: weights[name].clone() for name in (*PROJECTIONS, *RATES) if name in weights}
-
-    def output(i: int, values: Mapping[str, Tensor]) -> Tensor:
-        def get(name: str) -> Tensor:
-            short = name.removeprefix(prefix)
-            return values[short] if short in values else narrow[short]
-
-        carry = hxa079.Carry(first[0][i : i + 1], first[1][i : i + 1]) if first else hxa079.Carry()
-        return hxa079.time_mix(inputs[i : i + 1], get, config, layer, carry, chunked)[0]
+    moved = {name: value.clone() for name, value in moved.items()}
 
     def gradients(i: int) -> tuple[Tensor, ...]:
         pool.check()
@@ -95,12 +80,12 @@ def descend(
     def missed(i: int) -> Tensor:
         return (output(i, moved) - wanted[i]).square().sum(dim=1) @ (1 - training[i])
 
-    validated = [i for i in range(len(inputs)) if not bool(training[i].all())]
+    validated = [i for i in range(len(wanted)) if not bool(training[i].all())]
 
     def validation() -> float:
         return float(torch.stack(pool.map(missed, validated)).double().sum())
 
-    best, update = validation(), _Update(moved, config.head_dim)
+    best, update = validation(), _Update(moved, head_dim)
     kept: dict[str, Tensor] = {}
     looks = {round(steps * (i + 1) / LOOKS) for i in range(LOOKS)}
     for step in range(steps):
@@ -119,31 +104,21 @@ class _Update:
     def __init__(self, moved: dict[str, Tensor], head_dim: int) -> None:
         self.moved, self.head_dim, self.count = moved, head_dim, 0
         self.mean = {name: torch.zeros_like(value) for name, value in moved.items()}
-        self.square = {name: torch.zeros_like(value) for name, value in moved.items() if name in RATES}
+        self.square = {name: torch.zeros_like(value) for name, value in moved.items() if not name.endswith(MATRICES)}
+        # A bias or a norm moves by a share of its own size, as a matrix does.
+        self.unit = {name: RATES.get(name) or RATE * float(moved[name].square().mean().sqrt()) for name in self.square}
 
     def __call__(self, gradients: Mapping[str, Tensor], rate: float) -> None:
         self.count += 1
         for name, gradient in gradients.items():
             value, mean = self.moved[name], self.mean[name]
-            if name in RATES:
+            if name in self.square:
                 square = self.square[name]
                 mean.lerp_(gradient, 1 - ADAM[0])
                 square.lerp_(gradient.square(), 1 - ADAM[1])
                 size = (square / (1 - ADAM[1] ** self.count)).sqrt() + 1e-12
-                value -= mean / (1 - ADAM[0] ** self.count) / size * (rate * RATES[name])
+                value -= mean / (1 - ADAM[0] ** self.count) / size * (rate * self.unit[name])
             else:
                 self.moved[name], self.mean[name] = stepped(
                     value, gradient, mean, rate * RATE, self.head_dim, name.partition(".")[0] in OUTPUTS
                 )
-
-
-def _narrowed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same mixer where low-rank pairs that are zero have rank 1: most of their work is to multiply by zero."""
-    found = dict(weights)
-    for name, first in weights.items():
-        second = f"{name[:-1]}2"
-        if name.endswith("1") and second in weights and not bool(first.any()):
-            found[name] = first[:, :1]
-            # The gate's inner function makes 1/2 of 0, the others' 0.
-            found[second] = weights[second].sum(dim=0, keepdim=True) if name == "g1" else weights[second][:1]
-    return found

@@ -273,7 +273,7 @@ class _Layer:
         config, weights = teacher.config, self._mixer(TEACHER)
         normed = teacher.normed(x, self.layer)
         rope = self.layer not in config.nope_layers
-        heads = attention.attend(attention.project(normed, weights, config, pool), config, pool, rope=rope)
+        heads = attention.attend(attention.project(normed, weights, config, pool.linear), config, pool, rope=rope)
         output = pool.linear(heads, weights["o_proj.weight"])
         self._check_finite(output)
         return Attention(normed, heads, output, weights["o_proj.weight"], weights.get("o_proj.bias"), self.training)
@@ -282,13 +282,13 @@ class _Layer:
         """The student's layer fitted to it; None where there is nothing to fit."""
         student, pool = self.walk[STUDENT].model, self.walk.pool
         config, rwkv = student.student, student.student.layer_kind(self.layer) == "rwkv"
-        if not rwkv and self.layer in self.walk[TEACHER].config.nope_layers:
-            return None  # there is no RoPE to lose
+        steps = self.settings.refine_steps
+        if not rwkv and (self.layer in self.walk[TEACHER].config.nope_layers or not steps):
+            return None  # there is no RoPE to lose, or nothing is trained
         mixer, prefix = self._mixer(STUDENT), mixer_prefix(self.layer)
         dtypes = {name: torch_dtype(student.plan[prefix + name].dtype) for name in mixer}
         if not rwkv:
-            seen = seen.rows(self.text)
-            return attention.fit_kept(seen, mixer, dtypes, config, self.layer, pool, fold=self.settings.fold_rope)
+            return attention.fit_kept(seen, self.text, mixer, dtypes, config, self.layer, steps, pool)
         return RwkvLayer(seen, self.text, mixer, dtypes, first, config, self.layer, self.settings, pool).fit()
 
     def feed_forward(self, x: Tensor) -> Tensor:

@@ -90,8 +90,7 @@ class Task:
             f"Calibration: {total} tokens{fewer} in sequences of {length}, {fit} to fit and {total - fit} to validate"
             f"{whole}; no decay can know of lags beyond {length}"
         )
-        idle = self.settings.fold_rope and not self.plain.student.gqa_layers
-        return [note, *polish, *(["--fold-rope changes nothing: no layer stays attention"] if idle else [])]
+        return [note, *polish]
 
     @property
     def warnings(self) -> list[str]:
@@ -110,7 +109,7 @@ class Task:
             if layer is None or not is_attention(name):
                 continue
             if config.layer_kind(layer) == "gqa":
-                fitted = part in REFITTED and (part, kind) != ("o_proj", "bias")
+                fitted = part in REFITTED and fit.refine_steps > 0 and layer not in self.teacher.config.nope_layers
             else:
                 stays = not fit.refine_steps and (
                     part == "value" or (part == "output" and not output_is_free(fit, config, self.training))

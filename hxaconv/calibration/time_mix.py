@@ -12,7 +12,7 @@ M training tokens    Y (M, A) the heads' answers before the gate      O (M, C) t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch import Tensor
 
 from hxaconv.calibration import descent, heads
 from hxaconv.calibration.report import LayerReport
+from hxaconv.forward import hxa079
+from hxaconv.forward.chunked import chunked
 from hxaconv.forward.pool import Pool
 from hxaconv.forward.walk import First, time_mix
 from hxaconv.model.config import StudentConfig
@@ -58,6 +60,13 @@ class Attention:
     def with_bias(self) -> Tensor:
         """The output with its bias."""
         return self.output if self.output_bias is None else self.output + self.output_bias
+
+    def missed(self, output: Tensor) -> float:
+        """The relative error of a mixer's output on the validation tokens."""
+        wanted, validation = self.with_bias, (1 - self.training)[:, :, None]
+        missed = ((output - wanted) * validation).double().square().sum()
+        # A layer that is silent on these tokens cannot be missed by a share of it.
+        return float(missed / (wanted * validation).double().square().sum().clamp_min(1e-30))
 
     def rows(self, count: int) -> Attention:
         """The first so many sequences alone."""
@@ -125,11 +134,7 @@ class RwkvLayer:
         found, first = time_mix(
             seen.x, lambda name: weights[name.removeprefix(prefix)], self.config, self.layer, self.first
         )
-        wanted = seen.with_bias
-        validation = (1 - seen.training)[:, :, None]
-        missed = ((found - wanted) * validation).double().square().sum()
-        # A layer that is silent on these tokens cannot be missed by a share of it.
-        return float(missed / (wanted * validation).double().square().sum().clamp_min(1e-30)), first
+        return seen.missed(found), first
 
     def _warnings(self) -> list[str]:
         seen, count = self.seen, self.config.num_attention_heads
@@ -188,13 +193,26 @@ class RwkvLayer:
         self._fit_output(text, y, weights, store)
         if self.seen.output_bias is not None:
             store("output.bias", self.seen.output_bias)
-        seen, refitted = self.seen, "output.weight" in tensors
-        moved = descent.descend(
-            seen.x, seen.with_bias, seen.training, weights, self.first, self.config, self.layer, steps, self.pool
-        )
-        for name, values in moved.items():
+        refitted = "output.weight" in tensors
+        for name, values in self._descended(weights).items():
             store(name, values.clamp(-heads.BONUS_LIMIT, heads.BONUS_LIMIT) if name == "r_k" else values)
         return tensors, refitted
+
+    def _descended(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `descent` replaces of the mixer: of its projections, w0, a0 and r_k."""
+        seen, first, prefix, narrow = self.seen, self.first, mixer_prefix(self.layer), _narrowed(weights)
+
+        def output(i: int, values: Mapping[str, Tensor]) -> Tensor:
+            def get(name: str) -> Tensor:
+                short = name.removeprefix(prefix)
+                return values[short] if short in values else narrow[short]
+
+            carry = hxa079.Carry(first[0][i : i + 1], first[1][i : i + 1]) if first else hxa079.Carry()
+            return hxa079.time_mix(seen.x[i : i + 1], get, self.config, self.layer, carry, chunked)[0]
+
+        free = {name: weights[name] for name in (*descent.MATRICES, *descent.RATES) if name in weights}
+        steps = self.settings.refine_steps
+        return descent.descend(output, free, seen.with_bias, seen.training, self.config.head_dim, steps, self.pool)
 
     def _as_stored(self, seen: Attention, weights: dict[str, Tensor]) -> list[tuple[heads.Group, heads.Parameters]]:
         """The groups with their parameters as they stand in the weights: projections have the rotations in them."""
@@ -363,3 +381,15 @@ def gate_weights(g2: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
         moved = (stored.gather(0, row).double() + residue).to(dtype).float()
         stored.scatter_(0, row, moved)
     return stored.to(dtype)
+
+
+def _narrowed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same mixer where low-rank pairs that are zero have rank 1: most of their work is to multiply by zero."""
+    found = dict(weights)
+    for name, first in weights.items():
+        second = f"{name[:-1]}2"
+        if name.endswith("1") and second in weights and not bool(first.any()):
+            found[name] = first[:, :1]
+            # The gate's inner function makes 1/2 of 0, the others' 0.
+            found[second] = weights[second].sum(dim=0, keepdim=True) if name == "g1" else weights[second][:1]
+    return found

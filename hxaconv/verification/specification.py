@@ -64,8 +64,8 @@ GAIN = 0.1
 """Of orthogonal matrices, times sqrt(rows / columns) where there are more rows than columns."""
 FITTED = frozenset({"v0", "k0", "w0", "a0", "r_k", "g2", "receptance", "key", "value", "output"})
 """Parameters of an RWKV layer that a calibration replaces; all others keep their initial values."""
-REFITTED = frozenset({"q_proj", "q_norm", "o_proj"})
-"""The same of a layer that stays attention."""
+REFITTED = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
+"""The same of a layer that stays attention: all of its mixer."""
 
 
 def decay_bias(channels: int, head_dim: int, layer: int, layers: int) -> np.ndarray:
