@@ -129,7 +129,9 @@ SHELLS = {
 
 
 @pytest.mark.parametrize("name", SHELLS)
-def test_the_text_model_of_a_shell_is_taken(name: str, tmp_path: Path, cli: Callable[..., int]) -> None:
+def test_the_text_model_of_a_shell_is_taken(
+    name: str, tmp_path: Path, cli: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     shell = tmp_path / "shell"
     config = getattr(transformers, f"{name}Config")(**SHELLS[name])
@@ -144,16 +146,21 @@ def test_the_text_model_of_a_shell_is_taken(name: str, tmp_path: Path, cli: Call
     found, _ = llama.forward(ids, lambda key: tensor(teacher.plan[key], dtype=torch.float64), teacher.config)
     assert (found - expected).abs().max() < AGREEMENT
     parts = {"Mistral3": ("vision_tower", "multi_modal_projector"), "Qwen3VL": ("visual",)}[name]
-    assert all(f"tensors of {part}" in str(teacher.teacher.warnings) for part in parts)
     assert set(checkpoint.shell).isdisjoint(checkpoint.stored_names.values())
     assert len(checkpoint.shell) + len(teacher.plan) == sum(1 for _ in model.state_dict())
     (shell / "preprocessor_config.json").write_text("{}")
     words = ("init-from-teacher", shell, tmp_path / "carried", "--gqa-layers", "1", "--keep-shell", "--quiet")
     assert cli(*words) == 0
     assert cli("to-hf", tmp_path / "carried", tmp_path / "again", "--keep-shell", "--quiet") == 0
-    assert cli("to-hf", tmp_path / "carried", tmp_path / "alone", "--quiet") == 0
+    pick = ("pick-gqa-layers", tmp_path / "carried", tmp_path / "picked", "--layers", "0,1", "--teacher", shell)
+    assert cli(*pick, "--allow-gqa-layer-0", "--keep-shell", "--quiet") == 0
+    assert "left out" not in "".join(capsys.readouterr())
+    for command, out in (("to-hf", "alone"), ("to-pth", "alone.pth")):
+        assert cli(command, tmp_path / "carried", tmp_path / out, "--quiet") == 0
+        said = " ".join("".join(capsys.readouterr()).split())
+        assert all(f"tensors of {part}" in said for part in parts) and "left out" in said
     source = load_file(shell / "model.safetensors")
-    for folder in (tmp_path / "carried", tmp_path / "again"):
+    for folder in (tmp_path / "picked", tmp_path / "carried", tmp_path / "again"):
         written = load_file(folder / "model.safetensors")
         assert all(torch.equal(written[key], source[key]) for key in checkpoint.shell)
         assert json.loads((folder / "config.json").read_text())["vision_config"]

@@ -28,7 +28,7 @@ def calibrate(
     calibration: Fit = Fit(),
     settings: OfStudent = Settings(),
     seed: Seed = 0,
-    write: Annotated[Write, Shown(without=("copy_code", "keep_shell"))] = Write(),
+    write: Annotated[Write, Shown(without=("copy_code",))] = Write(),
     call: Call,
 ) -> Outcome:
     """Fit the RWKV layers of an untrained student to its teacher, layer by layer, on a few hundred tokens of text.

@@ -62,7 +62,7 @@ def pick_gqa_layers(
     settings: OfStudent = Settings(),
     probe: Tokens = Tokens(),
     values: Annotated[Init, Shown(without=("init",))] = Init(),
-    write: Annotated[Write, Shown(without=("copy_code", "keep_shell"))] = Write(),
+    write: Annotated[Write, Shown(without=("copy_code",))] = Write(),
     call: Call,
 ) -> Outcome | Advice:
     """Choose the layers that stay attention: change the choice, or get advice on it.

@@ -20,7 +20,6 @@ from hxaconv.model.model import Checkpoint, Model, checked_here
 from hxaconv.model.names import EMBEDDING, HEAD, is_attention, layer_kinds
 from hxaconv.model.plan import Plan, check, with_origin
 from hxaconv.model.rope import rope_of
-from hxaconv.model.shells import summary
 from hxaconv.options import Settings
 
 if TYPE_CHECKING:
@@ -75,9 +74,6 @@ def load_teacher(
         drop_rope_scaling=settings.drop_rope_scaling or (lenient and rope_of(checkpoint.config)[2] is not None),
         tie_word_embeddings=tied,
     )
-    if checkpoint.shell:
-        left = f"the text model becomes a student, not {summary(checkpoint.shell)} (--keep-shell carries it along)"
-        config = replace(config, warnings=(*config.warnings, left))
     config = replace(config, warnings=(*config.warnings, *checkpoint.warnings))
     plan = _with_adapters(checkpoint.plan, settings, checkpoint.label, tied=config.tie_word_embeddings)
     plan, head = split_fused(plan, config), None

@@ -145,7 +145,7 @@ def lay_out(
         target=target,
         format=format,
         tensors=tensors,
-        files=layouts(target, format, tensors, write.max_shard_bytes, shards),
+        files=layouts(target, format, tensors, write.max_shard_bytes, None if shell else shards),
         documents={},
         record=record,
         student=student,

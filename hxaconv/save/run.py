@@ -19,6 +19,7 @@ from hxaconv.load.inspection import PARTS, part_of
 from hxaconv.load.models import download, will_download
 from hxaconv.model.names import layer_kinds
 from hxaconv.model.plan import Recipe, attention_of, source_files, total_bytes
+from hxaconv.model.shells import summary
 from hxaconv.model.variants.base import RANK_KEYS
 from hxaconv.options import Write
 from hxaconv.progress import Result
@@ -196,6 +197,9 @@ def save(
     progress, sources = output.record.call.progress, list(output.record.sources.values())
     if output.is_folder:
         warnings = [*warnings, *tokenizer_warnings(sources, copied=options.copy_code)]
+    if output.whole and output.record.shell is not None and not output.shell:
+        left = summary(output.record.shell.shell)
+        warnings = [*warnings, f"beside the text model, {left} are left out (--keep-shell carries them into a folder)"]
     to_come = will_download(sources, source_files(output.tensors))
     outcome = planned(output, options, warnings, [*notes, *([to_come] if to_come else [])])
     if options.push_to:
