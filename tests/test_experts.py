@@ -290,6 +290,9 @@ def test_no_pth_carries_experts(
     ):
         assert cli(*arguments) == 2
         assert "a .pth cannot carry experts" in "".join(capsys.readouterr())
+    for command in ("inspect", "verify"):
+        assert cli(command, student) == 0
+        assert "to-pth" not in "".join(capsys.readouterr())
     assert not (tmp_path / "x.pth").exists()
 
 

@@ -92,7 +92,9 @@ def _kind(checkpoint: Checkpoint, config: ModelConfig | None, problem: str | Non
         if part:
             what = f"the mixers of a student as trainers save them: {what}"
             return what, [f"`hxaconv to-hf {path} OUT --teacher TEACHER` completes it"]
-        other = f"to-pth {path} OUT.pth" if checkpoint.container == "safetensors" else f"to-hf {path} OUT"
+        experts = any(".mlp.experts." in name for name in checkpoint.plan)  # no .pth carries them
+        to_pth = checkpoint.container == "safetensors" and not experts
+        other = f"to-pth {path} OUT.pth" if to_pth else f"to-hf {path} OUT"
         advice = f"`hxaconv verify {path}` checks it, `hxaconv {other}` converts it"
         return f"a student ({_variant(checkpoint)}) of {what}", [advice]
     if checkpoint.config is None:

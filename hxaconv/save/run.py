@@ -198,8 +198,8 @@ def save(
     if output.is_folder:
         warnings = [*warnings, *tokenizer_warnings(sources, copied=options.copy_code)]
     if output.whole and output.record.shell is not None and not output.shell:
-        left = summary(output.record.shell.shell)
-        warnings = [*warnings, f"beside the text model, {left} are left out (--keep-shell carries them into a folder)"]
+        left_out = f"left out beside the text model: {summary(output.record.shell.shell)}"
+        warnings = [*warnings, f"{left_out} (--keep-shell carries them into a folder)"]
     to_come = will_download(sources, source_files(output.tensors))
     outcome = planned(output, options, warnings, [*notes, *([to_come] if to_come else [])])
     if options.push_to:

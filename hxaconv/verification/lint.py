@@ -14,6 +14,7 @@ from hxaconv.errors import shortened
 from hxaconv.load.files import broken_companions, missing_code
 from hxaconv.load.student import is_student
 from hxaconv.model.config import ModelConfig, StudentConfig
+from hxaconv.model.experts import PTH_REASON
 from hxaconv.model.families import FAMILIES
 from hxaconv.model.names import EMBEDDING, HEAD, layer_kinds, mixer_prefix
 from hxaconv.model.rope import rope_of, scaling_kind
@@ -179,6 +180,9 @@ class _Reading:
     def infer_pth(self) -> Verdict:
         """RWKV-Infer, of a file."""
         checkpoint, convert = self.checkpoint, "Convert it with `hxaconv to-pth`."
+        if any(".mlp.experts." in name for name in self.plan):
+            self.add(PTH_REASON, "Use a folder, or transformers.")
+            return self.verdict()
         if checkpoint.container != "pth":
             kinds = {"legacy": "a legacy pickle, which mmap=True refuses", "safetensors": "safetensors"}
             other = "a trainer's folder"
