@@ -405,7 +405,8 @@ def test_settings_that_one_of_two_cannot_say_are_the_others(
         assert cli("verify", one, "--against", other, "--json") == 0
         report = json.loads(capsys.readouterr().out)
         assert report["expect"] == "identical"
-        assert any("student.pth does not record rope_theta" in note for note in report["notes"])
+        words = "student.pth does not record rope_theta, rms_norm_eps, tying and the variant (hxa079): taken from"
+        assert any(words in note for note in report["notes"])
     against = ("verify", case / "student.pth", "--against", case / "teacher", "--quiet")
     assert cli(*against) == 2, "a teacher tells rope_theta, not the variant"
     assert cli(*against, "--variant", "hxa079") == 0

@@ -16,6 +16,7 @@ from hxaconv.load.student import MissingSettings
 from hxaconv.model.config import StudentConfig, TeacherConfig, dropped_scaling
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.names import EMBEDDING
+from hxaconv.model.variants import VARIANTS
 from hxaconv.options import STAGES, Check, OfStudent, Option, Probe, Settings, Source, TeacherToo, option_words
 from hxaconv.save.documents import history_of, record_of
 
@@ -96,13 +97,20 @@ def verify(
     own(report, checkpoint, record_of(checkpoint))
     for one, two in ((checkpoint, other), (other, checkpoint)):
         if one is not None and two is not None and teacher is None and tells_nothing(one):
-            report.notes.append(
-                f"{one.label} does not record rope_theta, rms_norm_eps and tying: taken from {two.label}"
-            )
+            report.notes.append(f"{one.label} does not record {_unrecorded(models, settings)}: taken from {two.label}")
     report.notes += [line for found in opened for line in dropped_scaling(found.config or {})]
     if check.plot is not None and report.layers:
         draw_report(report, Path(check.plot))
     return report
+
+
+def _unrecorded(models: tuple[Model, ...], settings: Settings) -> str:
+    """What was taken from the other of two models."""
+    configs = [model.config for model in models if isinstance(model.config, StudentConfig)]
+    variant = configs[0].variant if len(configs) == 2 and settings.variant is None else None
+    if variant is None or sum(variant.required == other.required for other in VARIANTS.values()) == 1:
+        return "rope_theta, rms_norm_eps and tying"
+    return f"rope_theta, rms_norm_eps, tying and the variant ({variant.name})"
 
 
 def _models(
