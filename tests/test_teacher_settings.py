@@ -108,6 +108,12 @@ def test_rope_scaling_that_can_be_followed_is_kept(
         raw = json.loads((tmp_path / folder / "config.json").read_text())
         assert raw["rope_scaling"] == scaling
         assert raw["rope_parameters"] == scaling | {"rope_theta": raw["rope_theta"]}
+    capsys.readouterr()
+    assert cli("to-pth", tmp_path / "s", tmp_path / "b.pth", "--quiet") == 0
+    assert "RWKV-Infer computes default frequencies" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "b.json").unlink()
+    assert cli("verify", tmp_path / "b.pth", "--against", tmp_path / "s") == 0, "it cannot say that it is scaled"
+    assert "tying, rope_scaling and the variant (hxa079)" in " ".join(capsys.readouterr().out.split())
     assert cli(*init, "--drop-rope-scaling", "--overwrite") == 0
     assert json.loads((tmp_path / "s" / "config.json").read_text())["rope_scaling"] is None
     assert cli("verify", tmp_path / "s", "--against", teacher) == 0, "a dropped scaling is no contradiction"

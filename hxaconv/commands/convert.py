@@ -137,4 +137,10 @@ def _write(
 
     warnings = [*student.source_warnings, *dtype_warnings(changed.plan, call.command)]
     warnings += layer_0_warning(changed.student)
+    if format == "pth" and changed.student.rope_scaling is not None:
+        kind = changed.student.rope_scaling.rope_type
+        warnings.append(
+            f"rope_scaling {kind!r} stands in the sidecar, but RWKV-Infer computes default frequencies, which is"
+            " another model (`hxaconv init-from-teacher --drop-rope-scaling` begins one without it)"
+        )
     return save(output, write, check=OutputCheck(verify), warnings=warnings, notes=student.notes)

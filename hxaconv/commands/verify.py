@@ -107,10 +107,13 @@ def verify(
 def _unrecorded(models: tuple[Model, ...], settings: Settings) -> str:
     """What was taken from the other of two models."""
     configs = [model.config for model in models if isinstance(model.config, StudentConfig)]
-    variant = configs[0].variant if len(configs) == 2 and settings.variant is None else None
-    if variant is None or sum(variant.required == other.required for other in VARIANTS.values()) == 1:
-        return "rope_theta, rms_norm_eps and tying"
-    return f"rope_theta, rms_norm_eps, tying and the variant ({variant.name})"
+    taken = ["rope_theta", "rms_norm_eps", "tying"]
+    if len(configs) == 2:
+        variant = configs[0].variant
+        alike = sum(variant.required == other.required for other in VARIANTS.values()) > 1
+        taken += ["rope_scaling"] if configs[0].rope_scaling else []
+        taken += [f"the variant ({variant.name})"] if alike and settings.variant is None else []
+    return f"{', '.join(taken[:-1])} and {taken[-1]}"
 
 
 def _models(

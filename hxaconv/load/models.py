@@ -172,7 +172,10 @@ def load_model(
         if settings.variant is None and isinstance(like, StudentConfig):
             common["variant"] = like.rwkv_architecture
         settings = replace(settings, **common)
-    return load_student(checkpoint, settings, teacher=teacher, copied=False, progress=progress)
+    student = load_student(checkpoint, settings, teacher=teacher, copied=False, progress=progress)
+    if isinstance(like, StudentConfig) and tells_nothing(checkpoint) and teacher is None:
+        return replace(student, config=replace(student.config, rope_scaling=like.rope_scaling))
+    return student
 
 
 def load_other(

@@ -14,7 +14,7 @@ STATIC_KINDS = ("linear", "llama3", "yarn")
 """Kinds whose frequencies do not depend on the length of the input."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class RopeScaling:
     """`rope_scaling` of one of the static kinds; fields as config.json has them."""
 
@@ -29,6 +29,9 @@ class RopeScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = None
+
+    def __repr__(self) -> str:
+        return repr(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """For config.json."""
