@@ -12,6 +12,7 @@ import pytest
 from hxaconv.errors import HxaconvError
 from hxaconv.model import layer_maps
 from hxaconv.model.config import student_of, teacher_config
+from hxaconv.options import Layers
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = {
@@ -143,16 +144,34 @@ def test_a_user_file_may_be_one_line(tmp_path):
 def test_a_broken_file_is_explained_at_once(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text(
-        'gqa_layers = [2, 2, 9, -1]\ntitel = "x"\n'
+        'gqa_layers = [2, 2, 9, -1]\ntitel = "x"\nvariant = "hxa07z"\n'
         "[model]\nnum_hidden_layers = 4\nrope_teta = 1.0\nrms_norm_eps = true\n"
     )
     with pytest.raises(HxaconvError) as caught:
         layer_maps.load(path)
-    for part in ("'titel'", "did you mean 'title'", "rope_teta", "rms_norm_eps is True", "9", "more than once: 2"):
+    for part in (
+        "'titel'",
+        "did you mean 'title'",
+        "rope_teta",
+        "rms_norm_eps is True",
+        "9",
+        "more than once: 2",
+        "'hxa07z'",
+    ):
         assert part in str(caught.value)
     path.write_text("gqa_layers = [1")
     with pytest.raises(HxaconvError, match="not valid TOML"):
         layer_maps.load(path)
+
+
+def test_the_variant_of_a_maps_student_is_said_where_another_is_made(tmp_path):
+    path = tmp_path / "m.toml"
+    path.write_text('gqa_layers = [1]\nvariant = "hxa07a"\n')
+    config = teacher_config(REKA, where="test")
+    for variant, words in (("hxa07a", "layer map m"), ("hxa079", "layer map m, of a student that is hxa07a; this one")):
+        layers, reason = layer_maps.choose(config, "t", Layers(layer_map=str(path)), variant)
+        assert layers == (1,)
+        assert reason.startswith(words) and (variant == "hxa079" or reason == words)
 
 
 def test_unknown_names_point_to_the_nearest():

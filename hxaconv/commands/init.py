@@ -12,7 +12,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.formats.dtypes import parse_dtype
 from hxaconv.load import load_teacher
 from hxaconv.model import layer_maps
-from hxaconv.model.config import student_of
+from hxaconv.model.config import DEFAULT_VARIANT, student_of
 from hxaconv.model.model import Model
 from hxaconv.options import Argument, Fit, Init, Layers, NewDtype, OutAny, Settings, Shown, Write, option_words
 from hxaconv.save.documents import UNTRAINED, init_record
@@ -66,9 +66,10 @@ def init_from_teacher(
     check_plot(calibration.plot, overwrite=write.overwrite)
     initial = init_settings(values, parse_dtype(dtype))
     source = load_teacher(teacher, settings, progress=call.progress)
-    layers, reason = layer_maps.choose(source.teacher, teacher, choice)
+    variant = settings.variant or DEFAULT_VARIANT
+    layers, reason = layer_maps.choose(source.teacher, teacher, choice, variant)
     format = write.format_of(out)
-    student = new_student(source, student_of(source.config, layers, variant=settings.variant), initial, label=out)
+    student = new_student(source, student_of(source.config, layers, variant=variant), initial, label=out)
     if format == "training":  # which holds attention alone
         student = replace(student, tied_head=None)
     output = lay_out(

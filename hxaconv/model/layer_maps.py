@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats.json_files import why_unread
+from hxaconv.model.variants import VARIANTS
 
 if TYPE_CHECKING:
     from hxaconv.model.config import ModelConfig, StudentConfig, TeacherConfig
@@ -154,6 +155,8 @@ def _problems(raw: Mapping[str, Any], num_layers: int | None, allow_layer_0: boo
     for key, kind in (("title", str), ("source", str), ("variant", str), ("default", bool)):
         if not isinstance(raw.get(key, kind()), kind):
             found.append(f"{key} is {raw[key]!r}, expected a {kind.__name__}")
+    if isinstance(named := raw.get("variant", ""), str) and named not in ("", *VARIANTS):
+        found.append(f"variant is {named!r}, expected one of {', '.join(VARIANTS)}")
     ids = raw.get("model_ids", [])
     if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
         found.append(f"model_ids is {ids!r}, expected a list of Hub ids")
@@ -368,7 +371,7 @@ def layer_0_warning(config: StudentConfig) -> list[str]:
     return [LAYER_0_REASON] if 0 in config.gqa_layers and config.rwkv_layers else []
 
 
-def choose(config: TeacherConfig, teacher: str, choice: Layers) -> tuple[tuple[int, ...], str]:
+def choose(config: TeacherConfig, teacher: str, choice: Layers, variant: str) -> tuple[tuple[int, ...], str]:
     """The GQA layers of a new student and why: those named, else the teacher's shipped map, else evenly spaced.
 
     Raises:
@@ -382,10 +385,16 @@ def choose(config: TeacherConfig, teacher: str, choice: Layers) -> tuple[tuple[i
         return named, "as requested"
     if choice.layer_map is not None:
         found = load(choice.layer_map, count, allow_layer_0=allowed)
-        return found.gqa_layers, f"layer map {found.name}"
+        return found.gqa_layers, _reason(found, variant)
     found_map = match(config, [teacher])
     if found_map is not None:
         problems = _misfits(found_map.gqa_layers, found_map.num_hidden_layers, count, allowed)
         raise_all(f"layer map {found_map.label}:", problems)
-        return found_map.gqa_layers, f"layer map {found_map.name}"
+        return found_map.gqa_layers, _reason(found_map, variant)
     return uniform(count), f"evenly spaced, {default_count(count)} of {count}"
+
+
+def _reason(chosen: LayerMap, variant: str) -> str:
+    other = chosen.variant not in ("", variant)
+    more = f", of a student that is {chosen.variant}; this one is {variant} (--variant)" if other else ""
+    return f"layer map {chosen.name}{more}"
