@@ -98,6 +98,8 @@ def test_tying_without_a_word_is_the_familys() -> None:
     raw = {k: v for k, v in BASE.items() if k != "tie_word_embeddings"}
     assert not teacher_config(raw, where="x").tie_word_embeddings
     assert teacher_config(raw | {"model_type": "smollm3"}, where="x").tie_word_embeddings
+    with pytest.raises(HxaconvError, match="no_rope_layers has 1 entries for"):
+        teacher_config(raw | {"model_type": "smollm3", "no_rope_layers": [1]}, where="x")
     assert teacher_config(raw, where="x", tie_word_embeddings=True).tie_word_embeddings
 
 

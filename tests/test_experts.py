@@ -234,6 +234,12 @@ def test_fused_experts_are_split_bit_by_bit(transposed: bool, teacher: Path, tmp
     (folder / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 20}))
     with pytest.raises(HxaconvError, match=r"_proj: shape .* the config implies \(6, "):
         load_model(str(folder))
+    shutil.copy(teacher / "config.json", folder)
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    both = load_file(folder / "model.safetensors") | {name: expected[name]}
+    save_file(both, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HxaconvError, match=f"{name} is there twice"):
+        load_model(str(folder))
 
 
 def test_fused_experts_as_transformers_saves_them(teacher: Path, tmp_path: Path) -> None:

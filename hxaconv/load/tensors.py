@@ -88,11 +88,14 @@ def split_fused(plan: Plan, config: ModelConfig) -> Plan:
     for name, recipe in plan.items():
         template = template_of(name)[0]
         if template in (GATE_UP, DOWN):
-            result |= _experts(name, plan, config)
+            found = _experts(name, plan, config)
         elif template in parts:
-            result |= _rows(name, recipe, parts[template])
+            found = _rows(name, recipe, parts[template])
         else:
-            result[name] = recipe
+            found = {name: recipe}
+        if twice := found.keys() & result.keys():
+            raise Inconsistent(f"{min(twice)} is there twice, once inside a fused tensor")
+        result |= found
     return result
 
 

@@ -42,7 +42,14 @@ def _smollm3_layers(raw: Raw) -> tuple[int, ...]:
     if with_rope is None:
         interval = raw.get("no_rope_layer_interval", 4)
         with_rope = [(layer + 1) % interval != 0 for layer in layers]
-    return tuple(layer for layer in layers if not with_rope[layer])
+    return tuple(layer for layer, rotated in zip(layers, with_rope, strict=False) if not rotated)
+
+
+def _smollm3_problems(raw: Raw) -> list[str]:
+    listed, count = raw.get("no_rope_layers"), raw.get("num_hidden_layers") or 0
+    if listed is None or len(listed) >= count:
+        return []
+    return [f"no_rope_layers has {len(listed)} entries for {count} layers"]
 
 
 def _granite_problems(raw: Raw) -> list[str]:
@@ -167,6 +174,7 @@ FAMILIES: dict[str, Family] = {
         title="SmolLM3 (layers without RoPE)",
         biases=_all_biases,
         nope_layers=_smollm3_layers,
+        problems=_smollm3_problems,
         window=_smollm3_window,
         ties=True,
     ),
