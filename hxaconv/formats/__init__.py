@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import HxaconvError
-from hxaconv.formats.files import SourceFile, broken
+from hxaconv.formats.files import SourceFile, broken, not_the_file
 
 if TYPE_CHECKING:
     from hxaconv.model.plan import Plan, Recipe
@@ -51,8 +51,6 @@ class FileLayout:
 
 
 _NOT_A_CHECKPOINT = (
-    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "Run `git lfs pull` in that folder."),
-    (b"<", "is a web page or XML, not a checkpoint", "The download went wrong; download it again."),
     (b"GGUF", "is a GGUF file", "Convert from the original safetensors instead."),
     (b"\x89HDF", "is an HDF5 file (TensorFlow weights)", "Take the safetensors or PyTorch files of the model."),
     (b"\x93NUMPY", "is a NumPy array", "A checkpoint is .safetensors, .pth, .pt or .bin."),
@@ -89,6 +87,8 @@ def _read(file: SourceFile, start: bytes, key: str | None) -> Contents:
         return safetensors.read_safetensors(file)
     if start[:1] == b"\x80" or start.startswith(legacy.PROTOCOL_1):
         return legacy.read_legacy(file, key)
+    if (instead := not_the_file(start)) is not None:
+        raise HxaconvError(f"{file.label} is {instead[0]}", hint=instead[1])
     for magic, what, hint in _NOT_A_CHECKPOINT:
         if start.startswith(magic):
             raise HxaconvError(f"{file.label} {what}", hint=hint)

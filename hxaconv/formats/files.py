@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -50,6 +51,18 @@ def show(text: str) -> str:
     """Text from a file as a message may print it: short, and without control characters."""
     text = text if len(text) <= 80 else f"{text[:77]}..."
     return text if text.isprintable() else repr(text)
+
+
+def not_the_file(start: bytes) -> tuple[str, str] | None:
+    """What stands in place of a file that did not arrive, by its first bytes, and what to do; None for others."""
+    start = start.lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself", "Run `git lfs pull` in that folder."
+    if start.lower().startswith((b"<!", b"<html", b"<?xml")):
+        return "a web page", "The download went wrong: download it again."
+    if re.fullmatch(rb"(\.\./)+blobs/[0-9a-f]{40,64}\s*", start):
+        return "a link of the Hub's cache written out as text", "Copy the cache with its links, or download it again."
+    return None
 
 
 def broken(where: str, what: str) -> HxaconvError:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.formats.files import SourceFile, show
+from hxaconv.formats.files import SourceFile, not_the_file, show
 
 PROVENANCE_NAME = "hxaconv.json"
 """In a folder that this package wrote: how it was made."""
@@ -28,12 +27,17 @@ def read_json(file: SourceFile) -> dict[str, Any]:
     """
     if file.size > MAX_JSON_BYTES:
         raise HxaconvError(f"{file.label} has {file.size} bytes, expected at most {MAX_JSON_BYTES}")
+    data = file.read(0, file.size)
+    file.close()
     try:
-        value = parse_json(file.read(0, file.size))
+        value = parse_json(data)
     except ValueError as error:
-        raise HxaconvError(f"{file.label} is not valid JSON: {error}", hint=_not_json(file)) from None
-    finally:
-        file.close()
+        hint = "Correct it, or download it again." if data.strip() else "The file is empty: download it again."
+        if data.startswith(b"\xef\xbb\xbf"):
+            hint = "Save it as UTF-8 without a byte order mark, which no reader of such files takes."
+        if (instead := not_the_file(data[:512])) is not None:
+            hint = f"It is {instead[0]}. {instead[1]}"
+        raise HxaconvError(f"{file.label} is not valid JSON: {error}", hint=hint) from None
     if not isinstance(value, dict):
         raise HxaconvError(f"{file.label} holds a JSON {type(value).__name__}, expected an object")
     return value
@@ -67,20 +71,6 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"the name {show(twice)} occurs twice")
     return made
-
-
-def _not_json(file: SourceFile) -> str:
-    """What to do about a file that should be JSON, by its first bytes."""
-    start = file.read(0, min(file.size, 512)).lstrip()
-    if start.startswith(b"version https://git-lfs"):
-        return "It is a Git LFS pointer, not the file itself: run `git lfs pull` in that folder."
-    if start.startswith((b"<!", b"<html")):
-        return "It is a web page: the download went wrong; download it again."
-    if re.fullmatch(rb"(\.\./)+blobs/[0-9a-f]{40,64}\s*", start):
-        return "It is a link of the Hub's cache written out as text: copy the cache with its links, or download again."
-    if start.startswith(b"\xef\xbb\xbf"):
-        return "Save it as UTF-8 without a byte order mark, which no reader of such files takes."
-    return "Correct it, or download it again." if start else "The file is empty: download it again."
 
 
 def read_config(file: SourceFile) -> dict[str, Any]:

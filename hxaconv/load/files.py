@@ -10,10 +10,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats import Contents, read_contents
-from hxaconv.formats.files import TEMPLATES, SourceFile, kind_of, show
+from hxaconv.formats.files import TEMPLATES, SourceFile, kind_of, not_the_file, show
 from hxaconv.formats.json_files import MAX_JSON_BYTES, parse_json, read_json
 from hxaconv.load.kinds import kind_of_adapter, kind_of_files, kind_of_tensors
 from hxaconv.model.model import Checkpoint
@@ -166,8 +167,11 @@ def select_weights(folder: Folder) -> tuple[list[str], Index | None]:
     for suffixes, stem in (((".safetensors",), "model"), ((".bin", ".pth", ".pt", ".ckpt"), "pytorch_model")):
         of_kind = [name for name in weights if name.endswith(suffixes)]
         single, index = f"{stem}{suffixes[0]}", f"{stem}{suffixes[0]}.index.json"
-        if index in folder.sizes and (single not in of_kind or _only_names(folder, index, single)):
-            return _from_index(folder, index, weights)
+        if index in folder.sizes:
+            listed_in = read_json(folder.open(index)).get("weight_map")
+            only = isinstance(listed_in, dict) and set(map(str, listed_in.values())) == {single}
+            if only or single not in of_kind:
+                return _from_index(folder, index, listed_in, weights)
         if of_kind:
             chosen = [single] if single in of_kind else of_kind
             odd = [show(name) for name in chosen if not name.isprintable()]
@@ -190,21 +194,14 @@ def _nothing(folder: Folder) -> HxaconvError:
             kind = replace(named, way_out=f"Copy its {ADAPTER} as well. {named.way_out}")
     if kind is not None:
         return kind.error(folder.label)
-    found = []
-    if folder.root is not None and folder.root.is_dir():
-        for path in sorted(folder.root.iterdir())[:1000]:
-            if path.is_dir() and _weights_in(path):
-                found.append(path.name)
+    root = folder.root
+    entries = sorted(root.iterdir())[:1000] if root is not None and root.is_dir() else []
+    found = [path.name for path in entries if path.is_dir() and _weights_in(path)]
     hint = "Expected *.safetensors, *.bin, *.pth, *.pt or *.ckpt in the folder itself."
     if found:
         hint = f"These folders in it hold some: {', '.join(found[:8])}. Give one of them."
     count = len(folder.sizes)
     return HxaconvError(f"{folder.label} holds no weights ({count} other file{'s' if count != 1 else ''})", hint=hint)
-
-
-def _only_names(folder: Folder, index: str, single: str) -> bool:
-    weight_map = read_json(folder.open(index)).get("weight_map")
-    return isinstance(weight_map, dict) and set(map(str, weight_map.values())) == {single}
 
 
 def _refuse_missing_parts(names: Iterable[str], label: str) -> None:
@@ -221,8 +218,7 @@ def _refuse_missing_parts(names: Iterable[str], label: str) -> None:
     raise_all(f"{label}: shards are missing, and there is no index:", missing, hint="Download the folder again.")
 
 
-def _from_index(folder: Folder, index: str, weights: list[str]) -> tuple[list[str], Index]:
-    weight_map = read_json(folder.open(index)).get("weight_map")
+def _from_index(folder: Folder, index: str, weight_map: Any, weights: list[str]) -> tuple[list[str], Index]:
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise HxaconvError(f"{folder.label}: weight_map of {index} does not map tensor names to file names")
     if not weight_map:
@@ -271,17 +267,12 @@ def broken_companions(companions: Mapping[str, SourceFile]) -> list[str]:
     for file in companions.values():
         if file.path is None and file.size:
             continue
-        start = file.read(0, min(file.size, 512)).lstrip() if file.size else b""
+        start = file.read(0, min(file.size, 512))
         file.close()
-        what = None
-        if start.startswith(b"version https://git-lfs"):
-            what = "a Git LFS pointer, not the file itself"
-        elif start.lower().startswith((b"<!doctype", b"<html")):
-            what = "a web page"
-        elif not start and not file.name.endswith((".jinja", ".txt")):
-            what = "empty"
-        if what is not None:
-            found.append(f"{file.label} is {what}")
+        if (instead := not_the_file(start)) is not None:
+            found.append(f"{file.label} is {instead[0]}")
+        elif not start.strip() and not file.name.endswith((".jinja", ".txt")):
+            found.append(f"{file.label} is empty")
     return found
 
 

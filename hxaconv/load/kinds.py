@@ -79,6 +79,7 @@ _OF_TRANSFORMERS = (
 
 # --- files ------------------------------------------------------------------------------------------
 
+_PYTORCH = "Take the safetensors or PyTorch files of the model."
 _FILES: tuple[tuple[str, str, str], ...] = (
     (r"adapter_model\.(safetensors|bin)", "an adapter of PEFT without its adapter_config.json", "Copy that as well."),
     (r"__\d+_\d+\.distcp|\.metadata", "a folder of torch.distributed.checkpoint (FSDP) without its .metadata or shards",
@@ -89,10 +90,9 @@ _FILES: tuple[tuple[str, str, str], ...] = (
     (r"params\.json|consolidated[.\d]*\.(pth|safetensors)", "in the original layout of Meta or Mistral",
      _OF_TRANSFORMERS),
     (r".*\.gguf", "a GGUF model", "Convert from the original safetensors instead."),
-    (r"tf_model\.h5|.*\.ckpt\.index|saved_model\.pb", "a TensorFlow model",
-     "Take the safetensors or PyTorch files of the model."),
-    (r"flax_model.*\.msgpack", "a Flax model", "Take the safetensors or PyTorch files of the model."),
-    (r".*\.onnx", "an ONNX model", "Take the safetensors or PyTorch files of the model."),
+    (r"tf_model\.h5|.*\.ckpt\.index|saved_model\.pb", "a TensorFlow model", _PYTORCH),
+    (r"flax_model.*\.msgpack", "a Flax model", _PYTORCH),
+    (r".*\.onnx", "an ONNX model", _PYTORCH),
     (r"model-rank-\d+-part-\d+\.safetensors", "the slices of a model that vLLM saved for each of its ranks",
      "Take the folder that vLLM loaded; slices are not put together here."),
     (r"latest_checkpointed_iteration\.txt", "a checkpoint of Megatron-LM",
@@ -106,10 +106,8 @@ _FILES: tuple[tuple[str, str, str], ...] = (
 def kind_of_files(names: Iterable[str]) -> Kind | None:
     """What a folder without weights is, by the names of its files; None where none is characteristic."""
     names = list(names)
-    for pattern, what, way_out in _FILES:
-        if any(re.fullmatch(pattern, name) for name in names):
-            return Kind(what, way_out)
-    return None
+    found = (row for row in _FILES if any(re.fullmatch(row[0], name) for name in names))
+    return next((Kind(what, way_out) for _, what, way_out in found), None)
 
 
 # --- config.json ------------------------------------------------------------------------------------
@@ -129,8 +127,8 @@ _WAYS_BACK = {
     "compressed-tensors": "The library compressed-tensors decompresses it.",
 }
 _SHELLS = ("text_config", "llm_config", "language_config", "thinker_config")
-_OTHER_RWKV = re.compile(r"(hf_)?rwkv[\w-]*", re.IGNORECASE)
-_OTHER_RWKV_CLASSES = {
+_OWN_CODE = "It runs with its own code; there is nothing to convert."
+_OTHER_RWKV = {
     "RWKV7Qwen2ForCausalLM": "QRWKV7 (RWKV-7 inside Qwen2, with its own names)",
     "RWKV6Qwen2ForCausalLM": "QRWKV6 (RWKV-6 inside Qwen2)",
     "RwkvHybridForCausalLM": "ARWKV (RWKV-7 inside Qwen2)",
@@ -140,7 +138,14 @@ _OTHER_RWKV_CLASSES = {
 
 def kind_of_config(raw: Mapping[str, Any]) -> Kind | None:
     """What config.json alone shows to be neither teacher nor student; None where it does not."""
-    return _quantized(raw) or _other_rwkv(raw)
+    quantized = _quantized(raw)
+    if quantized is not None or raw.get("rwkv_architecture"):
+        return quantized
+    classes = [_OTHER_RWKV[name] for name in raw.get("architectures") or [] if name in _OTHER_RWKV]
+    if not classes and not re.fullmatch(r"(hf_)?rwkv[\w-]*", str(raw.get("model_type") or ""), re.IGNORECASE):
+        return None
+    what = classes[0] if classes else f"an RWKV model of its own ({raw['model_type']})"
+    return Kind(f"{what}, no hybrid of the family of hxa079", _OWN_CODE)
 
 
 def _quantized(raw: Mapping[str, Any]) -> Kind | None:
@@ -154,29 +159,13 @@ def _quantized(raw: Mapping[str, Any]) -> Kind | None:
         named, back = "MLX", "MLX's own converter, mlx_lm.convert, dequantizes it with its option -d."
     else:
         named, back = _METHODS.get(str(method), str(method or "an unknown method")), _WAYS_BACK.get(str(method), "")
-    details = [f"{found['bits']} bits"] if isinstance(found.get("bits"), int) else []
+    details = [named, *([f"{found['bits']} bits"] if isinstance(found.get("bits"), int) else [])]
     if method == "bitsandbytes":
-        four = str(found.get("bnb_4bit_quant_type", "4 bits"))
-        details = [four if found.get("load_in_4bit") else "8 bits"]
+        details = [named, str(found.get("bnb_4bit_quant_type", "4 bits")) if found.get("load_in_4bit") else "8 bits"]
     if isinstance(found.get("format"), str):
         details.append(found["format"])
-    detail = f", {', '.join(details)}" if details else ""
-    return Kind(
-        f"quantized ({named}{detail}), by its config.json", f"{ORIGINAL} {back}{_DEQUANTIZED}".replace("  ", " ")
-    )
-
-
-def _other_rwkv(raw: Mapping[str, Any]) -> Kind | None:
-    if raw.get("rwkv_architecture"):
-        return None
-    classes = [name for name in raw.get("architectures") or [] if name in _OTHER_RWKV_CLASSES]
-    if classes:
-        what = _OTHER_RWKV_CLASSES[classes[0]]
-    elif _OTHER_RWKV.fullmatch(str(raw.get("model_type") or "")):
-        what = f"an RWKV model of its own ({raw['model_type']})"
-    else:
-        return None
-    return Kind(f"{what}, no hybrid of the family of hxa079", "It runs with its own code; there is nothing to convert.")
+    way_out = f"{ORIGINAL} {back}{_DEQUANTIZED}".replace("  ", " ")
+    return Kind(f"quantized ({', '.join(details)}), by its config.json", way_out)
 
 
 def kind_of_shell(raw: Mapping[str, Any]) -> Kind | None:
@@ -225,7 +214,7 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
     # other models
     (r"\.tiny_[qkvo]\b|\.tiny_", "hxa07i, a hybrid with a second, tiny attention", "hxa07i is not converted."),
     (r"\.self_attn\.(k_k|k_a|x_[rwkvag])\b", "QRWKV7 or ARWKV (RWKV-7 inside Qwen2, with its own names)",
-     "It runs with its own code; there is nothing to convert."),
+     _OWN_CODE),
     (r"\.att\.(x_[rwkvag]|k_k|k_a)$|\.att\.ln_x\.|\.ffn\.x_k$", "a plain RWKV-7 model",
      "It has no attention to convert."),
     (r"\.att\.time_(mix|maa|decay|first|faaaa)", "a plain RWKV model (before RWKV-7)",
