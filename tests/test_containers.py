@@ -132,28 +132,6 @@ def test_state_dict_of_a_module_with_metadata(form: str, tmp_path: Path) -> None
     assert_same(contents(tmp_path / "x.bin"), state)
 
 
-def test_python_2_pickle(tmp_path: Path) -> None:
-    """Byte strings as names, and OrderedDict called with a list of pairs, as Python 2 pickled it."""
-
-    def string(value: str) -> bytes:
-        return b"U" + bytes([len(value)]) + value.encode()
-
-    kind = forge.global_("torch", "FloatStorage")
-    held = forge.tuple_of(string("storage"), kind, string("94"), string("cpu"), forge.integer(6), b"N") + b"Q"
-    pair = b"](" + string("w") + forge.tensor(held, (2, 3)) + b"e"
-    value = forge.call(forge.global_("collections", "OrderedDict"), b"](" + pair + b"e")
-    data = struct.pack("<6f", *range(6))
-    path = forge.legacy_file(tmp_path / "x.pth", value, {"94": (6, data)})
-    assert_same(contents(path), {"w": torch.arange(6.0).reshape(2, 3)})
-
-
-def test_legacy_views_of_a_storage(tmp_path: Path) -> None:
-    view = forge.tuple_of(forge.text("view"), forge.integer(2), forge.integer(4))
-    value = forge.dict_of({"w": forge.tensor(forge.storage("0", 8, "FloatStorage", view), (3,), offset=1)})
-    path = forge.legacy_file(tmp_path / "x.pth", value, {"0": (8, struct.pack("<8f", *range(8)))})
-    assert_same(contents(path), {"w": torch.tensor([3.0, 4.0, 5.0])})
-
-
 def test_parts_of_one_storage(tmp_path: Path) -> None:
     whole = torch.randn(6, 4)
     torch.save(dict(zip("abc", whole.split(2), strict=True)), tmp_path / "x.pth")

@@ -16,8 +16,6 @@ MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 PROTOCOL_1 = b"L%dL\n" % MAGIC
 """How such a file begins in pickle's protocol 1; later ones begin with 0x80."""
 BIG_ENDIAN = "was written on a big-endian machine"
-_WINDOW_BYTES = 1024 * 1024
-"""Enough for the pickles of most files."""
 
 
 def read_legacy(file: SourceFile, key: str | None = None) -> Contents:
@@ -26,15 +24,7 @@ def read_legacy(file: SourceFile, key: str | None = None) -> Contents:
     Raises:
         HxaconvError: for big-endian files, globals outside the allow-list, and a damaged structure.
     """
-    try:
-        return _read(file, file.read(0, min(file.size, _WINDOW_BYTES)), key)
-    except HxaconvError:
-        if file.size <= _WINDOW_BYTES:
-            raise
-    return _read(file, file.read(0, min(file.size, MAX_PICKLE_BYTES)), key)
-
-
-def _read(file: SourceFile, data: bytes, key: str | None) -> Contents:
+    data = file.read(0, min(file.size, MAX_PICKLE_BYTES))
     stream = io.BytesIO(data)
 
     def read_next() -> Machine:
@@ -55,15 +45,7 @@ def _read(file: SourceFile, data: bytes, key: str | None) -> Contents:
     end = stream.tell()
     places = _places(file, keys, whole.storages, end)
 
-    def place(storage: Storage) -> tuple[int, int]:
-        start, nbytes = places[storage.key]
-        if storage.view is None:
-            return start, nbytes
-        itemsize = BY_NAME[storage.dtype].itemsize
-        skipped = storage.view[1] * itemsize
-        return start + skipped, min(storage.view[2] * itemsize, nbytes - skipped)
-
-    plan, aliases = recipes(tensors, place, file)
+    plan, aliases = recipes(tensors, lambda storage: places[storage.key], file)
     file.header_digest = hashlib.sha256(data[:end] + repr(sorted(places.items())).encode()).hexdigest()
     return Contents(container="legacy", tensors=plan, extra={**facts, "aliases": aliases})
 

@@ -65,8 +65,6 @@ class Storage:
     dtype: str
     key: str
     numel: int
-    view: tuple[str, int, int] | None = None
-    """Of legacy files: the view's own key, its first element and its number of elements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,16 +341,14 @@ class Machine:
             )
         if len(ident) not in (5, 6) or not isinstance(ident[1], Global) or not isinstance(ident[2], str):
             raise self.fail("refers to a storage of unknown form")
-        kind, key, _device, numel, view = (*ident[1:], None)[:5]
+        kind, key, _device, numel = ident[1:5]
         if kind.name not in _STORAGES:
             return Record(kind.name, (key,))
         if not are_sizes(numel):
             raise self.fail("refers to a storage with an impossible number of elements")
-        if view is not None and not (
-            isinstance(view, tuple) and len(view) == 3 and isinstance(view[0], str) and are_sizes(*view[1:])
-        ):
-            raise self.fail("refers to a storage view of unknown form")
-        made = Storage(_STORAGES[kind.name], key, numel, view)
+        if ident[5:] not in ((), (None,)):
+            raise self.fail("refers to a view of a storage, as releases of PyTorch before 0.4 did")
+        made = Storage(_STORAGES[kind.name], key, numel)
         self.storages.setdefault(key, made)
         return made
 
@@ -372,17 +368,10 @@ def expect(value: Any, kind: type, where: str, what: str) -> Any:
 # --- what is built, by the name that the pickle calls ---------------------------------------------------
 
 
-def _ordered_dict(machine: Machine, pairs: Any = None, *more: Any) -> OrderedDict[Any, Any]:
-    # Python 2 hands the items over as one list of two-item lists.
-    pairs = [] if pairs is None else pairs
-    if not isinstance(pairs, list) or more:
-        raise machine.fail("builds a dictionary from something else than a list")
-    machine.charge(len(pairs))  # the list may be shared: what it costs is not bounded by the pickle's length
-    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise machine.fail("builds a dictionary from something else than pairs")
-    made: OrderedDict[Any, Any] = OrderedDict()
-    machine.store_items(made, [item for pair in pairs for item in pair])
-    return made
+def _ordered_dict(machine: Machine, *arguments: Any) -> OrderedDict[Any, Any]:
+    if arguments not in ((), ([],)):
+        raise machine.fail("builds a dictionary by something else than its items")
+    return OrderedDict()
 
 
 def _tensor(machine: Machine, *arguments: Any) -> Tensor | Record:
@@ -409,7 +398,7 @@ def _tensor_of_dtype(machine: Machine, *arguments: Any) -> Tensor | Record:
     if known is None:
         return Record(OTHER_DTYPE, arguments)
     numel = whole.numel * BY_NAME[whole.dtype].itemsize // known.itemsize
-    return _tensor(machine, Storage(known.name, whole.key, numel, whole.view), *arguments[1:6])
+    return _tensor(machine, Storage(known.name, whole.key, numel), *arguments[1:6])
 
 
 def _parameter(machine: Machine, *arguments: Any) -> Any:

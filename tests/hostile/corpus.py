@@ -294,7 +294,7 @@ pickle_case(
     "shared_items",
     b"](" + b"".join(tuple_of(integer(i), b"N") for i in range(20_000)) + b"eq\x00"
     + (global_("collections", "OrderedDict") + b"(h\x00tR") * 1_000,
-    "takes more than 1000000 steps",
+    "builds a dictionary by something else than its items",
 )  # fmt: skip
 pickle_case("long_number", b"\x8b" + (10**6).to_bytes(4, "little") + b"\1" * 10**6, "holds a number of 7999993 bits")
 pickle_case("long_text", b"\x8d" + (2**40).to_bytes(8, "little"), "cut short: expected 1099511627776 bytes")
@@ -376,8 +376,8 @@ legacy_case("negative_count", "-1 elements announced", storages={"0": (-1, bytes
 legacy_case("truncated", "its storages at", storages={"0": (8, bytes(16)), "1": (8, bytes(15))})
 legacy_case("no_storages", "ends at byte", storages={"0": (8, bytes(16))}, keys=["0", "1"])
 legacy_case(
-    "view_outside",
-    "of a storage of",
+    "view",
+    "refers to a view of a storage",
     value=dict_of(
         {
             NAME: tensor(storage("0", 8, view=tuple_of(text("v"), integer(6), integer(8))), (4, 2)),
