@@ -19,7 +19,6 @@ from hxaconv.load.files import (
     ADAPTER,
     ADAPTER_LEFT_OUT,
     SHARD,
-    WEIGHTS,
     Folder,
     Index,
     is_companion,
@@ -33,13 +32,14 @@ from hxaconv.model import shells
 from hxaconv.model.config import teacher_config
 from hxaconv.model.model import Checkpoint
 from hxaconv.model.names import canonical_names, detect_key_format, layer_kinds, unknown_names
-from hxaconv.model.plan import Plan, Recipe, same_bytes
+from hxaconv.model.plan import Plan, same_bytes
 from hxaconv.options import text_of
 
 if TYPE_CHECKING:
     from hxaconv.progress import Progress
 
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
+_NO_ID = re.compile(r"^[./~]|\.(json|safetensors|bin|pth|pt|ckpt)$")
 _HUB_PAGE = re.compile(r"https?://[\w.-]+/(?P<id>[\w.-]+/[\w.-]+)(/tree/(?P<revision>[\w.-]+))?/?$")
 _CACHED_MODEL = re.compile(r"^models--(?P<org>[\w.-]+?)--(?P<name>[\w.-]+)$")
 _SHARDED = re.compile(r"^(pytorch_model_fsdp|sharded_state_dict)(_\d+)?$")
@@ -94,7 +94,7 @@ def _open(spec: str | Path, revision: str | None, weights: str | None, progress:
     page = _HUB_PAGE.match(text)
     if page:  # the address of a model's page, pasted
         text = page["id"] + (f"@{page['revision']}" if page["revision"] else "")
-    elif isinstance(spec, Path) or _looks_like_path(text):
+    elif isinstance(spec, Path) or not _HUB_ID.match(text) or _NO_ID.search(text.partition("@")[0]):
         raise HxaconvError(
             f"{text} does not exist",
             hint="Expected a folder, a .safetensors/.pth/.pt/.bin file, or a Hub id such as RekaAI/reka-flash-3.",
@@ -112,11 +112,6 @@ def _open(spec: str | Path, revision: str | None, weights: str | None, progress:
                 hint="Check the path. As a Hub id, there is no such model, or the Hub cannot be reached.",
             ) from None
     return _open_hub(name, revision or pinned or None, text, progress)
-
-
-def _looks_like_path(text: str) -> bool:
-    start = text.startswith((".", "/", "~"))
-    return start or _HUB_ID.match(text) is None or text.partition("@")[0].endswith((*WEIGHTS, ".json"))
 
 
 def _open_hub(repo: str, revision: str | None, label: str, progress: Progress | None) -> Checkpoint:
@@ -371,7 +366,9 @@ def _merged(label: str, opened: Sequence[tuple[SourceFile, Contents]], index: In
     for file, contents in opened:
         for name, recipe in contents.tensors.items():
             other = merged.setdefault(name, recipe)
-            if other is not recipe and not (parts and _same_here(other, recipe)):
+            # Those of files that are not here yet are not compared.
+            here = all(one.path is not None for both in (other, recipe) for one in both.make.sources())
+            if other is not recipe and not (parts and here and same_bytes(other, recipe)):
                 differing.append(f"{show(name)} ({other.place(name)}; in {file.name})")
     if differing and not parts:
         each = bullet_list(f"{file.name}: {len(contents.tensors)} tensors" for file, contents in opened)
@@ -384,12 +381,6 @@ def _merged(label: str, opened: Sequence[tuple[SourceFile, Contents]], index: In
         hint = "Readers take either; take the stale copy out, or download the folder again."
     raise_all(f"{label}: tensors that several files hold, and not the same:", differing, hint=hint)
     return merged
-
-
-def _same_here(one: Recipe, other: Recipe) -> bool:
-    """Whether two tensors are the same, by their bytes; those of files that are not here yet are not compared."""
-    here = all(file.path is not None for recipe in (one, other) for file in recipe.make.sources())
-    return here and same_bytes(one, other)
 
 
 def _problem(found: Checkpoint, wrapped: Kind | None, misfits: Plan) -> HxaconvError | None:

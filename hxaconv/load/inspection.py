@@ -47,7 +47,7 @@ def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
         "path": checkpoint.label,
         "kind": "",
         "advice": [],
-        "format": describe_format(checkpoint),
+        "format": _format(checkpoint),
         "key_format": checkpoint.key_format,
         "variant": _variant(checkpoint),
         "files": [{"name": file.name, "bytes": file.size} for file in checkpoint.files],
@@ -55,8 +55,8 @@ def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
         "parameters": sum(recipe.numel for recipe in everything),
         "bytes": sum(recipe.nbytes for recipe in everything),
         "dtypes": dict(Counter(recipe.dtype for recipe in everything)),
-        "parts": parts(plan),
-        "layers": strip(plan),
+        "parts": _parts(plan),
+        "layers": _strip(plan),
         "left_behind": list(checkpoint.dropped),
         "shell": summary(checkpoint.shell) or None,
         "unknown_names": list(checkpoint.unknown),
@@ -73,7 +73,7 @@ def inspect(checkpoint: Checkpoint, *, stats: bool = False) -> dict[str, Any]:
     report["unknown"] = [key for key, value in report["dimensions"].items() if value is None]
     report["memory"] = _memory(report["dimensions"], plan)
     if stats:
-        report["statistics"] = {name: statistics(recipe) for name, recipe in plan.items()}
+        report["statistics"] = {name: _statistics(recipe) for name, recipe in plan.items()}
     return report
 
 
@@ -105,8 +105,7 @@ def _kind(checkpoint: Checkpoint, config: ModelConfig | None, problem: str | Non
     return f"a teacher of the {checkpoint.config.get('model_type')} family, {config.num_hidden_layers} layers", made
 
 
-def describe_format(checkpoint: Checkpoint) -> str:
-    """For people: what kind of files these are."""
+def _format(checkpoint: Checkpoint) -> str:
     facts, count = checkpoint.extra, len(checkpoint.files)
     if not count:
         return "not opened"
@@ -168,12 +167,11 @@ def _variant(checkpoint: Checkpoint) -> str:
     return candidates[0] if candidates else f"unknown, the nearest is {nearest(found).name}"
 
 
-def strip(plan: Plan) -> str:
+def _strip(plan: Plan) -> str:
     """One letter per layer found: R, G, or ? for a layer without a mixer."""
     kinds = layer_kinds(plan)
-    indices = [index for name in plan if (index := template_of(name)[1]) is not None]
-    letters = {"rwkv": "R", "gqa": "G"}
-    return "".join(letters.get(kinds.get(i, ""), "?") for i in range(max(indices, default=-1) + 1))
+    last = max((index for name in plan if (index := template_of(name)[1]) is not None), default=-1)
+    return "".join(kinds.get(layer, "?")[0].upper() for layer in range(last + 1))
 
 
 def part_of(name: str, kinds: Mapping[int, str]) -> str:
@@ -184,7 +182,7 @@ def part_of(name: str, kinds: Mapping[int, str]) -> str:
     return next(part for part, marks in PARTS.items() if any(mark in name for mark in marks))
 
 
-def parts(plan: Plan) -> dict[str, dict[str, int]]:
+def _parts(plan: Plan) -> dict[str, dict[str, int]]:
     """Parameters and bytes by part of the model; parts that it does not have are left out."""
     kinds = layer_kinds(plan)
     sums = {part: {"tensors": 0, "parameters": 0, "bytes": 0} for part in PARTS}
@@ -231,7 +229,7 @@ def _memory(dimensions: Mapping[str, Any], plan: Plan) -> dict[str, int] | None:
     }
 
 
-def statistics(recipe: Recipe) -> dict[str, Any]:
+def _statistics(recipe: Recipe) -> dict[str, Any]:
     """Range, mean, and counts of NaN, Inf and zero of one tensor, a chunk at a time."""
     import torch
 

@@ -224,8 +224,6 @@ def tells_nothing(checkpoint: Checkpoint) -> bool:
 
 # --- layers that a trainer left out -----------------------------------------------------------------
 
-KINDS = {"gqa": "GQA", "rwkv": "RWKV"}
-
 
 def _layers(
     checkpoint: Checkpoint, settings: Settings, base: ModelConfig
@@ -240,21 +238,33 @@ def _layers(
     """
     found, count = layer_kinds(checkpoint.plan), base.num_hidden_layers
     absent = [layer for layer in range(count) if layer not in found]
-    named = _gqa_layers_named(checkpoint, settings, count)
     if not absent or max(found, default=0) >= count:
         return None, ()
+    named: dict[
+        str, Collection[int]
+    ] = {}  # which layers are GQA by what stands beside the tensors, the strongest first
+    if settings.gqa_layers is not None:
+        layers = layer_maps.parse_layers(settings.gqa_layers, count, allow_layer_0=True, option="--gqa-layers")
+        named["--gqa-layers"] = layers
+    for source, raw in (("config.json", checkpoint.config), ("the sidecar", checkpoint.sidecar)):
+        if raw and raw.get("transformer_layers") is not None:
+            named[source] = raw["transformer_layers"]
+    if settings.layer_map is not None:
+        chosen = layer_maps.load(settings.layer_map)
+        named[f"layer map {chosen.name}"] = chosen.gqa_layers
     how = "" if named else "; --layer-map or --gqa-layers would confirm it"
     note = f"{numbers(absent)}: not in {checkpoint.label}, the teacher's attention (GQA){how}"
     if isinstance(base, StudentConfig):
         named["the student that completes it"] = base.gqa_layers
         note = f"{numbers(absent)}: not in {checkpoint.label}, those of the student that completes it"
-    kind_of = {layer: (KINDS[kind], "its tensors") for layer, kind in found.items()}
+    kind_of = {layer: (kind.upper(), "its tensors") for layer, kind in found.items()}
     problems = []
     for source, layers in named.items():
         for layer in range(count):
-            kind, by = kind_of.setdefault(layer, (KINDS["gqa" if layer in layers else "rwkv"], source))
-            if kind != KINDS["gqa" if layer in layers else "rwkv"]:
-                problems.append(f"layer {layer} is {kind} by {by}, {'RWKV' if kind == 'GQA' else 'GQA'} by {source}")
+            said = "GQA" if layer in layers else "RWKV"
+            kind, by = kind_of.setdefault(layer, (said, source))
+            if kind != said:
+                problems.append(f"layer {layer} is {kind} by {by}, {said} by {source}")
     raise_all(
         f"{checkpoint.label}: its tensors contradict the list of GQA layers:",
         problems,
@@ -274,21 +284,6 @@ def _layers(
         )
     kept = {layer for layer, kind in found.items() if kind == "gqa"}.union(set(layers).intersection(absent))
     return SettingsSource("the layers", {"num_hidden_layers": count, "gqa_layers": tuple(sorted(kept))}), (note,)
-
-
-def _gqa_layers_named(checkpoint: Checkpoint, settings: Settings, count: int) -> dict[str, Collection[int]]:
-    """Which layers of a student are GQA, by sources beside its tensors; the strongest first."""
-    found: dict[str, Collection[int]] = {}
-    if settings.gqa_layers is not None:
-        layers = layer_maps.parse_layers(settings.gqa_layers, count, allow_layer_0=True, option="--gqa-layers")
-        found["--gqa-layers"] = layers
-    for source, raw in (("config.json", checkpoint.config), ("the sidecar", checkpoint.sidecar)):
-        if raw and raw.get("transformer_layers") is not None:
-            found[source] = raw["transformer_layers"]
-    if settings.layer_map is not None:
-        chosen = layer_maps.load(settings.layer_map)
-        found[f"layer map {chosen.name}"] = chosen.gqa_layers
-    return found
 
 
 def numbers(layers: Iterable[int]) -> str:

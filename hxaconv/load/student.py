@@ -39,15 +39,8 @@ FLAGS = {
 }
 """What no tensor shows, and the option that sets it."""
 
-SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "vocab_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
+_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", *_HEADS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,29 +253,22 @@ def settings_sources(
     if other is not None:
         sources.append(replace(other, weak=VARIANT))  # a student of another variant may have the same layers
     elif settings.layer_map is not None:
-        sources.append(map_settings(settings.layer_map))
+        chosen = layer_maps.load(settings.layer_map)
+        values = {key: value for key, value in chosen.model.items() if key != "model_type"}
+        values |= {"rwkv_architecture": chosen.variant} if chosen.variant else {}
+        sources.append(SettingsSource(f"{LAYER_MAP}{chosen.name}", values, VARIANT))
     return sources
 
 
 LAYER_MAP = "layer map "
 
 
-def map_settings(layer_map: str) -> SettingsSource:
-    """The settings of a layer map, as a named source; its choice of layers is not one."""
-    chosen = layer_maps.load(layer_map)
-    values = {key: value for key, value in chosen.model.items() if key != "model_type"}
-    if chosen.variant:
-        values["rwkv_architecture"] = chosen.variant
-    return SettingsSource(f"{LAYER_MAP}{chosen.name}", values, VARIANT)
-
-
 def _file_settings(source: str, raw: Mapping[str, Any], where: str) -> list[SettingsSource]:
     """The settings in a file; a second rope_theta in it is a source of its own, which has to agree."""
-    nested = (raw.get("rope_parameters") or {}).get("rope_theta")
-    inner = (
-        [SettingsSource(f"rope_parameters in {source}", {"rope_theta": float(nested)})] if nested is not None else []
-    )
-    return [SettingsSource(source, config_settings(raw, where)), *inner]
+    found, nested = [SettingsSource(source, config_settings(raw, where))], raw.get("rope_parameters") or {}
+    if nested.get("rope_theta") is not None:
+        found.append(SettingsSource(f"rope_parameters in {source}", {"rope_theta": float(nested["rope_theta"])}))
+    return found
 
 
 def resolve(sources: list[SettingsSource], where: str, plan: Plan | None = None) -> StudentConfig:
@@ -349,10 +335,17 @@ def _refuse_gaps(values: Mapping[str, Any], where: str, plan: Plan) -> None:
             f"{where} has no RWKV layers: it is a teacher or all-attention checkpoint, not a student",
             hint="`hxaconv init-from-teacher` makes a student of a teacher.",
         )
-    variant = VARIANTS.get(values.get("rwkv_architecture", ""))
-    candidates = matching(parameters_found(plan)) if variant is None else [variant]
-    if not candidates and parameters_found(plan):
-        _refuse_unknown_variant(plan, where)
+    found, variant = parameters_found(plan), VARIANTS.get(values.get("rwkv_architecture", ""))
+    candidates = matching(found) if variant is None else [variant]
+    if found and not candidates:
+        near = nearest(found)
+        lacking, extra = sorted(near.required - found), sorted(found - {p.name for p in near.parameters})
+        parts = [f"{', '.join(names)} {what}" for names, what in ((lacking, "missing"), (extra, "too much")) if names]
+        raise Inconsistent(
+            f"the RWKV layers of {where} are those of no known variant; the nearest is {near.name}, with"
+            f" {' and '.join(parts)}",
+            hint=f"Known: {', '.join(VARIANTS)}. If the checkpoint is incomplete, --variant names what it should be.",
+        )
     if variant is not None:
         raise_all(
             f"{where} lacks low-rank tensors of its RWKV layers, and config.json does not give their sizes either:",
@@ -360,7 +353,14 @@ def _refuse_gaps(values: Mapping[str, Any], where: str, plan: Plan) -> None:
             hint=f"The checkpoint is incomplete; an {variant.name} layer has {', '.join(sorted(variant.required))}.",
             kind=Inconsistent,
         )
-    missing = [key for key in (*SIZES, *FLAGS, "rwkv_architecture") if key not in values]
+    alike = " and ".join(variant.name for variant in candidates)
+    remedies = {
+        **dict.fromkeys(SIZES, "--teacher (the checkpoint holds attention only)"),
+        **dict.fromkeys(_HEADS, "--teacher, or --layer-map (no tensor shows it)"),
+        **{key: f"{option}, or --teacher, or --layer-map" for key, option in FLAGS.items()},
+        "rwkv_architecture": f"--variant ({alike} have the same tensors, and compute different things with them)",
+    }
+    missing = [key for key in remedies if key not in values]
     if not missing:
         return
     rwkv = [layer for layer, kind in layer_kinds(plan).items() if kind == "rwkv"]
@@ -371,31 +371,7 @@ def _refuse_gaps(values: Mapping[str, Any], where: str, plan: Plan) -> None:
         hint=INCOMPLETE,
         kind=Inconsistent,
     )
-    alike = " and ".join(variant.name for variant in candidates)
-    raise MissingSettings(where, missing, [f"{key}: {_remedy(key, alike)}" for key in missing])
-
-
-def _remedy(key: str, alike: str) -> str:
-    if key == "rwkv_architecture":
-        return f"pass --variant ({alike} have the same tensors, and compute different things with them)"
-    if key in FLAGS:
-        return f"pass {FLAGS[key]}, or --teacher, or --layer-map"
-    if key in ("num_attention_heads", "num_key_value_heads", "head_dim"):
-        return "pass --teacher, or --layer-map (no tensor shows it)"
-    return "pass --teacher (the checkpoint holds attention only)"
-
-
-def _refuse_unknown_variant(plan: Plan, where: str) -> None:
-    """Stop at RWKV layers whose parameters are those of no known variant."""
-    found = parameters_found(plan)
-    near = nearest(found)
-    lacking, extra = sorted(near.required - found), sorted(found - {p.name for p in near.parameters})
-    parts = [f"{', '.join(names)} {what}" for names, what in ((lacking, "missing"), (extra, "too much")) if names]
-    raise Inconsistent(
-        f"the RWKV layers of {where} are those of no known variant; the nearest is {near.name}, with"
-        f" {' and '.join(parts)}",
-        hint=f"Known: {', '.join(VARIANTS)}. If the checkpoint is incomplete, --variant names what it should be.",
-    )
+    raise MissingSettings(where, missing, [f"{key}: pass {remedies[key]}" for key in missing])
 
 
 def student_model(
