@@ -366,9 +366,11 @@ def _merged(label: str, opened: Sequence[tuple[SourceFile, Contents]], index: In
     for file, contents in opened:
         for name, recipe in contents.tensors.items():
             other = merged.setdefault(name, recipe)
+            if other is recipe:
+                continue
             # Those of files that are not here yet are not compared.
             here = all(one.path is not None for both in (other, recipe) for one in both.make.sources())
-            if other is not recipe and not (parts and here and same_bytes(other, recipe)):
+            if not (parts and here and same_bytes(other, recipe)):
                 differing.append(f"{show(name)} ({other.place(name)}; in {file.name})")
     if differing and not parts:
         each = bullet_list(f"{file.name}: {len(contents.tensors)} tensors" for file, contents in opened)

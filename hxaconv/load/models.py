@@ -240,9 +240,8 @@ def _layers(
     absent = [layer for layer in range(count) if layer not in found]
     if not absent or max(found, default=0) >= count:
         return None, ()
-    named: dict[
-        str, Collection[int]
-    ] = {}  # which layers are GQA by what stands beside the tensors, the strongest first
+    layers: Collection[int]
+    named: dict[str, Collection[int]] = {}  # which layers are GQA by other sources than tensors, the strongest first
     if settings.gqa_layers is not None:
         layers = layer_maps.parse_layers(settings.gqa_layers, count, allow_layer_0=True, option="--gqa-layers")
         named["--gqa-layers"] = layers
