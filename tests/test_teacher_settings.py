@@ -114,6 +114,11 @@ def test_rope_scaling_that_can_be_followed_is_kept(
     (tmp_path / "b.json").unlink()
     assert cli("verify", tmp_path / "b.pth", "--against", tmp_path / "s") == 0, "it cannot say that it is scaled"
     assert "tying, rope_scaling and the variant (hxa079)" in " ".join(capsys.readouterr().out.split())
+    both = json.loads((tmp_path / "s" / "config.json").read_text())
+    both["rope_scaling"]["factor"] = 8.0  # the modelling code goes by the other spelling
+    (tmp_path / "h" / "config.json").write_text(json.dumps(both))
+    assert cli("verify", tmp_path / "h") == 1
+    assert "'factor': 8.0" in " ".join(capsys.readouterr().out.split())
     assert cli(*init, "--drop-rope-scaling", "--overwrite") == 0
     assert json.loads((tmp_path / "s" / "config.json").read_text())["rope_scaling"] is None
     assert cli("verify", tmp_path / "s", "--against", teacher) == 0, "a dropped scaling is no contradiction"

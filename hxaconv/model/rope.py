@@ -92,12 +92,16 @@ class Rope:
 def rope_of(raw: Mapping[str, Any]) -> tuple[float | None, RopeScaling | None, str | None]:
     """(rope_theta, scaling, why it cannot be computed) from any spelling: top level, `rope_parameters`, `rope_scaling`.
 
-    Where one spelling scales and the other does not, some reader scales: so does this one.
+    Where one spelling scales and the other does not, some reader scales: so does this one. Two that scale otherwise
+    are followed by one reader each.
     """
     theta = next(iter(_thetas(raw).values()), None)
     spellings = [raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
-    found = next((one for one in spellings if kind_of(one) not in DEFAULT_KINDS), {})
-    scaling, problem = (None, None) if not found else _scaling(found, raw)
+    found = [_scaling(one, raw) for one in spellings if kind_of(one) not in DEFAULT_KINDS]
+    scaling, problem = found[0] if found else (None, None)
+    if len(found) == 2 and found[0] != found[1]:
+        differ = f"rope_scaling is {found[0][0]}, rope_parameters {found[1][0]}"
+        scaling, problem = None, found[0][1] or found[1][1] or differ
     return (None if theta is None else float(theta)), scaling, problem
 
 
