@@ -15,10 +15,12 @@ import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from hxaconv.model.plan import Recipe
 
 # --- Section 5: initial values. Source: OpenMOSE/RWKVInside, rwkv_inside/TimeMixer.py at d03af49. ------------------
 
@@ -30,33 +32,16 @@ NORMS = {"r_norm": "q_norm", "k_norm": "k_norm"}
 ORTHOGONAL = "semi-orthogonal, 0.1"
 RAMP = "as published"
 
-_SECOND_FACTORS: dict[str, float | str] = {"w2": ORTHOGONAL, "a2": ORTHOGONAL, "g2": ORTHOGONAL}
-_BIASES: dict[str, float | str] = {"w0": RAMP, "a0": RAMP}
-_ZEROS: dict[str, float | str] = {"w1": 0.0, "a1": 0.0, "g1": 0.0}
-INITIAL: dict[str, dict[str, float | str]] = {
-    "hxa079": {
-        **_BIASES,
-        **_ZEROS,
-        **_SECOND_FACTORS,
-        "v0": 0.73,
-        "k0": 0.73,
-        "v1": 0.0,
-        "k1": 0.0,
-        "v2": ORTHOGONAL,
-        "k2": ORTHOGONAL,
-        "r_k": -0.04,
-        "layer_architecture": 78.0,
-    },
-    "hxa07a": {**_BIASES, **_ZEROS, **_SECOND_FACTORS},
-    "hxa07b": {
-        **_BIASES,
-        **_SECOND_FACTORS,
-        "w1": ORTHOGONAL,
-        "a1": ORTHOGONAL,
-        "v1": ORTHOGONAL,
-        "v2": ORTHOGONAL,
-        "g1": 0.0,
-    },
+
+def _initial(random: str, zero: str, **constants: float) -> dict[str, float | str]:
+    values = {"w0": RAMP, "a0": RAMP} | dict.fromkeys(random.split(), ORTHOGONAL)
+    return values | dict.fromkeys(zero.split(), 0.0) | constants
+
+
+INITIAL = {
+    "hxa079": _initial("w2 a2 g2 v2 k2", "w1 a1 g1 v1 k1", v0=0.73, k0=0.73, r_k=-0.04, layer_architecture=78.0),
+    "hxa07a": _initial("w2 a2 g2", "w1 a1 g1"),
+    "hxa07b": _initial("w2 a2 g2 w1 a1 v1 v2", "g1"),
 }
 """Variant -> parameter -> its initial value. `head_size_record` is head_dim."""
 INITIAL["hxa07c"] = INITIAL["hxa07b"]
@@ -97,18 +82,16 @@ def ranks(variant: str, attention_size: int) -> dict[str, int]:
     """Inner widths of the low-rank pairs, by the parameter that shows them."""
     a = float(attention_size)
 
-    def r32(value: float) -> int:
-        return round(value / 32.0) * 32
+    def rank(least: int, factor: float, exponent: float) -> int:
+        return max(least, round(factor * math.pow(a, exponent) / 32.0) * 32)
 
+    value = rank(32, 1.3, 0.5)
     if variant == "hxa07a":
-        decay = max(32, r32(1.7 * a**0.6))
-        return {"w1": decay, "a1": max(32, r32(1.3 * a**0.5)), "g1": decay}
+        return {"w1": rank(32, 1.7, 0.6), "a1": value, "g1": rank(32, 1.7, 0.6)}
     if variant in ("hxa07b", "hxa07c"):
-        decay = max(256, r32(1.7 * a**0.6))
-        return {"w1": decay, "a1": max(128, r32(1.8 * a**0.5)), "v1": max(32, r32(1.3 * a**0.5)), "g1": decay}
-    value = max(32, r32(1.3 * a**0.5))
-    widths = {"w1": max(256, r32(1.7 * a**0.6)), "a1": max(32, r32(1.8 * a**0.5)), "v1": value, "k1": value}
-    return {**widths, "g1": max(256, r32(0.35 * a**0.8))}
+        return {"w1": rank(256, 1.7, 0.6), "a1": rank(128, 1.8, 0.5), "v1": value, "g1": rank(256, 1.7, 0.6)}
+    widths = {"w1": rank(256, 1.7, 0.6), "a1": rank(32, 1.8, 0.5), "v1": value, "k1": value}
+    return {**widths, "g1": rank(256, 0.35, 0.8)}
 
 
 # --- Section 6: names. Source: OpenMOSE/RWKV-Infer (.pth) and OpenMOSE/RWKVInside (training) ------------------------
@@ -157,105 +140,77 @@ def wrong_names(stored: Mapping[str, str], key_format: str) -> list[str]:
 
 # --- Section 7: config.json, as RWKV-Infer and the modelling code read it -------------------------------------------
 
-
-def config_values(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What a loader takes out of a config.json, by what it means."""
-    nested = raw.get("rope_parameters")
-    return {
-        "layers": raw.get("num_hidden_layers"),
-        "hidden size": raw.get("hidden_size"),
-        "intermediate size": raw.get("intermediate_size"),
-        "vocabulary": raw.get("vocab_size"),
-        "heads": raw.get("num_attention_heads"),
-        "kv heads": raw.get("num_key_value_heads"),
-        "head_dim": raw.get("head_dim"),
-        "eps": raw.get("rms_norm_eps"),
-        "theta": raw.get("rope_theta"),
-        "theta in rope_parameters": nested.get("rope_theta") if isinstance(nested, dict) else raw.get("rope_theta"),
-        "tied head": raw.get("tie_word_embeddings"),
-        "architecture": raw.get("rwkv_architecture"),
-        "GQA layers": raw.get("transformer_layers"),
-        "q/k norm": raw.get("enable_qk_norm"),
-        "biases of q, k, v": raw.get("attention_bias"),
-        "bias of the attention output": raw.get("attention_out_bias"),
-        "biases of the MLP": raw.get("mlp_bias"),
-        "experts": raw.get("num_experts"),
-        "experts per token": raw.get("num_experts_per_tok"),
-        "size of an expert": raw.get("moe_intermediate_size"),
-        "shares of experts renormalised": raw.get("norm_topk_prob"),
-        "layers without experts": raw.get("mlp_only_layers"),
-        "every how many layers there are experts": raw.get("decoder_sparse_step"),
-        "rank of w": raw.get("lora_rank_decay"),
-        "rank of a": raw.get("lora_rank_iclr"),
-        "rank of v": raw.get("lora_rank_value_residual_mix"),
-        "rank of k": raw.get("lora_rank_key_residual_mix"),
-        "rank of g": raw.get("lora_rank_gate"),
-        "dtype": raw.get("torch_dtype"),
-        "dtype, newer spelling": raw.get("dtype", raw.get("torch_dtype")),
-        "activation": raw.get("hidden_act"),
-        "RoPE scaling": raw.get("rope_scaling"),
-    }
+SWITCHES = {
+    "enable_qk_norm": (".r_norm.weight", ".q_norm.weight"),
+    "attention_bias": (".receptance.bias", ".q_proj.bias"),
+    "attention_out_bias": (".output.bias", ".o_proj.bias"),
+    "mlp_bias": (".up_proj.bias",),
+}
+"""What is true where there are tensors with such endings."""
+RANKS = {
+    "w1": "lora_rank_decay",
+    "a1": "lora_rank_iclr",
+    "v1": "lora_rank_value_residual_mix",
+    "k1": "lora_rank_key_residual_mix",
+    "g1": "lora_rank_gate",
+}
+"""The parameter that shows a rank -> where config.json has it."""
+_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.up_proj\.weight$")
 
 
-class Stored(Protocol):
-    """A tensor as described by its header."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-
-def shape_values(tensors: Mapping[str, Stored], *, dtypes: bool = True) -> dict[str, Any]:
-    """The same, from the tensors of a student alone, whatever its config claims. Canonical names."""
+def shape_values(tensors: Mapping[str, Recipe]) -> dict[str, Any]:
+    """What the config.json of a student has to say, from its tensors alone. Canonical names."""
 
     def one(ending: str) -> tuple[int, ...] | None:
         return next((tensor.shape for name, tensor in tensors.items() if name.endswith(ending)), None)
 
     layers = [int(found[1]) for name in tensors if (found := re.match(r"model\.layers\.(\d+)\.", name))]
     kept = sorted({int(name.split(".")[2]) for name in tensors if name.endswith(".self_attn.q_proj.weight")})
-    values: dict[str, Any] = {"layers": max(layers) + 1 if layers else None, "GQA layers": kept}
+    values: dict[str, Any] = {"num_hidden_layers": max(layers) + 1 if layers else None, "transformer_layers": kept}
     if embedding := one("model.embed_tokens.weight"):
-        values["vocabulary"], values["hidden size"] = embedding
+        values["vocab_size"], values["hidden_size"] = embedding
     if up := one(".mlp.up_proj.weight"):
-        values["intermediate size"] = up[0]
+        values["intermediate_size"] = up[0]
     experts = {int(found[1]): tensor.shape for name, tensor in tensors.items() if (found := _EXPERT.search(name))}
     if experts:
-        values["experts"], values["size of an expert"] = max(experts) + 1, experts[0][0]
+        values["num_experts"], values["moe_intermediate_size"] = max(experts) + 1, experts[0][0]
     bonus, key = one(".self_attn.r_k"), one(".self_attn.key.weight")
     if bonus and key:
-        values["heads"], values["head_dim"] = bonus
-        values["kv heads"] = key[0] // bonus[1]
-    for letter in "wavkg":
-        if first := one(f".self_attn.{letter}1"):
-            values[f"rank of {letter}"] = first[1]
-    endings = {
-        "q/k norm": (".r_norm.weight", ".q_norm.weight"),
-        "biases of q, k, v": (".receptance.bias", ".q_proj.bias"),
-        "bias of the attention output": (".output.bias", ".o_proj.bias"),
-        "biases of the MLP": (".up_proj.bias",),
-    }
-    values |= {what: any(name.endswith(ends) for name in tensors) for what, ends in endings.items()}
+        values["num_attention_heads"], values["head_dim"] = bonus
+        values["num_key_value_heads"] = key[0] // bonus[1]
+    values |= {setting: first[1] for name, setting in RANKS.items() if (first := one(f".self_attn.{name}"))}
+    return values | {key: any(name.endswith(ends) for name in tensors) for key, ends in SWITCHES.items()}
+
+
+def dtype_values(tensors: Mapping[str, Recipe]) -> dict[str, str]:
+    """What it has to say of dtypes: that of most values, in the older spelling and the newer."""
     counts: dict[str, int] = {}
     for tensor in tensors.values():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + math.prod(tensor.shape)
-    spelled = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-    most = max(counts, key=lambda dtype: counts[dtype], default="")
-    if dtypes and most in spelled:
-        values["dtype"] = values["dtype, newer spelling"] = spelled[most]
-    return values
+    most = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}.get(
+        max(counts, key=lambda dtype: counts[dtype], default="")
+    )
+    return {"torch_dtype": most, "dtype": most} if most else {}
 
 
-_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.up_proj\.weight$")
+NESTED_THETA = "rope_theta in rope_parameters"
 
 
-def wrong_values(expected: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> list[str]:
-    """Where a config.json, or a sidecar, differs from what it has to hold, as sentences."""
-    found = config_values(raw)
+def wrong_values(
+    expected: Mapping[str, Any], raw: Mapping[str, Any], where: str, *, complete: bool = True
+) -> list[str]:
+    """Where a config.json, or a sidecar, differs from what it has to hold, as sentences.
+
+    Not `complete`: what it does not say is not missed.
+    """
+    nested = raw.get("rope_parameters")
+    theta = (nested if isinstance(nested, dict) else raw).get("rope_theta")
+    found = {"dtype": raw.get("torch_dtype"), **raw, NESTED_THETA: theta}
     return [
-        f"{where} has {what} {found[what]!r}, expected {value!r}"
-        for what, value in expected.items()
-        if found[what] != value or isinstance(found[what], bool) != isinstance(value, bool)
+        f"{where} has {key} {found.get(key)!r}, expected {value!r}"
+        for key, value in expected.items()
+        if (complete or found.get(key) is not None)
+        and (found.get(key) != value or isinstance(found.get(key), bool) != isinstance(value, bool))
     ]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, shortened
 from hxaconv.formats.dtypes import BY_TORCH_NAME, FLOATS
-from hxaconv.formats.files import show
 from hxaconv.load import open_checkpoint
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Checkpoint, Model
@@ -18,7 +18,7 @@ from hxaconv.model.names import EMBEDDING, HEAD
 from hxaconv.model.plan import Buffers, Recipe, main_dtype, same_bytes, total_bytes
 from hxaconv.progress import Progress, Result, bar
 from hxaconv.save.documents import settings_digest
-from hxaconv.save.fill import DIGESTS, Checks, digest_of_file, type_text
+from hxaconv.save.fill import digest_of_file, type_text
 from hxaconv.verification import specification
 from hxaconv.verification.report import Report
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Verify = Callable[[Model, "Progress | None"], Report]
 """Checks the tensors of the student that was written, and shows how far it is."""
+NUMERIC = ("finite weights", "finite logits", "logits", "layers", "GQA layers")
+"""Checks that NaN and Inf alone make fail."""
+ALGORITHMS = ("crc32", "sha256")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,32 +44,25 @@ class OutputCheck:
         return specification.wrong_values(intended(output.student.student, output.dtype), raw, where)
 
     def report(self, output: Output, staged: Path, *, allow_nonfinite: bool) -> Report:
-        """What was written, read back: its files first, then, where these are right, the values of its tensors."""
+        """What was written, read back; allowed values that are not finite are remarks, those of bits still count."""
         assert output.student is not None
-        progress = output.record.call.progress
+        progress, checkpoint = output.record.call.progress, open_checkpoint(str(staged))
         report = check_output(
-            open_checkpoint(str(staged)),
+            checkpoint,
             output.student,
             output.tensors,
             output.dtype,
             str(output.target),
             lambda written: self.verify(written, progress),
         )
-        if allow_nonfinite:
-            _let_nonfinite_pass(report)
+        if allow_nonfinite and any(not c.passed and c.name.startswith("finite") for c in report.checks):
+            report.checks = [
+                replace(check, passed=True, detail=f"allowed by --allow-nonfinite: {check.detail}")
+                if not check.passed and check.name in NUMERIC
+                else check
+                for check in report.checks
+            ]
         return report
-
-
-def _let_nonfinite_pass(report: Report) -> None:
-    """Turn checks that NaN and Inf alone make fail into passed ones with that remark; those of bits still count."""
-    numeric = {"finite weights", "finite logits", "logits", "layers", "GQA layers"}
-    if any(not check.passed and check.name.startswith("finite") for check in report.checks):
-        report.checks = [
-            replace(check, passed=True, detail=f"allowed by --allow-nonfinite: {check.detail}")
-            if not check.passed and check.name in numeric
-            else check
-            for check in report.checks
-        ]
 
 
 def check_output(
@@ -90,14 +86,10 @@ def check_output(
     wrong = [f"{name} is missing" for name in names if name not in stored]
     wrong += [f"{name} is there" for name in stored if name not in names]
     files.problems("tensors as asked", wrong, f"{len(stored)}, no other")
-    if checkpoint.shell:
-        differing = [
-            f"{name} differs from the source's"
-            for name, found in checkpoint.shell.items()
-            if name in names and not same_bytes(found, names[name])
-        ]
-        good = f"{len(checkpoint.shell)} tensors, the source's"
-        files.problems("what wraps the text model", differing, good)
+    if shell := checkpoint.shell:
+        wrong = [name for name, found in shell.items() if name in names and not same_bytes(found, names[name])]
+        wrong = [f"{name} differs from the source's" for name in wrong]
+        files.problems("what wraps the text model", wrong, f"{len(shell)} tensors, the source's")
     wanted = dict(asked.plan)
     if HEAD not in wanted and EMBEDDING in wanted:
         wanted[HEAD] = wanted[EMBEDDING]
@@ -110,7 +102,7 @@ def check_output(
     _check_names(files, checkpoint)
     raw, where = _settings_of(checkpoint)
     if raw:
-        expected = intended(asked.student, dtype) | specification.shape_values(checkpoint.plan, dtypes=False)
+        expected = intended(asked.student, dtype) | specification.shape_values(checkpoint.plan)
         wrong = specification.wrong_values(expected, raw, where)
         files.problems("settings as asked", wrong, f"{where} has them all")
     _check_files(files, checkpoint)
@@ -128,13 +120,13 @@ def check_own(report: Report, checkpoint: Checkpoint, provenance: Mapping[str, A
     """
     raw, where = _settings_of(checkpoint)
     if raw:
-        held, implied = specification.config_values(raw), specification.shape_values(checkpoint.plan)
-        wrong = specification.wrong_values({k: v for k, v in implied.items() if held[k] is not None}, raw, where)
+        implied = specification.shape_values(checkpoint.plan) | specification.dtype_values(checkpoint.plan)
+        wrong = specification.wrong_values(implied, raw, where, complete=False)
         report.problems("config and tensors", wrong, f"{where} agrees with the tensors")
     if checkpoint.key_format == "rwkv":
         _check_names(report, checkpoint)
     check_dtypes(report, checkpoint, provenance)
-    if recorded := _recorded_if_ours(checkpoint, provenance):
+    if recorded := _recorded(provenance):
         stored = {*checkpoint.stored_names.values(), *checkpoint.shell}
         lost = [f"{name} is recorded and not there" for name in recorded if name not in stored]
         report.problems("recorded tensors", lost, f"all {len(recorded)} are there")
@@ -152,30 +144,21 @@ def check_dtypes(report: Report, checkpoint: Checkpoint, provenance: Mapping[str
     """
     raw, where = _settings_of(checkpoint)
     named = BY_TORCH_NAME.get(str(raw.get("torch_dtype") or raw.get("dtype")))
-    usual = main_dtype(checkpoint.plan)
-    recorded = _recorded_if_ours(checkpoint, provenance)
+    usual, recorded = main_dtype(checkpoint.plan), _recorded(provenance)
     wrong, odd = [], []
     for name, recipe in checkpoint.plan.items():
         if recipe.dtype == usual or recipe.dtype not in FLOATS:
             continue
         odd.append(f"{name} ({recipe.dtype})")
+        then = recorded.get(checkpoint.stored_names[name], ("", None))[0]
         if named is not None and named.name == usual and {usual, recipe.dtype} == {"F16", "BF16"}:
             wrong.append(f"{name} is {recipe.dtype}, {where} has {named.torch_name}")
-            continue
-        then = recorded.get(checkpoint.stored_names[name]) or ""
-        algorithm = then.partition(":")[0]
-        if algorithm in DIGESTS[:-1] and then != digest(recipe, algorithm):
+        elif then.partition(":")[0] in ALGORITHMS and then != digest(recipe, then):
             wrong.append(f"{name} is {recipe.dtype}, and not as it was written")
     if odd and not wrong:
         report.notes.append(f"{len(odd)} tensors are not {usual}, as the others are: {shortened(odd)}")
     good = f"{len(checkpoint.plan) - len(odd)} of {len(checkpoint.plan)} tensors are {usual}"
     report.problems("dtypes and config", wrong, good)
-
-
-def _recorded_if_ours(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> dict[str, str | None]:
-    with contextlib.suppress(HxaconvError):  # a record of another form is not used
-        return _recorded(provenance, checkpoint.label) if provenance.get("tensors") else {}
-    return {}
 
 
 def _settings_of(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
@@ -195,52 +178,45 @@ def _check_files(report: Report, checkpoint: Checkpoint) -> None:
     if checkpoint.root is None:
         return
     if checkpoint.container == "safetensors" and checkpoint.extra.get("index"):
-        wrong = specification.wrong_index(checkpoint.root)
-        report.problems("index", wrong, "names what the files hold")
+        report.problems("index", specification.wrong_index(checkpoint.root), "names what the files hold")
     elif checkpoint.container == "pth":
         paths = [file.path for file in checkpoint.files if file.path is not None]
         wrong = [problem for path in paths for problem in specification.wrong_checksums(Path(path))]
         report.problems("checksums", wrong, "every CRC-32 in the file is that of its bytes")
 
 
+SAME_WORDS = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "rwkv_architecture"),
+    *("attention_bias", "mlp_bias"),
+)
+OF_EXPERTS = (
+    *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers"),
+    "decoder_sparse_step",
+)
+"""Settings that StudentConfig, and its experts, call what config.json calls them."""
+
+
 def intended(config: StudentConfig, dtype: str) -> dict[str, Any]:
     """What a loader has to read in the config of such a student."""
     spelled = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype]
-    ranks = {"w": config.ranks.decay, "a": config.ranks.iclr, "v": config.ranks.value, "k": config.ranks.key}
-    ranks["g"] = config.ranks.gate
+    ranks = {"w1": config.ranks.decay, "a1": config.ranks.iclr, "v1": config.ranks.value, "k1": config.ranks.key}
+    ranks["g1"] = config.ranks.gate
     values = {
-        "layers": config.num_hidden_layers,
-        "hidden size": config.hidden_size,
-        "intermediate size": config.intermediate_size,
-        "vocabulary": config.vocab_size,
-        "heads": config.num_attention_heads,
-        "kv heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "eps": config.rms_norm_eps,
-        "theta": config.rope_theta,
-        "theta in rope_parameters": config.rope_theta,
-        "tied head": config.tie_word_embeddings,
-        "architecture": config.rwkv_architecture,
-        "GQA layers": sorted(config.gqa_layers),
-        "q/k norm": config.qk_norm,
-        "biases of q, k, v": config.attention_bias,
-        "bias of the attention output": config.output_bias,
-        "biases of the MLP": config.mlp_bias,
-        **{f"rank of {letter}": rank for letter, rank in ranks.items() if rank},
+        **{name: getattr(config, name) for name in SAME_WORDS},
+        specification.NESTED_THETA: config.rope_theta,
+        "transformer_layers": sorted(config.gqa_layers),
+        "enable_qk_norm": config.qk_norm,
+        "attention_out_bias": config.output_bias,
+        **{specification.RANKS[name]: rank for name, rank in ranks.items() if rank},
+        "torch_dtype": spelled,
         "dtype": spelled,
-        "dtype, newer spelling": spelled,
-        "activation": "silu",
-        "RoPE scaling": config.rope_scaling.to_dict() if config.rope_scaling else None,
+        "hidden_act": "silu",
+        "rope_scaling": config.rope_scaling.to_dict() if config.rope_scaling else None,
     }
-    if (experts := config.experts) is not None:
-        values |= {
-            "experts": experts.num_experts,
-            "experts per token": experts.num_experts_per_tok,
-            "size of an expert": experts.moe_intermediate_size,
-            "shares of experts renormalised": experts.norm_topk_prob,
-            "layers without experts": list(experts.mlp_only_layers),
-            "every how many layers there are experts": experts.decoder_sparse_step,
-        }
+    if config.experts is not None:
+        values |= {name: getattr(config.experts, name) for name in OF_EXPERTS}
+        values["mlp_only_layers"] = list(config.experts.mlp_only_layers)
     return values
 
 
@@ -269,12 +245,8 @@ class DigestReport(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        return {
-            "passed": self.passed,
-            "checked": self.checked,
-            "bytes": self.nbytes,
-            "problems": list(self.problems),
-        }
+        problems = list(self.problems)
+        return {"passed": self.passed, "checked": self.checked, "bytes": self.nbytes, "problems": problems}
 
     def raise_if_failed(self) -> None:
         """Turn differences into the error that ends a command with exit code 1.
@@ -301,8 +273,8 @@ def check_digests(
     Raises:
         HxaconvError: when no digests were recorded.
     """
-    recorded = _recorded(provenance, checkpoint.label)
-    if not any(recorded.values()):
+    recorded = _recorded(provenance)
+    if not any(expected for expected, _ in recorded.values()):
         raise HxaconvError(
             f"{checkpoint.label} has no recorded digests",
             hint="They are written by default; this checkpoint is from elsewhere, or was made with --digest none.",
@@ -311,21 +283,21 @@ def check_digests(
     problems = wrong_files(checkpoint, provenance)
     problems += [f"{name} is recorded and not there" for name in recorded if name not in plan]
     problems += [f"{name} is there and not recorded" for name in plan if name not in recorded]
-    types = {name: entry.get("type") for name, entry in provenance["tensors"].items()}
+    both = {name: recipe for name, recipe in plan.items() if name in recorded}
     problems += [
-        f"{name} is {found}, recorded is {types[name]}"
-        for name, recipe in plan.items()
-        if types.get(name) and (found := type_text(recipe)) != types[name]
+        f"{name} is {found}, recorded is {then}"
+        for name, recipe in both.items()
+        if (then := recorded[name][1]) and (found := type_text(recipe)) != then
     ]
-    names = [name for name in plan if recorded.get(name)]
-    total = total_bytes({name: plan[name] for name in names})
-    with bar(progress, "digests", total):
-        for name in names:
-            expected = recorded[name] or ""
-            found = digest(plan[name], expected.partition(":")[0], progress, name)
+    read = {name: recipe for name, recipe in both.items() if recorded[name][0]}
+    total = total_bytes(read)
+    with bar(progress, "digests", total) as advance:
+        for name, recipe in read.items():
+            expected = recorded[name][0]
+            found = digest(recipe, expected, advance, name)
             if found != expected:
                 problems.append(f"{name} has {found}, recorded is {expected}")
-    return DigestReport(checkpoint.label, len(names), total, tuple(problems))
+    return DigestReport(checkpoint.label, len(read), total, tuple(problems))
 
 
 def wrong_files(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> list[str]:
@@ -353,29 +325,31 @@ def wrong_files(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> list[s
     return problems
 
 
-def _recorded(provenance: Mapping[str, Any], label: str) -> dict[str, str | None]:
-    """Tensor name -> recorded digest, None where there is none."""
-    entries = provenance.get("tensors") or {}
-    recorded: dict[str, str | None] = {}
-    for name, entry in entries.items() if isinstance(entries, dict) else [("tensors", entries)]:
-        digest = entry.get("digest") if isinstance(entry, dict) else entry
-        if not isinstance(digest, str | None) or not isinstance(entry, dict):
-            raise HxaconvError(f"{label}: what is recorded of {show(name)} is not what hxaconv writes")
-        recorded[name] = digest
-    return recorded
+def _recorded(provenance: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
+    """Tensor name -> its recorded digest, or "", and type; nothing of a record that is not as hxaconv writes it."""
+    entries, found = provenance.get("tensors"), dict[str, tuple[str, str | None]]()
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+        if not isinstance(entry, dict) or not isinstance(entry.get("digest"), str | None):
+            return {}
+        found[name] = entry.get("digest") or "", entry.get("type")
+    return found
 
 
-def digest(recipe: Recipe, algorithm: str, progress: Progress | None = None, what: str = "") -> str:
-    """`crc32:89abcdef` or `sha256:...` of a tensor's bytes.
+def digest(
+    recipe: Recipe, like: str, advance: Callable[[int, str], None] = lambda n, what: None, name: str = ""
+) -> str:
+    """`crc32:89abcdef` or `sha256:...` of a tensor's bytes, by the algorithm that `like` begins with.
 
     Raises:
         HxaconvError: for another algorithm.
     """
-    if algorithm not in DIGESTS[:-1]:
-        raise HxaconvError(f"unknown digest {algorithm!r}", hint=f"Known: {', '.join(DIGESTS[:-1])}.")
-    checks = Checks(recipe.dtype, crc32=algorithm == "crc32", sha256=algorithm == "sha256", finite=False)
+    algorithm, crc, sha = like.partition(":")[0], 0, hashlib.sha256()
+    if algorithm not in ALGORITHMS:
+        raise HxaconvError(f"unknown digest {algorithm!r}", hint=f"Known: {', '.join(ALGORITHMS)}.")
     for chunk in recipe.chunks(Buffers()):
-        checks.update(chunk)
-        if progress:
-            progress.advance(len(chunk), what)
-    return str(checks.finished(what).digest(algorithm))
+        if algorithm == "crc32":
+            crc = zlib.crc32(chunk, crc)
+        else:
+            sha.update(chunk)
+        advance(len(chunk), name)
+    return f"crc32:{crc:08x}" if algorithm == "crc32" else f"sha256:{sha.hexdigest()}"
