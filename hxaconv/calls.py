@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hxaconv import options
-from hxaconv.errors import HxaconvError
+from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.options import (
     Argument,
     Group,
@@ -142,10 +142,18 @@ class Call:
         """The names of options that are not the command's defaults."""
         return frozenset(parameter.name for parameter in self.differing)
 
-    def useless(self, names: Iterable[str], reason: str) -> list[str]:
-        """The reason why those of `names` that were given have no use, as a line; none where none was given."""
-        found = [name for name in names if name in self.given]
-        return [f"{option_words(found)}: {reason}"] if found else []
+    def refuse_useless(self, *rules: tuple[bool, Iterable[str], str]) -> None:
+        """Refuse options that would be ignored, by rules: (where it holds, options that have no use then, why).
+
+        Raises:
+            HxaconvError: listing those that were given, each with the first reason.
+        """
+        lines, left = [], self.given
+        for holds, names, reason in rules:
+            if found := [name for name in names if holds and name in left]:
+                lines.append(f"{option_words(found)}: {reason}")
+                left -= {*found}
+        raise_all("these options have no use:", lines)
 
     @property
     def recorded(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from hxaconv.options import (
     TeacherToo,
     Tokens,
     Write,
+    option_words,
 )
 from hxaconv.save.documents import UNTRAINED, history_of, init_record, partly_untrained
 from hxaconv.save.output import Output, Record, dtype_warnings, kept_shards, lay_out
@@ -113,7 +114,7 @@ def pick_gqa_layers(
     cache = Path(f"{beside.rstrip('/')}.scores.safetensors") if beside else None
     with ranks.together():
         if ranks.rank() == 0:  # a ranking is one process's
-            subject = open_subject(source, teacher, from_, settings, values, strategy, call.progress)
+            subject = open_subject(source, teacher, from_, settings, values, strategy, call)
             num_layers = subject.model.config.num_hidden_layers
             _, count = checked_choice(choice, num_layers)
             if out is not None and not write.resume and "tokens" in strategy.needs:
@@ -122,8 +123,9 @@ def pick_gqa_layers(
             found = score(subject, choice, probe, values, cache, call.progress)
     advice = ranks.broadcast(found)
     assert advice is not None
-    if "tokens" not in strategy.needs:  # as a loop over strategies gives them
-        notes += call.useless(TOKENS, f"--strategy {strategy.name} looks at no tokens, they are not read")
+    unread = option_words(name for name in TOKENS if name in call.given)
+    if unread and "tokens" not in strategy.needs:  # as a loop over strategies gives them
+        notes.append(f"{unread}: --strategy {strategy.name} looks at no tokens, they are not read")
     outcome = written(",".join(map(str, advice.pick.layers))) if out is not None else None
     if outcome is not None and outcome.written is None:
         notes += [f"The scores are kept in {cache} for the run itself."] if cache and cache.is_file() else []

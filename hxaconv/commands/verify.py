@@ -17,7 +17,7 @@ from hxaconv.model.config import StudentConfig, TeacherConfig, dropped_scaling
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.names import EMBEDDING
 from hxaconv.model.variants import VARIANTS
-from hxaconv.options import STAGES, Check, OfStudent, Option, Probe, Settings, Source, TeacherToo, option_words
+from hxaconv.options import STAGES, Check, OfStudent, Option, Probe, Settings, Source, TeacherToo
 from hxaconv.save.documents import history_of, record_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,14 @@ def verify(
     Raises:
         HxaconvError: when a setting is known from no source, or the two cannot be fed the same input.
     """
-    _refuse_useless(call)
+    call.refuse_useless(
+        (digests, sorted(call.given - {"source", "digests", "revision"}), "--digests only re-reads SOURCE's tensors"),
+        (against is None, ("plot",), "it draws a comparison; add --against OTHER"),
+        (against is None, ("expect", "max_logit", "max_layer", "max_kl"), "for comparisons only; add --against OTHER"),
+        (probe.input_ids is not None, ("tokens", "batch", "seed"), "all ids of --input-ids are used, as they are"),
+        (probe.text is not None, ("seed",), "nothing is random with --text"),
+        (not (check.plot or probe.logits_out), ("overwrite",), "there is no --plot or --logits-out to write"),
+    )
     check_plot(check.plot, overwrite=check.overwrite)
     problems = file_problems("--logits-out", probe.logits_out, (".safetensors",), overwrite=check.overwrite)
     for folder in (Path(name) for name in (source, against, teacher) if name and probe.logits_out):
@@ -69,8 +76,9 @@ def verify(
         return check_digests(checkpoint, record_of(checkpoint), call.progress)
     other = open_checkpoint(against, progress=call.progress) if against else None
     opened = [found for found in (checkpoint, other) if found is not None]
-    if not any(may_be_student(found) for found in opened):
-        _refuse_for_teachers(source, teacher, settings)
+    itself = f"{source} is a teacher itself; to verify a student, name it as SOURCE or --against"
+    of_students = ("teacher", "layer_map", *(["tie_word_embeddings"] if settings.tie_word_embeddings else []))
+    call.refuse_useless((not any(map(may_be_student, opened)), of_students, itself))
     try:
         models = _models(checkpoint, other, teacher, settings)
         for model in models:
@@ -79,7 +87,7 @@ def verify(
     except (Inconsistent, MissingSettings) as error:
         if isinstance(error, MissingSettings) and checkpoint.config is None:
             raise
-        return inconsistent(checkpoint, other, error)
+        return _inconsistent(checkpoint, other, error)
     turned = isinstance(models[0].config, TeacherConfig) and isinstance(models[-1].config, StudentConfig)
     if turned and other is not None:
         if probe.logits_out is not None:
@@ -174,7 +182,7 @@ def _run(
     return compare_models(model, other, expect=check.expect, **run)
 
 
-def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: HxaconvError) -> Report:
+def _inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: HxaconvError) -> Report:
     """The report on a checkpoint that is no model at all: what does not fit, and what loaders do with it."""
     from hxaconv.verification.lint import lint
     from hxaconv.verification.report import Report
@@ -187,38 +195,3 @@ def inconsistent(checkpoint: Checkpoint, other: Checkpoint | None, error: Hxacon
             "loaders are checked by files and names alone here: what failed above makes them stop, or compute wrongly"
         )
     return report
-
-
-def _refuse_useless(call: Call) -> None:
-    """Refuse options that would be ignored.
-
-    Raises:
-        HxaconvError: listing everything at once.
-    """
-    if "digests" in call.given:
-        others = sorted(call.given - {"source", "digests", "revision"})
-        problems = call.useless(others, "--digests only re-reads the tensors of SOURCE")
-    else:
-        problems = []
-        if "against" not in call.given:
-            problems += call.useless(("plot",), "it draws a comparison; add --against OTHER")
-            problems += call.useless(
-                ("expect", "max_logit", "max_layer", "max_kl"), "for comparisons only; add --against OTHER"
-            )
-        if "input_ids" in call.given:
-            problems += call.useless(("tokens", "batch", "seed"), "all ids of --input-ids are used, as they are")
-        elif "text" in call.given:
-            problems += call.useless(("seed",), "nothing is random with --text")
-        if not call.given & {"plot", "logits_out"}:
-            problems += call.useless(("overwrite",), "there is no --plot or --logits-out to write")
-    raise_all("these options do not go together:", problems)
-
-
-def _refuse_for_teachers(source: str, teacher: str | None, settings: Settings) -> None:
-    given = {"teacher": teacher, "layer_map": settings.layer_map}
-    given["tie_word_embeddings"] = "tied" if settings.tie_word_embeddings else None
-    raise_all(
-        f"{source} is a teacher itself:",
-        [f"{option_words([name])} has no use" for name, value in given.items() if value is not None],
-        hint="To verify a student, name it as SOURCE or --against.",
-    )

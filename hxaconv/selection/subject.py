@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hxaconv.calls import Call
 from hxaconv.commands.plots import draw_advice
-from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.errors import HxaconvError
 from hxaconv.formats.diskio import write_result
 from hxaconv.forward.tokens import calibration_tokens, checked_device
 from hxaconv.load import load_other, load_student, load_teacher, open_checkpoint
@@ -141,23 +141,18 @@ def open_subject(
     settings: Settings,
     values: Init,
     strategy: Strategy,
-    progress: Progress | None,
+    call: Call,
 ) -> Subject:
     """Open SOURCE and what belongs to it, each once; where the strategy needs a student, every layer of it as RWKV.
 
     Raises:
         HxaconvError: when a teacher is missing, or options are given that have no use.
     """
-    wanted = strategy.needs
+    wanted, progress = strategy.needs, call.progress
     checkpoint = open_checkpoint(source, revision=settings.revision, weights=settings.weights, progress=progress)
     if not is_student(checkpoint):
-        given = {"--teacher": teacher, "--from": other, "--layer-map": settings.layer_map}
-        given["--tie-word-embeddings"] = None if settings.tie_word_embeddings is None else "given"
-        raise_all(
-            f"{source} is a teacher itself:",
-            [f"{option} has no use" for option, value in given.items() if value is not None],
-            hint="To score a student, name it as SOURCE, and its teacher with --teacher.",
-        )
+        itself = f"{source} is a teacher itself; to score a student, name it as SOURCE, its teacher with --teacher"
+        call.refuse_useless((True, ("teacher", "from_", "layer_map", "tie_word_embeddings"), itself))
         model = load_teacher(checkpoint, settings, lenient=True)
         plain = None
         if "student" in wanted:
@@ -189,20 +184,19 @@ def refuse_useless(choice: Choice, call: Call, *, writes: bool) -> None:
     """
     if choice.layers is not None and not writes:
         raise HxaconvError("--layers names the choice, but there is no OUT to write it to", hint="Add OUT.")
-    strategy = strategy_of(choice)
-    found = call.useless(("kl_mode",), "only --strategy kl has modes") if strategy.name != "kl" else []
-    if strategy.name != "log":
-        found += call.useless(("log",), "only --strategy log reads one")
-    elif not choice.log:
-        found.append("--strategy log reads a training log: name it with --log FILE.csv")
-    if choice.layers is not None:
-        found = call.useless((*CHOOSING, *TOKENS), "--layers is a choice made, nothing is to be scored")
-    elif not writes:
-        found += call.useless(WRITING, "there is no OUT to write")
-        if "student" not in strategy.needs:
-            found += call.useless(("from_", "preset", "scale"), f"--strategy {strategy.name} looks at no RWKV layer")
-        if "tokens" not in strategy.needs:
-            found += call.useless(("seed",), "nothing is random here")
-        if not choice.save and not choice.plot:
-            found += call.useless(("overwrite",), "nothing is written")
-    raise_all("these options do not go together:", found)
+    name, wanted, advises = strategy_of(choice).name, strategy_of(choice).needs, not writes
+    call.refuse_useless(
+        (choice.layers is not None, (*CHOOSING, *TOKENS), "--layers is a choice made, nothing is to be scored"),
+        (name != "kl", ("kl_mode",), "only --strategy kl has modes"),
+        (name != "log", ("log",), "only --strategy log reads one"),
+        (advises, WRITING, "there is no OUT to write"),
+        (
+            advises and "student" not in wanted,
+            ("from_", "preset", "scale"),
+            f"--strategy {name} looks at no RWKV layer",
+        ),
+        (advises and "tokens" not in wanted, ("seed",), "nothing is random here"),
+        (advises and not (choice.save or choice.plot), ("overwrite",), "nothing is written"),
+    )
+    if name == "log" and not choice.log:
+        raise HxaconvError("--strategy log reads a training log", hint="Name it with --log FILE.csv.")
