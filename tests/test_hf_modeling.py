@@ -217,7 +217,7 @@ def test_packed_recurrence_begins_anew(chunk: int) -> None:
         alone = torch.cat(expected, 1)
         forms = (code.wkv_loop, functools.partial(code.wkv_chunked, chunk=chunk))
         for form in forms:
-            y, last = form(*inputs, STARTS)
+            y, last = form(*inputs, starts=STARTS)
             assert distance(y[row : row + 1], alone) < 1e-11 * float(alone.abs().max())
             assert distance(last[row : row + 1], state) < 1e-11 * float(state.abs().max())
             assert distance(form(*inputs)[0][row : row + 1], alone) > 1e-2  # one sequence after the other
@@ -227,7 +227,7 @@ def test_packed_recurrence_has_the_gradients_of_the_loop() -> None:
     gradients = []
     for form in (code.wkv_loop, code.wkv_chunked):
         inputs = [x.requires_grad_() for x in recurrence_inputs(129, 8, torch.float64)]
-        y, state = form(*inputs, STARTS)
+        y, state = form(*inputs, starts=STARTS)
         (y.sin().sum() + state.cos().sum()).backward()
         gradients.append([x.grad for x in inputs])
     for one, other in zip(*gradients, strict=True):
@@ -267,7 +267,7 @@ def test_long_inputs_go_through_in_segments(monkeypatch: pytest.MonkeyPatch) -> 
     assert y.shape == expected.shape
     assert distance(y, expected) < 1e-10
     assert distance(last, state) < 1e-10
-    packed = code.wkv_loop(*inputs, STARTS[:, :100])[0]
+    packed = code.wkv_loop(*inputs, starts=STARTS[:, :100])[0]
     assert distance(code.wkv(*inputs, dtype=torch.float64, use_fla=True, starts=STARTS[:, :100])[0], packed) < 1e-10
 
 
@@ -313,19 +313,14 @@ def install_fla(patch: pytest.MonkeyPatch, kernel: Any) -> None:
         module.__path__ = []
         patch.setitem(sys.modules, name, module)
     sys.modules["fla.ops.rwkv7"].chunk_rwkv7 = kernel  # type: ignore[attr-defined]
-    forget_fla()
-
-
-def forget_fla() -> None:
     code.fla_kernel.cache_clear()
-    code.fla_takes_packed_rows.cache_clear()
 
 
 @pytest.fixture
 def _fresh_fla() -> Iterator[None]:
-    forget_fla()
+    code.fla_kernel.cache_clear()
     yield
-    forget_fla()
+    code.fla_kernel.cache_clear()
 
 
 @pytest.mark.usefixtures("_fresh_fla")
@@ -348,16 +343,16 @@ def test_fla_gets_the_bounds_of_packed_rows(monkeypatch: pytest.MonkeyPatch) -> 
         return fake_fla_kernel_of_packed_rows(cu_seqlens, r=r, w=w, k=k, v=v, a=a, b=b, **fixed)
 
     install_fla(monkeypatch, kernel)
-    assert code.fla_takes_packed_rows()
+    assert code.fla_kernel(packed=True) is kernel
     inputs = [x.bfloat16().float() for x in recurrence_inputs(129, 12, torch.float32, decay=-6.0)]
-    expected, state = code.wkv_loop(*inputs, STARTS)
-    y, last = code.wkv_fla(*inputs, STARTS, dtype=torch.bfloat16)
+    expected, state = code.wkv_loop(*inputs, starts=STARTS)
+    y, last = code.wkv_fla(*inputs, starts=STARTS, dtype=torch.bfloat16)
     assert distance(y, expected) < 2**-8 * float(expected.abs().max())
     assert distance(last, state) < 1e-5 * float(state.abs().max())
     assert distance(code.wkv_fla(*inputs, dtype=torch.bfloat16)[0], expected) > 0.1
     install_fla(monkeypatch, fake_fla_kernel)
-    assert code.fla_kernel() is fake_fla_kernel
-    assert not code.fla_takes_packed_rows()
+    assert code.fla_kernel(packed=False) is fake_fla_kernel
+    assert code.fla_kernel(packed=True) is None
 
 
 @pytest.mark.usefixtures("_fresh_fla")
@@ -366,13 +361,13 @@ def test_fla_is_used_only_where_it_can_work(monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError("called on a CPU")
 
     install_fla(monkeypatch, forbidden)
-    assert code.fla_kernel() is forbidden
+    assert code.fla_kernel(packed=False) is forbidden
     code.wkv(*recurrence_inputs(5, 4, torch.float32), dtype=torch.bfloat16, use_fla=True)
     install_fla(monkeypatch, lambda r, k, v, a, b, w=None, log_w=None: None)  # an older convention
-    assert code.fla_kernel() is None
+    assert code.fla_kernel(packed=False) is None
     install_fla(monkeypatch, None)
     del sys.modules["fla.ops.rwkv7"].chunk_rwkv7
-    assert code.fla_kernel() is None
+    assert code.fla_kernel(packed=False) is None
 
 
 def test_pieces_with_the_cache_equal_one_run(model: Any) -> None:
@@ -785,9 +780,12 @@ def test_autocast_leaves_the_recurrence_in_float32(reka: Any, monkeypatch: pytes
     seen = []
     module = sys.modules[type(reka).__module__]
     original = module.wkv_chunked
-    monkeypatch.setattr(
-        module, "wkv_chunked", lambda *args: seen.append((args[0] @ args[0].mT).dtype) or original(*args)
-    )
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append((args[0] @ args[0].mT).dtype)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, "wkv_chunked", watched)
     tokens = ids(2, 40)
     exact = reka(tokens).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -22,7 +22,22 @@ AUTO_MAP = {
     "AutoModel": "modeling_hxa079.Hxa079Model",
     "AutoModelForCausalLM": "modeling_hxa079.Hxa079ForCausalLM",
 }
-
+DEFAULTS: dict[str, Any] = (
+    {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    | {"num_attention_heads": 4, "num_key_value_heads": None, "head_dim": None}
+    | {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "hidden_act": "silu", "initializer_range": 0.02}
+    | {"lora_rank_decay": 256, "lora_rank_iclr": 32, "lora_rank_gate": 256, "lora_rank_own_value": 32}
+    | {"lora_rank_value_residual_mix": 32, "lora_rank_key_residual_mix": 32}
+    | {"enable_qk_norm": False, "attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
+    | {"rwkv_architecture": "hxa079", "nope_in_transformer": True, "nope_in_rwkv": False}
+    | {"has_layer_records": True, "use_fla_kernels": True, "use_cache": True}
+)
+# In config.json only where there are experts.
+EXPERT_DEFAULTS: dict[str, Any] = (
+    {"num_experts": 0, "num_experts_per_tok": 8}
+    | {"moe_intermediate_size": 768, "norm_topk_prob": False}
+    | {"mlp_only_layers": (), "decoder_sparse_step": 1}
+)
 
 # Kinds of RoPE scaling whose frequencies do not depend on the input's length -> what they cannot do without.
 _LENGTH = "original_max_position_embeddings"
@@ -64,63 +79,23 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
 
     def __init__(
         self,
-        vocab_size: int = 256,
-        hidden_size: int = 64,
-        intermediate_size: int = 128,
-        num_hidden_layers: int = 2,
-        num_attention_heads: int = 4,
-        num_key_value_heads: int | None = None,
-        head_dim: int | None = None,
         transformer_layers: Sequence[int] = (),
         rwkv_layers: Sequence[int] | None = None,
-        lora_rank_decay: int = 256,
-        lora_rank_iclr: int = 32,
-        lora_rank_value_residual_mix: int = 32,
-        lora_rank_key_residual_mix: int = 32,
-        lora_rank_gate: int = 256,
-        lora_rank_own_value: int = 32,
-        rms_norm_eps: float = 1e-6,
         rope_theta: float | None = None,
         rope_parameters: dict[str, Any] | None = None,
         rope_scaling: dict[str, Any] | None = None,
-        enable_qk_norm: bool = False,
-        attention_bias: bool = False,
-        attention_out_bias: bool = False,
-        mlp_bias: bool = False,
-        num_experts: int = 0,
-        num_experts_per_tok: int = 8,
-        moe_intermediate_size: int = 768,
-        norm_topk_prob: bool = False,
-        mlp_only_layers: Sequence[int] | None = None,
-        decoder_sparse_step: int = 1,
-        has_layer_records: bool = True,
-        nope_in_transformer: bool = True,
-        nope_in_rwkv: bool = False,
-        hidden_act: str = "silu",
-        rwkv_architecture: str = "hxa079",
-        use_fla_kernels: bool = True,
-        initializer_range: float = 0.02,
-        max_position_embeddings: int = 32768,
-        use_cache: bool = True,
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads or num_attention_heads
-        self.head_dim = head_dim or hidden_size // num_attention_heads
+        for key, value in DEFAULTS.items():
+            setattr(self, key, kwargs.pop(key, value))
+        experts = {key: kwargs.pop(key, value) for key, value in EXPERT_DEFAULTS.items()}
+        if experts["num_experts"]:
+            self.__dict__ |= experts | {"mlp_only_layers": list(experts["mlp_only_layers"] or ())}
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.transformer_layers = sorted(transformer_layers)
-        self.rwkv_layers = [i for i in range(num_hidden_layers) if i not in self.transformer_layers]
-        self.lora_rank_decay = lora_rank_decay
-        self.lora_rank_iclr = lora_rank_iclr
-        self.lora_rank_value_residual_mix = lora_rank_value_residual_mix
-        self.lora_rank_key_residual_mix = lora_rank_key_residual_mix
-        self.lora_rank_gate = lora_rank_gate
-        self.lora_rank_own_value = lora_rank_own_value
-        self.rms_norm_eps = rms_norm_eps
+        self.rwkv_layers = [i for i in range(self.num_hidden_layers) if i not in self.transformer_layers]
         spellings = [settings for settings in (rope_parameters, rope_scaling) if settings]
         rope = next((settings for settings in spellings if kind_of(settings) != "default"), (spellings or [{}])[0])
         # Not named rope_scaling: that is an alias of rope_parameters in transformers 5.
@@ -129,26 +104,6 @@ class Hxa079Config(PretrainedConfig):  # type: ignore[misc]
             self.rope_stretch = {key: rope[key] for key in rope if key not in ("type", "rope_theta")}
             self.rope_stretch["rope_type"] = kind_of(rope)
         self.rope_theta = rope_theta if rope_theta is not None else rope.get("rope_theta", 1e6)
-        self.enable_qk_norm = enable_qk_norm
-        self.attention_bias = attention_bias
-        self.attention_out_bias = attention_out_bias
-        self.mlp_bias = mlp_bias
-        if num_experts:
-            self.num_experts = num_experts
-            self.num_experts_per_tok = num_experts_per_tok
-            self.moe_intermediate_size = moe_intermediate_size
-            self.norm_topk_prob = norm_topk_prob
-            self.mlp_only_layers = list(mlp_only_layers or ())
-            self.decoder_sparse_step = decoder_sparse_step
-        self.has_layer_records = has_layer_records
-        self.nope_in_transformer = nope_in_transformer
-        self.nope_in_rwkv = nope_in_rwkv
-        self.hidden_act = hidden_act
-        self.rwkv_architecture = rwkv_architecture
-        self.use_fla_kernels = use_fla_kernels
-        self.initializer_range = initializer_range
-        self.max_position_embeddings = max_position_embeddings
-        self.use_cache = use_cache
         self._refuse(rope, rwkv_layers)
         # `torch_dtype` is understood by every version; two spellings at once only by some.
         dtype = kwargs.pop("dtype", None)

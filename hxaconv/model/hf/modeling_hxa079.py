@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import logging
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_hxa079 import Hxa079Config
 
@@ -54,17 +54,9 @@ def wide(x: Tensor) -> Tensor:
 # The state begins anew at the tokens where `starts` (B, T) is True.
 
 
-def wkv_loop(
-    r: Tensor,
-    log_decay: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    state: Tensor,
-    starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def wkv_loop(*inputs: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Token by token: decoding, and what the other forms are tested against."""
+    r, log_decay, k, v, a, b, state = inputs
     out, decay = [], log_decay.exp()
     for t in range(r.shape[1]):
         if starts is not None:
@@ -75,28 +67,18 @@ def wkv_loop(
     return torch.stack(out, dim=1), state
 
 
-def wkv_chunked(
-    r: Tensor,
-    log_decay: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    state: Tensor,
-    starts: Tensor | None = None,
-    chunk: int = CHUNK,
-) -> tuple[Tensor, Tensor]:
+def wkv_chunked(*inputs: Tensor, starts: Tensor | None = None, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """In chunks of L tokens: matrix products inside, one state per chunk. Never N x N per token.
 
     With u_t = S_{t-1} a_t, every S_t is S_0 decayed plus sums of u_s b_s^T and v_s k_s^T decayed from s to t, so
     that U (L, N_v) solves the unit lower triangular system (I - ab) U = a' S_0^T + ak V. Where another sequence
     starts within the chunk, the terms between tokens (or S_0 and tokens) of different sequences are left out.
     """
-    tokens = r.shape[1]
+    *inputs, state = inputs
+    tokens = inputs[0].shape[1]
     # Zeros after the end are harmless: log_decay 0 keeps the state, k = a = b = 0 adds nothing.
     r, log_decay, k, v, a, b = (
-        F.pad(x, (0, 0, 0, 0, 0, -tokens % chunk)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
-        for x in (r, log_decay, k, v, a, b)
+        F.pad(x, (0, 0, 0, 0, 0, -tokens % chunk)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4) for x in inputs
     )  # (B, H, chunks, L, N)
     log_since_start = log_decay.cumsum(-2)
     log_before = log_since_start - log_decay
@@ -130,8 +112,9 @@ def wkv_chunked(
 
 
 @functools.cache
-def fla_kernel() -> Callable[..., Any] | None:
-    """`chunk_rwkv7` of flash-linear-attention, or None where it is absent, broken, or of the old calling convention."""
+def fla_kernel(packed: bool) -> Callable[..., Any] | None:
+    """`chunk_rwkv7` of flash-linear-attention, where it can be called: None where it is absent, broken, of the old
+    calling convention, or unable to start anew within a `packed` row."""
     if importlib.util.find_spec("fla") is None:
         return None
     try:
@@ -139,40 +122,24 @@ def fla_kernel() -> Callable[..., Any] | None:
     except (ImportError, AttributeError, RuntimeError) as error:
         logger.warning_once(f"flash-linear-attention is installed but unusable, using plain torch: {error}")
         return None
-    known = list(inspect.signature(kernel).parameters)[:6] == ["r", "w", "k", "v", "a", "b"]
-    return kernel if known else None
+    names = list(inspect.signature(kernel).parameters)
+    return kernel if names[:6] == ["r", "w", "k", "v", "a", "b"] and ("cu_seqlens" in names or not packed) else None
 
 
-@functools.cache
-def fla_takes_packed_rows() -> bool:
-    """Whether the kernel can start anew within a row."""
-    kernel = fla_kernel()
-    return kernel is not None and "cu_seqlens" in inspect.signature(kernel).parameters
-
-
-def wkv_fla(
-    r: Tensor,
-    log_decay: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    state: Tensor,
-    starts: Tensor | None = None,
-    *,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def wkv_fla(*inputs: Tensor, dtype: torch.dtype, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """By the kernel: its `w` is the log of the decay (negative), its state is [k, v], its tensors are `dtype`.
 
     It takes packed sequences as one row, with their bounds in `cu_seqlens` and a state for each of them.
     """
-    kernel = fla_kernel()
+    kernel = fla_kernel(starts is not None)
     assert kernel is not None
-    tensors = {"r": r, "k": k, "v": v, "a": a, "b": b}
-    tensors = {name: x.to(dtype).contiguous() for name, x in tensors.items()} | {"w": log_decay.contiguous()}
+    kernel = functools.partial(kernel, scale=1.0, output_final_state=True)
+    tensors = {name: x.contiguous() for name, x in zip("rwkvab", inputs, strict=False)}
+    tensors |= {name: x.to(dtype) for name, x in tensors.items() if name != "w"}
+    state = inputs[6]
     initial = state.mT.contiguous()
     if starts is None:
-        y, final = kernel(**tensors, scale=1.0, initial_state=initial, output_final_state=True)
+        y, final = kernel(**tensors, initial_state=initial)
         return y.to(state.dtype), final.to(state.dtype).mT
     begins = starts.clone()
     begins[:, 0] = True
@@ -181,8 +148,8 @@ def wkv_fla(
     states = initial.new_zeros(len(bounds) - 1, *initial.shape[1:])
     states = states.index_copy(0, number[:, 0], initial.masked_fill(starts[:, 0, None, None, None], 0))
     tensors = {name: x.flatten(0, 1)[None] for name, x in tensors.items()}
-    y, final = kernel(**tensors, scale=1.0, initial_state=states, output_final_state=True, cu_seqlens=bounds)
-    return y.view_as(v).to(state.dtype), final[number[:, -1]].to(state.dtype).mT
+    y, final = kernel(**tensors, initial_state=states, cu_seqlens=bounds)
+    return y.view_as(inputs[3]).to(state.dtype), final[number[:, -1]].to(state.dtype).mT
 
 
 def wkv(*tensors: Tensor, dtype: torch.dtype, use_fla: bool, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -191,16 +158,15 @@ def wkv(*tensors: Tensor, dtype: torch.dtype, use_fla: bool, starts: Tensor | No
     device = tensors[0].device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         if tensors[0].shape[1] == 1:
-            return wkv_loop(*tensors, starts)
+            return wkv_loop(*tensors, starts=starts)
         half = dtype in (torch.bfloat16, torch.float16)
-        able = fla_kernel() is not None if starts is None else fla_takes_packed_rows()
-        if use_fla and half and tensors[0].is_cuda and able:
-            return wkv_fla(*tensors, starts, dtype=dtype)
+        if use_fla and half and tensors[0].is_cuda and fla_kernel(starts is not None) is not None:
+            return wkv_fla(*tensors, dtype=dtype, starts=starts)
         out, state = [], tensors[6]
-        bounds = range(0, tensors[0].shape[1], SEGMENT)
-        for begin in bounds:
-            piece = (x[:, begin : begin + SEGMENT] for x in tensors[:6])
-            y, state = wkv_chunked(*piece, state, None if starts is None else starts[:, begin : begin + SEGMENT])
+        for begin in range(0, tensors[0].shape[1], SEGMENT):
+            part = slice(begin, begin + SEGMENT)
+            begun = None if starts is None else starts[:, part]
+            y, state = wkv_chunked(*(x[:, part] for x in tensors[:6]), state, starts=begun)
             out.append(y)
         return torch.cat(out, dim=1), state
 
@@ -289,16 +255,15 @@ class Hxa079RMSNorm(nn.Module):
 
 def stretched(frequencies: Tensor, config: Hxa079Config) -> tuple[Tensor, float]:
     """Frequencies per channel pair under `config.rope_stretch`, and the factor of cos and sin."""
-    rope = config.rope_stretch or {}
-    kind, factor = rope.get("rope_type"), rope.get("factor", 1.0)
-    if kind == "linear":
-        return frequencies / factor, 1.0
-    if kind == "llama3":
+    rope, scale = config.rope_stretch, 1.0
+    if not rope:
+        return frequencies, scale
+    kept = torch.zeros_like(frequencies)  # of each frequency, the share that is not divided; none of it if linear
+    if rope["rope_type"] == "llama3":
         turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
-        return (1 - kept) * frequencies / factor + kept * frequencies, 1.0
-    if kind == "yarn":
+    elif rope["rope_type"] == "yarn":
         pairs, length = len(frequencies), rope["original_max_position_embeddings"]
         low, high = (
             pairs * math.log(length / (turns * 2 * math.pi)) / math.log(config.rope_theta)
@@ -309,13 +274,11 @@ def stretched(frequencies: Tensor, config: Hxa079Config) -> tuple[Tensor, float]
         low, high = max(low, 0), min(high, 2 * pairs - 1)
         index = torch.arange(pairs, device=frequencies.device, dtype=frequencies.dtype)
         kept = 1 - ((index - low) / (high - low if high != low else 0.001)).clamp(0, 1)
-        up, down = rope.get("mscale") or 1.0, rope.get("mscale_all_dim") or 0.0
-        if not (rope.get("mscale") and rope.get("mscale_all_dim")):
-            up, down = 1.0, 0.0
-        grown = math.log(max(factor, 1.0))
-        scale = rope.get("attention_factor") or (0.1 * up * grown + 1.0) / (0.1 * down * grown + 1.0)
-        return (1 - kept) * frequencies / factor + kept * frequencies, scale
-    return frequencies, 1.0
+        up, down = rope.get("mscale"), rope.get("mscale_all_dim")
+        up, down = (up, down) if up and down else (1.0, 0.0)
+        grown = 0.1 * math.log(max(rope["factor"], 1.0))
+        scale = rope.get("attention_factor") or (up * grown + 1.0) / (down * grown + 1.0)
+    return (1 - kept) * frequencies / rope["factor"] + kept * frequencies, scale
 
 
 def rope_angles(positions: Tensor, config: Hxa079Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -331,6 +294,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE in the rotate-half layout, x (B, T, heads, N)."""
     low, high = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-high, low], dim=-1) * sin).to(x.dtype)
+
+
+def projections(config: Hxa079Config) -> list[nn.Linear]:
+    """q, k, v and o of attention, which are receptance, key, value and output of an RWKV layer."""
+    size, width = config.hidden_size, config.num_attention_heads * config.head_dim
+    narrow = config.num_key_value_heads * config.head_dim
+    inputs = [nn.Linear(size, out, bias=config.attention_bias) for out in (width, narrow, narrow)]
+    return [*inputs, nn.Linear(width, size, bias=config.attention_out_bias)]
+
+
+def norms(config: Hxa079Config) -> list[nn.Module]:
+    """Of q (or r) and k, over head_dim."""
+    size, eps = config.head_dim, config.rms_norm_eps
+    return [Hxa079RMSNorm(size, eps) if config.enable_qk_norm else nn.Identity() for _ in "qk"]
 
 
 class Form(NamedTuple):
@@ -385,12 +362,8 @@ class Hxa079TimeMix(nn.Module):
         if self.form.bonus:
             self.r_k = nn.Parameter(torch.zeros(heads, self.head_dim))
         self._low_rank("g", seen, config.lora_rank_gate, width, start=False)
-        self.receptance = nn.Linear(size, width, bias=config.attention_bias)
-        self.key = nn.Linear(size, narrow, bias=config.attention_bias)
-        self.value = nn.Linear(size, narrow, bias=config.attention_bias)
-        self.output = nn.Linear(width, size, bias=config.attention_out_bias)
-        norm = Hxa079RMSNorm if config.enable_qk_norm else lambda *_: nn.Identity()
-        self.r_norm, self.k_norm = (norm(self.head_dim, config.rms_norm_eps) for _ in "rk")
+        self.receptance, self.key, self.value, self.output = projections(config)
+        self.r_norm, self.k_norm = norms(config)
 
     def _low_rank(self, letter: str, into: int, rank: int, out: int, start: bool = True) -> None:
         setattr(self, f"{letter}1", nn.Parameter(torch.zeros(into, rank)))
@@ -398,18 +371,9 @@ class Hxa079TimeMix(nn.Module):
         if start:
             setattr(self, f"{letter}0", nn.Parameter(torch.zeros(1, 1, out)))
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        v_first: Tensor | None,
-        k_first: Tensor | None,
-        new_mask: Tensor | None,
-        starts: Tensor | None,
-        cache: Hxa079Cache | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, *others: Any, cache: Hxa079Cache | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normed x (B, T, C) -> (B, T, C), v_first, k_first; new_mask, starts: those of this call, (B, T)."""
+        v_first, k_first, cos, sin, new_mask, starts = others
         shape = (*x.shape[:2], -1, self.head_dim)
         r = rotate(self.r_norm(self.receptance(x).view(shape)), cos, sin)
         k = rotate(self.k_norm(self.key(x).view(shape)), cos, sin)
@@ -421,18 +385,17 @@ class Hxa079TimeMix(nn.Module):
                 v = v + (v_first - v) * torch.sigmoid(self.v0 + (x @ self.v1) @ self.v2).view(shape)
             if "k" in self.form.first:
                 k = k + (k_first - k) * torch.sigmoid(self.k0 + (x @ self.k1) @ self.k2).view(shape)
-        dtype, own_value = r.dtype, self._own_value(x)
-        if self.form.from_r:
-            x = r.flatten(2)
+        dtype, seen = r.dtype, r.flatten(2) if self.form.from_r else x
         r, k, v = (wide(y) for y in (r, k, v))
         k, v = (y.repeat_interleave(self.heads // self.groups, dim=2) for y in (k, v))
-        if own_value is not None:
-            v = v + wide(own_value).view(shape)
+        if letter := self.form.own_value:
+            own = x @ getattr(self, f"{letter}1") @ getattr(self, f"{letter}2") * self.form.own_scale
+            v = v + wide(own).view(shape)
         # Sums and what follows in float32: bfloat16 would round a w0 of -6 to steps of 0.03.
-        log_neg_log_decay = wide(self.w0) + wide(torch.tanh(x @ self.w1) @ self.w2)
+        log_neg_log_decay = wide(self.w0) + wide(torch.tanh(seen @ self.w1) @ self.w2)
         log_neg_log_decay = -F.softplus(-log_neg_log_decay.view(shape)) - 0.5
-        iclr = torch.sigmoid(wide(self.a0) + wide((x @ self.a1) @ self.a2)).view(shape)
-        gate = torch.sigmoid(x @ self.g1) @ self.g2
+        iclr = torch.sigmoid(wide(self.a0) + wide((seen @ self.a1) @ self.a2)).view(shape)
+        gate = torch.sigmoid(seen @ self.g1) @ self.g2
         kk = F.normalize(k, dim=-1, eps=1e-12)
         log_decay = -log_neg_log_decay.exp()
         k = k * (1 - (log_decay.exp() if self.form.by_decay else log_neg_log_decay) + iclr)
@@ -450,13 +413,6 @@ class Hxa079TimeMix(nn.Module):
             y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v  # not times N**-0.5; k is the scaled one
         return self.output(y.flatten(2).to(gate.dtype) * gate), v_first, k_first
 
-    def _own_value(self, x: Tensor) -> Tensor | None:
-        letter = self.form.own_value
-        if not letter:
-            return None
-        own: Tensor = x @ getattr(self, f"{letter}1") @ getattr(self, f"{letter}2")
-        return own * self.form.own_scale
-
 
 class Hxa079Attention(nn.Module):
     """The mixer of a GQA layer: causal softmax attention without position embeddings."""
@@ -465,13 +421,8 @@ class Hxa079Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.repeats = config.num_attention_heads // config.num_key_value_heads
-        width, narrow = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_out_bias)
-        norm = Hxa079RMSNorm if config.enable_qk_norm else lambda *_: nn.Identity()
-        self.q_norm, self.k_norm = (norm(self.head_dim, config.rms_norm_eps) for _ in "qk")
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = projections(config)
+        self.q_norm, self.k_norm = norms(config)
 
     def forward(self, x: Tensor, visible: Tensor | None, cache: Hxa079Cache | None) -> Tensor:
         """Normed x (B, T, C) -> (B, T, C). `visible` (B or 1, 1, T, P+T) bool; None: causal, or all for one token."""
@@ -542,23 +493,13 @@ class Hxa079DecoderLayer(nn.Module):
 
     # Flat tensors in and out: checkpointing (use_reentrant=True) loses the gradients of nested ones.
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        v_first: Tensor | None,
-        k_first: Tensor | None,
-        new_mask: Tensor | None,
-        starts: Tensor | None,
-        visible: Tensor | None,
-        past_key_values: Hxa079Cache | None = None,
+        self, x: Tensor, v_first: Any, k_first: Any, visible: Any, *others: Any, cache: Hxa079Cache | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         normed = self.input_layernorm(x)
         if isinstance(self.self_attn, Hxa079Attention):
-            mixed = self.self_attn(normed, visible, past_key_values)
+            mixed = self.self_attn(normed, visible, cache)
         else:
-            inputs = (normed, cos, sin, v_first, k_first, new_mask, starts)
-            mixed, v_first, k_first = self.self_attn(*inputs, past_key_values)
+            mixed, v_first, k_first = self.self_attn(normed, v_first, k_first, *others, cache=cache)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), v_first, k_first
 
@@ -577,19 +518,15 @@ class Hxa079PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Plain random values, for tests; a useful model starts from a teacher."""
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        constants = {"w0": -3.0, "v0": 0.73, "k0": 0.73, "r_k": -0.04, "layer_architecture": 78.0}
-        for name, tensor in own:
+        constants = {"w0": -3.0, "a0": 0.0, "v0": 0.73, "k0": 0.73, "r_k": -0.04, "bias": 0.0}
+        constants |= {"layer_architecture": 78.0, "head_size_record": float(self.config.head_dim)}
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if getattr(tensor, "_is_hf_initialized", False):
                 continue
-            if name == "head_size_record":
-                nn.init.constant_(tensor, float(self.config.head_dim))
+            if isinstance(module, Hxa079RMSNorm):
+                nn.init.ones_(tensor)
             elif name in constants:
                 nn.init.constant_(tensor, constants[name])
-            elif isinstance(module, Hxa079RMSNorm):
-                nn.init.ones_(tensor)
-            elif name in ("a0", "bias"):
-                nn.init.zeros_(tensor)
             else:
                 nn.init.normal_(tensor, std=self.config.initializer_range)
 
@@ -611,6 +548,7 @@ class Hxa079Model(Hxa079PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -621,12 +559,11 @@ class Hxa079Model(Hxa079PreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cache: Hxa079Cache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+    ) -> BaseModelOutputWithPast:
         """`attention_mask` (B, P+T), or (B, T) for the new tokens alone; without it the cache's padding holds.
 
         Packed rows are told by position_ids that go back, by `seq_idx` (B, T), a number per sequence, or by
@@ -644,25 +581,25 @@ class Hxa079Model(Hxa079PreTrainedModel):
         checkpointing = self.gradient_checkpointing and self.training
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         cache = Hxa079Cache() if cache is None and use_cache and not checkpointing else cache
-        seen = 0 if cache is None else cache.length
-        mask = self._token_mask(attention_mask, cache, x)
+        past = Hxa079Cache() if cache is None else cache
+        seen, last = past.length, past.position
+        mask = self._token_mask(attention_mask, past, x)
         new_mask = None if mask is None else mask[:, seen:]
         if cu_seq_lens_q is not None:
             seq_idx = _numbers(cu_seq_lens_q, *x.shape[:2])
-        last = None if cache is None else cache.position
         position_ids, new_starts = _positions(position_ids, seq_idx, new_mask, last, x)
-        starts = _joined(None if cache is None else cache.starts, new_starts, seen, x)
+        starts = _joined(past.starts, new_starts, False, seen, x)
         cos, sin = rope_angles(position_ids, self.config, torch.promote_types(x.dtype, torch.float32))
         visible = self._visible(mask, starts, seen, x)
 
         want_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden, v_first, k_first = [x], None, None
         for layer in self.layers:
-            inputs = (x, cos, sin, v_first, k_first, new_mask, new_starts, visible)
+            inputs = (x, v_first, k_first, visible, cos, sin, new_mask, new_starts)
             if checkpointing and cache is None:
                 x, v_first, k_first = self._gradient_checkpointing_func(layer.__call__, *inputs)
             else:
-                x, v_first, k_first = layer(*inputs, past_key_values=cache)
+                x, v_first, k_first = layer(*inputs, cache=cache)
             if want_hidden:
                 hidden.append(x)
         x = hidden[-1] = self.norm(x)
@@ -670,27 +607,21 @@ class Hxa079Model(Hxa079PreTrainedModel):
             cache.length, cache.token_mask, cache.starts = seen + x.shape[1], mask, starts
             cache.position = _latest(position_ids.expand(x.shape[:2]), new_mask, last)[:, -1:]
         kept = tuple(hidden) if want_hidden else None
-        result = BaseModelOutputWithPast(last_hidden_state=x, hidden_states=kept, **{CACHE_NAME: cache})
-        return result if _as_dict(return_dict, self.config) else result.to_tuple()
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=kept, **{CACHE_NAME: cache})
 
     @staticmethod
-    def _token_mask(attention_mask: Tensor | None, cache: Hxa079Cache | None, x: Tensor) -> Tensor | None:
-        rows, tokens = x.shape[:2]
-        seen, past = (0, None) if cache is None else (cache.length, cache.token_mask)
-        if attention_mask is None:
-            if past is None:
-                return None
-            attention_mask = past.new_ones(rows, tokens)
-        if attention_mask.dim() != 2 or attention_mask.shape[1] not in (tokens, seen + tokens):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, expected"
-                f" ({rows}, {seen + tokens}): {seen} tokens in the cache and {tokens} new ones"
-            )
-        mask = attention_mask.to(x.device) != 0
-        if mask.shape[1] < seen + tokens:
-            past = mask.new_ones(rows, seen) if past is None else past.to(x.device)
-            mask = torch.cat([past, mask], dim=1)
-        return None if mask.all() else mask
+    def _token_mask(attention_mask: Tensor | None, past: Hxa079Cache, x: Tensor) -> Tensor | None:
+        mask, seen, (rows, tokens) = attention_mask, past.length, x.shape[:2]
+        if mask is not None:
+            if mask.dim() != 2 or mask.shape[1] not in (tokens, seen + tokens):
+                raise ValueError(
+                    f"attention_mask has shape {tuple(mask.shape)}, expected ({rows}, {seen + tokens}):"
+                    f" {seen} tokens in the cache and {tokens} new ones"
+                )
+            mask = mask.to(x.device) != 0
+        if mask is None or mask.shape[1] < seen + tokens:
+            mask = _joined(past.token_mask, mask, True, seen, x)
+        return None if mask is None or mask.all() else mask
 
     @staticmethod
     def _visible(mask: Tensor | None, starts: Tensor | None, seen: int, x: Tensor) -> Tensor | None:
@@ -755,9 +686,7 @@ def _positions(
     if starts is not None:
         starts = starts if mask is None else starts & mask
         starts = starts if starts.any() else None
-    if position_ids is None and mask is None and starts is None:
-        position_ids = torch.arange(1, x.shape[1] + 1, device=x.device) + before
-    elif position_ids is None:
+    if position_ids is None:
         real = torch.ones(shape, dtype=torch.bool, device=x.device) if mask is None else mask
         count = real.cumsum(-1)
         base = (-1 - before).expand(shape)
@@ -767,13 +696,14 @@ def _positions(
     return position_ids, starts
 
 
-def _joined(old: Tensor | None, new: Tensor | None, seen: int, x: Tensor) -> Tensor | None:
-    """`starts` of the cache and of this call, (B, P+T)."""
+def _joined(old: Tensor | None, new: Tensor | None, otherwise: bool, seen: int, x: Tensor) -> Tensor | None:
+    """What the cache and this call have of a mask, (B, P) and (B, T), as one, (B, P+T)."""
     if old is None and new is None:
         return None
-    none = torch.zeros(x.shape[0], seen + x.shape[1], dtype=torch.bool, device=x.device)
-    parts = (none[:, :seen] if old is None else old.to(x.device), none[:, seen:] if new is None else new)
-    return torch.cat(parts, dim=1)
+    fill = x.new_full((x.shape[0], seen + x.shape[1]), otherwise, dtype=torch.bool)
+    return torch.cat(
+        [fill[:, :seen] if old is None else old.to(x.device), fill[:, seen:] if new is None else new], dim=1
+    )
 
 
 class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -794,6 +724,7 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -802,32 +733,28 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
         past_key_values: Hxa079Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         token_type_ids: Tensor | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cache: Hxa079Cache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), or of the last `logits_to_keep` tokens; the loss where there are `labels`, shifted here.
 
-        `token_type_ids` is ignored: many tokenizers return it, and `generate` refuses what is not named.
+        Other arguments are those of Hxa079Model. Named here is what the Trainer may pass on from a data set, and
+        `token_type_ids`, which is ignored: many tokenizers return it, and `generate` refuses what is not named.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_attentions=kwargs.get("output_attentions"),
-            return_dict=True,
             seq_idx=seq_idx,
             cu_seq_lens_q=cu_seq_lens_q,
+            cache=cache,
+            **(kwargs | {"return_dict": True}),
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -835,8 +762,7 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         kept_cache = {CACHE_NAME: getattr(outputs, CACHE_NAME)}
-        result = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **kept_cache)
-        return result if _as_dict(return_dict, self.config) else result.to_tuple()
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **kept_cache)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -875,8 +801,7 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
         else:
             new = self.get_input_embeddings()(input_ids[:, prompt - total :] if total > prompt else input_ids[:, :0])
             inputs = {"inputs_embeds": torch.cat([inputs_embeds[:, seen:], new.to(inputs_embeds.dtype)], dim=1)}
-        unused = ("cache_position", "next_sequence_length", "is_first_iteration", "labels", "token_type_ids")
-        passed_on = {key: value for key, value in kwargs.items() if key not in unused}
+        passed_on = {key: value for key, value in kwargs.items() if key != "labels"}
         if total - seen > 1:
             if cu_seq_lens_q is not None:
                 rows = input_ids.shape[0]
@@ -896,10 +821,6 @@ class Hxa079ForCausalLM(Hxa079PreTrainedModel, GenerationMixin):  # type: ignore
                 if _positions(positions, None, mask, last, positions)[1] is not None:
                     passed_on["position_ids"] = positions
         return inputs | {"cache": cache, "attention_mask": attention_mask} | passed_on
-
-
-def _as_dict(return_dict: bool | None, config: Hxa079Config) -> bool:
-    return bool(config.return_dict if return_dict is None else return_dict)
 
 
 Hxa079Model.register_for_auto_class("AutoModel")
