@@ -27,16 +27,14 @@ from torch import Tensor
 from hxaconv.errors import raise_all
 from hxaconv.formats.dtypes import BY_NAME, FLOATS
 from hxaconv.formats.files import SourceFile
-from hxaconv.model.plan import Buffers, Divisible, Plan, Recipe
+from hxaconv.model.plan import Buffers, Plan, Recipe, has_rows, rows
 from hxaconv.surgery.arithmetic import cast, one_thread, tensor, torch_dtype
 
 BLOCK_ELEMENTS = 2**18
 """Rows that are merged at a time: 1 MiB of float32. Larger blocks are no faster."""
 
-Change = Callable[[Tensor, int], Tensor]
-"""(rows of a weight, number of the first) -> these rows, changed; they may be changed in place."""
-Blocks = Callable[[], Iterator[tuple[int, Tensor]]]
-"""The rows of a weight from the first to the last, some at a time, before a change."""
+Blocks = Iterator[tuple[int, Tensor]]
+"""The rows of a weight from the first to the last, some at a time, with the number of their first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +45,10 @@ class Delta:
     """The adapter's tensors."""
     fits: Callable[[tuple[int, ...]], bool]
     """Whether it can change a tensor of this shape."""
-    load: Callable[[torch.dtype, Blocks], Change]
-    """Reads the adapter's tensors, for a computation in a dtype on the rows that come before."""
+    change: Callable[..., Tensor]
+    """(rows of a weight, number of the first, the adapter's tensors) -> these rows, changed, in place or not."""
+    prepare: Callable[[list[Tensor], Blocks], list[Tensor]] | None = None
+    """What `change` gets in place of the adapter's tensors, where that depends on the whole weight before."""
     multiple: int = 1
     """Rows have to be changed in multiples of it."""
 
@@ -59,18 +59,13 @@ def low_rank(a: Recipe, b: Recipe, scale: float) -> Delta:
     def fits(shape: tuple[int, ...]) -> bool:
         return len(a.shape) == len(shape) == 2 and a.shape[1] == shape[1] and b.shape == (shape[0], a.shape[0])
 
-    def load(dtype: torch.dtype, before: Blocks) -> Change:
-        right, left = tensor(a, dtype=dtype), tensor(b, dtype=dtype)
+    def change(block: Tensor, first: int, right: Tensor, left: Tensor) -> Tensor:
+        product = left[first : first + len(block)] @ right
+        product *= scale
+        block += product
+        return block
 
-        def change(rows: Tensor, first: int) -> Tensor:
-            product = left[first : first + len(rows)] @ right
-            product *= scale
-            rows += product
-            return rows
-
-        return change
-
-    return Delta((a, b), fits, load)
+    return Delta((a, b), fits, change)
 
 
 def embedding_pair(a: Recipe, b: Recipe, scale: float) -> Delta:
@@ -79,43 +74,33 @@ def embedding_pair(a: Recipe, b: Recipe, scale: float) -> Delta:
     def fits(shape: tuple[int, ...]) -> bool:
         return len(shape) == 2 and a.shape[1:] == shape[:1] and b.shape == (shape[1], a.shape[0])
 
-    def load(dtype: torch.dtype, before: Blocks) -> Change:
-        left, right = tensor(a, dtype=dtype), tensor(b, dtype=dtype)
+    def change(block: Tensor, first: int, left: Tensor, right: Tensor) -> Tensor:
+        block += (right @ left[:, first : first + len(block)]).T * scale
+        return block
 
-        def change(rows: Tensor, first: int) -> Tensor:
-            rows += (right @ left[:, first : first + len(rows)]).T * scale
-            return rows
-
-        return change
-
-    return Delta((a, b), fits, load)
+    return Delta((a, b), fits, change)
 
 
 def row_normed(magnitude: Recipe) -> Delta:
     """The second half of PEFT's DoRA: rows divided by their norms and multiplied by the magnitude (out)."""
 
-    def load(dtype: torch.dtype, before: Blocks) -> Change:
-        factor = tensor(magnitude, dtype=dtype).view(-1)
+    def change(block: Tensor, first: int, factor: Tensor) -> Tensor:
+        block *= (factor.view(-1)[first : first + len(block)] / torch.linalg.norm(block, dim=1)).view(-1, 1)
+        return block
 
-        def change(rows: Tensor, first: int) -> Tensor:
-            rows *= (factor[first : first + len(rows)] / torch.linalg.norm(rows, dim=1)).view(-1, 1)
-            return rows
-
-        return change
-
-    return Delta((magnitude,), lambda shape: magnitude.numel == shape[0], load)
+    return Delta((magnitude,), lambda shape: magnitude.numel == shape[0], change)
 
 
 def column_normed(magnitude: Recipe) -> Delta:
     """The second half of RWKVInside's DoRA: divided by the norm of every column and multiplied by (1, in)."""
 
-    def load(dtype: torch.dtype, before: Blocks) -> Change:
-        squares = sum(rows.double().square().sum(dim=0) for _, rows in before())
+    def factors(given: list[Tensor], before: Blocks) -> list[Tensor]:
+        squares = sum(block.double().square().sum(dim=0) for _, block in before)
         assert isinstance(squares, Tensor)
-        factor = (tensor(magnitude, dtype=torch.float64).view(-1) / (squares.sqrt() + 1e-6)).to(dtype)
-        return lambda rows, first: rows * factor
+        return [(tensor(magnitude, dtype=torch.float64).view(-1) / (squares.sqrt() + 1e-6)).to(given[0].dtype)]
 
-    return Delta((magnitude,), lambda shape: magnitude.numel == shape[-1], load)
+    fits = lambda shape: magnitude.numel == shape[-1]  # noqa: E731
+    return Delta((magnitude,), fits, lambda block, first, factor: block * factor, factors)
 
 
 def repeated(matrix: Recipe) -> Delta:
@@ -124,19 +109,14 @@ def repeated(matrix: Recipe) -> Delta:
     def fits(shape: tuple[int, ...]) -> bool:
         return len(shape) == 2 and matrix.shape[1] == shape[0] and matrix.shape[0] <= shape[1]
 
-    def load(dtype: torch.dtype, before: Blocks) -> Change:
-        columns = tensor(matrix, dtype=dtype).T.contiguous()
+    def change(block: Tensor, first: int, columns: Tensor) -> Tensor:
+        part = columns[:, first : first + len(block)].T
+        for start in range(0, block.shape[1], part.shape[1]):
+            changed = block[:, start : start + part.shape[1]]
+            changed += part[:, : changed.shape[1]]
+        return block
 
-        def change(rows: Tensor, first: int) -> Tensor:
-            part = columns[first : first + len(rows)]
-            for start in range(0, rows.shape[1], part.shape[1]):
-                changed = rows[:, start : start + part.shape[1]]
-                changed += part[:, : changed.shape[1]]
-            return rows
-
-        return change
-
-    return Delta((matrix,), fits, load)
+    return Delta((matrix,), fits, change)
 
 
 def blockwise(blocks: Recipe) -> Delta:
@@ -146,31 +126,21 @@ def blockwise(blocks: Recipe) -> Delta:
     def fits(shape: tuple[int, ...]) -> bool:
         return len(shape) == 2 and r == other and count * r == shape[1] and shape[0] % r == 0
 
-    def load(dtype: torch.dtype, before: Blocks) -> Change:
-        factors = tensor(blocks, dtype=dtype)
+    def change(block: Tensor, first: int, factors: Tensor) -> Tensor:
+        cut = block.view(-1, r, count, r).transpose(1, 2)
+        return (cut + (cut @ factors + factors)).transpose(1, 2).reshape(block.shape)
 
-        def change(rows: Tensor, first: int) -> Tensor:
-            cut = rows.view(-1, r, count, r).transpose(1, 2)
-            return (cut + (cut @ factors + factors)).transpose(1, 2).reshape(rows.shape)
-
-        return change
-
-    return Delta((blocks,), fits, load, r)
+    return Delta((blocks,), fits, change, multiple=r)
 
 
 def added(vector: Recipe, scale: float) -> Delta:
     """A vector that is added, as to a bias."""
 
-    def load(dtype: torch.dtype, before: Blocks) -> Change:
-        values = tensor(vector, dtype=dtype)
+    def change(block: Tensor, first: int, values: Tensor) -> Tensor:
+        block += values[first : first + len(block)] * scale
+        return block
 
-        def change(rows: Tensor, first: int) -> Tensor:
-            rows += values[first : first + len(rows)] * scale
-            return rows
-
-        return change
-
-    return Delta((vector,), lambda shape: vector.shape == shape, load)
+    return Delta((vector,), lambda shape: vector.shape == shape, change)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +156,8 @@ class Merged:
 
     def sources(self) -> Iterable[SourceFile]:
         """The base's files and the adapters'."""
-        files = [*self.base.make.sources()]
-        for recipe in (recipe for delta in self.deltas for recipe in delta.recipes):
-            files += recipe.make.sources()
-        return list(dict.fromkeys(files))
+        recipes = [self.base, *(recipe for delta in self.deltas for recipe in delta.recipes)]
+        return dict.fromkeys(file for recipe in recipes for file in recipe.make.sources())
 
     def part(self, start: int, nbytes: int) -> Merged:
         """The rows that these bytes are."""
@@ -205,54 +173,41 @@ class Merged:
     def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
         """The merged rows, in chunks no longer than the buffers buffer."""
         step = len(buffers.read) // 16 * 16
-        with one_thread():
-            changes = self._load()
         low, high = self.rows
-        for first, rows in self._blocks(low, high):
+        changes: list[tuple[Delta, list[Tensor]]] = []
+        with one_thread():
+            for delta in self.deltas:
+                given = [tensor(recipe, dtype=torch_dtype(self.exact()[1])) for recipe in delta.recipes]
+                if delta.prepare is not None:
+                    given = delta.prepare(given, self._blocks(0, self.base.shape[0], changes))
+                changes.append((delta, given))
+        for first, block in self._blocks(low, high, changes):
             with one_thread():
-                for change in changes:
-                    rows = change(rows, first)
-                wanted = rows[max(0, low - first) : max(0, high - first)]
+                wanted = block[max(0, low - first) : max(0, high - first)]
                 made = wanted.to(torch_dtype(self.dtype)).contiguous().view(-1)
             data = memoryview(made.view(torch.uint8).numpy())  # type: ignore[arg-type]
             for start in range(0, len(data), step):
                 yield data[start : start + step]
 
-    def _load(self) -> list[Change]:
-        compute = torch_dtype(self.exact()[1])
-        changes: list[Change] = []
-        for delta in self.deltas:
-            changes.append(delta.load(compute, self._before(tuple(changes))))
-        return changes
-
-    def _before(self, changes: Sequence[Change]) -> Blocks:
-        def blocks() -> Iterator[tuple[int, Tensor]]:
-            for first, rows in self._blocks(0, self.base.shape[0]):
-                for change in changes:
-                    rows = change(rows, first)
-                yield first, rows
-
-        return blocks
-
-    def _blocks(self, low: int, high: int) -> Iterator[tuple[int, Tensor]]:
-        """Blocks of the base that hold rows [low, high), in the compute dtype, with the number of their first row.
+    def _blocks(self, low: int, high: int, changes: Sequence[tuple[Delta, list[Tensor]]]) -> Blocks:
+        """Changed blocks that hold rows [low, high), in the compute dtype.
 
         The blocks are the same whichever rows are wanted: the product of a single row may be rounded otherwise.
         """
         compute, base = torch_dtype(self.exact()[1]), self.base
-        columns = max(1, math.prod(base.shape[1:]))
         multiple = math.lcm(*(delta.multiple for delta in self.deltas))
-        step = max(1, BLOCK_ELEMENTS // columns // multiple) * multiple
-        whole = None if isinstance(base.make, Divisible) else tensor(base, dtype=compute)
-        row = columns * BY_NAME[base.dtype].itemsize
+        step = max(1, BLOCK_ELEMENTS // max(1, math.prod(base.shape[1:])) // multiple) * multiple
+        whole = None if has_rows(base) else tensor(base, dtype=compute)
         for first in range(low // step * step, high, step):
             last = min(base.shape[0], first + step)
-            if whole is not None:
-                yield first, whole[first:last].clone()
-                continue
-            assert isinstance(base.make, Divisible)
-            part = base.make.part(first * row, (last - first) * row)
-            yield first, tensor(Recipe(base.dtype, (last - first, *base.shape[1:]), part, base.origin), dtype=compute)
+            if whole is None:
+                block = tensor(rows(base, first, last, base.origin), dtype=compute)
+            else:
+                block = whole[first:last].clone()
+            with one_thread():
+                for delta, given in changes:
+                    block = delta.change(block, first, *given)
+            yield first, block
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,19 +243,18 @@ def merge(plan: Plan, adapters: Iterable[Adapter], where: str) -> Plan:
         )
         problems = []
         for name in adapter.names:
-            base = merged[name]
-            given = adapter.replaced.get(name)
-            if given is not None and given.shape != base.shape:
-                problems.append(f"{name}: the model has {list(base.shape)}, the adapter a tensor {list(given.shape)}")
-                continue
-            if base.dtype not in FLOATS:
-                problems.append(f"{name}: the model's is {base.dtype}, not a float type")
+            base, given = merged[name], adapter.replaced.get(name)
             deltas = adapter.deltas.get(name, ())
-            for delta in deltas:
-                if not delta.fits(base.shape):
-                    shapes = " and ".join(str(list(recipe.shape)) for recipe in delta.recipes)
-                    problems.append(f"{name}: the model has {list(base.shape)}, the adapter {shapes}")
-            if not problems:
+            shapes = [] if given is None or given.shape == base.shape else [given.shape]
+            shapes = shapes or [
+                recipe.shape for delta in deltas if not delta.fits(base.shape) for recipe in delta.recipes
+            ]
+            if shapes:
+                unfit = " and ".join(map(str, map(list, shapes)))
+                problems.append(f"{name}: the model has {list(base.shape)}, the adapter {unfit}")
+            elif base.dtype not in FLOATS:
+                problems.append(f"{name}: the model's is {base.dtype}, not a float type")
+            else:
                 merged[name] = _with(base, given, deltas, adapter.name)
         raise_all(f"{adapter.label} does not fit {where}:", problems, hint="Is it an adapter of this model?")
     return merged
