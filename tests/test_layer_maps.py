@@ -151,7 +151,7 @@ def test_a_broken_file_is_explained_at_once(tmp_path):
         layer_maps.load(path)
     for part in (
         "'titel'",
-        "did you mean 'title'",
+        "did you mean title?",
         "rope_teta",
         "rms_norm_eps is True",
         "9",
@@ -175,7 +175,7 @@ def test_the_variant_of_a_maps_student_is_said_where_another_is_made(tmp_path):
 
 
 def test_unknown_names_point_to_the_nearest():
-    with pytest.raises(HxaconvError, match="Did you mean reka-flash-3"):
+    with pytest.raises(HxaconvError, match="did you mean reka-flash-3"):
         layer_maps.load("reka_flash3")
     with pytest.raises(HxaconvError, match="no such file"):
         layer_maps.load("maps/mine.toml")

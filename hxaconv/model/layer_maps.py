@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
+import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hxaconv.errors import HxaconvError, raise_all
+from hxaconv.errors import HxaconvError, meant, raise_all
 from hxaconv.formats.json_files import why_unread
 from hxaconv.model.variants import VARIANTS
 
@@ -19,20 +19,23 @@ if TYPE_CHECKING:
     from hxaconv.model.config import ModelConfig, StudentConfig, TeacherConfig
     from hxaconv.options import Layers
 
-_MODEL_KEYS: dict[str, tuple[type, ...]] = {
-    "model_type": (str,),
-    "num_hidden_layers": (int,),
-    "hidden_size": (int,),
-    "intermediate_size": (int,),
-    "num_attention_heads": (int,),
-    "num_key_value_heads": (int,),
-    "head_dim": (int,),
-    "vocab_size": (int,),
-    "rope_theta": (float, int),
-    "rms_norm_eps": (float, int),
-    "tie_word_embeddings": (bool,),
-}
-_TOP_KEYS = ("title", "model_ids", "default", "gqa_layers", "source", "variant", "model")
+Kind = tuple[Callable[[Any], bool], str]
+_TEXT: Kind = (lambda value: isinstance(value, str), "a string")
+_SWITCH: Kind = (lambda value: isinstance(value, bool), "true or false")
+_SIZE: Kind = (lambda value: type(value) is int and value > 0, "a whole number above 0")
+_NUMBER: Kind = (lambda value: type(value) in (int, float) and value > 0, "a number above 0")
+_LAYERS: Kind = (
+    lambda value: isinstance(value, list) and all(type(x) is int for x in value),
+    "a list of layer numbers",
+)
+_IDS: Kind = (lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value), "a list of Hub ids")
+_MODEL: Kind = (lambda value: isinstance(value, dict), "a table of config.json settings")
+_VARIANT: Kind = (lambda value: value in ("", *VARIANTS), f"one of {', '.join(VARIANTS)}")
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+_MODEL_KEYS = {"model_type": _TEXT, **dict.fromkeys((*_SIZES, "head_dim", "vocab_size"), _SIZE)}
+_MODEL_KEYS |= {"rope_theta": _NUMBER, "rms_norm_eps": _NUMBER, "tie_word_embeddings": _SWITCH}
+_KEYS = {"title": _TEXT, "model_ids": _IDS, "default": _SWITCH, "gqa_layers": _LAYERS, "source": _TEXT}
+_KEYS |= {"variant": _VARIANT, "model": _MODEL} | {f"model.{key}": kind for key, kind in _MODEL_KEYS.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +64,18 @@ class LayerMap:
 def folder() -> Path:
     """Where the shipped maps are: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    installed = package / "layer_maps"
-    if installed.is_dir():
-        return installed
-    checkout = package.parent / "layer_maps"
-    assert checkout.is_dir(), f"{checkout} is missing: the package was built without its layer maps"
-    return checkout
+    return next(found for place in (package, package.parent) if (found := place / "layer_maps").is_dir())
 
 
 def shipped() -> dict[str, LayerMap]:
     """Every shipped map by name, sorted."""
     return {path.stem: read(path) for path in sorted(folder().glob("*.toml"))}
+
+
+_WHERE = "Name the file, or one of the shipped maps: hxaconv maps"
+_MINIMAL = "A minimal map is one line: gqa_layers = [4, 9, 14]"
+_FOR_OTHERS = "it is for "
+MAX_BYTES = 1024 * 1024
 
 
 def load(name: str | Path, num_layers: int | None = None, *, allow_layer_0: bool = False) -> LayerMap:
@@ -80,34 +84,24 @@ def load(name: str | Path, num_layers: int | None = None, *, allow_layer_0: bool
     With `num_layers`, those of the model that it is for, its layers must be such that the model can have them.
 
     Raises:
-        HxaconvError: naming the nearest shipped maps where there is no such map or file, or everything
+        HxaconvError: naming the nearest shipped map where there is no such map or file, or everything
             that is wrong with the file.
     """
     text = str(name)
     names = [path.stem for path in sorted(folder().glob("*.toml"))]
     if text in names:
         return read(folder() / f"{text}.toml", num_layers, allow_layer_0)
-    path = Path(text)
     if os.path.isfile(text):  # unlike Path's, no error for a name that is too long
-        return read(path, num_layers, allow_layer_0)
+        return read(Path(text), num_layers, allow_layer_0)
     if os.path.isdir(text):
         raise HxaconvError(f"layer map {text}: that is a folder, expected a TOML file", hint=_WHERE)
-    if path.suffix == ".toml" or "/" in text or "\\" in text:
+    if text.endswith(".toml") or "/" in text or "\\" in text:
         raise HxaconvError(f"layer map {text}: there is no such file", hint=_WHERE)
-    near = difflib.get_close_matches(text.lower().replace("_", "-"), names, n=3, cutoff=0.4)
+    near = meant(text.lower().replace("_", "-"), names)
     raise HxaconvError(
-        f"layer map {text!r} is neither the name of a shipped map nor a file",
-        hint=f"Did you mean {' or '.join(near)}?" if near else f"Shipped maps: {', '.join(names)}",
+        f"layer map {text!r} is neither the name of a shipped map nor a file{near}",
+        hint=f"Shipped maps: {', '.join(names)}",
     )
-
-
-_WHERE = "Name the file, or one of the shipped maps: hxaconv maps"
-
-
-_MINIMAL = "A minimal map is one line: gqa_layers = [4, 9, 14]"
-_FOR_OTHERS = "it is for "
-_SUCH_AS = "8,15-17,-1"
-MAX_BYTES = 1024 * 1024
 
 
 def read(path: Path, num_layers: int | None = None, allow_layer_0: bool = False) -> LayerMap:
@@ -125,57 +119,28 @@ def read(path: Path, num_layers: int | None = None, allow_layer_0: bool = False)
     except (ValueError, RecursionError) as error:
         raise HxaconvError(f"layer map {path} is not valid TOML: {why_unread(error)}", hint=_MINIMAL) from None
     problems = _problems(raw, num_layers, allow_layer_0)
-    hint = _MINIMAL if "gqa_layers" not in raw else "Correct the file."
+    hint = "Correct the file." if "gqa_layers" in raw else _MINIMAL
     if any(line.startswith(_FOR_OTHERS) for line in problems):
-        hint = f"{_WHERE}. Without a map, name the layers by their numbers: {_SUCH_AS}."
+        hint = f"{_WHERE}. Without a map, name the layers by their numbers: 8,15-17,-1."
     raise_all(f"layer map {path}:", problems, hint=hint)
-    return LayerMap(
-        name=path.stem,
-        gqa_layers=tuple(sorted(raw["gqa_layers"])),
-        title=raw.get("title", ""),
-        model_ids=tuple(raw.get("model_ids", ())),
-        source=raw.get("source", ""),
-        variant=raw.get("variant", ""),
-        default=raw.get("default", True),
-        model=dict(raw.get("model", {})),
-        label=str(path),
-    )
-
-
-def _is(value: object, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    lists = {"gqa_layers": tuple(sorted(raw["gqa_layers"])), "model_ids": tuple(raw.get("model_ids", ()))}
+    return LayerMap(name=path.stem, label=str(path), **(raw | lists))
 
 
 def _problems(raw: Mapping[str, Any], num_layers: int | None, allow_layer_0: bool) -> list[str]:
-    found = [f"unknown key {key!r}{_near(key, _TOP_KEYS)}" for key in raw if key not in _TOP_KEYS]
-    layers, model = raw.get("gqa_layers"), raw.get("model", {})
-    if not isinstance(layers, list) or not all(_is(layer, (int,)) for layer in layers):
-        found.append(f"gqa_layers is {layers!r}, expected a list of layer numbers")
-        layers = None
-    for key, kind in (("title", str), ("source", str), ("variant", str), ("default", bool)):
-        if not isinstance(raw.get(key, kind()), kind):
-            found.append(f"{key} is {raw[key]!r}, expected a {kind.__name__}")
-    if isinstance(named := raw.get("variant", ""), str) and named not in ("", *VARIANTS):
-        found.append(f"variant is {named!r}, expected one of {', '.join(VARIANTS)}")
-    ids = raw.get("model_ids", [])
-    if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
-        found.append(f"model_ids is {ids!r}, expected a list of Hub ids")
-    if not isinstance(model, dict):
-        return [*found, f"model is {model!r}, expected a table of config.json settings"]
-    for key, value in model.items():
-        if key not in _MODEL_KEYS:
-            found.append(f"unknown key model.{key}{_near(key, tuple(_MODEL_KEYS))}")
-        elif not _is(value, _MODEL_KEYS[key]) or (not isinstance(value, str | bool) and value <= 0):
-            found.append(f"model.{key} is {value!r}, expected {_MODEL_KEYS[key][0].__name__}, above 0")
-    if layers is not None:
-        depth = model.get("num_hidden_layers")
-        found += _misfits(layers, depth if _is(depth, (int,)) else None, num_layers, allow_layer_0)
-    return found
-
-
-def _near(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    values: dict[str, Any] = {"gqa_layers": None} | dict(raw)
+    model = raw.get("model", {}) if isinstance(raw.get("model", {}), dict) else {}
+    values |= {f"model.{key}": value for key, value in model.items()}
+    found = [f"unknown key {key!r}{meant(key, _KEYS)}" for key in values if key not in _KEYS]
+    wrong = [key for key, value in values.items() if key in _KEYS and not _KEYS[key][0](value)]
+    found += [f"{key} is {values[key]!r}, expected {_KEYS[key][1]}" for key in wrong]
+    if "gqa_layers" in wrong:
+        return found
+    layers, depth = raw["gqa_layers"], None if "model.num_hidden_layers" in wrong else model.get("num_hidden_layers")
+    if num_layers is None or depth not in (None, num_layers):
+        others = [] if num_layers is None else [f"{_FOR_OTHERS}{depth} layers, the model has {num_layers}"]
+        return found + others + range_problems(layers, depth)
+    return found + check(layers, num_layers, allow_layer_0=allow_layer_0)
 
 
 def match(config: ModelConfig, names: Iterable[str] = ()) -> LayerMap | None:
@@ -186,8 +151,8 @@ def match(config: ModelConfig, names: Iterable[str] = ()) -> LayerMap | None:
     """
     fitting = [candidate for candidate in shipped().values() if candidate.default and fits(candidate, config)]
     if len(fitting) > 1:
-        wanted = [_comparable(name) for name in names]
-        fitting = [found for found in fitting if any(_named(found, name) for name in wanted)]
+        wanted = {_comparable(name) for name in names}
+        fitting = [found for found in fitting if not wanted.isdisjoint(map(_comparable, found.model_ids))]
     return fitting[0] if len(fitting) == 1 else None
 
 
@@ -208,10 +173,6 @@ def differences(layer_map: LayerMap, config: ModelConfig) -> list[str]:
 def _comparable(name: str) -> str:
     # A folder is named like the model, whoever published it; a revision does not identify the model.
     return name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1].partition("@")[0].lower()
-
-
-def _named(layer_map: LayerMap, name: str) -> bool:
-    return any(_comparable(model_id) == name for model_id in layer_map.model_ids)
 
 
 def range_problems(layers: Sequence[int], num_layers: int | None) -> list[str]:
@@ -237,26 +198,17 @@ def dump(layer_map: LayerMap, comments: Iterable[str] = ()) -> str:
     """The map as TOML, `comments` (reason, figures, date) on top; `read` gives it back."""
     lines = [f"# {line}".rstrip() for comment in comments for line in comment.splitlines() or [""]]
     lines += [""] if lines else []
-    for item in fields(layer_map):
-        value = getattr(layer_map, item.name)
-        if item.name in ("title", "source", "variant") and value:
-            lines.append(f"{item.name} = {_toml(value)}")
-        elif item.name in ("model_ids", "gqa_layers") and (value or item.name == "gqa_layers"):
-            lines.append(f"{item.name} = [{', '.join(map(_toml, value))}]")
-        elif item.name == "default" and not value:
-            lines.append("default = false")
+    keys = ("gqa_layers", "title", "model_ids", "source", "variant")
+    top = {key: getattr(layer_map, key) for key in keys if getattr(layer_map, key) or key == "gqa_layers"}
+    top |= {} if layer_map.default else {"default": False}
+    lines += [f"{key} = {_toml(value)}" for key, value in top.items()]
     if layer_map.model:
         lines += ["", "[model]", *(f"{key} = {_toml(value)}" for key, value in layer_map.model.items())]
     return "\n".join(lines) + "\n"
 
 
 def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        plain = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in plain) + '"'
-    return repr(value)
+    return json.dumps(value, ensure_ascii=False)  # of such values, TOML as well
 
 
 # --- Which layers stay attention: what `--layers` may be, evenly spaced ones, and what is wrong with a choice --------
@@ -303,30 +255,19 @@ def parse_layers(
     named = "," not in word or word.endswith(".toml") or os.path.isfile(word)
     if word and named and not re.fullmatch(r"[-\d,\s]+", word):
         return load(word, num_layers, allow_layer_0=allow_layer_0).gqa_layers
-    layers, problems = _numbers(word, num_layers)
-    if layers or not problems:
-        problems += check(layers, num_layers, allow_layer_0=allow_layer_0)
-    accepted = all(line.startswith(LAYER_0_REASON) for line in problems)  # such a line says what to do
-    hint = "" if accepted else _NUMBERS_HINT
-    raise_all(f"{option} {text!r} of a model of {num_layers} layers:", problems, hint=hint)
-    return tuple(sorted(layers))
+    return parse_numbers(
+        text, num_layers, option, lambda layers: check(layers, num_layers, allow_layer_0=allow_layer_0)
+    )
 
 
-def parse_numbers(text: str, num_layers: int, option: str) -> tuple[int, ...]:
-    """`0,5-7,-1` -> layer numbers, sorted; unlike a choice of layers, any of them.
+def parse_numbers(
+    text: str, num_layers: int, option: str, check: Callable[[list[int]], list[str]] | None = None
+) -> tuple[int, ...]:
+    """`0,5-7,-1` -> layer numbers, sorted. Any of them, or, with a `check`, a choice of which it finds nothing wrong.
 
     Raises:
         HxaconvError: listing everything that is wrong at once.
     """
-    layers, problems = _numbers(text, num_layers)
-    problems += range_problems(layers, num_layers)
-    hint = "Layers are numbered from 0, -1 is the last: 8,15-17,-1."
-    raise_all(f"{option} {text!r} of a model of {num_layers} layers:", problems, hint=hint)
-    return tuple(sorted(layers))
-
-
-def _numbers(text: str, num_layers: int) -> tuple[list[int], list[str]]:
-    """(layer numbers, what is not understood, a line each)."""
     layers: list[int] = []
     problems: list[str] = []
     for item in filter(None, (part.strip() for part in text.split(","))):
@@ -339,19 +280,17 @@ def _numbers(text: str, num_layers: int) -> tuple[list[int], list[str]]:
         if first > last:
             problems.append(f"range {item} runs backwards: {first} to {last}")
         layers += range(first, min(last, first + num_layers) + 1)
-    return layers, problems
-
-
-_NUMBERS_HINT = "Layers are numbered from 0, -1 is the last: 8,15-17,-1. Or `none`, `all`, a layer map's name or file."
-
-
-def _misfits(layers: Sequence[int], depth: int | None, num_layers: int | None, allow_layer_0: bool) -> list[str]:
-    """What is wrong with the layers of a map for `depth` layers in a model of `num_layers`, where it is known."""
-    if num_layers is None:
-        return range_problems(layers, depth)
-    if depth not in (None, num_layers):
-        return [f"{_FOR_OTHERS}{depth} layers, the model has {num_layers}", *range_problems(layers, depth)]
-    return check(layers, num_layers, allow_layer_0=allow_layer_0)
+    if check is None:
+        problems += range_problems(layers, num_layers)
+    elif layers or not problems:
+        problems += check(layers)
+    hint = "Layers are numbered from 0, -1 is the last: 8,15-17,-1."
+    if check is not None:
+        hint += " Or `none`, `all`, a layer map's name or file."
+    if all(line.startswith(LAYER_0_REASON) for line in problems):
+        hint = ""  # that line says what to do
+    raise_all(f"{option} {text!r} of a model of {num_layers} layers:", problems, hint=hint)
+    return tuple(sorted(layers))
 
 
 def check(layers: Sequence[int], num_layers: int, *, allow_layer_0: bool = False) -> list[str]:
@@ -388,8 +327,6 @@ def choose(config: TeacherConfig, teacher: str, choice: Layers, variant: str) ->
         return found.gqa_layers, _reason(found, variant)
     found_map = match(config, [teacher])
     if found_map is not None:
-        problems = _misfits(found_map.gqa_layers, found_map.num_hidden_layers, count, allowed)
-        raise_all(f"layer map {found_map.label}:", problems)
         return found_map.gqa_layers, _reason(found_map, variant)
     return uniform(count), f"evenly spaced, {default_count(count)} of {count}"
 
