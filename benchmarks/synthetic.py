@@ -126,7 +126,7 @@ def write_layout(layout: FileLayout, folder: Path, fill: Fill | None) -> None:
     crcs: dict[str, int] = {}
     with open(folder / layout.name, "wb") as file:
         file.truncate(layout.size)
-        _write_segments(file, layout.segments)
+        _write_segments(file, layout.segments())
         for tensor in layout.fills:
             if fill is None:
                 crcs[tensor.name] = _crc_of_zeros(tensor.recipe.nbytes)

@@ -34,7 +34,7 @@ def plan_of(state: dict[str, torch.Tensor]) -> Plan:
 def render(layout: FileLayout) -> bytes:
     """The whole file, in memory."""
     content, crcs = bytearray(layout.size), {}
-    for offset, data in layout.segments:
+    for offset, data in layout.segments():
         content[offset : offset + len(data)] = data
     for fill in layout.fills:
         data = b"".join(bytes(piece) for piece in fill.recipe.chunks(Buffers()))
@@ -131,7 +131,7 @@ def test_pth_beyond_4_gib_has_zip64_fields(tmp_path):
     with open(path, "wb") as file:
         file.truncate(layout.size)  # sparse: the tensors are zeros
         zeros = {"a": zlib.crc32(bytes(1 << 20)), "b": 0, "c": zlib.crc32(bytes(12)), "d": zlib.crc32(bytes(10))}
-        for offset, data in (*layout.segments, *layout.seal(zeros)):
+        for offset, data in (*layout.segments(), *layout.seal(zeros)):
             file.seek(offset)
             file.write(data)
     with zipfile.ZipFile(path) as archive:

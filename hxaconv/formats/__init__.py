@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ class FileLayout:
 
     name: str
     size: int
-    segments: tuple[Segment, ...]
+    segments: Callable[[], Iterable[Segment]]
     fills: tuple[Fill, ...]
     seal: Callable[[Mapping[str, int]], list[Segment]] | None = None
     """CRC-32 by tensor name -> the bytes that hold checksums; None where the format has none."""

@@ -164,22 +164,30 @@ def _hard_linked(file_name: str, plan: Plan, hard_link: SourceFile) -> FileLayou
     for name, recipe in plan.items():
         assert isinstance(recipe.make, Ranges)
         fills.append(Fill(name, recipe.make.extents[0].offset, recipe))
-    return FileLayout(file_name, hard_link.size, (), tuple(fills), hard_link=hard_link)
+    return FileLayout(file_name, hard_link.size, list, tuple(fills), hard_link=hard_link)
 
 
 def file_layout(file_name: str, plan: Plan) -> FileLayout:
     """One safetensors file that holds `plan`."""
-    names, end = _aligned_order(plan), 0
+    names, fills = _aligned_order(plan), []
+    end = len(_header(plan, names))
+    for name in names:
+        fills.append(Fill(name, end, plan[name]))
+        end += plan[name].nbytes
+    return FileLayout(file_name, end, lambda: [(0, _header(plan, names))], tuple(fills))
+
+
+def _header(plan: Plan, names: Iterable[str]) -> bytes:
+    """The length, and the header in JSON."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name in names:
         offsets = [end, end + plan[name].nbytes]
         entries[name] = {"dtype": plan[name].dtype, "shape": list(plan[name].shape), "data_offsets": offsets}
         end = offsets[1]
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    fills = tuple(Fill(name, start + entries[name]["data_offsets"][0], plan[name]) for name in names)
-    return FileLayout(file_name, start + end, ((0, len(text).to_bytes(8, "little") + text),), fills)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _aligned_order(plan: Plan) -> list[str]:

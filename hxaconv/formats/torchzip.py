@@ -261,7 +261,7 @@ def file_layout(file_name: str, plan: Plan, *, ordered: bool = True) -> FileLayo
     fills = tuple(record.body for record in records if isinstance(record.body, Fill))
     known = tuple((record.data_offset, record.body) for record in records if isinstance(record.body, bytes))
     size = end + len(_directory(records, dict.fromkeys(plan, 0)))
-    return FileLayout(file_name, size, known, fills, seal)
+    return FileLayout(file_name, size, lambda: known, fills, seal)
 
 
 def _zip64(*values: int) -> bytes:

@@ -111,7 +111,7 @@ class Staging:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             diskio.reserve(fd, layout.size)
-            for offset, data in layout.segments:
+            for offset, data in layout.segments():
                 write_from(fd, memoryview(data), offset)
         except OSError:
             if not existed:

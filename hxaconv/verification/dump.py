@@ -31,7 +31,7 @@ class Dump:
         layout = file_layout(path.name, {"input_ids": Recipe("I64", (batch, length), Ranges(()), "given"), **plan})
         self._starts = {fill.name: fill.offset for fill in layout.fills}
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
-        for offset, data in layout.segments:
+        for offset, data in layout.segments():
             write_from(self._fd, memoryview(data), offset)
         self.append("input_ids", ids)
 

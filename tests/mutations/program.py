@@ -217,8 +217,8 @@ FAULTS = (
     Fault(
         "tensors in another order than the header's",
         "formats/safetensors.py",
-        "[0], plan[name]) for name in names)",
-        "[0], plan[name]) for name in names[::-1])",
+        "    for name in names:\n        fills",
+        "    for name in names[::-1]:\n        fills",
         "to-hf",
     ),
     Fault(
