@@ -28,6 +28,7 @@ from hxaconv.formats.pickles import (
     Record,
     Storage,
     Tensor,
+    expect,
     parse,
     shape_of,
 )
@@ -105,17 +106,11 @@ def _opened(folder: Path, name: str, label: str) -> SourceFile:
 
 
 def _field(record: Any, name: str, kind: type, file: SourceFile) -> Any:
-    value = record.fields.get(name) if isinstance(record, Record) else None
-    if not isinstance(value, kind):
-        raise broken(file.label, f"a record lacks {name}")
-    return value
+    return expect(record.fields.get(name) if isinstance(record, Record) else None, kind, file.label, name)
 
 
 def _sizes(value: Any, file: SourceFile) -> tuple[int, ...]:
-    sizes = shape_of(value)
-    if sizes is None:
-        raise broken(file.label, "a size or offset is none")
-    return sizes
+    return tuple(expect(shape_of(value), tuple, file.label, "a size or offset"))
 
 
 def _tensors(
@@ -180,56 +175,40 @@ def _chunks(
     entry: Record,
     places: Mapping[tuple[int, ...], Record],
     files: Mapping[str, SourceFile],
-    file: SourceFile,
+    metadata: SourceFile,
 ) -> tuple[tuple[int, ...], str, list[Chunk]]:
-    """(shape, dtype, chunks) of one tensor."""
-    shape, chunks = _sizes(entry.fields.get("size"), file), []
-    dtype = _dtype(_field(entry, "properties", Record, file), name, file)
-    for chunk in _field(entry, "chunks", list, file):
-        offsets = _sizes(_field(chunk, "offsets", tuple, file), file)
-        sizes = _sizes(_field(chunk, "sizes", tuple, file), file)
+    """(shape, dtype, chunks) of one tensor; the elements of a chunk stand in the archive at its place."""
+    shape, chunks = _sizes(entry.fields.get("size"), metadata), []
+    properties = _field(entry, "properties", Record, metadata)
+    state = properties.state
+    named = state[0] if isinstance(state, tuple) and state else properties.fields.get("dtype")
+    known = BY_TORCH_NAME.get(named.name.removeprefix("torch.")) if isinstance(named, Global) else None
+    if known is None:
+        raise HxaconvError(f"{metadata.label}: {show(name)} has an element type that is not known")
+    for chunk in _field(entry, "chunks", list, metadata):
+        offsets, sizes = (_sizes(_field(chunk, key, tuple, metadata), metadata) for key in ("offsets", "sizes"))
         if 0 in sizes:
             continue
         if offsets not in places:
-            raise broken(file.label, f"the chunk of {show(name)} at {list(offsets)} stands nowhere")
-        chunks.append(Chunk(offsets, sizes, _stored(name, dtype, sizes, places[offsets], files, file)))
-    return shape, dtype, chunks
-
-
-def _dtype(properties: Record, name: str, file: SourceFile) -> str:
-    state = properties.state
-    named = state[0] if isinstance(state, tuple) and state else properties.fields.get("dtype")
-    text = named.name.removeprefix("torch.") if isinstance(named, Global) else ""
-    if text not in BY_TORCH_NAME:
-        raise HxaconvError(f"{file.label}: {show(name)} has an element type that is not known ({show(text)})")
-    return BY_TORCH_NAME[text].name
-
-
-def _stored(
-    name: str,
-    dtype: str,
-    sizes: tuple[int, ...],
-    place: Record,
-    files: Mapping[str, SourceFile],
-    metadata: SourceFile,
-) -> Extent:
-    """Where the elements of one chunk stand: in the archive at its place."""
-    file = files[_field(place, "relative_path", str, metadata)]
-    start, length = (_field(place, key, int, metadata) for key in ("offset", "length"))
-    if start < 0 or length < 0 or start + length > file.size:
-        raise HxaconvError(
-            f"{file.label} has {file.size} bytes, {show(name)} is to stand at {start} with {length}",
-            hint="The file is truncated, or of another save; copy the folder again.",
-        )
-    archive = TorchZip(Section(file, start, length, f"{file.label}, {show(name)}"), inert=TRAINER_OBJECTS)
-    found = archive.recipe(archive.value, "what it holds")
-    if (found.shape, found.dtype) != (sizes, dtype):
-        raise HxaconvError(
-            f"{archive.label}: a tensor {list(found.shape)} ({found.dtype}),"
-            f" {METADATA} expects {list(sizes)} ({dtype})",
-            hint="The file is of another save; copy the folder again.",
-        )
-    return _extent(found)
+            raise broken(metadata.label, f"the chunk of {show(name)} at {list(offsets)} stands nowhere")
+        place = places[offsets]
+        file = files[_field(place, "relative_path", str, metadata)]
+        start, length = (_field(place, key, int, metadata) for key in ("offset", "length"))
+        if start < 0 or length < 0 or start + length > file.size:
+            raise HxaconvError(
+                f"{file.label} has {file.size} bytes, {show(name)} is to stand at {start} with {length}",
+                hint="The file is truncated, or of another save; copy the folder again.",
+            )
+        archive = TorchZip(Section(file, start, length, f"{file.label}, {show(name)}"), inert=TRAINER_OBJECTS)
+        found = archive.recipe(archive.value, "what it holds")
+        if (found.shape, found.dtype) != (sizes, known.name):
+            raise HxaconvError(
+                f"{archive.label}: a tensor {list(found.shape)} ({found.dtype}),"
+                f" {METADATA} expects {list(sizes)} ({known.name})",
+                hint="The file is of another save; copy the folder again.",
+            )
+        chunks.append(Chunk(offsets, sizes, _extent(found)))
+    return shape, known.name, chunks
 
 
 def _extent(recipe: Recipe) -> Extent:

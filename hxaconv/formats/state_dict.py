@@ -76,8 +76,9 @@ def _inside(value: Any, where: str, key: str | None = None) -> tuple[list[str], 
     path: list[str] = []
     ignored: list[str] = []
     while isinstance(value, dict) and len(path) < MAX_NESTING:
-        found = [name for name in WRAPPERS if isinstance(value.get(name), dict) and _holds_tensors(value[name])]
-        if key in _state_dicts(value):
+        there = _state_dicts(value)
+        found = [name for name in WRAPPERS if name in there]
+        if key in there:
             found, key = [str(key)], None
         if len(found) > 1:
             raise NotConverted(
@@ -94,12 +95,6 @@ def _inside(value: Any, where: str, key: str | None = None) -> tuple[list[str], 
             f"{where} holds no state dict under {show(key)}", hint=f"It has {keys}." if keys else "Leave --weights out."
         )
     return path, ignored, value
-
-
-def _holds_tensors(value: Mapping[Any, Any]) -> bool:
-    return any(isinstance(item, Tensor) for item in value.values()) or any(
-        isinstance(value.get(key), dict) for key in WRAPPERS
-    )
 
 
 def _state_dicts(value: Any, least: int = 1) -> list[str]:

@@ -110,15 +110,6 @@ class TorchZip:
         self._records = read_directory(self._section)
         starts = [record.header_offset for record in self._records.values()]
         self._ends = dict(zip(starts, [*starts[1:], self._section.size], strict=False))
-        self._prefix = self._folder()
-        if f"{self._prefix}/byteorder" in self._records and self._read("byteorder", 32).strip() == b"big":
-            raise HxaconvError(f"{self.label} {BIG_ENDIAN}", hint="Load and save it again with torch here.")
-        self._pickled = self._read("data.pkl", MAX_PICKLE_BYTES)
-        self.value = parse(io.BytesIO(self._pickled), self.label, inert=inert).value
-        self._places: dict[str, int] = {}
-
-    def _folder(self) -> str:
-        """The folder inside the archive that holds data.pkl."""
         if any(name.endswith("/constants.pkl") for name in self._records):
             raise HxaconvError(f"{self.label} is a TorchScript program", hint="Save its state_dict().")
         found = [name.removesuffix("/data.pkl") for name in self._records if name.endswith("/data.pkl")]
@@ -129,7 +120,12 @@ class TorchZip:
                 f" it has {len(found)} data.pkl ({names}, ...)",
                 hint="Unpack it if it merely contains the checkpoint.",
             )
-        return found[0]
+        self._prefix = found[0]
+        if f"{self._prefix}/byteorder" in self._records and self._read("byteorder", 32).strip() == b"big":
+            raise HxaconvError(f"{self.label} {BIG_ENDIAN}", hint="Load and save it again with torch here.")
+        self._pickled = self._read("data.pkl", MAX_PICKLE_BYTES)
+        self.value = parse(io.BytesIO(self._pickled), self.label, inert=inert).value
+        self._places: dict[str, int] = {}
 
     def _read(self, name: str, limit: int) -> bytes:
         record = self._records[f"{self._prefix}/{name}"]
@@ -225,12 +221,6 @@ class _Record:
         return tensors[self.body.name] if isinstance(self.body, Fill) else zlib.crc32(self.body)
 
 
-def archive_root(file_name: str) -> str:
-    """The folder inside the archive: torch takes the file's stem, and `archive` if that is not ASCII."""
-    stem = file_name.rpartition(".")[0] or file_name
-    return stem if file_name.isascii() else "archive"
-
-
 def file_layout(file_name: str, plan: Plan, *, ordered: bool = True) -> FileLayout:
     """A `.pth` file as torch.load reads it, of an OrderedDict or a plain dict.
 
@@ -242,7 +232,9 @@ def file_layout(file_name: str, plan: Plan, *, ordered: bool = True) -> FileLayo
         [f"{name} ({recipe.dtype})" for name, recipe in plan.items() if not BY_NAME[recipe.dtype].storage_class],
         hint="Write safetensors instead, or cast with --dtype.",
     )
-    root, end = archive_root(file_name), 0
+    # The folder inside: torch takes the file's stem, and `archive` if that is not ASCII.
+    root, end = file_name.rpartition(".")[0] or file_name, 0
+    root = root if file_name.isascii() else "archive"
     bodies: dict[str, bytes | tuple[str, Recipe]] = {"data.pkl": _pickled(plan, ordered), "byteorder": b"little"}
     bodies |= {f"data/{index}": item for index, item in enumerate(plan.items())}
     bodies["version"] = b"3\n"
