@@ -59,6 +59,17 @@ def test_a_target_may_not_touch_its_sources(tmp_path, tiny_teacher):
     write(output(folder / "student.pth", plan), Write())  # beside a file that nobody opened as a checkpoint
 
 
+def test_a_target_in_the_folder_of_another_model_is_noticed(tmp_path, tiny_teacher, cli, capsys):
+    words = ["init-from-teacher", tiny_teacher, tmp_path / "other" / "a.pth", "--format", "pth", "--dry-run", "--quiet"]
+    (tmp_path / "other").mkdir()
+    assert cli(*words) == 0
+    assert "model's folder" not in capsys.readouterr().err
+    (tmp_path / "other" / "config.json").write_text("{}")
+    assert cli(*words) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path}/other is a model's folder: who loads or uploads it finds a.pth in it too" in said
+
+
 def test_a_missing_parent_and_too_long_names_are_refused(tmp_path):
     plan = plan_over(source(tmp_path))
     with pytest.raises(HxaconvError, match="not a folder"):

@@ -49,7 +49,7 @@ sys.exit(main())
 INT, TERM = int(signal.SIGINT), int(signal.SIGTERM)
 PLANNING = "hxaconv.commands.init:load_teacher"
 WRITTEN = "hxaconv.save.checks:put"
-KEPT = "hxaconv.save.writer:_Run.what_is_kept"
+KEPT = "hxaconv.save.staging:Staging.what_is_kept"
 SAYING = "hxaconv.cli.console:Talk.say"
 PUBLISHING = "hxaconv.save.staging:_rename_into_place"
 TELLING = "hxaconv.cli.console:Talk.show"

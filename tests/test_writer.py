@@ -47,15 +47,13 @@ def test_what_is_written_is_what_was_planned(tmp_path, name):
     zeros = Extent(None, 0, 700_000)
     plan["padded"] = Recipe("F32", (175_000,), Ranges((zeros,), "pad"), "zeros")
     out = output(tmp_path / name, plan)
-    result = write(out, Write(), verify=lambda path: {"looked_at": path.name})
+    write(out, Write(), verify=lambda path: {"looked_at": path.name})
     expected = expected_bytes(plan)
     assert written_bytes(out) == expected
-    assert result.path == tmp_path / name
     record = json.loads(tree(out.target)["hxaconv.json" if name == "out" else "out.json"])
     entries = (record if name == "out" else record["hxaconv"])["tensors"]
     digests = {tensor: entry["digest"] for tensor, entry in entries.items()}
     assert digests == {tensor: f"crc32:{zlib.crc32(data):08x}" for tensor, data in expected.items()}
-    assert result.nbytes == sum(layout.size for layout in out.files)
     assert leftovers(out.target) == []
 
 
@@ -135,8 +133,7 @@ def test_nonfinite_tensors_are_all_reported_and_nothing_is_published(tmp_path):
     assert "bad.2: 1 of 2 (two)" in str(caught.value)
     assert "--allow-nonfinite" in str(caught.value)
     assert not out.target.exists()
-    result = write(out, Write(allow_nonfinite=True, resume=True))
-    assert result.nonfinite == {"bad.1": 2, "bad.2": 1}
+    write(out, Write(allow_nonfinite=True, resume=True))
     assert json.loads((out.target / "hxaconv.json").read_bytes())["nonfinite"] == {"bad.1": 2, "bad.2": 1}
 
 
@@ -244,7 +241,7 @@ def test_a_written_file_that_another_program_changes_can_be_repaired(tmp_path):
 
     with pytest.raises(HxaconvError, match=r"out\.pth changed while(.|\n)*24 finished tensors are kept(.|\n)*--resume"):
         write(out, Write(), verify=tamper)
-    assert verified(out, resume=True).path == out.target
+    verified(out, resume=True)
     assert tree(out.target) == reference(tmp_path, "out.pth")
 
 
@@ -257,7 +254,8 @@ def test_memory_that_runs_out_while_verifying_keeps_everything(tmp_path, error):
 
     with pytest.raises(HxaconvError, match=r"memory has run out(.|\n)*24 finished tensors are kept(.|\n)*--resume"):
         write(out, Write(), verify=exhaust)
-    assert verified(out, resume=True).path == out.target
+    verified(out, resume=True)
+    assert tree(out.target) == reference(tmp_path, "out")
 
 
 @pytest.mark.parametrize("place", ["/", "folder/.."])

@@ -50,14 +50,14 @@ def main() -> int:
     out = output(arguments.target, plan_over(source(arguments.folder)))
     print("ready", flush=True)
     try:
-        result = write(out, settings, verify=lambda path: {"ok": True})
+        write(out, settings, verify=lambda path: {"ok": True})
     except Interrupted as interruption:
         print(interruption.message, file=sys.stderr)
         return interruption.exit_code
     except HxaconvError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(f"published {result.path.name}", flush=True)
+    print(f"published {out.target.name}", flush=True)
     return 0
 
 

@@ -18,7 +18,6 @@ from hxaconv.options import Write
 from hxaconv.progress import Result
 from hxaconv.save import fill, writer
 from hxaconv.save.output import Output, Record, layouts
-from hxaconv.save.writer import WriteResult
 
 TARGETS = ("out", "out.pth")
 
@@ -106,14 +105,15 @@ class Look:
         return Verdict(self.look(staged))
 
 
-def write(out: Output, options: Write, verify: Callable[[Path], dict[str, Any]] | None = None) -> WriteResult:
+def write(out: Output, options: Write, verify: Callable[[Path], dict[str, Any]] | None = None) -> None:
     """Write an output; `verify` sees what is staged, and says what it finds or raises."""
-    return writer.write(out, options, check=None if verify is None else Look(verify))
+    look: Any = None if verify is None else Look(verify)
+    writer.write(out, options, check=look)
 
 
-def verified(out: Output, **options: Any) -> WriteResult:
+def verified(out: Output, **options: Any) -> None:
     """Write with a verification that is content."""
-    return write(out, Write(**options), verify=lambda path: {"ok": True})
+    write(out, Write(**options), verify=lambda path: {"ok": True})
 
 
 def reference(folder: Path, name: str, **changes: Any) -> dict[str, bytes]:

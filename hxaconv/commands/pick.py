@@ -127,7 +127,7 @@ def pick_gqa_layers(
     if unread and "tokens" not in strategy.needs:  # as a loop over strategies gives them
         notes.append(f"{unread}: --strategy {strategy.name} looks at no tokens, they are not read")
     outcome = written(",".join(map(str, advice.pick.layers))) if out is not None else None
-    if outcome is not None and outcome.written is None:
+    if outcome is not None and not outcome.written:
         notes += [f"The scores are kept in {cache} for the run itself."] if cache and cache.is_file() else []
     elif ranks.rank() == 0:
         save_advice(advice, subject, choice)

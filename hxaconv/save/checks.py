@@ -7,9 +7,9 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from hxaconv.errors import CheckFailed, HxaconvError, bullet_list, raise_all, shortened
 from hxaconv.formats import FileLayout, diskio
@@ -25,6 +25,7 @@ from hxaconv.save.staging import Staging, stagings_at
 if TYPE_CHECKING:
     from hxaconv.options import Write
     from hxaconv.verification.report import Report
+    from hxaconv.verification.written import OutputCheck
 
 SLACK_BYTES, SLACK_BYTES_PER_TENSOR = 256 * 1024, 1024
 """For journal, index, provenance and the file system's own blocks."""
@@ -48,85 +49,60 @@ class NonfiniteError(HxaconvError):
     """Tensors that hold NaN or infinite values, which were not allowed."""
 
 
-class Check(Protocol):
-    """What an output is put to before it gets its name; the caller brings it."""
-
-    def settings(self, output: Output, raw: Mapping[str, Any], where: str) -> list[str]:
-        """What is wrong with the settings that stand on disk; asked always."""
-        ...
-
-    def report(self, output: Output, staged: Path, *, allow_nonfinite: bool) -> Report:
-        """What a verification of the staged checkpoint finds; asked unless --no-verify."""
-        ...
-
-
 # Before the first byte: what can be known to go wrong, found all at once
 
 
 def bytes_needed(output: Output) -> int:
     """Disk space that writing an output takes; a source's file that can be linked takes none."""
-    documents = sum(len(data) for data in output.documents.values())
-    copied = sum(file.size for file in output.copied_files.values())
-    slack = SLACK_BYTES + SLACK_BYTES_PER_TENSOR * len(output.tensors)
-    parent = output.target.parent
-    linked = sum(layout.size for layout in output.files if _same_device(layout.hard_link, parent))
-    return output.nbytes - linked + documents + copied + slack
+
+    def device(path: Path | None) -> int | None:
+        return os.stat(path).st_dev if path and path.exists() else None
+
+    here = device(output.target.parent)
+    taken = [file.size for file in output.files if not file.hard_link or device(file.hard_link.path) != here]
+    taken += [len(data) for data in output.documents.values()]
+    taken += [file.size for file in output.copied_files.values()]
+    return sum(taken) + SLACK_BYTES + SLACK_BYTES_PER_TENSOR * len(output.tensors)
 
 
-def _same_device(file: SourceFile | None, folder: Path) -> bool:
-    """Whether the file is on the folder's file system, so that a link there can stand for it."""
-    if file is None or file.path is None:
-        return False
-    try:
-        return os.stat(file.path).st_dev == os.stat(folder).st_dev
-    except OSError:
-        return False
-
-
-def refuse(output: Output, staging: Staging, *, overwrite: bool, place_alone: bool = False) -> None:
-    """Refuse a place that nothing may be written to, not even a lock; then what is in the way, and what does not fit.
+def refuse_place(output: Output, staging: Staging) -> None:
+    """Refuse a place that nothing may be written to, not even a lock.
 
     Raises:
         HxaconvError: listing every problem.
     """
-    problems = _place_problems(output, staging)
-    if output.target.parent.is_dir() and (problems or not place_alone):
-        problems += _content_problems(output, staging, overwrite=overwrite)
-    raise_all(f"{output.target} cannot be written:", problems)
-
-
-def _place_problems(output: Output, staging: Staging) -> list[str]:
-    """Why nothing may be written at a target."""
-    parent = output.target.parent
+    target, parent, problems = staging.target.resolve(), staging.target.parent, []
     if not parent.is_dir():
-        return [f"{parent} is not a folder; create it first (mkdir -p)"]
-    problems = []
-    if not os.access(parent, os.W_OK | os.X_OK):
+        problems.append(f"{parent} is not a folder; create it first (mkdir -p)")
+    elif not os.access(parent, os.W_OK | os.X_OK):
         problems.append(f"{parent} is not writable for this user")
     if len(os.fsencode(staging.path.name)) > LONGEST_NAME:
         problems.append(f"its name with the suffix of the work folder is longer than {LONGEST_NAME} bytes")
-    target = output.target.resolve()
-    for path in _source_paths(output):
+    sources = [source.root for source in output.record.sources.values()] + [file.path for file in output.sources()]
+    for path in dict.fromkeys(source.resolve() for source in sources if source is not None):
         if path == target:
             problems.append(f"it is the source {path} itself")
         elif target in path.parents:
             problems.append(f"the source {path} lies inside it")
         elif path in target.parents:
             problems.append(f"it lies inside the source {path}")
-    return problems
+    raise_all(f"{output.target} cannot be written:", problems)
 
 
-def _source_paths(output: Output) -> list[Path]:
-    """The folders and files that sources were opened from, and files that are in none of them."""
-    roots = [source.root.resolve() for source in output.record.sources.values() if source.root is not None]
-    files = [file.path.resolve() for file in output.sources() if file.path is not None]
-    outside = [path for path in files if not any(root == path or root in path.parents for root in roots)]
-    return list(dict.fromkeys([*roots, *outside]))
+def refuse_content(output: Output, staging: Staging, *, overwrite: bool) -> None:
+    """Refuse what does not fit, and what is in the way of it.
 
-
-def _content_problems(output: Output, staging: Staging, *, overwrite: bool) -> list[str]:
-    """Why an output does not fit, and what is in the way of it."""
-    problems = _space_problems(output, staging)
+    Raises:
+        HxaconvError: listing every problem.
+    """
+    parent, needed, problems = staging.target.parent, bytes_needed(output), []
+    there, free = min(staging.allocated_bytes(), needed), diskio.free_bytes(parent)
+    if free < needed - there:
+        already = f", {there:,} of them taken by the interrupted run" if there else ""
+        others = [other for other in stagings_at(staging.target) if other.path != staging.path]
+        could_go = "".join(f"; {o.path.name} of another run takes {o.allocated_bytes():,}" for o in others)
+        free_there = f"{free:,} are free on the file system of {parent}{could_go}"
+        problems.append(f"{needed:,} bytes are needed{already}; {free_there}")
     for _, final in staging.moves():
         if not os.path.lexists(final):
             continue
@@ -134,29 +110,27 @@ def _content_problems(output: Output, staging: Staging, *, overwrite: bool) -> l
             problems.append(f"{final} exists; choose another name, or add --overwrite")
         elif final.is_symlink():
             problems.append(f"{final} is a symbolic link; name the place it points to, or remove it")
-        elif final == output.target and output.is_folder:
-            problems += _folder_problems(final, {*output.documents, *output.copied_files})
+        elif final == staging.target and output.is_folder:
+            problems += _folder_problems(final, output)
         elif not final.is_file():
             problems.append(f"{final} is not a file")
-        elif final != output.target and not _is_sidecar(final):
+        elif final != staging.target and not _is_sidecar(final):
             problems.append(f"--overwrite would replace {final}, which is no sidecar of a .pth; move it away")
-    return problems
+    raise_all(f"{output.target} cannot be written:", problems)
 
 
-def _folder_problems(folder: Path, new: Collection[str]) -> list[str]:
-    """--overwrite deletes the folder: it may hold the files of a checkpoint, `new` ones too, and nothing else."""
+def _folder_problems(folder: Path, output: Output) -> list[str]:
+    """--overwrite deletes the folder: it may hold the files of a checkpoint, new ones too, and nothing else."""
     if not folder.is_dir():
         return [f"{folder} is not a folder"]
+    new = {*output.documents, *output.copied_files}
     foreign = [
         f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
         if entry.name not in new and not _REPLACEABLE.fullmatch(entry.name)
     ]
-    if not foreign:
-        return []
-    return [
-        f"--overwrite would delete what is no part of a checkpoint in {folder}: {shortened(foreign)}; move that away"
-    ]
+    what = f"--overwrite would delete what is no part of a checkpoint in {folder}: {shortened(foreign)}; move that away"
+    return [what] if foreign else []
 
 
 def _is_sidecar(path: Path) -> bool:
@@ -165,18 +139,6 @@ def _is_sidecar(path: Path) -> bool:
         return read_sidecar(SourceFile.local(path)) is not None
     except HxaconvError:
         return False
-
-
-def _space_problems(output: Output, staging: Staging) -> list[str]:
-    parent, needed = staging.target.parent, bytes_needed(output)
-    there = min(staging.allocated_bytes(), needed)
-    free = diskio.free_bytes(parent)
-    if free >= needed - there:
-        return []
-    already = f", {there:,} of them taken by the interrupted run" if there else ""
-    others = [other for other in stagings_at(staging.target) if other.path != staging.path]
-    could_go = "".join(f"; {o.path.name} of another run takes {o.allocated_bytes():,}" for o in others)
-    return [f"{needed:,} bytes are needed{already}; {free:,} are free on the file system of {parent}{could_go}"]
 
 
 # After the last tensor
@@ -199,7 +161,7 @@ def refuse_nonfinite(output: Output, tensors: Mapping[str, Finished]) -> None:
 
 
 def finish(
-    staging: Staging, output: Output, tensors: Mapping[str, Finished], options: Write, check: Check | None
+    staging: Staging, output: Output, tensors: Mapping[str, Finished], options: Write, check: OutputCheck | None
 ) -> Report | None:
     """Everything about an output but its tensors and its name; returns what its check found.
 
@@ -208,7 +170,8 @@ def finish(
         OSError: naming the file.
     """
     for layout in output.files:
-        staging.seal(layout, {fill.name: tensors[fill.name].crc32 or 0 for fill in layout.fills})
+        with diskio.explained(staging.content / layout.name):
+            staging.seal(layout, {fill.name: tensors[fill.name].crc32 or 0 for fill in layout.fills})
     buffers, report, verdict = Buffers(), None, None
     for name, file in output.copied_files.items():
         staging.write(staging.content / name, file.chunks(0, file.size, buffers.read))
@@ -217,24 +180,47 @@ def finish(
         documents[INDEX_NAME] = index(output.tensors, output.files)
     for name, document in documents.items():
         put(staging, name, document)
-    read_back(staging.content, output, tensors, check)
+    settings_name = "config.json" if output.is_folder else output.sidecar_name
+    read_back(staging.content, output, tensors)
+    settings = json.loads((staging.content / settings_name).read_bytes()) if settings_name in documents else {}
+    if check is not None:
+        wrong = check.settings(output, settings, settings_name)
+        raise_all(f"{staging.content}: on disk is not what was to be written:", wrong, kind=CheckFailed)
     if check is not None and options.verify:
         report = check.report(output, staging.checkpoint, allow_nonfinite=options.allow_nonfinite)
         report.raise_if_failed()
         verdict = plain_data(report.verdict(), VERDICT_DIGITS)
-    record = {**output.provenance, "verification": verdict, "tensors": _tensors(output, tensors, options.digest)}
+    record = {**output.provenance, "verification": verdict, "tensors": Tensors(output, tensors, options.digest)}
     if options.digest != "none":
-        names = [*output.copied_files, *documents]
-        record["files"] = {name: _file_digest(staging.content / name, output, options.digest) for name in names}
-    nonfinite = {name: tensor.nonfinite for name, tensor in tensors.items() if tensor.nonfinite}
-    if nonfinite:
+        # That of a sidecar, in which it is to stand, is of its settings.
+        record["files"] = {
+            name: digest_of_file(staging.content / name, options.digest)
+            if output.is_folder
+            else settings_digest(settings, options.digest)
+            for name in (*output.copied_files, *documents)
+        }
+    if nonfinite := {name: tensor.nonfinite for name, tensor in tensors.items() if tensor.nonfinite}:
         record["nonfinite"] = nonfinite
     if output.is_folder:
         put(staging, PROVENANCE_NAME, record)
     else:
-        settings = json.loads(output.documents.get(output.sidecar_name, b"{}"))
         put(staging, output.sidecar_name, {**settings, "hxaconv": record})
     return report
+
+
+class Tensors(dict[str, Any]):
+    """The section `tensors` of a record, made while it is written: where each is from, its type, and its digest."""
+
+    def __init__(self, output: Output, finished: Mapping[str, Finished], kind: str) -> None:
+        super().__init__(output.tensors)
+        self._finished, self._kind = finished, kind
+
+    def items(self) -> Iterator[tuple[str, dict[str, str]]]:  # type: ignore[override]
+        """Name -> what is recorded of it."""
+        for name, recipe in super().items():
+            digest = self._finished[name].digest(self._kind)
+            entry = {"origin": recipe.origin, "type": type_text(recipe)}
+            yield name, entry | ({"digest": digest} if digest else {})
 
 
 def put(staging: Staging, name: str, document: bytes | Mapping[str, Any]) -> None:
@@ -255,25 +241,8 @@ def put(staging: Staging, name: str, document: bytes | Mapping[str, Any]) -> Non
             raise CheckFailed(f"{path}: on disk is not what was to be written")
 
 
-def _tensors(output: Output, tensors: Mapping[str, Finished], kind: str) -> dict[str, dict[str, str]]:
-    """The section `tensors` of a record: where each is from, and its digest, which says nothing of dtype and shape."""
-    found = {}
-    for name, recipe in output.tensors.items():
-        found[name] = {"origin": recipe.origin, "type": type_text(recipe)}
-        if digest := tensors[name].digest(kind):
-            found[name]["digest"] = digest
-    return found
-
-
-def _file_digest(path: Path, output: Output, kind: str) -> str:
-    """That of a small file; of a sidecar, in which it is to stand, that of its settings."""
-    if not output.is_folder and path.name == output.sidecar_name:
-        return settings_digest(json.loads(path.read_bytes()), kind)
-    return digest_of_file(path, kind)
-
-
-def read_back(content: Path, output: Output, tensors: Mapping[str, Finished], check: Check | None) -> None:
-    """Compare what stands on disk with what was to be written: settings, names, shapes, dtypes, places, checksums.
+def read_back(content: Path, output: Output, tensors: Mapping[str, Finished]) -> None:
+    """Compare what stands on disk with what was to be written: sizes, names, shapes, dtypes, places, checksums.
 
     Headers and directories are read by code that shares nothing with what wrote them.
 
@@ -281,38 +250,30 @@ def read_back(content: Path, output: Output, tensors: Mapping[str, Finished], ch
         CheckFailed: listing everything that differs.
     """
     problems = []
-    if check is not None:
-        name = "config.json" if output.is_folder else output.sidecar_name
-        problems += check.settings(output, json.loads((content / name).read_bytes()), name)
-    sizes = {name: file.size for name, file in output.copied_files.items()} | {f.name: f.size for f in output.files}
-    found = {name: (content / name).stat().st_size for name in sizes}
-    problems += [
-        f"{name} has {found[name]:,} bytes, expected {size:,}" for name, size in sizes.items() if found[name] != size
-    ]
-    for layout in output.files:
-        if found[layout.name] == layout.size:
-            problems += _layout_problems(content / layout.name, layout, output, tensors)
+    expected: dict[str, SourceFile | FileLayout] = {**output.copied_files, **{file.name: file for file in output.files}}
+    for name, file in expected.items():
+        size = (content / name).stat().st_size
+        if size != file.size:
+            problems.append(f"{name} has {size:,} bytes, expected {file.size:,}")
+        elif isinstance(file, FileLayout):
+            problems += _layout_problems(content / name, file, output, tensors)
     raise_all(f"{content}: on disk is not what was to be written:", problems, kind=CheckFailed)
 
 
 def _layout_problems(path: Path, layout: FileLayout, output: Output, tensors: Mapping[str, Finished]) -> list[str]:
-    read: Callable[[Path], dict[str, list[Any]]] = _safetensors_tensors if output.is_folder else _zip_tensors
-    wanted: dict[str, list[Any]] = {}
-    for i, fill in enumerate(layout.fills):
-        if output.is_folder:
-            end = fill.offset + fill.recipe.nbytes
-            wanted[fill.name] = [fill.recipe.dtype, [*fill.recipe.shape], fill.offset, end]
-        else:
-            wanted[f"data/{i}"] = [tensors[fill.name].crc32, fill.recipe.nbytes]
     try:
-        found = read(path)
+        found = _safetensors_tensors(path) if output.is_folder else _zip_tensors(path)
     except (ValueError, KeyError, TypeError, struct.error, zipfile.BadZipFile) as error:
         return [f"{path.name} cannot be read: {error}"]
-    return [
-        f"{path.name}: {name} is {found.get(name, 'not there')}, expected {wanted.get(name, 'nothing')}"
-        for name in dict.fromkeys([*wanted, *found])
-        if found.get(name) != wanted.get(name)
-    ]
+    problems = []
+    for i, fill in enumerate(layout.fills):
+        recipe, name, end = fill.recipe, fill.name, fill.offset + fill.recipe.nbytes
+        expected: list[Any] = [recipe.dtype, [*recipe.shape], fill.offset, end]
+        if not output.is_folder:
+            name, expected = f"data/{i}", [tensors[fill.name].crc32, recipe.nbytes]
+        if (there := found.pop(name, None)) != expected:
+            problems.append(f"{path.name}: {name} is {there or 'not there'}, expected {expected}")
+    return [*problems, *(f"{path.name}: {name} is {there}, expected nothing" for name, there in found.items())]
 
 
 def _safetensors_tensors(path: Path) -> dict[str, list[Any]]:
@@ -335,6 +296,6 @@ def _zip_tensors(path: Path) -> dict[str, list[Any]]:
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         for info in entries.values():
-            if info.file_size <= SMALL_BYTES or "/data/" not in info.filename:
+            if info.file_size <= SMALL_BYTES or "/data/" in info.filename:
                 archive.read(info)
     return {name: [info.CRC, info.file_size] for name, info in entries.items() if name.startswith("data/")}

@@ -310,4 +310,4 @@ def history_of(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 def settings_digest(sidecar: Mapping[str, Any], kind: str) -> str:
     """The digest of a sidecar's settings: all of it but the key `hxaconv`."""
     settings = {key: value for key, value in sidecar.items() if key != "hxaconv"}
-    return digest_of(json.dumps(settings, sort_keys=True).encode(), kind)
+    return digest_of([json.dumps(settings, sort_keys=True).encode()], kind)

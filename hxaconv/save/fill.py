@@ -13,10 +13,10 @@ import os
 import queue
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from hxaconv.errors import HxaconvError
 from hxaconv.formats import FileLayout, Fill, diskio
@@ -40,7 +40,7 @@ class Filling:
         recorded: Tensors of an earlier run: they are re-read, and written again only if their checksum differs.
         done: Is given tensors that are on disk.
         workers: How many threads write.
-        crc32, sha256: Which checksums are computed.
+        kinds: Which checksums are computed.
         keep_cache: False: what was read and written is dropped from the page cache, so that it does not push out the
             rest.
         total: Bytes of the whole output, for messages.
@@ -50,11 +50,10 @@ class Filling:
         self,
         jobs: Sequence[tuple[FileLayout, Path, Sequence[Fill]]],
         recorded: Mapping[str, Finished],
-        done: Callable[[Sequence[Finished]], None],
+        done: Callable[[Mapping[str, Finished]], None],
         *,
         workers: int = 1,
-        crc32: bool = True,
-        sha256: bool = False,
+        kinds: Collection[str] = ("crc32",),
         keep_cache: bool = True,
         total: int = 0,
         progress: Progress | None = None,
@@ -62,8 +61,7 @@ class Filling:
         self._files = [OutputFile(layout, path, len(fills), total) for layout, path, fills in jobs]
         self._jobs = ((file, fill) for file, job in zip(self._files, jobs, strict=True) for fill in job[2])
         self._recorded, self._done, self._progress = recorded, done, progress
-        self._workers, self._keep_cache = workers, keep_cache
-        self._checksums = {"crc32": crc32, "sha256": sha256}
+        self._workers, self._kinds, self._keep_cache = workers, kinds, keep_cache
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._results: queue.SimpleQueue[tuple[OutputFile, Fill, Finished] | BaseException | None] = queue.SimpleQueue()
@@ -79,7 +77,19 @@ class Filling:
         try:
             for thread in threads:
                 thread.start()
-            self._collect(len(threads), stop_requested)
+            working = len(threads)
+            while working:
+                if stop_requested():
+                    self._stop.set()
+                with contextlib.suppress(queue.Empty):
+                    result = self._results.get(timeout=0.1)
+                    if isinstance(result, BaseException):
+                        raise result
+                    if result is None:
+                        working -= 1
+                    else:
+                        self._finished(*result)
+            self._record()
         except BaseException:
             self._stop.set()
             for thread in threads:
@@ -96,26 +106,9 @@ class Filling:
             for file in self._files:
                 file.close()
 
-    def _collect(self, workers: int, stop_requested: Callable[[], bool]) -> None:
-        """Record what workers finish, until all of them have ended."""
-        while workers:
-            if stop_requested():
-                self._stop.set()
-            try:
-                result = self._results.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if result is None:
-                workers -= 1
-            elif isinstance(result, BaseException):
-                raise result
-            else:
-                self._finished(*result)
-        self._record()
-
     def _finished(self, file: OutputFile, fill: Fill, finished: Finished) -> None:
         """Take note of a tensor; record those so far once they are many, or all of a file."""
-        file.unsynced.append(finished)
+        file.unsynced[fill.name] = finished
         file.waiting -= 1
         self._unsynced_bytes += fill.recipe.nbytes
         if self._unsynced_bytes >= BATCH_BYTES or not file.waiting:
@@ -131,7 +124,7 @@ class Filling:
             if file.unsynced and not file.failed:
                 file.sync()
                 self._done(file.unsynced)
-                file.unsynced = []
+                file.unsynced = {}
         self._unsynced_bytes = 0
 
     def _work(self) -> None:
@@ -157,26 +150,26 @@ class Filling:
     def _there(self, file: OutputFile, fill: Fill, buffers: Buffers) -> Finished | None:
         """A tensor that stands in its file already: a source's own, or one of an earlier run with the same checksum."""
         earlier, linked = self._recorded.get(fill.name), file.layout.hard_link is not None
-        if earlier is None and not linked:
+        if not linked and (earlier is None or earlier[:2] == (None, None)):  # without a checksum there is no telling
             return None
-        fd, checks = file.open(), Checks(fill.recipe.dtype, **self._checksums)
+        fd, checks = file.open(), Checks(self._kinds, fill.recipe.dtype)
         position, end = fill.offset, fill.offset + fill.recipe.nbytes
         with file.errors(f"reading {fill.name}") if linked else contextlib.suppress(OSError):
             while position < end and not self._stop.is_set():
-                chunk = buffers.read[: min(len(buffers.read), end - position)]
+                chunk = buffers.read[: end - position]
                 got = read_into(fd, chunk, position)
                 if got == 0:
                     break
                 checks.update(chunk[:got])
                 position += got
-        if position < end or not (linked or (earlier is not None and checks.agrees(earlier))):
+        if position < end or not (linked or checks.found()[:2] == earlier[:2]):  # type: ignore[index]
             return None
         self._advance(fill.recipe.nbytes, fill.name)
-        return checks.finished(fill.name)
+        return checks.found()
 
     def _write(self, file: OutputFile, fill: Fill, buffers: Buffers, writeback: Writeback) -> Finished | None:
         """Make a tensor's bytes, where they belong; None if it was stopped on the way."""
-        fd, checks, sources = file.open(), Checks(fill.recipe.dtype, **self._checksums), fill.recipe.make.sources()
+        fd, checks, sources = file.open(), Checks(self._kinds, fill.recipe.dtype), fill.recipe.make.sources()
         position = reported = fill.offset
         for chunk in fill.recipe.chunks(buffers):
             if self._stop.is_set():
@@ -190,7 +183,7 @@ class Filling:
                 self._advance(position - reported, fill.name)
                 reported = position
         self._advance(position - reported, fill.name)
-        return checks.finished(fill.name)
+        return checks.found()
 
     def _advance(self, count: int, what: str) -> None:
         if self._progress is not None:
@@ -208,7 +201,7 @@ class OutputFile:
         self.layout = layout
         self.waiting = waiting
         """Tensors that are not finished."""
-        self.unsynced: list[Finished] = []
+        self.unsynced: dict[str, Finished] = {}
         self.failed = False
         """Whether a sync has failed: a later one that succeeds is no proof for these bytes."""
         self._path, self._total = path, total
@@ -224,10 +217,9 @@ class OutputFile:
 
     def sync(self) -> None:
         """Wait until everything written so far is on disk."""
-        fd = self.open()
         self.failed = True
         with self.errors("syncing"):
-            diskio.sync_file(fd)
+            diskio.sync_file(self.open())
         self.failed = False
 
     def close(self) -> None:
@@ -243,15 +235,14 @@ class OutputFile:
 
 
 class Writeback:
-    """Sends a worker's written ranges to disk a window at a time, and keeps big totals out of the page cache."""
+    """Sends what a worker writes to disk a window at a time, and keeps big totals out of the page cache."""
 
     def __init__(self, *, keep_cache: bool) -> None:
         self._keep_cache = keep_cache
         self._file: OutputFile | None = None
-        self._window: list[tuple[int, int]] = []
-        self._before: list[tuple[int, int]] = []
-        self._bytes = 0
-        """Of the window."""
+        self._start = self._bytes = 0
+        """Of the window; what other workers write in between may go with it."""
+        self._before: tuple[int, int] | None = None
 
     def wrote(self, file: OutputFile, offset: int, count: int, sources: Iterable[SourceFile]) -> None:
         """Take note of a range; with a full window, start writing it, wait for the one before and drop its pages.
@@ -259,36 +250,27 @@ class Writeback:
         In another file it begins anew: what is left of the last one is synced when that is complete.
         """
         if file is not self._file:
-            self._file, self._window, self._before, self._bytes = file, [], [], 0
+            self._file, self._start, self._bytes, self._before = file, offset, 0, None
         self._bytes += count
-        if self._window and sum(self._window[-1]) == offset:
-            offset, before = self._window.pop()
-            count += before
-        self._window.append((offset, count))
         if self._bytes < WINDOW_BYTES:
             return
-        fd = file.open()
-        for start, size in self._window:
-            diskio.write_back(fd, start, size)
+        fd, window = file.open(), (self._start, offset + count - self._start)
+        diskio.write_back(fd, *window)
         if not self._keep_cache:
-            for start, size in self._before:
-                diskio.write_back(fd, start, size, wait=True)
-                diskio.drop_cached(fd, start, size)
+            if self._before is not None:
+                diskio.write_back(fd, *self._before, wait=True)
+                diskio.drop_cached(fd, *self._before)
             for source in dict.fromkeys(sources):
                 diskio.drop_cached(source.open())
-        self._before, self._window, self._bytes = self._window, [], 0
+        self._start, self._bytes, self._before = offset + count, 0, window
 
 
 # Checksums, computed as bytes pass by
 
-DIGESTS = ("crc32", "sha256", "none")
 
-
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(NamedTuple):
     """A tensor whose bytes are written: its checksums, and how many of its values are NaN or infinite."""
 
-    name: str
     crc32: int | None
     sha256: str | None
     nonfinite: int
@@ -296,19 +278,17 @@ class Finished:
     def digest(self, kind: str) -> str | None:
         """`crc32:0a1b2c3d` or `sha256:...`; None for `none`."""
         if kind == "crc32":
-            assert self.crc32 is not None
-            return f"crc32:{self.crc32:08x}"
+            return f"crc32:{self.crc32 or 0:08x}"
         return f"sha256:{self.sha256}" if kind == "sha256" else None
 
 
 class Checks:
-    """Checksums and the count of values that are not finite, over the chunks of one tensor."""
+    """Checksums over the chunks of one tensor, and, with its dtype, the count of values that are not finite."""
 
-    def __init__(self, dtype: str, *, crc32: bool, sha256: bool, finite: bool = True) -> None:
-        self._dtype = dtype if finite else None
-        self._crc = 0 if crc32 else None
-        self._sha = hashlib.sha256() if sha256 else None
-        self._nonfinite = 0
+    def __init__(self, kinds: Collection[str], dtype: str | None = None) -> None:
+        self._crc = 0 if "crc32" in kinds else None
+        self._sha = hashlib.sha256() if "sha256" in kinds else None
+        self._dtype, self._nonfinite = dtype, 0
 
     def update(self, chunk: memoryview) -> None:
         """Count in the next bytes of the tensor."""
@@ -319,33 +299,26 @@ class Checks:
         if self._dtype is not None:
             self._nonfinite += count_nonfinite(chunk, self._dtype)
 
-    def finished(self, name: str) -> Finished:
-        """What was found, as that of the tensor `name`."""
-        sha = None if self._sha is None else self._sha.hexdigest()
-        return Finished(name, self._crc, sha, self._nonfinite)
+    def found(self) -> Finished:
+        """What was found so far."""
+        return Finished(self._crc, self._sha.hexdigest() if self._sha else None, self._nonfinite)
 
-    def agrees(self, earlier: Finished) -> bool:
-        """Whether these bytes have the checksums that were recorded; without any there is no telling."""
-        now = self.finished(earlier.name)
-        if now.sha256 is None and now.crc32 is None:
-            return False
-        return (now.crc32, now.sha256) == (earlier.crc32, earlier.sha256)
+
+def digest_of(chunks: Iterable[bytes | memoryview], kind: str) -> str:
+    """The digest of bytes, as records have them; sha256 where `kind` is `none`."""
+    kind = kind if kind == "crc32" else "sha256"
+    checks = Checks((kind,))
+    for chunk in chunks:
+        checks.update(memoryview(chunk))
+    return str(checks.found().digest(kind))
+
+
+def digest_of_file(path: Path, kind: str) -> str:
+    """The same of a file, which may be large."""
+    with open(path, "rb") as file:
+        return digest_of(iter(lambda: file.read(1024 * 1024), b""), kind)
 
 
 def type_text(recipe: Recipe) -> str:
     """`BF16 [48, 256]`: the dtype and shape of a tensor, as records have them."""
     return f"{recipe.dtype} {list(recipe.shape)}"
-
-
-def digest_of(data: bytes, kind: str) -> str:
-    """The digest of a small file, as those of tensors are written; sha256 where tensors have none."""
-    return f"crc32:{zlib.crc32(data):08x}" if kind == "crc32" else f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
-def digest_of_file(path: Path, kind: str) -> str:
-    """The same of a file, which may be large."""
-    checks = Checks("U8", crc32=kind == "crc32", sha256=kind != "crc32", finite=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(1024 * 1024):
-            checks.update(memoryview(chunk))
-    return checks.finished(path.name).digest("crc32" if kind == "crc32" else "sha256") or ""

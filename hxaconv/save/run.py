@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hxaconv import ranks
-from hxaconv.errors import HxaconvError
+from hxaconv.errors import HxaconvError, shortened
 from hxaconv.formats.files import SourceFile
 from hxaconv.formats.hub import explain, hub_utils, network_errors
 from hxaconv.load.files import tokenizer_warnings
@@ -23,15 +23,16 @@ from hxaconv.model.shells import summary
 from hxaconv.model.variants.base import RANK_KEYS
 from hxaconv.options import Write
 from hxaconv.progress import Result
-from hxaconv.save.checks import Check
 from hxaconv.save.interruption import interruptible
 from hxaconv.save.output import Output
-from hxaconv.save.writer import WriteResult, refuse, write
+from hxaconv.save.staging import stagings_at
+from hxaconv.save.writer import refuse, write
 
 if TYPE_CHECKING:
     from hxaconv.calibration.report import CalibrationReport
     from hxaconv.selection.advice import Advice
     from hxaconv.verification.report import Report
+    from hxaconv.verification.written import OutputCheck
 
 
 class Planned(NamedTuple):
@@ -63,7 +64,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Outcome(Result):
-    """What a writing command did; `written` is None for a dry run, and before the work begins."""
+    """What a writing command did, or, for a dry run and before the work begins, will do."""
 
     command: str
     target: Path
@@ -79,7 +80,9 @@ class Outcome(Result):
     """Every tensor by its stored name, in order on disk."""
     nbytes: int
     """Of all tensors."""
-    written: WriteResult | None = None
+    written: bool = False
+    report: Report | None = None
+    """What the verification of the output found."""
     calibration: CalibrationReport | None = None
     advice: Advice | None = None
     """What the layers were chosen by, where a strategy did."""
@@ -88,14 +91,9 @@ class Outcome(Result):
     pushed_to: str | None = None
 
     @property
-    def report(self) -> Report | None:
-        """What the verification of the output found."""
-        return self.written.report if self.written else None
-
-    @property
     def headline(self) -> str:
         """What stands where."""
-        state = "planned" if self.written is None else "written"
+        state = "written" if self.written else "planned"
         verified = f", verification {'passed' if self.report.passed else 'FAILED'}" if self.report else ""
         layers = f"{len(self.gqa_layers)} of {len(self.layers)} layers GQA"
         return f"{self.target} ({self.format}, {self.dtype}) {state}, {layers}, {self.nbytes:,} bytes{verified}"
@@ -113,8 +111,8 @@ class Outcome(Result):
             "tensors": len(self.plan),
             "bytes": self.nbytes,
             "files": [{"name": file.name, "bytes": file.nbytes} for file in self.files],
-            "written": self.written is not None,
-            "published": self.written is not None,
+            "written": self.written,
+            "published": self.written,
             "notes": self.notes,
             "warnings": self.warnings,
             "calibration": self.calibration.json() if self.calibration else None,
@@ -123,7 +121,7 @@ class Outcome(Result):
         }
         if self.advice is not None:
             data["advice"] = self.advice.to_dict()
-        if self.written is None:
+        if not self.written:
             data["plan"] = {name: tensor._asdict() | {"shape": [*tensor.shape]} for name, tensor in self.plan.items()}
         return data
 
@@ -132,7 +130,7 @@ SHOWN = 3
 """Names of oversized tensors that a warning lists; the plan shows their files."""
 
 
-def planned(output: Output, options: Write, warnings: Sequence[str], notes: Sequence[str]) -> Outcome:
+def planned(output: Output, options: Write, warnings: Sequence[str] = (), notes: Sequence[str] = ()) -> Outcome:
     """The outcome of an output before anything is written."""
     assert output.student is not None
     config = output.student.student
@@ -143,8 +141,7 @@ def planned(output: Output, options: Write, warnings: Sequence[str], notes: Sequ
     limit = options.max_shard_bytes
     oversized = [name for name, recipe in output.tensors.items() if output.is_folder and recipe.nbytes > limit]
     if oversized:
-        rest = f" and {len(oversized) - SHOWN} more" if len(oversized) > SHOWN else ""
-        names = f"{', '.join(oversized[:SHOWN])}{rest}"
+        names = shortened(oversized, most=SHOWN)
         warnings = [*warnings, f"larger than --max-shard-size, in files of their own: {names}"]
     return Outcome(
         command=output.record.call.command,
@@ -166,10 +163,7 @@ def planned(output: Output, options: Write, warnings: Sequence[str], notes: Sequ
             if (group := groups.get(part))
         ),
         files=tuple(File(layout.name, layout.size, len(layout.fills)) for layout in output.files),
-        plan={
-            name: Planned(recipe.shape, recipe.dtype, recipe.make.kind, recipe.origin)
-            for name, recipe in output.tensors.items()
-        },
+        plan={name: Planned(r.shape, r.dtype, r.make.kind, r.origin) for name, r in output.tensors.items()},
         nbytes=total_bytes(output.tensors),
         warnings=list(warnings),
         notes=list(notes),
@@ -180,7 +174,7 @@ def save(
     output: Output,
     options: Write,
     *,
-    check: Check | None = None,
+    check: OutputCheck | None = None,
     warnings: Sequence[str] = (),
     notes: Sequence[str] = (),
     announce: bool = True,
@@ -195,40 +189,43 @@ def save(
         CheckFailed: when the output did not pass; it is left beside the target for inspection.
     """
     progress, sources = output.record.call.progress, list(output.record.sources.values())
+    warnings, notes, target = list(warnings), list(notes), output.target.absolute()
     if output.is_folder:
-        warnings = [*warnings, *tokenizer_warnings(sources, copied=options.copy_code)]
+        warnings += tokenizer_warnings(sources, copied=options.copy_code)
     if output.whole and output.record.shell is not None and not output.shell:
         left_out = f"left out beside the text model: {summary(output.record.shell.shell)}"
-        warnings = [*warnings, f"{left_out} (--keep-shell carries them into a folder)"]
-    to_come = will_download(sources, source_files(output.tensors))
-    outcome = planned(output, options, warnings, [*notes, *([to_come] if to_come else [])])
+        warnings.append(f"{left_out} (--keep-shell carries them into a folder)")
+    if (target.parent / "config.json").is_file():
+        warnings.append(f"{target.parent} is a model's folder: who loads or uploads it finds {target.name} in it too")
+    if to_come := will_download(sources, source_files(output.tensors)):
+        notes.append(to_come)
     if options.push_to:
         check_push(options.push_to)
     if options.dry_run:
         with ranks.together():
             refuse(output, options)
-        return replace(outcome, notes=[*outcome.notes, "Dry run: nothing was written."])
+        return planned(output, options, warnings, [*notes, "Dry run: nothing was written."])
     if check is not None and options.verify:
         # It takes a second of one core, which the writing leaves idle.
         threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
 
     def prepare(needed: Sequence[SourceFile]) -> None:
         if progress is not None and announce and ranks.rank() == 0:
-            progress.show(outcome)
-        student = output.student
-        download(sources, needed, [student] if student is not None and ranks.rank() == 0 else [], progress)
+            progress.show(planned(output, options, warnings, notes))
+        download(sources, needed, [output.student] if output.student and ranks.rank() == 0 else [], progress)
 
-    written = write(output, options, check=check, prepare=prepare, progress=progress)
-    left = [
-        f"{path} is left from an interrupted run with other options or sources; delete it unless you will resume it."
-        for path in written.leftovers
+    report = write(output, options, check=check, prepare=prepare, progress=progress)
+    notes += [
+        f"{staging.path} is left from an interrupted run with other options or sources; delete it unless you will"
+        " resume it."
+        for staging in stagings_at(target)
     ]
-    outcome = replace(outcome, written=written, notes=[*outcome.notes, *left])
+    outcome = replace(planned(output, options, warnings, notes), written=True, report=report)
     if options.push_to and ranks.rank() == 0:
-        kept = f"{written.path} is complete; `hf upload {options.push_to} {written.path}` sends it as well."
+        kept = f"{target} is complete; `hf upload {options.push_to} {target}` sends it as well."
         with interruptible(lambda: kept):
             try:
-                outcome = replace(outcome, pushed_to=push_folder(written.path, options.push_to))
+                outcome = replace(outcome, pushed_to=push_folder(target, options.push_to))
             except HxaconvError as error:
                 error.hint = f"{error.hint} {kept}".strip()
                 raise

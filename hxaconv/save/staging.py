@@ -18,11 +18,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from hxaconv import ranks
 from hxaconv.errors import HxaconvError, bullet_list, raise_all
 from hxaconv.formats import FileLayout, diskio
 from hxaconv.formats.files import SourceFile, write_from
@@ -35,10 +36,9 @@ _MARKER = "publishing"
 _REPLACED = "replaced"
 _JOURNAL = "journal"
 
-
-PlanRecord = list[dict[str, str]]
-"""What may differ between two runs, as people call it, and its value; what an earlier part differs in explains the
-others: the command, the version of hxaconv, options and sources, and all else that decides the bytes."""
+PlanRecord = tuple[dict[str, str], dict[str, str]]
+"""What may differ between two runs, as people call it, and its value: the command, its options and sources; then
+digests of all that decides the bytes."""
 
 
 class Staging:
@@ -50,6 +50,7 @@ class Staging:
         """The folder that files are written into."""
         self.checkpoint = self.content / target.name if target.suffix in FILE_SUFFIXES else self.content
         """The staged output as a checkpoint that can be opened: a folder, or a `.pth` file."""
+        self.published = False
 
     def moves(self) -> list[tuple[Path, Path]]:
         """From where to where publishing renames; the target itself comes last."""
@@ -64,23 +65,27 @@ class Staging:
         # A source's own file takes nothing.
         return sum(getattr(stat, "st_blocks", 0) * 512 for stat in stats if stat.st_nlink == 1)
 
+    def what_is_kept(self) -> str:
+        """A sentence on what an interruption or an error leaves, and how to go on; what is of no use is removed."""
+        if self.published:
+            return f"{self.target} is complete."
+        if count := len(read_journals(self.path)):
+            return f"{count} finished tensors are kept in {self.path}; the same command with --resume continues."
+        if ranks.rank() == 0:
+            self.remove()
+        return f"Nothing was written; {self.target} is as before."
+
     def create(self, record: PlanRecord) -> None:
         """Make the folder, and record the plan.
 
         Raises:
-            OSError: when the disk has no room for that; the folder is gone then, if nothing else is in it.
+            OSError: when the disk has no room for that.
         """
-        try:
-            self.content.mkdir(parents=True, exist_ok=True)
-            if not (self.path / RECORD_NAME).exists():
-                self.write(self.path / RECORD_NAME, [json.dumps(record, indent=1).encode()])
-                diskio.sync_folder(self.path)
-                diskio.sync_folder(self.path.parent)
-        except OSError:
-            for folder in (self.content, self.path):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-            raise
+        self.content.mkdir(parents=True, exist_ok=True)
+        if not (self.path / RECORD_NAME).exists():
+            self.write(self.path / RECORD_NAME, [json.dumps(record, indent=1).encode()])
+            diskio.sync_folder(self.path)
+            diskio.sync_folder(self.path.parent)
 
     def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         """A small file in this folder, complete and synced, or not there at all.
@@ -88,14 +93,10 @@ class Staging:
         Raises:
             OSError: naming the file.
         """
-        try:
-            path.parent.mkdir(exist_ok=True)
-            diskio.write_file(path, chunks, self.path)
-            if path.parent not in (self.path, self.content):
-                diskio.sync_folder(path.parent)
-        except OSError as error:
-            error.filename = path  # not all calls know it
-            raise
+        path.parent.mkdir(exist_ok=True)
+        diskio.write_file(path, chunks, self.path)
+        if path.parent not in (self.path, self.content):
+            diskio.sync_folder(path.parent)
 
     def reserve(self, layout: FileLayout) -> None:
         """Give a file its size, its disk space where the file system can, and its headers; a source's own is linked.
@@ -107,17 +108,11 @@ class Staging:
         if layout.hard_link is not None:
             _link_or_copy(layout.hard_link, path)
             return
-        existed = path.exists()
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             diskio.reserve(fd, layout.size)
             for offset, data in layout.segments():
                 write_from(fd, memoryview(data), offset)
-        except OSError:
-            if not existed:
-                # A failed reservation keeps all the free space it found.
-                path.unlink()
-            raise
         finally:
             os.close(fd)
 
@@ -127,15 +122,11 @@ class Staging:
         Raises:
             OSError: when the system refuses, or the file is not what it should be.
         """
-        path = self.content / layout.name
-        fd = os.open(path, os.O_RDONLY if layout.hard_link else os.O_RDWR)
+        fd = os.open(self.content / layout.name, os.O_RDONLY if layout.hard_link else os.O_RDWR)
         try:
             for offset, data in layout.seal(crcs) if layout.seal is not None else ():
                 write_from(fd, memoryview(data), offset)
             diskio.sync_file(fd)
-        except OSError as error:
-            error.filename = path
-            raise
         finally:
             os.close(fd)
 
@@ -167,18 +158,20 @@ def _link_or_copy(source: SourceFile, path: Path) -> None:
 
 def plan_record(output: Output, digest: str) -> PlanRecord:
     """What `plan.json` holds."""
-    call, sources = output.record.call, output.sources()
-    options = {
-        name if name in ("source", "teacher") else option_words([name]): _shown(value)
-        for name, value in {**call.options, "digest": digest}.items()
-        if name != "out"
-    }
+
+    def shown(value: Any) -> str:
+        return "not given" if value is None or value is False else "given" if value is True else str(value)
+
+    call = output.record.call
+    named = {"the command": call.command, "hxaconv": str(output.provenance.get("hxaconv"))}
+    for name, value in {**call.options, "digest": digest}.items():
+        if name != "out":
+            named[name if name in ("source", "teacher") else option_words([name])] = shown(value)
     # A download's time is not the source's.
-    exact = [(file.name, file.size, None if file.fetch else file.mtime_ns, file.header_digest) for file in sources]
-    described = {
-        name: f"{size:,} bytes, modified {_time(modified)}, header {header[:8]}"
-        for name, size, modified, header in exact
-    }
+    exact = [(f.name, f.size, None if f.fetch else f.mtime_ns, f.header_digest) for f in output.sources()]
+    for name, size, modified, header in exact:
+        when = "?" if modified is None else datetime.fromtimestamp(modified / 1e9).isoformat(" ", "milliseconds")
+        named[name] = f"{size:,} bytes, modified {when}, header {header[:8]}"
     parts: dict[str, Iterable[Any]] = {
         "digest": [digest],
         "sources": exact,
@@ -186,11 +179,9 @@ def plan_record(output: Output, digest: str) -> PlanRecord:
         "files": [(layout.name, layout.size) for layout in output.files],
         "documents": output.documents.items(),
         "copied files": [(name, file.size) for name, file in output.copied_files.items()],
-        "provenance": output.provenance.items(),
+        "provenance": output.provenance.items(),  # with the version: another one may lay it out otherwise
     }
-    version = str(output.provenance.get("hxaconv"))  # another one may lay it out otherwise
-    digests = {name: _sha256(part) for name, part in parts.items()}
-    return [{"the command": call.command}, {"hxaconv": version}, options | described, digests]
+    return named, {name: _sha256(part) for name, part in parts.items()}
 
 
 def _sha256(parts: Iterable[Any]) -> str:
@@ -200,18 +191,16 @@ def _sha256(parts: Iterable[Any]) -> str:
     return found.hexdigest()
 
 
-def _time(modified: int | None) -> str:
-    """Local time to the millisecond."""
-    return "?" if modified is None else datetime.fromtimestamp(modified / 1e9).isoformat(" ", "milliseconds")
-
-
-def _shown(value: Any) -> str:
-    return "not given" if value is None or value is False else "given" if value is True else str(value)
-
-
 def staging_of(target: Path, record: PlanRecord) -> Staging:
-    """The staging folder of a plan, whether it exists or not."""
-    return Staging(target.with_name(f"{target.name}.partial-{_sha256([record[1], record[3]])[:12]}"), target)
+    """The staging folder of a plan, whether it exists or not.
+
+    Raises:
+        HxaconvError: for a target without a name.
+    """
+    target = target.absolute()
+    if target.name in ("", ".."):
+        raise HxaconvError(f"{target} cannot be written: it has no name of its own", hint="Name a new file or folder.")
+    return Staging(target.with_name(f"{target.name}.partial-{_sha256([record[1]])[:12]}"), target)
 
 
 def stagings_at(target: Path) -> list[Staging]:
@@ -240,7 +229,7 @@ def refuse_other_plans(staging: Staging, record: PlanRecord) -> None:
 
 
 def differences(recorded: PlanRecord, current: PlanRecord) -> list[str]:
-    """In words, what two plan records differ in, in the first of their parts that differ."""
+    """In words, what two plan records differ in: what people know by name, else the digests."""
     for then, now in zip(recorded, current, strict=True):
         pairs = {key: (then.get(key, "not given"), now.get(key, "not given")) for key in {**then, **now}}
         # Two spellings of one path are the same.
@@ -254,7 +243,7 @@ def differences(recorded: PlanRecord, current: PlanRecord) -> list[str]:
 
 
 @contextlib.contextmanager
-def journal(folder: Path, rank: int) -> Iterator[Callable[[Sequence[Finished]], None]]:
+def journal(folder: Path, rank: int) -> Iterator[Callable[[Mapping[str, Finished]], None]]:
     """This rank's journal: yields what is called with tensors that are synced, and syncs lines about them in its turn.
 
     It is opened once: where the folder vanishes meanwhile, no new one is begun.
@@ -262,10 +251,10 @@ def journal(folder: Path, rank: int) -> Iterator[Callable[[Sequence[Finished]], 
     path = folder / (f"{_JOURNAL}-{rank}" if rank else _JOURNAL)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
-    def done(finished: Sequence[Finished]) -> None:
+    def done(finished: Mapping[str, Finished]) -> None:
         # The break comes first: a line that a crash or a full disk cut short ends where the next one begins.
-        entries = ({"tensor": t.name, "crc32": t.crc32, "sha256": t.sha256, "nonfinite": t.nonfinite} for t in finished)
-        data = memoryview("".join("\n" + json.dumps(entry) for entry in entries).encode())
+        lines = ("\n" + json.dumps({"tensor": name, **found._asdict()}) for name, found in finished.items())
+        data = memoryview("".join(lines).encode())
         with diskio.explained(path):
             while len(data):
                 data = data[os.write(fd, data) :]
@@ -285,8 +274,7 @@ def read_journals(folder: Path) -> dict[str, Finished]:
             for line in lines:
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     entry = json.loads(line)
-                    name = entry["tensor"]
-                    tensors[name] = Finished(name, entry["crc32"], entry["sha256"], entry["nonfinite"])
+                    tensors[entry["tensor"]] = Finished(entry["crc32"], entry["sha256"], entry["nonfinite"])
     return tensors
 
 

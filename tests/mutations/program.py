@@ -282,8 +282,8 @@ FAULTS = (
     Fault(
         "a resumed run that trusts what is recorded",
         "save/fill.py",
-        "earlier is not None and checks.agrees(earlier)",
-        "earlier is not None",
+        "checks.found()[:2] == earlier[:2]",
+        "True",
         "tests/test_writer.py",
     ),
     Fault(
