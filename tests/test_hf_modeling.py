@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
 
 from hxaconv.model.architecture import expected_tensors  # noqa: E402
-from hxaconv.model.config import StudentConfig  # noqa: E402
+from hxaconv.model.config import StudentConfig, state_bytes  # noqa: E402
 from hxaconv.model.hf import modeling_hxa079 as code  # noqa: E402
 from hxaconv.model.hf.configuration_hxa079 import AUTO_MAP, REQUIRED, Hxa079Config  # noqa: E402
 from hxaconv.model.variants import hxa079  # noqa: E402
@@ -955,7 +955,7 @@ def test_what_a_sequence_costs_at_the_size_of_reka_flash() -> None:
     cache = model(torch.zeros(1, 100, dtype=torch.long, device="meta"), use_cache=True).past_key_values
     per_token = sum(2 * key[0, :, 0].numel() * key.element_size() for key, _ in cache.keys_values.values())
     assert per_token == 6 * 2 * 8 * 96 * 2  # bytes in bfloat16; the teacher's 44 layers need 7.3 times as much
-    assert sum(state.nbytes for state in cache.states.values()) == student().state_bytes == 38 * 64 * 96 * 96 * 4
+    assert sum(state.nbytes for state in cache.states.values()) == state_bytes(38, 64, 96) == 38 * 64 * 96 * 96 * 4
 
 
 def test_base_model_loads_from_the_same_folder(folder_of: Callable[[str], Path]) -> None:

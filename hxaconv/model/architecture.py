@@ -44,7 +44,7 @@ def mixer_tensors(config: ModelConfig, layer: int) -> Shapes:
 
 def _mlp(config: ModelConfig, layer: int) -> Shapes:
     c, f = config.hidden_size, config.intermediate_size
-    if config.experts is not None and config.experts.in_layer(layer):
+    if config.experts is not None and config.has_experts(layer):
         return config.experts.tensors(c)
     shapes: Shapes = {}
     for name, out_size, in_size in (("gate_proj", f, c), ("up_proj", f, c), ("down_proj", c, f)):

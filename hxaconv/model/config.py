@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hxaconv.errors import HxaconvError, raise_all
-from hxaconv.model.experts import Experts, expert_facts, expert_problems
-from hxaconv.model.families import FAMILIES, REFUSED, Biases, Family, window_in_force
+from hxaconv.model.experts import Experts, expert_facts, expert_problems, positive
+from hxaconv.model.families import FAMILIES, REFUSED, Family
 from hxaconv.model.rope import Rope, RopeScaling, rope_contradiction, rope_of, scaling_kind
 from hxaconv.model.variants import VARIANTS
 from hxaconv.model.variants.base import MODEL_TYPE, Ranks, Variant
@@ -71,10 +71,6 @@ class ModelConfig:
         """How positions turn r and k, or q and k."""
         return Rope(self.rope_theta, self.rope_scaling)
 
-    def kv_cache_bytes(self, num_layers: int) -> int:
-        """Bytes of keys and values per token of `num_layers` attention layers, in bf16."""
-        return kv_cache_bytes(num_layers, self.num_key_value_heads, self.head_dim)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherConfig(ModelConfig):
@@ -103,11 +99,6 @@ class StudentConfig(ModelConfig):
         return VARIANTS[self.rwkv_architecture]
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes of the recurrent state of one sequence."""
-        return state_bytes(len(self.rwkv_layers), self.num_attention_heads, self.head_dim)
-
-    @property
     def rwkv_layers(self) -> tuple[int, ...]:
         """The layers that are not GQA."""
         return tuple(i for i in range(self.num_hidden_layers) if i not in self.gqa_layers)
@@ -123,19 +114,20 @@ class StudentConfig(ModelConfig):
 
 
 def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling: bool) -> list[str]:
-    kind = str(raw.get("model_type"))
-    found = []
+    found, kind = [], str(raw.get("model_type"))
     family = FAMILIES.get(kind, Family(title=""))
+    other_experts: tuple[str, ...] = ("n_routed_experts", "n_shared_experts", "shared_expert_intermediate_size")
+    other_experts += () if family.experts else ("num_experts", "num_local_experts")
     if kind in REFUSED:
         found.append(f"{kind} is no Llama: {REFUSED[kind]}")
-    elif _other_experts(raw, family):
+    elif any(raw.get(key) for key in other_experts):
         found.append(f"the mixture of experts of {kind!r}: of mixtures, that of Qwen3-MoE is known here")
     elif "text_config" in raw:
         found.append(f"{kind!r} wraps a language model in `text_config`: export the text model alone first")
     elif kind not in FAMILIES:
         found.append(f"model_type {kind!r} is not known: a teacher is one of {', '.join(FAMILIES)}")
     else:
-        found += FAMILIES[kind].problems(raw)
+        found += family.problems(raw)
     problem = rope_of(raw)[2]
     if problem is not None and not drop_rope_scaling:
         found.append(
@@ -148,8 +140,7 @@ def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling
         for factor in dict.fromkeys(factors)
         if factor not in (None, 1, 1.0)
     ]
-    window = window_in_force(raw)
-    if window:
+    if window := family.window(raw):
         found.append(
             f"sliding-window attention is in force ({window}): full attention is needed, as GQA layers have it"
         )
@@ -160,27 +151,9 @@ def _refusals(raw: Mapping[str, Any], allow_output_bias: bool, drop_rope_scaling
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown method")
         found.append(f"the checkpoint is quantized ({method}): take the bf16 original")
-    output_bias = family.biases(raw).output
-    if not allow_output_bias and (raw.get("mlp_bias") or output_bias):
+    if not allow_output_bias and (raw.get("mlp_bias") or family.biases(raw)[1]):
         found.append("biases on o_proj or the MLP, which RWKV-Infer drops silently: --allow-output-bias keeps them")
     return found
-
-
-def _other_experts(raw: Mapping[str, Any], family: Family) -> bool:
-    other = ("n_routed_experts", "n_shared_experts", "shared_expert_intermediate_size")
-    own = () if family.experts else ("num_experts", "num_local_experts")
-    return any(raw.get(key) for key in (*other, *own))
-
-
-def _integers(raw: Mapping[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
-    values, problems = {}, []
-    for key in keys:
-        value = raw.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31:
-            values[key] = value
-        else:
-            problems.append(f"{key} is {value!r}, expected a positive whole number")
-    return values, problems
 
 
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
@@ -208,7 +181,8 @@ def teacher_config(
         )
     problems = _refusals(raw, allow_output_bias, drop_rope_scaling)
     raise_all(f"{where} cannot become a student:", problems)
-    sizes, problems = _integers(raw, _SIZES)
+    sizes: dict[str, Any] = {key: raw.get(key) for key in _SIZES}
+    problems = [f"{k} is {v!r}, expected a positive whole number" for k, v in sizes.items() if not positive(v)]
     own_theta, scaling, _ = rope_of(raw)
     theta = rope_theta if rope_theta is not None else own_theta
     eps = rms_norm_eps if rms_norm_eps is not None else raw.get("rms_norm_eps")
@@ -223,30 +197,28 @@ def teacher_config(
     problems += expert_problems(experts)
     raise_all(f"{where}: config.json is not usable:", problems)
     assert theta is not None and eps is not None
-    heads, family = sizes["num_attention_heads"], FAMILIES[raw["model_type"]]
-    biases, dtype = (
-        family.biases(raw),
-        raw.get("dtype", raw.get("torch_dtype")),
-    )  # the first as transformers 5 writes it
+    family = FAMILIES[raw["model_type"]]
+    input_bias, output_bias = family.biases(raw)
+    dtype = raw.get("dtype", raw.get("torch_dtype"))  # the first as transformers 5 writes it
     tied = raw.get("tie_word_embeddings") if tie_word_embeddings is None else tie_word_embeddings
     return TeacherConfig(
         **sizes,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=_head_dim(raw, sizes, where),
+        num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        head_dim=_head_dim(raw, where),
         rms_norm_eps=float(eps),
         rope_theta=float(theta),
         tie_word_embeddings=family.ties if tied is None else tied,
         rope_scaling=None if drop_rope_scaling else scaling,
         nope_layers=family.nope_layers(raw),
         qk_norm=family.qk_norm,
-        attention_bias=biases.inputs,
-        output_bias=biases.output,
+        attention_bias=input_bias,
+        output_bias=output_bias,
         mlp_bias=bool(raw.get("mlp_bias")),
         experts=Experts(**experts) if experts else None,
         model_type=raw["model_type"],
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         raw=dict(raw),
-        warnings=tuple(_warnings(raw, biases, drop_rope_scaling)),
+        warnings=tuple(_warnings(raw, output_bias, drop_rope_scaling)),
     )
 
 
@@ -267,7 +239,7 @@ def dropped_scaling(raw: Mapping[str, Any], dropped: bool = False) -> list[str]:
     return [f"the teacher's rope_scaling {scaling_kind(raw)!r} is dropped: RoPE has its default frequencies here"]
 
 
-def _warnings(raw: Mapping[str, Any], biases: Biases, dropped: bool) -> list[str]:
+def _warnings(raw: Mapping[str, Any], output_bias: bool, dropped: bool) -> list[str]:
     found, scaling = dropped_scaling(raw, dropped), rope_of(raw)[1]
     if not found and scaling is not None:
         found.append(
@@ -279,13 +251,13 @@ def _warnings(raw: Mapping[str, Any], biases: Biases, dropped: bool) -> list[str
                 f"the factor {scaling.cos_sin_factor**2:.3f} of YaRN on the attention's scores goes with RoPE:"
                 " RWKV layers have it, GQA layers, which have no RoPE, do not"
             )
-    if raw.get("mlp_bias") or biases.output:
+    if raw.get("mlp_bias") or output_bias:
         found.append("biases on o_proj or the MLP are kept, but RWKV-Infer ignores them")
     return found
 
 
-def _head_dim(raw: Mapping[str, Any], sizes: Mapping[str, int], where: str) -> int:
-    heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+def _head_dim(raw: Mapping[str, Any], where: str) -> int:
+    heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
     head_dim, groups = raw.get("head_dim"), raw.get("num_key_value_heads") or heads
     problems = []
     if not isinstance(groups, int) or groups < 1 or heads % groups:
@@ -316,20 +288,18 @@ def student_of(
     shared = {f.name: getattr(teacher, f.name) for f in fields(ModelConfig)} | {"nope_layers": ()}
     own = teacher.rwkv_architecture if isinstance(teacher, StudentConfig) else DEFAULT_VARIANT
     name = variant or own
+    published = VARIANTS[name].ranks
+    if ranks is None:
+        if published is None:
+            raise unpublished(name)
+        ranks = published(teacher.attention_size)
     return StudentConfig(
         **shared,
         rwkv_architecture=name,
         gqa_layers=tuple(sorted(gqa_layers)),
-        ranks=ranks or _published_ranks(name, teacher.attention_size),
+        ranks=ranks,
         layer_records=getattr(teacher, "layer_records", True) and any(p.optional for p in VARIANTS[name].parameters),
     )
-
-
-def _published_ranks(name: str, attention_size: int) -> Ranks:
-    ranks = VARIANTS[name].ranks
-    if ranks is None:
-        raise unpublished(name)
-    return ranks(attention_size)
 
 
 def unpublished(name: str) -> HxaconvError:

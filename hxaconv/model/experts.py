@@ -71,12 +71,13 @@ def expert_problems(facts: Mapping[str, Any]) -> list[str]:
     problems = [
         f"{key} is {facts.get(key)!r}, expected a positive whole number"
         for key in (*SIZES, "decoder_sparse_step")
-        if not _positive(facts.get(key, 1 if key == "decoder_sparse_step" else None))
+        if not positive(facts.get(key, 1 if key == "decoder_sparse_step" else None))
     ]
     if not problems and facts["num_experts_per_tok"] > facts["num_experts"]:
         problems.append(f"num_experts_per_tok {facts['num_experts_per_tok']} of num_experts {facts['num_experts']}")
     return problems
 
 
-def _positive(value: Any) -> bool:
+def positive(value: Any) -> bool:
+    """Whether a setting is a whole number above 0, of a size that tensors have."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31

@@ -9,32 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Raw = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Biases:
-    """Which projections of the attention have a bias."""
-
-    inputs: bool
-    """q, k and v."""
-    output: bool
-
-
-def _biases_of_inputs(raw: Raw) -> Biases:
-    return Biases(inputs=bool(raw.get("attention_bias")), output=False)
-
-
-def _all_biases(raw: Raw) -> Biases:
-    return Biases(inputs=bool(raw.get("attention_bias")), output=bool(raw.get("attention_bias")))
-
-
-def _always_biases_of_inputs(raw: Raw) -> Biases:
-    return Biases(inputs=True, output=False)
-
-
-def _seed_oss_biases(raw: Raw) -> Biases:
-    return Biases(inputs=bool(raw.get("attention_bias", True)), output=bool(raw.get("attention_out_bias")))
+Raw = Mapping[Any, Any]
 
 
 def _smollm3_layers(raw: Raw) -> tuple[int, ...]:
@@ -128,7 +103,12 @@ class Family:
     """One kind of teacher."""
 
     title: str
-    biases: Callable[[Raw], Biases] = _biases_of_inputs
+    input_bias: str | None = "attention_bias"
+    """The key that says whether q, k and v have biases; None where no key does."""
+    biased: bool = False
+    """Whether they have, without that key."""
+    output_bias: str = ""
+    """The key that says whether the attention output has a bias, which it has not without it."""
     qk_norm: bool = False
     """Norms on q and k over head_dim."""
     nope_layers: Callable[[Raw], tuple[int, ...]] = lambda raw: ()
@@ -146,40 +126,45 @@ class Family:
     """Whether the head is the embedding where config.json has no `tie_word_embeddings`, as transformers' class reads
     it (the same in 4.51 and 5)."""
 
+    def biases(self, raw: Raw) -> tuple[bool, bool]:
+        """Whether q, k and v have biases, and whether the attention output has one."""
+        return bool(raw.get(self.input_bias, self.biased)), bool(raw.get(self.output_bias))
+
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(title="Llama, Reka Flash 3 and 3.1", biases=_all_biases),
+    "llama": Family(title="Llama, Reka Flash 3 and 3.1", output_bias="attention_bias"),
     "mistral": Family(title="Mistral, Devstral, Magistral (text)", window=_window(4096)),
     "qwen2": Family(
         title="Qwen2 and Qwen2.5 (biases on q, k, v)",
-        biases=_always_biases_of_inputs,
+        input_bias=None,
+        biased=True,
         window=_switched_window,
     ),
     "qwen3": Family(
         title="Qwen3 (norms on q and k)",
-        biases=_all_biases,
+        output_bias="attention_bias",
         qk_norm=True,
         window=_switched_window,
     ),
     "qwen3_moe": Family(
         title="Qwen3-MoE (norms on q and k, experts)",
-        biases=_all_biases,
+        output_bias="attention_bias",
         qk_norm=True,
         window=_plainly_switched_window,
         experts=True,
     ),
     "phi3": Family(title="Phi-3 and Phi-4 (fused projections)", window=_window(None)),
-    "seed_oss": Family(title="Seed-OSS (biases on q, k, v)", biases=_seed_oss_biases),
+    "seed_oss": Family(title="Seed-OSS (biases on q, k, v)", biased=True, output_bias="attention_out_bias"),
     "smollm3": Family(
         title="SmolLM3 (layers without RoPE)",
-        biases=_all_biases,
+        output_bias="attention_bias",
         nope_layers=_smollm3_layers,
         problems=_smollm3_problems,
         window=_smollm3_window,
         ties=True,
     ),
     "granite": Family(
-        title="Granite, where all its multipliers are Llama's", biases=_all_biases, problems=_granite_problems
+        title="Granite, where all its multipliers are Llama's", output_bias="attention_bias", problems=_granite_problems
     ),
 }
 
@@ -198,8 +183,3 @@ REFUSED = {
     "deepseek_v3": "its attention is MLA: keys and values come from one narrow projection",
 }
 """Families that cannot be students' teachers: `model_type` -> why."""
-
-
-def window_in_force(raw: Raw) -> str | None:
-    """Why attention does not see everything, or None."""
-    return FAMILIES.get(str(raw.get("model_type")), Family(title="")).window(raw)

@@ -42,43 +42,33 @@ class RopeScaling:
         """What cos and sin are multiplied by."""
         if self.rope_type != "yarn":
             return 1.0
-        if self.attention_factor is not None:
-            return self.attention_factor
-        if self.mscale and self.mscale_all_dim:
-            return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
-        return _mscale(self.factor, 1.0)
+        up, down = (self.mscale, self.mscale_all_dim) if self.mscale and self.mscale_all_dim else (1.0, 0.0)
+        grown = math.log(max(self.factor, 1.0))
+        return self.attention_factor or (0.1 * up * grown + 1.0) / (0.1 * down * grown + 1.0)
 
     def stretched(self, frequency: float, pair: int, pairs: int, theta: float) -> float:
         """The frequency of channel pair `pair` of `pairs`, radians per token."""
         if self.rope_type == "linear":
             return frequency / self.factor
-        kept = self._kept_by_wavelength(frequency) if self.rope_type == "llama3" else self._kept(pair, pairs, theta)
-        return (1 - kept) * frequency / self.factor + kept * frequency
-
-    def _kept_by_wavelength(self, frequency: float) -> float:
-        """1 for wavelengths that the original context holds often enough, 0 for long ones, a line in between."""
-        assert self.original_max_position_embeddings and self.low_freq_factor and self.high_freq_factor
-        turns = self.original_max_position_embeddings * frequency / (2 * math.pi)
-        share = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        return min(1.0, max(0.0, share))
-
-    def _kept(self, pair: int, pairs: int, theta: float) -> float:
-        """1 for pairs that turn beta_fast times within the original context, 0 for beta_slow, a line in between."""
         context = self.original_max_position_embeddings
         assert context
-
-        def pair_of(turns: float) -> float:
-            return pairs * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
-
-        low, high = pair_of(self.beta_fast or 32), pair_of(self.beta_slow or 1)
-        if self.truncate is not False:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, 2 * pairs - 1)
-        return 1 - min(1.0, max(0.0, (pair - low) / (high - low if high != low else 0.001)))
-
-
-def _mscale(factor: float, scale: float) -> float:
-    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+        if self.rope_type == "llama3":
+            # Kept where the original context holds a wavelength often enough, divided where it is long.
+            assert self.low_freq_factor and self.high_freq_factor
+            turns = context * frequency / (2 * math.pi)
+            kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        else:
+            # Kept up to the pair that turns beta_fast times within the original context, divided from beta_slow on.
+            low, high = (
+                pairs * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
+                for turns in (self.beta_fast or 32, self.beta_slow or 1)
+            )
+            if self.truncate is not False:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, 2 * pairs - 1)
+            kept = 1 - min(1.0, max(0.0, (pair - low) / (high - low if high != low else 0.001)))
+        kept = min(1.0, max(0.0, kept))
+        return (1 - kept) * frequency / self.factor + kept * frequency
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +133,11 @@ def _scaling(found: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[RopeScal
     context = raw.get("max_position_embeddings")
     if kind != "linear":
         values.setdefault("original_max_position_embeddings", raw.get("original_max_position_embeddings", context))
-    needed = {"linear": (), "llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ()}[kind]
-    always = ("factor",) if kind == "linear" else ("factor", "original_max_position_embeddings")
+    needed = ["factor"] if kind == "linear" else ["factor", "original_max_position_embeddings"]
+    needed += ["low_freq_factor", "high_freq_factor"] if kind == "llama3" else []
     wrong = [
         f"{key} is {values.get(key)!r}"
-        for key in (*always, *needed)
+        for key in needed
         if isinstance(values.get(key), bool) or not isinstance(values.get(key), int | float) or not values[key] > 0
     ]
     if kind == "llama3" and not wrong and values["low_freq_factor"] == values["high_freq_factor"]:

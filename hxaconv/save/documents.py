@@ -13,7 +13,7 @@ from hxaconv import __version__
 from hxaconv.errors import HxaconvError
 from hxaconv.formats.dtypes import BY_NAME
 from hxaconv.formats.json_files import as_bytes, read_json
-from hxaconv.model.config import StudentConfig
+from hxaconv.model.config import StudentConfig, kv_cache_bytes, state_bytes
 from hxaconv.model.rwkv_infer import FOLDER, PTH, loadmodel_body
 from hxaconv.model.variants.base import MODEL_TYPE, RANK_KEYS
 from hxaconv.save.fill import digest_of
@@ -150,6 +150,8 @@ def model_card(config: StudentConfig, raw: Mapping[str, Any], record: Record) ->
     title = f"{name} student of {base}" if base and "teacher" in record.sources else f"{name} student"
     strip = "\n".join(config.strip[start : start + STRIP_WIDTH] for start in range(0, layers, STRIP_WIDTH))
     section = f"\n{record.section}\n" if record.section else ""
+    cache = kv_cache_bytes(gqa, config.num_key_value_heads, config.head_dim)
+    state = state_bytes(layers - gqa, config.num_attention_heads, config.head_dim)
     return f"""---
 {lines}
 ---
@@ -171,8 +173,8 @@ An RWKV-7/GQA hybrid ({name}){f" made from {base}" if base else ""}.{f" {record.
 | layers | {layers}, of which {layers - gqa} RWKV and {gqa} GQA {listed} |
 | hidden size, MLP, vocabulary | {config.hidden_size}, {config.intermediate_size}, {config.vocab_size} |
 | heads, kv heads, head_dim | {config.num_attention_heads}, {config.num_key_value_heads}, {config.head_dim} |
-| KV cache per token | {config.kv_cache_bytes(gqa)} bytes in bf16 ({gqa} of {layers} layers) |
-| recurrent state per sequence | {config.state_bytes} bytes in float32 |
+| KV cache per token | {cache} bytes in bf16 ({gqa} of {layers} layers) |
+| recurrent state per sequence | {state} bytes in float32 |
 | rope_theta, rms_norm_eps | {config.rope_theta:g}, {config.rms_norm_eps:g} |
 
 ## How to use it

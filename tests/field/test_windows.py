@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hxaconv.model.families import FAMILIES, window_in_force
+from hxaconv.model.families import FAMILIES
 
 transformers = pytest.importorskip("transformers")
 
@@ -58,7 +58,7 @@ def test_a_window_is_in_force_exactly_where_transformers_obeys_it(family: str) -
         for keys in KEYS:
             found, raw = logits(family, keys), {"model_type": family, **SIZES, **keys}
             obeyed = found is None or not torch.equal(found, full)
-            assert (window_in_force(raw) is not None) == obeyed, keys
+            assert (FAMILIES[raw["model_type"]].window(raw) is not None) == obeyed, keys
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,12 +71,12 @@ def test_a_head_is_tied_without_a_word_exactly_where_transformers_ties_it(family
 def test_transformers_runs_no_model_whose_layer_types_name_a_window_that_is_off(family: str, keys: Any) -> None:
     keys = keys | {"layer_types": [FULL, SLIDING]}
     assert logits(family, keys) is None
-    assert "use_sliding_window is not true" in str(window_in_force({"model_type": family, **SIZES, **keys}))
+    assert "use_sliding_window is not true" in str(FAMILIES[family].window({**SIZES, **keys}))
     assert logits(family, keys | {"layer_types": [FULL, FULL]}) is not None
 
 
 def test_mistral_has_a_window_where_config_json_has_no_such_key() -> None:
     raw = {"model_type": "mistral", "max_position_embeddings": 8192}
     assert transformers.AutoConfig.for_model("mistral").sliding_window == 4096
-    assert "4096" in str(window_in_force(raw))
-    assert window_in_force({**raw, "sliding_window": None}) is None
+    assert "4096" in str(FAMILIES[raw["model_type"]].window(raw))
+    assert FAMILIES[raw["model_type"]].window({**raw, "sliding_window": None}) is None

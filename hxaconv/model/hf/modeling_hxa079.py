@@ -276,8 +276,8 @@ def stretched(frequencies: Tensor, config: Hxa079Config) -> tuple[Tensor, float]
         kept = 1 - ((index - low) / (high - low if high != low else 0.001)).clamp(0, 1)
         up, down = rope.get("mscale"), rope.get("mscale_all_dim")
         up, down = (up, down) if up and down else (1.0, 0.0)
-        grown = 0.1 * math.log(max(rope["factor"], 1.0))
-        scale = rope.get("attention_factor") or (up * grown + 1.0) / (down * grown + 1.0)
+        grown = math.log(max(rope["factor"], 1.0))
+        scale = rope.get("attention_factor") or (0.1 * up * grown + 1.0) / (0.1 * down * grown + 1.0)
     return (1 - kept) * frequencies / rope["factor"] + kept * frequencies, scale
 
 
