@@ -18,7 +18,7 @@ from torch import Tensor, zeros
 
 from hxaconv.errors import HxaconvError
 from hxaconv.model.model import Model
-from hxaconv.model.plan import Recipe, source_files
+from hxaconv.model.plan import source_files
 
 SECONDS_BETWEEN_SAVES = 10.0
 SHARE_OF_SAVING = 0.1
@@ -52,7 +52,7 @@ class StateFile:
                 facts = file.metadata() or {}
                 if facts.get("key") != self.key:
                     return None
-                refuse_to_mix(self.path, facts.get("computed_with"), json.dumps(computed_with()))
+                self._refuse_to_mix(facts.get("computed_with"))
                 names = [name for name in file.keys() if name and (only is None or name in only)]  # noqa: SIM118
                 return {name: file.get_tensor(name) for name in names}, json.loads(facts["state"])
         except (OSError, SafetensorError, KeyError, ValueError):
@@ -100,6 +100,15 @@ class StateFile:
         self._saved = time.monotonic()
         self._wait = max(SECONDS_BETWEEN_SAVES, (self._saved - begun) / SHARE_OF_SAVING)
 
+    def _refuse_to_mix(self, then: str | None) -> None:
+        """Refuse to go on with what a machine that rounds otherwise has begun."""
+        if then is not None and then != json.dumps(now := computed_with()):
+            shown = [", ".join(map(str, found.values())) for found in (json.loads(then), now)]
+            raise HxaconvError(
+                f"{self.path} was begun with {shown[0]}; here it is {shown[1]}, and sums differ in their last bits",
+                hint="Go on where it was begun (ATEN_CPU_CAPABILITY limits a newer CPU), or delete it to start over.",
+            )
+
 
 _FORMAT = 2
 
@@ -108,20 +117,19 @@ def fingerprint(models: Mapping[str, Model], ids: np.ndarray, settings: Mapping[
     """A digest of everything a score depends on: tensors and their files, tokens, settings."""
     parts: dict[str, Any] = {"format": _FORMAT, "settings": dict(settings)}
     for role, model in models.items():
+        tensors = {}
+        for name, recipe in model.plan.items():
+            extents = getattr(recipe.make, "extents", ())
+            where = [(extent.file.name if extent.file else None, extent.offset, extent.nbytes) for extent in extents]
+            tensors[name] = [recipe.dtype, recipe.shape, recipe.make.kind, recipe.origin, where]
         parts[role] = {
             "config": repr(model.config),
-            "tensors": {name: _recipe(recipe) for name, recipe in model.plan.items()},
+            "tensors": tensors,
             "files": [(file.name, file.size, file.mtime_ns, file.header_digest) for file in source_files(model.plan)],
         }
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     digest.update(str(ids.shape).encode() + np.ascontiguousarray(ids, dtype=np.int64).tobytes())
     return digest.hexdigest()
-
-
-def _recipe(recipe: Recipe) -> list[Any]:
-    extents = getattr(recipe.make, "extents", ())
-    where = [(extent.file.name if extent.file else None, extent.offset, extent.nbytes) for extent in extents]
-    return [recipe.dtype, recipe.shape, recipe.make.kind, recipe.origin, where]
 
 
 def computed_with(device: str = "cpu") -> dict[str, str]:
@@ -130,20 +138,3 @@ def computed_with(device: str = "cpu") -> dict[str, str]:
 
     found = {"torch": str(torch.__version__), "instructions": torch.backends.cpu.get_cpu_capability()}
     return found if device == "cpu" else found | {"gpu": torch.cuda.get_device_name(device)}
-
-
-def refuse_to_mix(path: Path, then: str | None, now: str) -> None:
-    """Refuse to go on with what another machine has begun; `then` and `now` are `computed_with` as JSON.
-
-    Raises:
-        HxaconvError: when they differ, naming both.
-    """
-    if then is not None and then != now:
-        raise HxaconvError(
-            f"{path} was begun with {_shown(then)}; here it is {_shown(now)}, and sums differ in their last bits",
-            hint="Go on where it was begun (ATEN_CPU_CAPABILITY limits a newer CPU), or delete it to start over.",
-        )
-
-
-def _shown(text: str) -> str:
-    return ", ".join(str(value) for value in json.loads(text).values())

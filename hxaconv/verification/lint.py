@@ -20,6 +20,7 @@ from hxaconv.model.names import EMBEDDING, HEAD, layer_kinds, mixer_prefix
 from hxaconv.model.rope import rope_of, scaling_kind
 from hxaconv.model.rwkv_infer import FOLDER, PTH, TRAITS, traits_of, working
 from hxaconv.model.variants import VARIANTS
+from hxaconv.verification.specification import RANKS, SWITCHES
 
 if TYPE_CHECKING:
     from hxaconv.model.model import Checkpoint
@@ -30,23 +31,8 @@ RWKV_INFER_KEYS = (
 )
 """What RWKV-Infer reads from config.json without a default."""
 
-TRANSFORMERS_KEYS = (
-    *("hidden_size", "intermediate_size", "vocab_size", "transformer_layers"),
-    *("lora_rank_decay", "lora_rank_iclr", "lora_rank_value_residual_mix"),
-    *("lora_rank_key_residual_mix", "lora_rank_gate"),
-)
+TRANSFORMERS_KEYS = ("hidden_size", "intermediate_size", "vocab_size", "transformer_layers", *RANKS.values())
 """What the modelling code needs on top of RWKV_INFER_KEYS."""
-
-SWITCHES = {
-    "enable_qk_norm": (".r_norm.weight", ".q_norm.weight"),
-    "attention_bias": (".receptance.bias", ".q_proj.bias"),
-    "attention_out_bias": (".output.bias", ".o_proj.bias"),
-    "mlp_bias": (".up_proj.bias",),
-}
-"""What config.json has to hold where there are such tensors."""
-
-FUSED = ("w1", "a1", "v1", "k1", "g1")
-"""Low-rank matrices that RWKV-Infer concatenates in every RWKV layer."""
 
 PADDING = 256
 """RWKV-Infer pads MLP weights to a multiple of this in both directions when it loads them."""
@@ -123,13 +109,11 @@ class _Reading:
         self.findings.append(Finding(what, where or self.name, do, blocks))
 
     def verdict(self, settings: tuple[str, ...] = (), releases: tuple[str, ...] = ()) -> Verdict:
-        """What comes of it."""
         return Verdict(self.loader, settings, tuple(self.findings), releases)
 
     # --- One method per loader
 
     def teacher(self) -> Verdict:
-        """transformers, of a teacher."""
         if self._is_folder():
             if self.raw.get("model_type") not in FAMILIES:
                 what = f"model_type {self.raw.get('model_type')!r}"
@@ -138,7 +122,6 @@ class _Reading:
         return self.verdict()
 
     def transformers(self) -> Verdict:
-        """transformers, of a student."""
         if not self._is_folder():
             return self.verdict()
         self._keys((*RWKV_INFER_KEYS, *TRANSFORMERS_KEYS), "the modelling code")
@@ -161,7 +144,6 @@ class _Reading:
         return self.verdict(("trust_remote_code=True",), (TRANSFORMERS_RELEASES,))
 
     def infer_folder(self) -> Verdict:
-        """RWKV-Infer, of a folder."""
         if not self._is_folder(needs_safetensors=True):
             return self.verdict()
         self._keys(RWKV_INFER_KEYS, "RWKV-Infer")
@@ -178,7 +160,6 @@ class _Reading:
         return self.verdict(releases=self._releases(FOLDER))
 
     def infer_pth(self) -> Verdict:
-        """RWKV-Infer, of a file."""
         checkpoint, convert = self.checkpoint, "Convert it with `hxaconv to-pth`."
         if any(".mlp.experts." in name for name in self.plan):
             self.add(PTH_REASON, "Use a folder, or transformers.")
@@ -211,7 +192,6 @@ class _Reading:
         return self.verdict((theta, eps), self._releases(PTH))
 
     def llama_cpp(self) -> Verdict:
-        """The fork of llama.cpp."""
         if not self._is_folder():
             return self.verdict()
         if self.variant not in FORK:
@@ -312,7 +292,7 @@ class _Reading:
                 what = f"r_k {'is missing' if bonus is None else f'has shape {bonus.shape}'}"
                 do = "Convert again with hxaconv."
                 self.add(f"{what}: (heads, head_dim) are read off it", do, where=f"{prefix}r_k")
-            missing = [name for name in FUSED if f"{prefix}{name}" not in plan]
+            missing = [name for name in RANKS if f"{prefix}{name}" not in plan]
             if missing:
                 self.add(f"{', '.join(missing)} missing", "This is not hxa079.", where=prefix.removesuffix("."))
         if kinds.get(0) == "gqa":
