@@ -159,13 +159,14 @@ class Walk:
         count = max(recipe.shape[0] for recipe in recipes.values())
         step = max(1, SLICE_BYTES // max(sizes)) if all(map(has_rows, recipes.values())) else count
         for start in range(0, count, step):
-            self.hold(
-                {
-                    role: {name: _part(recipe, start, start + step)}
-                    for role, recipe in recipes.items()
-                    if start < recipe.shape[0]
-                }
-            )
+            there = {role: recipe for role, recipe in recipes.items() if start < recipe.shape[0]}
+            parts = {
+                role: recipe
+                if step >= count
+                else rows(recipe, start, min(start + step, recipe.shape[0]), recipe.origin)
+                for role, recipe in there.items()
+            }
+            self.hold({role: {name: part} for role, part in parts.items()})
             yield start, min(count, start + step)
         self.release()
 
@@ -225,7 +226,7 @@ class Walk:
 
     def _forget(self) -> None:
         for track in self._tracks.values():
-            track.forget()
+            track.cast.clear()
         self._held = {role: {} for role in self._tracks}
 
     def held(self, role: str) -> Mapping[str, Held]:
@@ -248,21 +249,18 @@ class Track:
         self.model, self.config = model, model.config
         self.reference = reference_of(model)
         self._walk, self.role = walk, role
-        self._cast: dict[str, Tensor] = {}
-
-    def forget(self) -> None:
-        """Another layer's weights come."""
-        self._cast.clear()
+        self.cast: dict[str, Tensor] = {}
+        """Small weights of the layer at hand, in the compute dtype."""
 
     def weight(self, name: str) -> Tensor:
         """A weight for the reference forward: in the compute dtype, a large one as a Matrix."""
-        if name in self._cast:
-            return self._cast[name]
+        if name in self.cast:
+            return self.cast[name]
         held = self._walk.held(self.role).get(name)
         stored = (tensor(self.model.plan[name]) if held is None else held.values).to(self._walk.device)
         if stored.dim() == 2 and stored.numel() > SMALL:
             return cast(Tensor, Matrix(stored, self._walk.dtype, self._walk.pool))
-        found = self._cast[name] = stored.to(self._walk.dtype)
+        found = self.cast[name] = stored.to(self._walk.dtype)
         return found
 
     def start(self, ids: Tensor) -> Stream:
@@ -360,11 +358,6 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 def _parted(whole: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
     return [None] * len(sizes) if whole is None else torch.split(whole, sizes)
-
-
-def _part(recipe: Recipe, start: int, stop: int) -> Recipe:
-    stop = min(stop, recipe.shape[0])
-    return recipe if stop - start == recipe.shape[0] else rows(recipe, start, stop, recipe.origin)
 
 
 def _blocks(recipe: Recipe) -> Iterator[tuple[int, int]]:

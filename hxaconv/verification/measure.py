@@ -162,7 +162,8 @@ class Pass:
                 output_error=errors[1],
                 firsts_error=firsts,
                 nope_error=None if nowhere is None else relative_error(fed.mixed, nowhere),
-                cosine=mean_cosine(self.mine.x, theirs.x),
+                # Of both streams, in float64, where 1 - cosine has digits.
+                cosine=cosine_similarity(self.mine.x.double(), theirs.x.double(), dim=-1).mean().item(),
                 differs=any(not error <= NOISE[self.walk.dtype] for error in (*errors, firsts or 0.0)),
             )
         )
@@ -292,11 +293,6 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||."""
     difference, norm = (found - expected).norm().item(), expected.norm().item()
     return difference / norm if norm else (0.0 if difference == 0 else math.inf)
-
-
-def mean_cosine(a: Tensor, b: Tensor) -> float:
-    """Between (B, T, C) and (B, T, C), averaged over tokens; in float64, where 1 - cosine has digits."""
-    return cosine_similarity(a.double(), b.double(), dim=-1).mean().item()
 
 
 def _firsts_error(fed: Carry, other: Carry) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -125,24 +126,18 @@ class Report(Result):
 
     def tensor_counts(self) -> dict[str, int]:
         """Status -> number of tensors."""
-        counts: dict[str, int] = {}
-        for result in self.tensors:
-            counts[result.status] = counts.get(result.status, 0) + 1
-        return counts
+        return dict(Counter(result.status for result in self.tensors))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything; numbers that are not finite become strings, which JSON can carry."""
-        content = {"passed": self.passed, "outcome": self.outcome, "reason": self.reason}
-        content["first_difference"] = self.first_difference
+        content = {key: getattr(self, key) for key in ("passed", "outcome", "reason", "first_difference")}
         plain: dict[str, Any] = plain_data(content | asdict(self))
         return plain
 
     def verdict(self) -> dict[str, Any]:
         """What hxaconv.json records of it: checks and settings, without a line per tensor and layer."""
-        content = {"passed": self.passed, "reason": self.reason}
-        content |= {key: value for key, value in asdict(self).items() if key in ("expect", "settings", "checks")}
-        plain: dict[str, Any] = plain_data(content | ({"logits": asdict(self.logits)} if self.logits else {}))
-        return plain
+        kept = ("passed", "reason", "expect", "settings", "checks", *(["logits"] if self.logits else []))
+        return {key: value for key, value in self.to_dict().items() if key in kept}
 
     def raise_if_failed(self) -> None:
         """Turn failed checks into the error that ends a command with exit code 1.
