@@ -151,6 +151,9 @@ def test_the_text_model_of_a_shell_is_taken(
     (shell / "preprocessor_config.json").write_text("{}")
     words = ("init-from-teacher", shell, tmp_path / "carried", "--gqa-layers", "1", "--keep-shell", "--quiet")
     assert cli(*words) == 0
+    assert cli("inspect", tmp_path / "carried") == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "Beside the text model" in said and all(f"tensors of {part}" in said for part in parts)
     assert cli("to-hf", tmp_path / "carried", tmp_path / "again", "--keep-shell", "--quiet") == 0
     pick = ("pick-gqa-layers", tmp_path / "carried", tmp_path / "picked", "--layers", "0,1", "--teacher", shell)
     assert cli(*pick, "--allow-gqa-layer-0", "--keep-shell", "--quiet") == 0

@@ -173,6 +173,7 @@ def inspection_tables(inspection: Inspection) -> list[RenderableType]:
     left, unknown = facts["left_behind"], facts["unknown_names"]
     remarks = {
         "left_behind": f"Known and left behind: {len(left)} rotary buffers or layers of no use here",
+        "shell": f"Beside the text model: {facts['shell']} (--keep-shell carries them along)",
         "not_opened": f"Other weight files, not opened: {', '.join(facts['not_opened'])}",
         "unknown_names": f"Names that are not known: {len(unknown)}, such as {next(iter(unknown), '')}",
         "nested_under": f"The tensors are nested under {facts['nested_under']!r}",
