@@ -55,11 +55,11 @@ def test_notes_follow_what_they_are_about(monkeypatch: pytest.MonkeyPatch) -> No
         warnings, notes = ("careful",), ("nothing was written",)
 
     talk, order = Said(), Said()
-    monkeypatch.setattr(talk, "warn", order.lines.append)
+    monkeypatch.setattr("hxaconv.cli.console._print", lambda console, text, style: order.lines.append(text))
     monkeypatch.setattr(talk, "say", order.lines.append)
     monkeypatch.setattr(talk, "write", lambda result: order.lines.append("the plan"))
     talk.show(Told())
-    assert order.lines == ["careful", "the plan", "nothing was written"]
+    assert order.lines == ["Warning: careful", "the plan", "nothing was written"]
 
 
 def test_short_work_is_silent_in_a_log_and_quiet_work_everywhere() -> None:

@@ -63,11 +63,7 @@ COMPLETING = "_HXACONV_COMPLETE"
 
 
 def _named(words: Sequence[str]) -> str | None:
-    """The command among the words of a command line, if there is one.
-
-    Raises:
-        HxaconvError: where there is no such command, with those that were meant.
-    """
+    """The command among the words of a command line, if there is one; others are refused, with what was meant."""
     word = next((word for word in words if not word.startswith("-")), None)
     if word is None or word in SUMMARIES:
         return word
@@ -82,11 +78,7 @@ def _named(words: Sequence[str]) -> str | None:
 
 
 def _refuse_extra(name: str, extra: Sequence[str]) -> None:
-    """Refuse words that have no place on the command line.
-
-    Raises:
-        HxaconvError: naming them, and what was probably meant.
-    """
+    """Refuse words that have no place on the command line, with what was probably meant."""
     if not extra:
         return
     hint = f"hxaconv {name} --help lists what it takes; a name with spaces needs quotes."

@@ -72,11 +72,6 @@ class Talk:
         if not self.quiet and ranks.rank() == 0:
             _print(_console(stderr=True), text)
 
-    def warn(self, text: str) -> None:
-        """A warning, on stderr, quiet or not."""
-        if ranks.rank() == 0:
-            _print(_console(stderr=True), f"Warning: {text}", "yellow")
-
     def write(self, result: Result) -> None:
         """A result for people, on stdout."""
         if self.quiet or ranks.rank():
@@ -104,8 +99,8 @@ class Talk:
         Raises:
             CheckFailed: when the result is a check that failed.
         """
-        for warning in result.warnings:
-            self.warn(warning)
+        for warning in result.warnings if ranks.rank() == 0 else ():  # quiet or not
+            _print(_console(stderr=True), f"Warning: {warning}", "yellow")
         if self.json_output and ranks.rank() == 0:
             from hxaconv.formats.json_files import plain_data
 
@@ -133,12 +128,10 @@ class _Talking(Progress):
         """Nothing: what comes next speaks for itself."""
 
     def note(self, text: str) -> None:
-        """Print it."""
         if self._talk is not None:
             self._talk.say(text)
 
     def show(self, result: Result) -> None:
-        """Show it."""
         if self._talk is not None:
             self._talk.on_the_way(result)
 
@@ -166,18 +159,15 @@ class Bars(_Talking):
         )
 
     def start(self, title: str, total: int) -> None:
-        """Show a bar."""
         self._task = self._bars.add_task(title, total=total, what="")
         self._bars.start()
 
     def advance(self, n: int, what: str = "") -> None:
-        """Move the bar."""
         self._bars.advance(self._task, n)
         if what:
             self._bars.update(self._task, what=what)
 
     def stop(self) -> None:
-        """Remove the bar."""
         self._bars.remove_task(self._task)
         self._bars.stop()
 
@@ -190,7 +180,6 @@ class Lines(_Talking):
         self._clock = clock
 
     def start(self, title: str, total: int) -> None:
-        """Remember what begins."""
         self._title, self._total, self._done = title, total, 0
         # What is done before any time has passed (by an earlier run) is no measure of the speed.
         self._before: int | None = None

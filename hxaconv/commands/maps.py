@@ -31,17 +31,8 @@ class Maps(Result):
         """The maps by name; one that was named, by itself."""
         if self.names:
             return {"names": [asdict(row) for row in TABLE]}
-        found = {
-            name: {
-                "name": found.name,
-                "title": found.title,
-                "model_ids": list(found.model_ids),
-                "gqa_layers": list(found.gqa_layers),
-                "source": found.source,
-                "model": dict(found.model),
-            }
-            for name, found in self.maps.items()
-        }
+        keys = ("name", "title", "model_ids", "gqa_layers", "source", "model")
+        found = {name: {key: getattr(one, key) for key in keys} for name, one in self.maps.items()}
         return found if self.name is None else found[self.name]
 
 
