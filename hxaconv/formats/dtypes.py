@@ -56,10 +56,7 @@ def parse_dtype(text: str) -> str:
     if text.lower() in BY_TORCH_NAME:
         name = BY_TORCH_NAME[text.lower()].name
     if name not in FLOATS:
-        raise HxaconvError(
-            f"unknown dtype {text!r}",
-            hint="Use bfloat16, float16 or float32.",
-        )
+        raise HxaconvError(f"unknown dtype {text!r}", hint="Use bfloat16, float16 or float32.")
     return name
 
 

@@ -207,13 +207,11 @@ def _dimensions(checkpoint: Checkpoint, config: ModelConfig | None) -> dict[str,
             known |= {RANK_KEYS[name]: ranks[name] for name in config.variant.rank_names}
             known["gqa_layers"] = list(config.gqa_layers)
         return known
-    facts = tensor_settings(checkpoint.plan)
-    theta = rope_of(checkpoint.config or checkpoint.sidecar or {})[0]
-    keys = [key for key in ModelConfig.__dataclass_fields__ if key != "experts"]
     raw = checkpoint.config or checkpoint.sidecar or {}
-    return {key: facts.get(key, theta if key == "rope_theta" else raw.get(key)) for key in keys} | {
-        key: list(value) if isinstance(value, tuple) else value for key, value in facts.items() if key not in keys
-    }
+    keys = [key for key in ModelConfig.__dataclass_fields__ if key != "experts"]
+    facts = {"rope_theta": rope_of(raw)[0], **tensor_settings(checkpoint.plan)}
+    known = {key: facts.pop(key, raw.get(key)) for key in keys}
+    return known | {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
 
 
 def _memory(dimensions: Mapping[str, Any], plan: Plan) -> dict[str, int] | None:
@@ -235,16 +233,16 @@ def _statistics(recipe: Recipe) -> dict[str, Any]:
 
     from hxaconv.surgery.arithmetic import torch_dtype
 
-    result: dict[str, Any] = {"dtype": recipe.dtype, "shape": list(recipe.shape), "nan": 0, "inf": 0, "zeros": 0}
+    counts: Counter[str] = Counter(nan=0, inf=0, zeros=0)
     low, high, total, count = float("inf"), float("-inf"), 0.0, 0
     for chunk in recipe.chunks(Buffers()):
         values = torch.frombuffer(bytearray(chunk), dtype=torch_dtype(recipe.dtype)).double()
         finite = values[torch.isfinite(values)]
-        result["nan"] += int(torch.isnan(values).sum())
-        result["inf"] += int(torch.isinf(values).sum())
-        result["zeros"] += int((values == 0).sum())
+        marks = {"nan": torch.isnan(values), "inf": torch.isinf(values), "zeros": values == 0}
+        counts.update({name: int(mark.sum()) for name, mark in marks.items()})
         if len(finite):
             low, high = min(low, finite.min().item()), max(high, finite.max().item())
             total, count = total + finite.sum().item(), count + len(finite)
     ranges = {"min": low, "max": high, "mean": total / max(count, 1)}
-    return result | {key: value if count else None for key, value in ranges.items()}
+    found = {"dtype": recipe.dtype, "shape": list(recipe.shape), **counts}
+    return found | {key: value if count else None for key, value in ranges.items()}
