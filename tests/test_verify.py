@@ -20,6 +20,7 @@ from torch import Tensor
 from hxaconv.errors import CheckFailed, HxaconvError
 from hxaconv.forward import pool as matrix_module
 from hxaconv.forward import walk as walk_module
+from hxaconv.forward.logits import Likelihood
 from hxaconv.forward.tokens import checked_device
 from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
@@ -345,3 +346,17 @@ def test_students_with_other_layer_maps_are_compared(layers: tuple[tuple[int, ..
     kept = [result for result in report.layers if result.kind == result.other_kind]
     assert all(result.output_error == 0 for result in kept)
     assert all(result.output_error > 0 for result in report.layers if result.kind != result.other_kind)
+
+
+def test_the_likelihood_of_tokens_does_not_depend_on_the_blocks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, tokens = torch.randn(7, 50, generator=generator), torch.randint(50, (7,), generator=generator)
+    wanted = torch.nn.functional.cross_entropy(logits.double(), tokens, reduction="none")
+    for step in (50, 8):
+        nll = Likelihood(tokens)
+        for start in range(0, 50, step):
+            nll.add(start, logits[:, start : start + step])
+        assert torch.allclose(nll.result(), wanted, rtol=1e-12)
+    shifted = Likelihood(tokens)
+    shifted.add(1, logits[:, 1:])
+    assert not torch.allclose(shifted.result(), wanted, rtol=1e-3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -61,7 +60,6 @@ def check_initialised(
     *,
     factors: Mapping[str, float],
     seed: int | None = None,
-    ids: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Check a freshly initialised student, whole or attention only, against its teacher.
@@ -72,7 +70,7 @@ def check_initialised(
     be the one of that seed, to the bit; `check_against` makes them all again.
     """
     claims = [copied(student.student), *initial_claims(student.student, factors, seed=seed, sampled=True)]
-    report = against_teacher(student, teacher, claims, ids=ids, progress=progress)
+    report = against_teacher(student, teacher, claims, progress=progress)
     check_ranks(report, student.student)
     check_one_dtype(report, student.plan)
     return report
@@ -159,16 +157,11 @@ def check_against(
     if expect == "attention-trained":
         claims = [copied(config, without=is_attention, but="only attention may have changed")]
     elif expect != "report":
-        claims = [copied(config, without=functools.partial(_changed, layers=refitted, parts=REFITTED))]
+        claims = [copied(config, without=_parts_of(refitted, REFITTED))]
         for made in history.made:
-            fitted = made.fitted if expect == "calibrated" else frozenset()
+            without = _parts_of(made.fitted if expect == "calibrated" else (), FITTED)
             claims += initial_claims(
-                config,
-                made.factors,
-                layers=made.layers,
-                without=functools.partial(_changed, layers=fitted, parts=FITTED),
-                seed=made.seed,
-                cast=True,
+                config, made.factors, layers=made.layers, without=without, seed=made.seed, cast=True
             )
     report = compare_models(student, teacher, expect=expect, claims=[*claims, states], **more)
     _explain(report, plain=bool(config.rwkv_layers) and set(states.found.values()) <= {"untrained", "kept"})
@@ -187,8 +180,8 @@ def check_against(
     return report
 
 
-def _changed(name: str, layers: Collection[int], parts: Collection[str]) -> bool:
-    return layer_index(name) in layers and part_of_mixer(name) in parts
+def _parts_of(layers: Collection[int], parts: Collection[str]) -> Callable[[str], bool]:
+    return lambda name: layer_index(name) in layers and part_of_mixer(name) in parts
 
 
 def _explain(report: Report, *, plain: bool = False) -> None:
@@ -286,9 +279,10 @@ def check_settings(report: Report, student: StudentConfig, teacher: ModelConfig)
 
 def check_ranks(report: Report, config: StudentConfig) -> None:
     """The low-rank pairs have the published widths."""
-    names = {"w1": "decay", "a1": "iclr", "v1": "value", "k1": "key", "g1": "gate"}
+    ranks = config.ranks
     wanted = specification.ranks(config.variant.name, config.attention_size)
-    found = {first: getattr(config.ranks, names[first]) for first in wanted}
+    found = {"w1": ranks.decay, "a1": ranks.iclr, "v1": ranks.value, "k1": ranks.key, "g1": ranks.gate}
+    found = {name: found[name] for name in wanted}
     wrong = [f"{n} has rank {found[n]}, published is {rank}" for n, rank in wanted.items() if found[n] != rank]
     if config.rwkv_layers:
         report.problems("ranks", wrong, ", ".join(f"{n} {rank}" for n, rank in found.items()))
