@@ -28,7 +28,7 @@ from hxaconv.forward.chunked import chunked
 from hxaconv.forward.pool import BLOCK_BYTES, Matrix, Pool
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
-from hxaconv.model.names import EMBEDDING, HEAD, expert_index, layer_index
+from hxaconv.model.names import EMBEDDING, HEAD, template_of
 from hxaconv.model.plan import Buffers, Plan, Ranges, Recipe, has_rows, rows
 from hxaconv.surgery.arithmetic import SERIAL_BYTES, tensor, tensor_rows, torch_dtype
 
@@ -105,7 +105,7 @@ class Walk:
         for role, model in models.items():
             layers, experts = self._plans.setdefault(role, {}), self._experts.setdefault(role, {})
             for name, recipe in model.plan.items():
-                layer, expert = layer_index(name), expert_index(name)
+                _, layer, expert = template_of(name)
                 of_layer = layers.setdefault(layer, {})
                 (of_layer if expert is None else experts.setdefault(layer, {}).setdefault(expert, {}))[name] = recipe
         self._tracks = {role: Track(self, role, model) for role, model in models.items()}

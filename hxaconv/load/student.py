@@ -16,7 +16,6 @@ from hxaconv.model.families import FAMILIES
 from hxaconv.model.model import Model, checked_here
 from hxaconv.model.names import (
     EMBEDDING,
-    expert_index,
     is_attention,
     is_expert,
     layer_kinds,
@@ -126,7 +125,7 @@ def tensor_settings(plan: Plan) -> dict[str, Any]:
     if "head_dim" in sizes and rows:
         facts["num_attention_heads"] = rows // sizes["head_dim"]
     facts |= sizes
-    experts = [expert_index(name) or 0 for name in plan if is_expert(name)]
+    experts = [template_of(name)[2] or 0 for name in plan if is_expert(name)]
     if experts:
         facts["num_experts"] = max(experts) + 1
     if "self_attn.layer_architecture" in shapes:

@@ -97,26 +97,11 @@ _NUMBERED = re.compile(
 )
 
 
-def template_of(name: str) -> tuple[str, int | None]:
-    """`model.layers.7.mlp.up_proj.weight` -> (`model.layers.{i}.mlp.up_proj.weight`, 7).
+def template_of(name: str) -> tuple[str, int | None, int | None]:
+    """`model.layers.7.mlp.up_proj.weight` -> (`model.layers.{i}.mlp.up_proj.weight`, 7, None).
 
-    The number of an expert becomes `{e}`.
+    The last is the number of an expert, which becomes `{e}`.
     """
-    template, layer, _ = _numbers(name)
-    return template, layer
-
-
-def is_expert(name: str) -> bool:
-    """Whether a canonical name is that of one expert among several."""
-    return ".mlp.experts." in name
-
-
-def expert_index(name: str) -> int | None:
-    """The number of the expert whose tensor this is."""
-    return _numbers(name)[2]
-
-
-def _numbers(name: str) -> tuple[str, int | None, int | None]:
     match = _NUMBERED.match(name)
     if match is None:
         return name, None, None
@@ -124,6 +109,11 @@ def _numbers(name: str) -> tuple[str, int | None, int | None]:
     if expert is None:
         return f"{start}{{i}}{middle}", int(layer), None
     return f"{start}{{i}}{middle}{{e}}{end}", int(layer), int(expert)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a canonical name is that of one expert among several."""
+    return ".mlp.experts." in name
 
 
 def _numbered(template: str, layer: int | None, expert: int | None) -> str:
@@ -140,14 +130,9 @@ def layer_index(name: str) -> int | None:
     return template_of(name)[1]
 
 
-def layer_prefix(layer: int) -> str:
-    """What the canonical names of one layer's tensors begin with."""
-    return f"model.layers.{layer}."
-
-
 def mixer_prefix(layer: int) -> str:
     """What the canonical names of one layer's mixer begin with."""
-    return f"{layer_prefix(layer)}self_attn."
+    return f"model.layers.{layer}.self_attn."
 
 
 _BY_HF = {row.hf: row for row in TABLE}
@@ -185,7 +170,7 @@ def layer_kinds(names: Iterable[str]) -> dict[int, str]:
     """Layer index -> `gqa` (has q_proj.weight) or `rwkv` (has receptance.weight), any key format."""
     kinds: dict[int, str] = {}
     for name in names:
-        template, index = template_of(name)
+        template, index, _ = template_of(name)
         if index is not None and template.endswith(".receptance.weight"):
             kinds[index] = "rwkv"
         elif index is not None and template.endswith((".q_proj.weight", ".qkv_proj.weight")):
@@ -206,54 +191,44 @@ def canonical_names(
     names = list(names)
     reader, kinds = _READERS[key_format], kinds or layer_kinds(map(unwrapped, names))
     result: dict[str, str | None] = {}
-    unknown: list[str] = []
+    named: dict[str, str] = {}
+    unknown, clashes = list[str](), list[str]()
     for name in names:
         plain = unwrapped(name)
-        template, index, expert = _numbers(plain)
+        template, index, expert = template_of(plain)
         row = reader.get((template, None)) or reader.get((template, kinds.get(-1 if index is None else index)))
         if row is not None:
-            result[name] = plain if row.hf == template else _numbered(row.hf, index, expert)
+            canonical = result[name] = plain if row.hf == template else _numbered(row.hf, index, expert)
+            if (first := named.setdefault(canonical, name)) != name:
+                clashes.append(f"{first} and {name} are both {canonical}")
         elif DROPPED.search(plain):
             result[name] = None
         else:
             unknown.append(name)
-    _refuse_collisions(result, where)
+    if clashes:
+        raise HxaconvError(f"{where} holds the same tensor twice:\n{bullet_list(clashes)}")
     return result, unknown
 
 
 def unknown_names(unknown: list[str], key_format: str, where: str) -> HxaconvError:
     """The error for names that are not in the table, with the nearest that are."""
     # Looking for the nearest name takes milliseconds: only for those that the message will show.
-    problems = [f"{name}{_nearest(name, key_format)}" for name in unknown[:MAX_LISTED]] + unknown[MAX_LISTED:]
+    problems = list(unknown)
+    for i, name in enumerate(unknown[:MAX_LISTED]):
+        template, index, expert = template_of(unwrapped(name))
+        close = difflib.get_close_matches(template, [key[0] for key in _READERS[key_format]], n=1, cutoff=0.6)
+        problems[i] += f" (nearest: {_numbered(close[0], index, expert)})" if close else ""
     return HxaconvError(
         f"{where}: {len(unknown)} tensor names are not known in the {key_format} key format:\n{bullet_list(problems)}",
         hint="Llama-style teachers and their students are converted; `hxaconv maps --names` prints the table.",
     )
 
 
-def _refuse_collisions(result: Mapping[str, str | None], where: str) -> None:
-    seen: dict[str, str] = {}
-    clashes = []
-    for name, canonical in result.items():
-        if canonical is not None and canonical in seen:
-            clashes.append(f"{seen[canonical]} and {name} are both {canonical}")
-        elif canonical is not None:
-            seen[canonical] = name
-    if clashes:
-        raise HxaconvError(f"{where} holds the same tensor twice:\n{bullet_list(clashes)}")
-
-
-def _nearest(name: str, key_format: str) -> str:
-    template, index, expert = _numbers(unwrapped(name))
-    close = difflib.get_close_matches(template, [key[0] for key in _READERS[key_format]], n=1, cutoff=0.6)
-    return f" (nearest: {_numbered(close[0], index, expert)})" if close else ""
-
-
 def stored_name(canonical: str, key_format: str) -> str:
     """The name of a canonical tensor in `key_format`. A KeyError is ours: plans hold known names only."""
     if key_format == "hf":
         return canonical
-    template, index, expert = _numbers(canonical)
+    template, index, expert = template_of(canonical)
     name = getattr(_BY_HF[template], key_format)
     assert name is not None, f"{canonical} has no name in the {key_format} key format"
     return canonical if name == template else _numbered(str(name), index, expert)

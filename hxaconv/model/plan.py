@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 from hxaconv.errors import HxaconvError, Inconsistent, raise_all
 from hxaconv.formats.dtypes import BY_NAME, FLOATS, num_bytes
 from hxaconv.formats.files import CHUNK_BYTES, Extent, SourceFile
-from hxaconv.model.names import is_attention, layer_prefix
+from hxaconv.model.names import is_attention
 
 
 class Buffers:
@@ -230,7 +230,7 @@ def main_dtype(plan: Mapping[str, Recipe]) -> str:
 
 def layer_bytes(plan: Mapping[str, Recipe], layer: int) -> int:
     """Bytes of one layer."""
-    prefix = layer_prefix(layer)
+    prefix = f"model.layers.{layer}."
     return sum(recipe.nbytes for name, recipe in plan.items() if name.startswith(prefix))
 
 

@@ -31,7 +31,7 @@ TRAITS = {
 """What a model may have that some releases fail on."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Releases:
     """Commits that behave alike."""
 
@@ -49,73 +49,30 @@ class Releases:
         """`7684d07 to 4e29bea (2025-08-25 to 2025-09-06)`."""
         return " to ".join(dict.fromkeys((self.commits[0], self.commits[-1]))) + f" ({self.days})"
 
-    def strategies(self, kind: str, traits: Iterable[str]) -> tuple[str, ...]:
-        """What works for a model with these traits."""
-        return () if self.fails & set(traits) else self.takes.get(kind, ())
-
 
 NEVER = frozenset({EXPERTS, MIXED, "hxa07a"})
+_NO_FOLDER = "folders end in KeyError: 'emb.weight'"
+_NO_BF16 = "strategy bf16 ends in ValueError: not enough values to unpack"
+_NO_PTH = "a .pth ends in AttributeError: no attribute 'tie_word_embeddings'"
+_NO_CONTEXT = "attention leaves out the tokens of the call at hand; folders end in a KeyError"
+_OTHER_LOGITS = "int8 gives other logits (its log calls that an attention numerical issue), bf16 ends in a ValueError"
+_INT8, _BOTH = ("int8",), ("bf16", "int8")
+_EARLY, _LATE = NEVER | {WIDE, FIRST}, NEVER | {WIDE, BIASES, TIED}
+_AUGUST = frozenset({WIDE, BIASES, TIED, MIXED, "hxa07a"})
 TABLE = (
+    Releases(("309d06e", "f222cc2", "1146ed2", "9274f0f"), "2025-07-06 to 2025-07-13", {}, why=_NO_CONTEXT),
+    Releases(("ca5d432",), "2025-07-14", {PTH: ("bf16",)}, _EARLY, _NO_FOLDER),
+    Releases(("c46bbbf", "d1e2cfa", "b53f9a5"), "2025-07-15 to 2025-07-27", {PTH: _BOTH}, _EARLY, _NO_FOLDER),
+    Releases(("a1e7fab", "9f65f1c"), "2025-08-12 to 2025-08-14", {PTH: _INT8, FOLDER: _INT8}, _AUGUST, _NO_BF16),
+    Releases(("7a56c15", "7464a50", "c7baba7"), "2025-08-18 to 2025-08-21", {}, why=_OTHER_LOGITS),
     Releases(
-        commits=("309d06e", "f222cc2", "1146ed2", "9274f0f"),
-        days="2025-07-06 to 2025-07-13",
-        takes={},
-        why="attention leaves out the tokens of the call at hand; folders end in a KeyError",
+        ("7684d07", "6b8ca03", "4e29bea"), "2025-08-25 to 2025-09-06", {PTH: _INT8, FOLDER: _INT8}, _LATE, _NO_BF16
     ),
+    Releases(("dc98a2a", "c7f82d9"), "2025-09-16", {FOLDER: _BOTH}, _LATE, _NO_PTH),
+    Releases(("4947a78", "e45f11c"), "2025-10-17", {FOLDER: _BOTH}, frozenset({EXPERTS, MIXED}), _NO_PTH),
     Releases(
-        commits=("ca5d432",),
-        days="2025-07-14",
-        takes={PTH: ("bf16",)},
-        fails=NEVER | {WIDE, FIRST},
-        why="folders end in KeyError: 'emb.weight'",
-    ),
-    Releases(
-        commits=("c46bbbf", "d1e2cfa", "b53f9a5"),
-        days="2025-07-15 to 2025-07-27",
-        takes={PTH: ("bf16", "int8")},
-        fails=NEVER | {WIDE, FIRST},
-        why="folders end in KeyError: 'emb.weight'",
-    ),
-    Releases(
-        commits=("a1e7fab", "9f65f1c"),
-        days="2025-08-12 to 2025-08-14",
-        takes={PTH: ("int8",), FOLDER: ("int8",)},
-        fails=frozenset({WIDE, BIASES, TIED, MIXED, "hxa07a"}),
-        why="strategy bf16 ends in ValueError: not enough values to unpack",
-    ),
-    Releases(
-        commits=("7a56c15", "7464a50", "c7baba7"),
-        days="2025-08-18 to 2025-08-21",
-        takes={},
-        why="int8 gives other logits (its log calls that an attention numerical issue), bf16 ends in a ValueError",
-    ),
-    Releases(
-        commits=("7684d07", "6b8ca03", "4e29bea"),
-        days="2025-08-25 to 2025-09-06",
-        takes={PTH: ("int8",), FOLDER: ("int8",)},
-        fails=NEVER | {WIDE, BIASES, TIED},
-        why="strategy bf16 ends in ValueError: not enough values to unpack",
-    ),
-    Releases(
-        commits=("dc98a2a", "c7f82d9"),
-        days="2025-09-16",
-        takes={FOLDER: ("bf16", "int8")},
-        fails=NEVER | {WIDE, BIASES, TIED},
-        why="a .pth ends in AttributeError: no attribute 'tie_word_embeddings'",
-    ),
-    Releases(
-        commits=("4947a78", "e45f11c"),
-        days="2025-10-17",
-        takes={FOLDER: ("bf16", "int8")},
-        fails=frozenset({EXPERTS, MIXED}),
-        why="a .pth ends in AttributeError: no attribute 'tie_word_embeddings'",
-    ),
-    Releases(
-        commits=("5baa490",),
-        days="2025-10-22",
-        takes={FOLDER: ("bf16",)},
-        fails=frozenset({EXPERTS, MIXED}),
-        why="a .pth ends in AttributeError: no attribute 'tie_word_embeddings'; int8 leaves MLPs on the CPU",
+        *(("5baa490",), "2025-10-22", {FOLDER: ("bf16",)}, frozenset({EXPERTS, MIXED})),
+        f"{_NO_PTH}; int8 leaves MLPs on the CPU",
     ),
 )
 """All stored releases that know hxa079 and take rope_theta, the oldest first."""
@@ -166,8 +123,7 @@ def traits_of(plan: Plan, rwkv_architecture: str | None) -> tuple[str, ...]:
 
 def working(kind: str, traits: Iterable[str]) -> list[tuple[Releases, tuple[str, ...]]]:
     """The releases that take such a model in such a file, with their strategies; the newest last."""
-    traits = tuple(traits)
-    return [(r, found) for r in TABLE if (found := r.strategies(kind, traits))]
+    return [(r, r.takes[kind]) for r in TABLE if kind in r.takes and r.fails.isdisjoint(traits)]
 
 
 def loadmodel_body(config: StudentConfig, plan: Plan, kind: str, path: str) -> dict[str, Any]:
@@ -178,7 +134,9 @@ def loadmodel_body(config: StudentConfig, plan: Plan, kind: str, path: str) -> d
     release takes the model.
     """
     releases = working(kind, traits_of(plan, config.rwkv_architecture))
-    template = template_for(config)
+    keys = ("vocab_size", "hidden_size", "qk_norm")
+    of_its_size = (t for t in TEMPLATES if all(getattr(t, key) in (None, getattr(config, key)) for key in keys))
+    template = next(of_its_size, None)
     settings = {"rope_theta": config.rope_theta, "rms_norm_eps": config.rms_norm_eps} if kind == PTH else {}
     return {
         "model_filename": path,
@@ -188,12 +146,3 @@ def loadmodel_body(config: StudentConfig, plan: Plan, kind: str, path: str) -> d
         "template": template.name if template else None,
         "endtoken": template.endtoken if template else None,
     }
-
-
-def template_for(config: StudentConfig) -> Template | None:
-    """The tokenizer of RWKV-Infer's that is this student's, by its size."""
-    for template in TEMPLATES:
-        keys = ("vocab_size", "hidden_size", "qk_norm")
-        if all(getattr(template, key) in (None, getattr(config, key)) for key in keys):
-            return template
-    return None

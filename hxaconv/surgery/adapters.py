@@ -67,10 +67,10 @@ def _open(spec: str) -> _Opened:
             f"adapter {spec} does not exist", hint="Expected a folder or a file here; download it from the Hub first."
         )
     if path.is_file():
-        return _open_files(spec, [path])
+        return _open_file(spec, path)
     for name in _PEFT_WEIGHTS:
         if (path / name).is_file():
-            return _open_files(spec, [path / name])
+            return _open_file(spec, path / name)
     trained = find_trained(path, spec)
     if trained is not None:
         return _Opened(spec, trained.read(None)[1].tensors)
@@ -78,11 +78,10 @@ def _open(spec: str) -> _Opened:
     if len(files) != 1:
         names = [file.name for file in files]
         raise_all(f"adapter {spec} holds {len(files)} weight files:", names or ["none"], hint="Give one of them.")
-    return _open_files(spec, files)
+    return _open_file(spec, files[0])
 
 
-def _open_files(spec: str, files: list[Path]) -> _Opened:
-    (file,) = files
+def _open_file(spec: str, file: Path) -> _Opened:
     plan = read_contents(SourceFile.local(file, label=str(file))).tensors
     config = file.parent / ADAPTER
     if file.name in _PEFT_WEIGHTS or (config.is_file() and any("base_model.model." in name for name in plan)):
@@ -181,7 +180,16 @@ def _peft(found: _Opened, scale: float | None, kinds: Mapping[int, str] | None) 
     deltas: dict[str, tuple[Delta, ...]] = {}
     for module, parts in modules.items():
         factor = _peft_scale(module, parts, config, problems) * (1.0 if scale is None else scale)
-        _peft_module(module, parts, factor, deltas, problems)
+        if parts.keys() == {"lora_embedding_A", "lora_embedding_B"}:
+            pair = embedding_pair(parts["lora_embedding_A"], parts["lora_embedding_B"], factor)
+            deltas[f"{module}.weight"] = (pair,)
+        elif {"lora_A", "lora_B"} <= parts.keys() <= {"lora_A", "lora_B", "lora_B.bias", "lora_magnitude_vector"}:
+            norm = [row_normed(parts[name]) for name in ("lora_magnitude_vector",) if name in parts]
+            deltas[f"{module}.weight"] = (low_rank(parts["lora_A"], parts["lora_B"], factor), *norm)
+            if "lora_B.bias" in parts:
+                deltas[f"{module}.bias"] = (added(parts["lora_B.bias"], factor),)
+        else:
+            problems.append(f"{module} has {', '.join(sorted(parts))}")
     raise_all(f"{where} is not complete, or not merged here:", problems, hint=WITH_PEFT)
     return _canonical(found, deltas, whole, scale, kinds)
 
@@ -204,26 +212,6 @@ def _peft_scale(module: str, parts: Mapping[str, Recipe], config: Mapping[str, A
     if a is not None and a.shape[:1] != (rank,):
         problems.append(f"{module}: A has {list(a.shape)}, {ADAPTER} has rank {rank}")
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def _peft_module(
-    module: str,
-    parts: Mapping[str, Recipe],
-    scale: float,
-    deltas: dict[str, tuple[Delta, ...]],
-    problems: list[str],
-) -> None:
-    name = f"{module}.weight"
-    if parts.keys() == {"lora_embedding_A", "lora_embedding_B"}:
-        deltas[name] = (embedding_pair(parts["lora_embedding_A"], parts["lora_embedding_B"], scale),)
-    elif {"lora_A", "lora_B"} <= parts.keys() <= {"lora_A", "lora_B", "lora_B.bias", "lora_magnitude_vector"}:
-        deltas[name] = (low_rank(parts["lora_A"], parts["lora_B"], scale),)
-        if "lora_magnitude_vector" in parts:
-            deltas[name] += (row_normed(parts["lora_magnitude_vector"]),)
-        if "lora_B.bias" in parts:
-            deltas[f"{module}.bias"] = (added(parts["lora_B.bias"], scale),)
-    else:
-        problems.append(f"{module} has {', '.join(sorted(parts))}")
 
 
 def _rwkv(found: _Opened, scale: float | None, kinds: Mapping[int, str] | None) -> Adapter:

@@ -50,10 +50,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return BY_TORCH_NAME[str(dtype).removeprefix("torch.")].name
 
 
-def _product_dtype(source: str) -> torch.dtype:
-    return torch.float64 if source == "F64" else torch.float32
-
-
 @dataclass(frozen=True, slots=True)
 class Scaled:
     """factor * source in another dtype: the product in float32 (float64 for F64), rounded once.
@@ -71,7 +67,8 @@ class Scaled:
         """Each chunk of the source, converted in a buffer that is used again."""
         read_dtype, write_dtype = torch_dtype(self.source_dtype), torch_dtype(self.dtype)
         room = torch.frombuffer(buffers.compute, dtype=write_dtype)
-        products = torch.empty(len(buffers.read) // read_dtype.itemsize, dtype=_product_dtype(self.source_dtype))
+        wide = torch.float64 if read_dtype == torch.float64 else torch.float32
+        products = torch.empty(len(buffers.read) // read_dtype.itemsize, dtype=wide)
         with one_thread():
             for chunk in self.source.chunks(buffers):
                 values = _values(chunk, read_dtype)

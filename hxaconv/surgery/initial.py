@@ -23,14 +23,14 @@ from hxaconv.formats.files import Extent, SourceFile
 from hxaconv.model.config import StudentConfig, unpublished
 from hxaconv.model.names import mixer_prefix
 from hxaconv.model.plan import Buffers, Plan, Ranges, Recipe
-from hxaconv.model.variants.base import Orthogonal, Parameter
+from hxaconv.model.variants.base import Orthogonal
 from hxaconv.surgery.arithmetic import Computed, computed, one_thread
 
 CHOLESKY_RATIO = 4
 """Height over width from which the condition number of a normal matrix is about 3 at most."""
 
 
-def orthogonal(shape: tuple[int, int], seed: int, name: str, gain: float) -> torch.Tensor:
+def orthogonal(shape: tuple[int, ...], seed: int, name: str, gain: float) -> torch.Tensor:
     """A semi-orthogonal (rows, columns) matrix times the gain, and sqrt(rows/columns) where rows > columns.
 
     Normal numbers from Philox keyed by seed and name, orthonormalised in float64 on one thread.
@@ -70,30 +70,22 @@ def initial_parameters(config: StudentConfig, layer: int, seed: int, dtype: str)
     if config.variant.ranks is None:
         raise unpublished(config.rwkv_architecture)
     plan: Plan = {}
-    shapes = config.variant.shapes(config)
-    for parameter in config.variant.parameters:
-        if parameter.name in shapes:
-            name = mixer_prefix(layer) + parameter.name
-            plan[name] = _recipe(parameter, name, shapes[parameter.name], config, layer, seed, dtype)
+    initials = {parameter.name: parameter.initial for parameter in config.variant.parameters}
+    for parameter, shape in config.variant.shapes(config).items():
+        name, initial, origin = mixer_prefix(layer) + parameter, initials[parameter], "published initial value"
+        if initial == 0.0:
+            plan[name] = Recipe(dtype, shape, Ranges((Extent(None, 0, num_bytes(dtype, shape)),), "init"), origin)
+            continue
+        make: Callable[[], torch.Tensor]
+        if isinstance(initial, Orthogonal):
+            make, origin = partial(orthogonal, shape, seed, name, initial.gain), f"{origin}, seed {seed}"
+        elif isinstance(initial, float):
+            make = partial(torch.full, shape, initial)
+        else:
+            assert initial is not None
+            make = partial(initial, config, layer)
+        plan[name] = computed(make, dtype, shape, origin)
     return plan
-
-
-def _recipe(
-    parameter: Parameter, name: str, shape: tuple[int, ...], config: StudentConfig, layer: int, seed: int, dtype: str
-) -> Recipe:
-    initial, origin = parameter.initial, "published initial value"
-    if initial == 0.0:
-        return Recipe(dtype, shape, Ranges((Extent(None, 0, num_bytes(dtype, shape)),), "init"), origin)
-    if isinstance(initial, Orthogonal):
-        rows, columns = shape
-        make: Callable[[], torch.Tensor] = partial(orthogonal, (rows, columns), seed, name, initial.gain)
-        origin += f", seed {seed}"
-    elif isinstance(initial, float):
-        make = partial(torch.full, shape, initial)
-    else:
-        assert initial is not None
-        make = partial(initial, config, layer)
-    return computed(make, dtype, shape, origin)
 
 
 @dataclass(frozen=True, slots=True)
