@@ -242,6 +242,17 @@ def test_fused_experts_are_split_bit_by_bit(transposed: bool, teacher: Path, tmp
         load_model(str(folder))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fused_experts_that_are_views_of_others_are_refused(transposed: bool, teacher: Path, tmp_path: Path) -> None:
+    folder = fused(teacher, tmp_path / "fused", transposed=transposed)
+    tensors = load_file(folder / "model.safetensors")
+    views = {name: x.mT.contiguous().mT if ".experts." in name else x for name, x in tensors.items()}
+    torch.save(views, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(HxaconvError, match="not stored contiguously"):
+        load_model(str(folder))
+
+
 def test_fused_experts_as_transformers_saves_them(teacher: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     if int(transformers.__version__.split(".")[0]) < 5:

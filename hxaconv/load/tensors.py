@@ -26,7 +26,7 @@ from hxaconv.model.names import (
     layer_kinds,
     template_of,
 )
-from hxaconv.model.plan import Divisible, Plan, Ranges, Recipe, check, rows
+from hxaconv.model.plan import Plan, Recipe, check, copied, rows, undivided
 
 GATE_UP, DOWN = (f"model.layers.{{i}}.{name}" for name in FUSED)
 """Experts as transformers 5 writes them, in one tensor."""
@@ -138,18 +138,16 @@ def _experts(name: str, plan: Plan, config: ModelConfig) -> Plan:
 def _expert_rows(recipe: Recipe, expert: int, matrix: tuple[int, int], first: int, number: int, turned: bool) -> Recipe:
     """Rows of one expert's matrix; `turned`: they are stored as columns."""
     height, width = matrix
-    itemsize, make = BY_NAME[recipe.dtype].itemsize, recipe.make
     origin = f"{recipe.origin}[{expert}] {'columns' if turned else 'rows'} {first}:{first + number}"
-    if turned:
-        assert isinstance(make, Ranges)
-        extent = make.extents[0]
-        assert extent.file is not None
-        offset = extent.offset + (expert * height * width + first) * itemsize
-        strided = Strided(extent.file, offset, itemsize, (number, width), (1, height))
-        return Recipe(recipe.dtype, (number, width), strided, origin)
-    assert isinstance(make, Divisible)
-    part = make.part((expert * height + first) * width * itemsize, number * width * itemsize)
-    return Recipe(recipe.dtype, (number, width), part, origin)
+    if not turned:
+        all_rows = replace(recipe, shape=(recipe.shape[0] * height, width))
+        return rows(all_rows, expert * height + first, expert * height + first + number, origin)
+    itemsize, extent = BY_NAME[recipe.dtype].itemsize, copied(recipe).extents[0]
+    if extent.nbytes != recipe.nbytes or extent.file is None:
+        raise undivided(recipe)
+    offset = extent.offset + (expert * height * width + first) * itemsize
+    make = Strided(extent.file, offset, itemsize, (number, width), (1, height))
+    return Recipe(recipe.dtype, (number, width), make, origin)
 
 
 def complete(student: Model) -> Model:

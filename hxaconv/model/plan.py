@@ -156,7 +156,8 @@ def has_rows(recipe: Recipe) -> bool:
     return isinstance(recipe.make, Divisible)
 
 
-def _undivided(recipe: Recipe) -> HxaconvError:
+def undivided(recipe: Recipe) -> HxaconvError:
+    """What is said of a tensor whose rows cannot be made alone."""
     return HxaconvError(
         f"{recipe.origin} is not stored contiguously, so that its rows can be neither split nor padded",
         hint="Save the state dict with contiguous tensors: {k: v.contiguous() for k, v in state_dict.items()}.",
@@ -173,34 +174,34 @@ def rows(recipe: Recipe, start: int, stop: int, origin: str) -> Recipe:
     """
     assert 0 <= start < stop <= recipe.shape[0]
     if not isinstance(recipe.make, Divisible):
-        raise _undivided(recipe)
+        raise undivided(recipe)
     row_bytes = recipe.nbytes // recipe.shape[0]
     part = recipe.make.part(start * row_bytes, (stop - start) * row_bytes)
     return Recipe(recipe.dtype, (stop - start, *recipe.shape[1:]), part, origin)
 
 
-def _copied(recipe: Recipe) -> Ranges:
+def copied(recipe: Recipe) -> Ranges:
     """The ranges of a tensor that is a copy.
 
     Raises:
         HxaconvError: for one that is stored transposed or as a slice of another, or is computed.
     """
     if not isinstance(recipe.make, Ranges):
-        raise _undivided(recipe)
+        raise undivided(recipe)
     return recipe.make
 
 
 def pad_rows(recipe: Recipe, num_rows: int) -> Recipe:
     """Zero rows below a copied matrix, up to `num_rows`."""
     more = (num_rows - recipe.shape[0]) * (recipe.nbytes // recipe.shape[0])
-    make = Ranges((*_copied(recipe).extents, Extent(None, 0, more)), "pad")
+    make = Ranges((*copied(recipe).extents, Extent(None, 0, more)), "pad")
     return Recipe(recipe.dtype, (num_rows, *recipe.shape[1:]), make, f"{recipe.origin} + zero rows")
 
 
 def pad_columns(recipe: Recipe, num_columns: int) -> Recipe:
     """Zero columns to the right of a copied matrix, up to `num_columns`."""
     assert len(recipe.shape) == 2
-    whole, itemsize = _copied(recipe), BY_NAME[recipe.dtype].itemsize
+    whole, itemsize = copied(recipe), BY_NAME[recipe.dtype].itemsize
     row_bytes, more = recipe.shape[1] * itemsize, (num_columns - recipe.shape[1]) * itemsize
     extents: list[Extent] = []
     for row in range(recipe.shape[0]):
