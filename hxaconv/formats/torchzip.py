@@ -13,8 +13,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats import Contents, FileLayout, Fill, Segment
@@ -199,26 +198,16 @@ def read_torchzip(file: SourceFile, key: str | None = None) -> Contents:
 # --- writing -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """One entry of the archive to be: its bytes, or the tensor that will be its bytes."""
+class _Record(NamedTuple):
+    """One entry of the archive to be."""
 
     path: bytes
     offset: int
     """Of its header."""
     data_offset: int
-    body: bytes | Fill
-
-    @property
-    def size(self) -> int:
-        return self.body.recipe.nbytes if isinstance(self.body, Fill) else len(self.body)
-
-    @property
-    def end(self) -> int:
-        return self.data_offset + self.size
-
-    def crc(self, tensors: Mapping[str, int]) -> int:
-        return tensors[self.body.name] if isinstance(self.body, Fill) else zlib.crc32(self.body)
+    size: int
+    crc: int | str
+    """Its checksum, or the name of the tensor whose checksum it is."""
 
 
 def file_layout(file_name: str, plan: Plan, *, ordered: bool = True) -> FileLayout:
@@ -238,22 +227,26 @@ def file_layout(file_name: str, plan: Plan, *, ordered: bool = True) -> FileLayo
     bodies: dict[str, bytes | tuple[str, Recipe]] = {"data.pkl": _pickled(plan, ordered), "byteorder": b"little"}
     bodies |= {f"data/{index}": item for index, item in enumerate(plan.items())}
     bodies["version"] = b"3\n"
-    records: list[_Record] = []
+    records, fills, known = [], [], []
     for name, body in bodies.items():
         path, size = f"{root}/{name}".encode(), body[1].nbytes if isinstance(body, tuple) else len(body)
         start = end + _LOCAL_SIZE + len(path) + len(_zip64(size, size)) + 4
         start += -start % ALIGNMENT
-        records.append(_Record(path, end, start, Fill(body[0], start, body[1]) if isinstance(body, tuple) else body))
-        end = records[-1].end
+        if isinstance(body, tuple):
+            fills.append(Fill(body[0], start, body[1]))
+        else:
+            known.append((start, body))
+        records.append(_Record(path, end, start, size, body[0] if isinstance(body, tuple) else zlib.crc32(body)))
+        end = start + size
 
     def seal(crcs: Mapping[str, int]) -> list[Segment]:
-        headers = [(record.offset, _local_header(record, record.crc(crcs))) for record in records]
-        return [*headers, (end, _directory(records, crcs))]
+        sealed = [
+            record._replace(crc=crcs[record.crc] if isinstance(record.crc, str) else record.crc) for record in records
+        ]
+        return [*((record.offset, _local_header(record)) for record in sealed), (end, _directory(sealed))]
 
-    fills = tuple(record.body for record in records if isinstance(record.body, Fill))
-    known = tuple((record.data_offset, record.body) for record in records if isinstance(record.body, bytes))
-    size = end + len(_directory(records, dict.fromkeys(plan, 0)))
-    return FileLayout(file_name, size, lambda: known, fills, seal)
+    size = end + len(_directory([record._replace(crc=0) for record in records]))
+    return FileLayout(file_name, size, lambda: known, tuple(fills), seal)
 
 
 def _zip64(*values: int) -> bytes:
@@ -262,18 +255,18 @@ def _zip64(*values: int) -> bytes:
     return struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
 
 
-def _local_header(record: _Record, crc: int) -> bytes:
+def _local_header(record: _Record) -> bytes:
     zip64, size = _zip64(record.size, record.size), min(record.size, _LIMIT_32)
     padding = record.data_offset - (record.offset + _LOCAL_SIZE + len(record.path) + len(zip64) + 4)
     extra = zip64 + b"FB" + struct.pack("<H", padding) + b"Z" * padding
-    fields = (0, _UTF8_NAME, 0, 0, 0, crc, size, size, len(record.path), len(extra))
+    fields = (0, _UTF8_NAME, 0, 0, 0, record.crc, size, size, len(record.path), len(extra))
     return struct.pack("<4sHHHHHIIIHH", b"PK\3\4", *fields) + record.path + extra
 
 
-def _directory(records: Sequence[_Record], crcs: Mapping[str, int]) -> bytes:
+def _directory(records: Sequence[_Record]) -> bytes:
     """The central directory and its ends."""
-    start = records[-1].end
-    entries = b"".join(_central_entry(record, record.crc(crcs)) for record in records)
+    start = records[-1].data_offset + records[-1].size
+    entries = b"".join(map(_central_entry, records))
     count, size = len(records), len(entries)
     zip64_end = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 0x031E, 45, 0, 0, count, count, size, start)
     locator = struct.pack("<4sIQI", b"PK\6\7", 0, start + size, 1)
@@ -282,10 +275,10 @@ def _directory(records: Sequence[_Record], crcs: Mapping[str, int]) -> bytes:
     return entries + zip64_end + locator + end
 
 
-def _central_entry(record: _Record, crc: int) -> bytes:
+def _central_entry(record: _Record) -> bytes:
     extra = _zip64(record.size, record.size, record.offset)
     size, offset = min(record.size, _LIMIT_32), min(record.offset, _LIMIT_32)
-    head = struct.pack("<4sHHHHHHIII", b"PK\1\2", 0, 0, _UTF8_NAME, 0, 0, 0, crc, size, size)
+    head = struct.pack("<4sHHHHHHIII", b"PK\1\2", 0, 0, _UTF8_NAME, 0, 0, 0, record.crc, size, size)
     tail = struct.pack("<HHHHHII", len(record.path), len(extra), 0, 0, 0, 0, offset)
     return head + tail + record.path + extra
 

@@ -79,7 +79,17 @@ def read_zero(folder: Path, label: str, weights: str | None = None) -> tuple[lis
     if weights not in (None, "master", "model"):
         raise HxaconvError(f"--weights {weights}: {label} has master and model weights", hint="Leave --weights out.")
     names = _states(folder)
-    _refuse_other_layouts(names, label)
+    matches = {name: _RANK.match(name) for name in names}
+    hint = "Convert it with DeepSpeed's ds_to_universal.py or the trainer's own export, then convert the result."
+    other = [show(name) for name, match in matches.items() if match is None]
+    raise_all(f"{label}: files of a pipeline- or expert-parallel model, which are not put together:", other, hint=hint)
+    parallel = {match[2] for match in matches.values() if match}
+    if len(parallel) > 1:
+        raise HxaconvError(
+            f"{label}: the model was split over {len(parallel)} tensor-parallel ranks (mp_rank_{min(parallel)} to"
+            f" mp_rank_{max(parallel)}), which are not put together",
+            hint=hint,
+        )
     models, optimizers = (
         _opened(folder, [name for name in names if name.endswith(kind)], label) for kind in (_MODEL, _OPTIMIZER)
     )
@@ -113,20 +123,6 @@ def read_zero(folder: Path, label: str, weights: str | None = None) -> tuple[lis
         archive.file.header_digest = archive.digest()
     facts |= {"nested_under": None, "ignored": ignored}
     return [archive.file for archive in opened], Contents(container="zero", tensors=plan, extra=facts)
-
-
-def _refuse_other_layouts(names: Iterable[str], label: str) -> None:
-    matches = {name: _RANK.match(name) for name in names}
-    hint = "Convert it with DeepSpeed's ds_to_universal.py or the trainer's own export, then convert the result."
-    other = [show(name) for name, match in matches.items() if match is None]
-    raise_all(f"{label}: files of a pipeline- or expert-parallel model, which are not put together:", other, hint=hint)
-    parallel = {match[2] for match in matches.values() if match}
-    if len(parallel) > 1:
-        raise HxaconvError(
-            f"{label}: the model was split over {len(parallel)} tensor-parallel ranks (mp_rank_{min(parallel)} to"
-            f" mp_rank_{max(parallel)}), which are not put together",
-            hint=hint,
-        )
 
 
 def _opened(folder: Path, names: Iterable[str], label: str) -> dict[int, TorchZip]:

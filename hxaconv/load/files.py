@@ -176,7 +176,17 @@ def select_weights(folder: Folder) -> tuple[list[str], Index | None]:
             chosen = [single] if single in of_kind else of_kind
             odd = [show(name) for name in chosen if not name.isprintable()]
             raise_all(f"{folder.label}: files whose names cannot be printed:", odd, hint="Rename them.")
-            _refuse_missing_parts(chosen, folder.label)
+            numbers: dict[tuple[str, int], set[int]] = {}
+            for name in chosen:
+                if part := SHARD.search(name):
+                    numbers.setdefault((name[: part.start()], int(part[2])), set()).add(int(part[1]))
+            missing = [
+                f"{one}: {len(there)} of {total} parts are there"
+                for (one, total), there in numbers.items()
+                if len(there) != total
+            ]
+            what = f"{folder.label}: shards are missing, and there is no index:"
+            raise_all(what, missing, hint="Download the folder again.")
             return chosen, None
     raise HxaconvError(f"{folder.label} has an index of an unknown name, and no weights that stand alone")
 
@@ -202,20 +212,6 @@ def _nothing(folder: Folder) -> HxaconvError:
         hint = f"These folders in it hold some: {', '.join(found[:8])}. Give one of them."
     count = len(folder.sizes)
     return HxaconvError(f"{folder.label} holds no weights ({count} other file{'s' if count != 1 else ''})", hint=hint)
-
-
-def _refuse_missing_parts(names: Iterable[str], label: str) -> None:
-    numbers: dict[tuple[str, int], set[int]] = {}
-    for name in names:
-        part = SHARD.search(name)
-        if part:
-            numbers.setdefault((name[: part.start()], int(part[2])), set()).add(int(part[1]))
-    missing = [
-        f"{stem}: {len(found)} of {total} parts are there"
-        for (stem, total), found in numbers.items()
-        if len(found) != total
-    ]
-    raise_all(f"{label}: shards are missing, and there is no index:", missing, hint="Download the folder again.")
 
 
 def _from_index(folder: Folder, index: str, weight_map: Any, weights: list[str]) -> tuple[list[str], Index]:

@@ -189,8 +189,8 @@ FAULTS = (
     Fault(
         "wrong CRC in the zip",
         "formats/torchzip.py",
-        "tensors[self.body.name] if",
-        "tensors[self.body.name] ^ 1 if",
+        "crcs[r.crc] if",
+        "crcs[r.crc] ^ 1 if",
         "to-pth",
     ),
     Fault(
