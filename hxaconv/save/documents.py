@@ -138,7 +138,8 @@ def partly_untrained(layers: Sequence[int]) -> str:
 
 def model_card(config: StudentConfig, raw: Mapping[str, Any], record: Record) -> bytes:
     """README.md with the Hub's front matter; `raw` is the config.json that the model came from, with its license."""
-    base = record.base_model  # a Hub id or a bare folder name, never a path
+    origin = record.sources.get("teacher") or record.sources.get("source")
+    base = origin.name if origin else None  # a Hub id or a bare folder name, never a path
     layers, gqa, name = config.num_hidden_layers, len(config.gqa_layers), config.rwkv_architecture
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
     if base and "/" in base:
@@ -152,6 +153,12 @@ def model_card(config: StudentConfig, raw: Mapping[str, Any], record: Record) ->
     section = f"\n{record.section}\n" if record.section else ""
     cache = kv_cache_bytes(gqa, config.num_key_value_heads, config.head_dim)
     state = state_bytes(layers - gqa, config.num_attention_heads, config.head_dim)
+    infer = (
+        "RWKV-Infer loads this folder as it is. A `.pth` made of it does not carry rope_theta and rms_norm_eps: pass\n"
+        f"`rope_theta={config.rope_theta:g}` and `rms_norm_eps={config.rms_norm_eps:g}`."
+    )
+    if config.hidden_size % 256:
+        infer = f"RWKV-Infer does not take it: hidden size {config.hidden_size} is no multiple of 256."
     return f"""---
 {lines}
 ---
@@ -186,7 +193,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True, dtype="auto")
 ```
 
-{_infer_text(config)}
+{infer}
 {section}
 ## How it was made
 
@@ -233,15 +240,6 @@ def calibration_section(report: CalibrationReport) -> str:
 
 def _spread(values: Sequence[float]) -> str:
     return f"{min(values):.3g} to {max(values):.3g}" if values else ""
-
-
-def _infer_text(config: StudentConfig) -> str:
-    if config.hidden_size % 256:
-        return f"RWKV-Infer does not take it: hidden size {config.hidden_size} is no multiple of 256."
-    return (
-        "RWKV-Infer loads this folder as it is. A `.pth` made of it does not carry rope_theta and rms_norm_eps: pass\n"
-        f"`rope_theta={config.rope_theta:g}` and `rms_norm_eps={config.rms_norm_eps:g}`."
-    )
 
 
 # hxaconv.json, or the key `hxaconv` of a sidecar

@@ -109,41 +109,32 @@ def ignore_from_now() -> None:
 
 
 @contextmanager
-def _handled() -> Iterator[Signals]:
-    """The program's signals, or, in another program, some that last as long as the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield Signals()  # signals interrupt the main thread only
-    elif _lasting is not None:
-        yield _lasting
-    else:
-        signals = Signals()
-        before = signals.install()
-        try:
-            yield signals
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-@contextmanager
 def interruptible(kept: Callable[[], str]) -> Iterator[Signals]:
     """What cuts the work inside short ends with the text that `kept` gives then: what is kept, how to go on.
+
+    Signals interrupt the main thread only. They are the program's; in another program, some that last as long as the
+    block.
 
     Raises:
         Interrupted: on Ctrl-C and SIGTERM.
         HxaconvError: when memory runs out.
     """
-    with _handled() as signals:
-        try:
-            signals.stop_if_requested()
-            yield signals
-        except KeyboardInterrupt as stop:
-            number = getattr(stop, "number", signal.SIGINT)
-            parts = ["Interrupted.", *getattr(stop, "__notes__", ()), kept()]
-            raise Interrupted(number, " ".join(parts)) from None
-        except (MemoryError, RuntimeError) as error:
-            failure = out_of_memory(error)
-            if failure is None:
-                raise
-            failure.hint = f"{failure.hint} {kept()}"
-            raise failure from error
+    here = threading.current_thread() is threading.main_thread()
+    signals = _lasting if _lasting is not None and here else Signals()
+    before = signals.install() if here and signals is not _lasting else {}
+    try:
+        signals.stop_if_requested()
+        yield signals
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        parts = ["Interrupted.", *getattr(stop, "__notes__", ()), kept()]
+        raise Interrupted(number, " ".join(parts)) from None
+    except (MemoryError, RuntimeError) as error:
+        failure = out_of_memory(error)
+        if failure is None:
+            raise
+        failure.hint = f"{failure.hint} {kept()}"
+        raise failure from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

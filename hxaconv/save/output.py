@@ -46,12 +46,6 @@ class Record:
     """More of hxaconv.json."""
 
     @property
-    def base_model(self) -> str | None:
-        """What the card calls the model it is made from: the teacher, where there is one."""
-        source = self.sources.get("teacher") or self.sources.get("source")
-        return source.name if source else None
-
-    @property
     def shell(self) -> Checkpoint | None:
         """The first source that has tensors beside its text model."""
         return next((source for source in self.sources.values() if source.shell), None)
@@ -94,11 +88,6 @@ class Output:
     def sidecar_name(self) -> str:
         """The JSON file beside a `.pth`."""
         return f"{self.target.stem}.json"
-
-    @property
-    def nbytes(self) -> int:
-        """Of all weight files."""
-        return sum(layout.size for layout in self.files)
 
     def sources(self) -> list[SourceFile]:
         """Every file that will be read."""
@@ -153,8 +142,14 @@ def lay_out(
         whole=whole,
         shell=shell,
     )
-    companions = _companions(output, copy_code=write.copy_code) if output.is_folder else {}
-    return _described(replace(output, copied_files=companions))
+    # Tokenizer and generation files of the sources, the first that has one wins; code only on request.
+    copied: dict[str, SourceFile] = {}
+    for source in record.sources.values() if output.is_folder else ():
+        wrapping = source.shell_files if shell else {}
+        code = {name: file for name, file in source.code_files.items() if write.copy_code and name not in CODE_FILES}
+        for name, file in {**source.companions, **wrapping, **code}.items():
+            copied.setdefault(name, file)
+    return _described(replace(output, copied_files=copied))
 
 
 def _described(output: Output) -> Output:
@@ -224,17 +219,6 @@ def _shell(record: Record, format: str) -> Plan:
             hint="Leave it out; it is for sources such as Mistral 3 and Qwen3-VL.",
         )
     return record.shell.shell
-
-
-def _companions(output: Output, *, copy_code: bool) -> dict[str, SourceFile]:
-    """Tokenizer and generation files of the sources, the first that has one wins; code only on request."""
-    found: dict[str, SourceFile] = {}
-    for checkpoint in output.record.sources.values():
-        wrapping = checkpoint.shell_files if output.shell else {}
-        code = {name: file for name, file in checkpoint.code_files.items() if copy_code and name not in CODE_FILES}
-        for name, file in (*checkpoint.companions.items(), *wrapping.items(), *code.items()):
-            found.setdefault(name, file)
-    return found
 
 
 def kept_shards(source: Checkpoint, before: Plan, after: Plan, max_shard_bytes: int) -> list[Shard] | None:

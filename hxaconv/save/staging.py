@@ -44,8 +44,8 @@ digests of all that decides the bytes."""
 class Staging:
     """The folder of one plan: a folder of files, or, by its target's suffix, one file with a sidecar."""
 
-    def __init__(self, path: Path, target: Path) -> None:
-        self.path, self.target = path, target
+    def __init__(self, path: Path, target: Path, record: PlanRecord = ({}, {})) -> None:
+        self.path, self.target, self.record = path, target, record
         self.content = path / "content"
         """The folder that files are written into."""
         self.checkpoint = self.content / target.name if target.suffix in FILE_SUFFIXES else self.content
@@ -75,7 +75,7 @@ class Staging:
             self.remove()
         return f"Nothing was written; {self.target} is as before."
 
-    def create(self, record: PlanRecord) -> None:
+    def create(self) -> None:
         """Make the folder, and record the plan.
 
         Raises:
@@ -83,7 +83,7 @@ class Staging:
         """
         self.content.mkdir(parents=True, exist_ok=True)
         if not (self.path / RECORD_NAME).exists():
-            self.write(self.path / RECORD_NAME, [json.dumps(record, indent=1).encode()])
+            self.write(self.path / RECORD_NAME, [json.dumps(self.record, indent=1).encode()])
             diskio.sync_folder(self.path)
             diskio.sync_folder(self.path.parent)
 
@@ -191,16 +191,16 @@ def _sha256(parts: Iterable[Any]) -> str:
     return found.hexdigest()
 
 
-def staging_of(target: Path, record: PlanRecord) -> Staging:
-    """The staging folder of a plan, whether it exists or not.
+def staging_of(output: Output, digest: str) -> Staging:
+    """The staging folder of an output, whether it exists or not.
 
     Raises:
         HxaconvError: for a target without a name.
     """
-    target = target.absolute()
+    target, record = output.target.absolute(), plan_record(output, digest)
     if target.name in ("", ".."):
         raise HxaconvError(f"{target} cannot be written: it has no name of its own", hint="Name a new file or folder.")
-    return Staging(target.with_name(f"{target.name}.partial-{_sha256([record[1]])[:12]}"), target)
+    return Staging(target.with_name(f"{target.name}.partial-{_sha256([record[1]])[:12]}"), target, record)
 
 
 def stagings_at(target: Path) -> list[Staging]:
@@ -209,34 +209,27 @@ def stagings_at(target: Path) -> list[Staging]:
     return [Staging(path, target) for path in found if (path / RECORD_NAME).is_file()]
 
 
-def refuse_other_plans(staging: Staging, record: PlanRecord) -> None:
+def refuse_other_plans(staging: Staging) -> None:
     """The reason why there is nothing to resume although interrupted runs on this target exist.
 
     Raises:
-        HxaconvError: when there are such runs.
+        HxaconvError: when there are such runs: with what people know by name and differs, else with digests that do.
     """
     for other in stagings_at(staging.target):
-        if other.path == staging.path:
-            continue
+        lines: list[str] = []
         try:
-            lines = differences(json.loads((other.path / RECORD_NAME).read_bytes()), record)
+            recorded = json.loads((other.path / RECORD_NAME).read_bytes())
+            for then, now in zip(recorded, staging.record, strict=True):
+                pairs = {key: (then.get(key, "not given"), now.get(key, "not given")) for key in {**then, **now}}
+                # Two spellings of one path are the same.
+                differing = {key: pair for key, pair in pairs.items() if len({*map(os.path.abspath, pair)}) > 1}
+                lines = lines or [f"{key}: {before} then, {after} now" for key, (before, after) in differing.items()]
         except (ValueError, TypeError, AttributeError, RecursionError):
             lines = [f"its {RECORD_NAME} cannot be read"]
         raise HxaconvError(
             f"{other.path} cannot be resumed, something has changed since it was begun:\n{bullet_list(lines)}",
             hint=f"Use the options and sources of then, or delete {other.path} and start without --resume.",
         )
-
-
-def differences(recorded: PlanRecord, current: PlanRecord) -> list[str]:
-    """In words, what two plan records differ in: what people know by name, else the digests."""
-    for then, now in zip(recorded, current, strict=True):
-        pairs = {key: (then.get(key, "not given"), now.get(key, "not given")) for key in {**then, **now}}
-        # Two spellings of one path are the same.
-        changed = {key: pair for key, pair in pairs.items() if len({*map(os.path.abspath, pair)}) > 1}
-        if changed:
-            return [f"{key}: {before} then, {after} now" for key, (before, after) in changed.items()]
-    return []
 
 
 # What is on disk already

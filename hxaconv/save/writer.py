@@ -22,10 +22,8 @@ from hxaconv.save.fill import Filling
 from hxaconv.save.interruption import Signals, interruptible
 from hxaconv.save.output import Output
 from hxaconv.save.staging import (
-    PlanRecord,
     Staging,
     journal,
-    plan_record,
     publish,
     read_journals,
     recover,
@@ -48,7 +46,7 @@ def refuse(output: Output, options: Write) -> None:
     Raises:
         HxaconvError: listing every problem.
     """
-    staging = staging_of(output.target, plan_record(output, options.digest))
+    staging = staging_of(output, options.digest)
     with diskio.explained(staging.path):
         checks.refuse_place(output, staging)
         checks.refuse_content(output, staging, overwrite=options.overwrite)
@@ -71,8 +69,7 @@ def write(
         CheckFailed: when the result is found wrong; it is kept beside the target and named.
         Interrupted: on Ctrl-C or SIGTERM; what is done is kept for --resume.
     """
-    record, first, report = plan_record(output, options.digest), ranks.rank() == 0, None
-    staging = staging_of(output.target, record)
+    staging, first, report = staging_of(output, options.digest), ranks.rank() == 0, None
     with diskio.explained(staging.path):
         needed = checks.bytes_needed(output)
 
@@ -91,7 +88,7 @@ def write(
         signals = stack.enter_context(interruptible(staging.what_is_kept))
         stack.enter_context(_ending_tidily(staging))
         with step():
-            complete = first and _reserve(output, staging, record, options, signals, needed)
+            complete = first and _reserve(output, staging, options, signals, needed)
         if not ranks.broadcast(complete):
             with step():
                 _fill(output, staging, options, signals, prepare, needed, progress)
@@ -128,9 +125,7 @@ def _ending_tidily(staging: Staging) -> Iterator[None]:
         raise
 
 
-def _reserve(
-    output: Output, staging: Staging, record: PlanRecord, options: Write, signals: Signals, needed: int
-) -> bool:
+def _reserve(output: Output, staging: Staging, options: Write, signals: Signals, needed: int) -> bool:
     """Make what is needed to write tensors, or find that all is published already (True)."""
     complete = False
     for other in stagings_at(staging.target):
@@ -146,10 +141,10 @@ def _reserve(
             hint="Add --resume to continue it, or delete that folder to start over.",
         )
     if options.resume and not staging.path.is_dir():
-        refuse_other_plans(staging, record)
+        refuse_other_plans(staging)
     if not count:
         staging.remove()
-    staging.create(record)
+    staging.create()
     for layout in output.files:
         with diskio.explained(staging.content / layout.name, f"reserving {layout.size} bytes", needed):
             staging.reserve(layout)
