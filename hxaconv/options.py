@@ -501,3 +501,14 @@ class Write(Group):
     def format_of(self, out: str) -> str:
         """The format of an output: as given, else by the suffix of its name."""
         return self.format or ("pth" if Path(out).suffix == ".pth" else "hf")
+
+
+def _show_what_is_taken() -> None:
+    """Signatures of the groups say what Python may give, which `convert` makes the field's own type of."""
+    for group in (Settings, Layers, Choice, Init):
+        for name, (_, option) in options_of(group).items():
+            if option.taken is not None:
+                group.__init__.__annotations__[name] = option.taken
+
+
+_show_what_is_taken()

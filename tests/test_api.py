@@ -327,5 +327,7 @@ def test_signatures_and_texts_are_those_of_python() -> None:
     taken = inspect.signature(hxaconv.init_from_teacher).parameters
     assert "Iterable[int]" in str(taken["gqa_layers"]) and "Mapping[str, float]" in str(taken["scale"])
     assert "Iterable" not in str(taken["preset"])
+    layers = inspect.signature(hxaconv.Layers).parameters
+    assert "Iterable[int]" in str(layers["gqa_layers"]) and "Iterable" not in str(layers["layer_map"])
     described = str(hxaconv.init_from_teacher.__doc__).partition("Command line:")
     assert 'With init="calibrated", the RWKV' in described[0] and "--gqa-layers" in described[2]

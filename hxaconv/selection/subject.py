@@ -18,7 +18,7 @@ from hxaconv.model import layer_maps
 from hxaconv.model.config import dropped_scaling, student_of
 from hxaconv.model.model import Checkpoint, Model
 from hxaconv.model.plan import main_dtype, source_files
-from hxaconv.options import Choice, Init, Settings, Tokens, options_of
+from hxaconv.options import Choice, Init, Settings, Tokens, Write, options_of
 from hxaconv.progress import Progress
 from hxaconv.save.interruption import interruptible
 from hxaconv.selection.advice import Advice, advise, strategy_of
@@ -27,11 +27,8 @@ from hxaconv.surgery.init import as_options, init_settings, new_student, parse_s
 from hxaconv.surgery.reshape import in_dtype, repick
 
 CHOOSING = tuple(name for name in options_of(Choice) if name not in ("layers", "allow_gqa_layer_0"))
-TOKENS = ("input_ids", "text", "tokens", "device")
-WRITING = (
-    *("max_shard_size", "format", "dry_run", "resume", "verify", "workers", "digest"),
-    *("allow_nonfinite", "push_to"),
-)
+TOKENS = tuple(options_of(Tokens))
+WRITING = tuple(name for name in options_of(Write) if name != "overwrite")
 
 
 @dataclass(frozen=True, slots=True)
