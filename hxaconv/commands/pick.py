@@ -69,13 +69,14 @@ def pick_gqa_layers(
     """Choose the layers that stay attention: change the choice, or get advice on it.
 
     With --layers, OUT is written with these as its GQA layers. Otherwise the layers of SOURCE, a teacher or a
-    student, are ranked by a strategy: without OUT that is the result, with OUT it is written with the best ones.
+    student, are ranked by a strategy (by default retrieval where there is text, else they are evenly spaced): without
+    OUT that is the result, with OUT it is written with the best ones.
     Layers that keep their kind keep their bits; others come from the checkpoint of --from where that has them in the
     new kind, else from the teacher: its attention as it is, or a time-mix initialised as init-from-teacher does.
 
     Command line:
         hxaconv pick-gqa-layers student/ student-2/ --layers 8,15,22,29,36,43 --teacher RekaAI/reka-flash-3
-        hxaconv pick-gqa-layers RekaAI/reka-flash-3 --count 6 --strategy retrieval --text sample.txt --save map.toml
+        hxaconv pick-gqa-layers RekaAI/reka-flash-3 --count 6 --text sample.txt --save map.toml
 
     Raises:
         HxaconvError: for layers that do not exist, or when no source has what a changed layer needs.
