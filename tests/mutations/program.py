@@ -189,8 +189,8 @@ FAULTS = (
     Fault(
         "wrong CRC in the zip",
         "formats/torchzip.py",
-        "crcs[r.crc] if",
-        "crcs[r.crc] ^ 1 if",
+        "crcs[record.crc] if",
+        "crcs[record.crc] ^ 1 if",
         "to-pth",
     ),
     Fault(
