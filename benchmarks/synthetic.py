@@ -32,7 +32,7 @@ from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import ModelConfig, TeacherConfig, student_of, teacher_config
 from hxaconv.model.layer_maps import uniform
 from hxaconv.model.names import stored_name
-from hxaconv.model.plan import Literal, Plan, Recipe
+from hxaconv.model.plan import Plan, Ranges, Recipe
 from hxaconv.options import parse_size
 from hxaconv.save.documents import student_json
 
@@ -239,7 +239,7 @@ def make(target: Path, wanted: Wanted) -> int:
     config, document = _config(raw, wanted)
     key_format = KEY_FORMATS[wanted.container]
     plan = {
-        stored_name(name, key_format): Recipe(wanted.dtype, shape, Literal(b""), "synthetic")
+        stored_name(name, key_format): Recipe(wanted.dtype, shape, Ranges(()), "synthetic")
         for name, shape in expected_tensors(config).items()
     }
     fill = None if wanted.sparse else Values(wanted.seed, config.head_dim).chunks

@@ -72,7 +72,7 @@ ROPE_IN_GQA = (
     if index in carry.caches:
 """,
 )
-HXA07C = ("k = k * (1 - w + a)  # w, not the decay", "k = k * (1 - (-w.exp()).exp() + a)")
+HXA07C = ("scale = (-w.exp()).exp() if by_decay else w", "scale = (-w.exp()).exp()")
 WRONG_FIRST = (
     "        v = v + (v_first",
     (

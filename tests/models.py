@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hxaconv.formats.files import SourceFile
 from hxaconv.forward.tokens import probe_tokens
 from hxaconv.load import load_teacher
 from hxaconv.load.checkpoint import open_checkpoint
@@ -19,6 +20,7 @@ from hxaconv.load.student import student_model
 from hxaconv.load.tensors import graft
 from hxaconv.model.config import student_of
 from hxaconv.model.model import Model
+from hxaconv.model.plan import Buffers
 from hxaconv.options import Settings
 from hxaconv.surgery.arithmetic import computed, tensor
 from hxaconv.surgery.init import PRESETS, InitSettings, init_from_teacher
@@ -96,3 +98,19 @@ def fresh(name: str = "qwen3_tiny", dtype: str = "BF16", gqa_layers: tuple[int, 
 def failed(report: Report) -> dict[str, str]:
     """Failed checks and their details."""
     return {check.name: check.detail for check in report.checks if not check.passed}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes that are at hand."""
+
+    data: bytes
+    kind: str = "init"
+
+    def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
+        """The bytes in one chunk."""
+        yield memoryview(self.data)
+
+    def sources(self) -> Iterable[SourceFile]:
+        """No files."""
+        return []

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from models import Literal
 
 from hxaconv.calibration.streaming import calibrate
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import TeacherConfig, student_of
 from hxaconv.model.model import Model
-from hxaconv.model.plan import Literal, Recipe
+from hxaconv.model.plan import Recipe
 from hxaconv.options import Choice, Fit
 from hxaconv.selection.advice import advise
 from hxaconv.selection.strategies import Given

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_TEACHER
-from models import GOLDEN
+from models import GOLDEN, Literal
 
 from hxaconv.calibration import descent, heads, time_mix
 from hxaconv.calibration.check import RECALL, recall
@@ -23,7 +23,7 @@ from hxaconv.load import load_teacher
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import TeacherConfig, student_of
 from hxaconv.model.model import Model
-from hxaconv.model.plan import Literal, Recipe, check
+from hxaconv.model.plan import Recipe, check
 from hxaconv.model.rope import Rope
 from hxaconv.options import Fit
 from hxaconv.surgery.arithmetic import tensor

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import Literal
 from safetensors import safe_open
 
 from hxaconv.errors import HxaconvError
 from hxaconv.formats import FileLayout, safetensors, torchzip
 from hxaconv.formats.dtypes import BY_NAME, BY_TORCH_NAME
-from hxaconv.model.plan import Buffers, Literal, Plan, Recipe
+from hxaconv.model.plan import Buffers, Plan, Recipe
 
 TORCH_DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import GOLDEN, student, teacher
+from models import GOLDEN, Literal, student, teacher
 from rich.console import Console
 
 from hxaconv.cli.tables import render_loaders
@@ -20,7 +20,7 @@ from hxaconv.formats.files import SourceFile
 from hxaconv.load.checkpoint import open_checkpoint
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Checkpoint
-from hxaconv.model.plan import Literal, Plan, Recipe
+from hxaconv.model.plan import Plan, Recipe
 from hxaconv.model.rwkv_infer import FOLDER, PTH, TABLE, loadmodel_body, working
 from hxaconv.save.documents import student_json
 from hxaconv.verification.lint import INFER_FOLDER, INFER_PTH, LLAMA_CPP, RWKV_INFER_KEYS, TRANSFORMERS, Verdict, lint

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults import FAULTS, Fault, measure
-from models import AGREEMENT, CASES, FACTORS, changed, expected, failed, fresh, ids, student, teacher
+from models import AGREEMENT, CASES, FACTORS, Literal, changed, expected, failed, fresh, ids, student, teacher
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from hxaconv.forward.logits import Likelihood
 from hxaconv.forward.tokens import checked_device
 from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
-from hxaconv.model.plan import Literal, Recipe
+from hxaconv.model.plan import Recipe
 from hxaconv.surgery.arithmetic import cast
 from hxaconv.verification.compare import Compute, Thresholds, compare_models, verify_model
 from hxaconv.verification.invariants import History, Made, check_against

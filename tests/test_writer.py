@@ -11,13 +11,14 @@ import zlib
 from pathlib import Path
 
 import pytest
+from models import Literal
 from writing import leftovers, output, plan_over, reference, source, tree, verified, write
 
 from hxaconv.errors import HxaconvError
 from hxaconv.formats import diskio
 from hxaconv.formats.dtypes import BY_NAME, count_nonfinite
 from hxaconv.formats.files import Extent, SourceFile
-from hxaconv.model.plan import Buffers, Literal, Ranges, Recipe
+from hxaconv.model.plan import Buffers, Ranges, Recipe
 from hxaconv.options import Write
 from hxaconv.save import fill, writer
 

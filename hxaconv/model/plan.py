@@ -36,15 +36,12 @@ class Bytes(Protocol):
     @property
     def kind(self) -> str:
         """`copy`, `scale`, `cast`, `init`, ...: the word for it in the plan's table."""
-        ...
 
     def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
         """Little-endian row-major bytes, in order; a chunk is valid until the next one is fetched."""
-        ...
 
     def sources(self) -> Iterable[SourceFile]:
         """The files that will be read."""
-        ...
 
 
 @runtime_checkable
@@ -53,7 +50,6 @@ class Divisible(Bytes, Protocol):
 
     def part(self, start: int, nbytes: int) -> Bytes:
         """The bytes [start, start + nbytes), both multiples of a row."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,22 +124,6 @@ def _zeros(count: int) -> Iterator[memoryview]:
         chunk = zeros[: min(count, len(zeros))]
         yield chunk
         count -= len(chunk)
-
-
-@dataclass(frozen=True, slots=True)
-class Literal:
-    """Bytes that are at hand."""
-
-    data: bytes
-    kind: str = "init"
-
-    def chunks(self, buffers: Buffers) -> Iterator[memoryview]:
-        """The bytes in one chunk."""
-        yield memoryview(self.data)
-
-    def sources(self) -> Iterable[SourceFile]:
-        """No files."""
-        return []
 
 
 def stored(dtype: str, shape: tuple[int, ...], file: SourceFile, offset: int, origin: str) -> Recipe:

@@ -251,16 +251,15 @@ def _rwkv(found: _Opened, scale: float | None, kinds: Mapping[int, str] | None) 
 
 def _rwkv_module(parts: Mapping[str, Recipe], scale: float | None) -> tuple[Delta, ...] | None:
     names = parts.keys()
-    factor = 1.0 if scale is None else scale
-    if names == {"lora_A", "lora_B"}:
-        return (low_rank(parts["lora_A"], parts["lora_B"], factor),)
-    if names == {"lora_A", "lora_B", "lora_M"}:
-        return low_rank(parts["lora_A"], parts["lora_B"], factor), column_normed(parts["lora_M"])
-    if names == {"lora_A", "lora_B", "init_lora_A", "init_lora_B"}:
-        first = low_rank(parts["init_lora_A"], parts["init_lora_B"], -1.0)
-        return first, low_rank(parts["lora_A"], parts["lora_B"], 1.0)
-    if len(names) == 1 and (only := parts.get("bone", parts.get("disha"))) is not None:
-        if len(only.shape) == 3:
-            return (blockwise(only),)
-        return (repeated(only),) if len(only.shape) == 2 else None
+    if {"lora_A", "lora_B"} <= names:
+        factor = 1.0 if scale is None or "init_lora_A" in names else scale
+        pair = low_rank(parts["lora_A"], parts["lora_B"], factor)
+        if names == {"lora_A", "lora_B"}:
+            return (pair,)
+        if names == {"lora_A", "lora_B", "lora_M"}:
+            return pair, column_normed(parts["lora_M"])
+        if names == {"lora_A", "lora_B", "init_lora_A", "init_lora_B"}:
+            return low_rank(parts["init_lora_A"], parts["init_lora_B"], -1.0), pair
+    elif len(names) == 1 and (only := parts.get("bone", parts.get("disha"))) is not None and 2 <= len(only.shape) <= 3:
+        return (blockwise(only) if len(only.shape) == 3 else repeated(only),)
     return None

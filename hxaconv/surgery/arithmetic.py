@@ -113,7 +113,6 @@ class Rounded(Bytes, Protocol):
 
     def exact(self) -> tuple[Bytes, str]:
         """The same before the rounding, and its dtype."""
-        ...
 
 
 def scaled(recipe: Recipe, factor: float, dtype: str, origin: str) -> Recipe:

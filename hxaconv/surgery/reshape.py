@@ -72,22 +72,12 @@ def repick(
 
     All tensors of layers that keep their kind, and everything outside the mixers, stay as they are.
     """
-    plan = {name: recipe for name, recipe in student.items() if not _changes(name, old, new)}
-    for layer in range(new.num_hidden_layers):
-        if old.layer_kind(layer) == new.layer_kind(layer):
-            continue
+    changed = [i for i in range(new.num_hidden_layers) if old.layer_kind(i) != new.layer_kind(i)]
+    plan = {n: r for n, r in student.items() if not is_attention(n) or layer_index(n) not in changed}
+    for layer in changed:
         if source_student is not None and source_student.student.layer_kind(layer) == new.layer_kind(layer):
-            plan |= _mixer(source_student.plan, layer, "trained ")
+            mixer = {n: r for n, r in source_student.plan.items() if n.startswith(mixer_prefix(layer))}
+            plan |= {n: with_origin(r, f"trained {r.origin}") for n, r in mixer.items()}
         else:
             plan |= mixer_from_teacher(teacher, new, layer, settings)
     return in_order(plan, new, "the student with the new layers")
-
-
-def _changes(name: str, old: StudentConfig, new: StudentConfig) -> bool:
-    layer = layer_index(name)
-    return is_attention(name) and layer is not None and old.layer_kind(layer) != new.layer_kind(layer)
-
-
-def _mixer(plan: Plan, layer: int, prefix: str) -> Plan:
-    inside = mixer_prefix(layer)
-    return {n: with_origin(r, f"{prefix}{r.origin}") for n, r in plan.items() if n.startswith(inside)}

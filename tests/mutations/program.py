@@ -317,8 +317,8 @@ FAULTS = (
     Fault(
         "k scaled by the decay",
         "model/variants/hxa079.py",
-        "k = k * (1 - w + a)  # w, not the decay",
-        "k = k * (1 - (-w.exp()).exp() + a)",
+        "scale = (-w.exp()).exp() if by_decay else w",
+        "scale = (-w.exp()).exp()",
         "tests/test_reference.py",
     ),
     Fault(

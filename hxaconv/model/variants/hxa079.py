@@ -56,8 +56,8 @@ def ranks(attention_size: int) -> Ranks:
     )
 
 
-def time_mix(m: TimeMix) -> Tensor:
-    """(B, T, C) -> (B, T, C)."""
+def time_mix(m: TimeMix, by_decay: bool = False) -> Tensor:
+    """(B, T, C) -> (B, T, C); `by_decay` is what hxa07d differs in."""
     x = m.x
     r, k, v = m.rope(m.heads("receptance", "r_norm")), m.rope(m.heads("key", "k_norm")), m.heads("value")
     v_first, k_first = m.first(v, k)  # k after norm and RoPE
@@ -69,7 +69,8 @@ def time_mix(m: TimeMix) -> Tensor:
     a = m.by_head((m["a0"] + x @ m["a1"] @ m["a2"]).sigmoid())
     g = (x @ m["g1"]).sigmoid() @ m["g2"]
     kk = m.unit(k)
-    k = k * (1 - w + a)  # w, not the decay
+    scale = (-w.exp()).exp() if by_decay else w  # the decay, or the log of -log decay
+    k = k * (1 - scale + a)
     bonus = (r * k * m["r_k"]).sum(dim=-1, keepdim=True) * v
     y = m.recurrence(r, w, k, v, kk, a) * m.config.head_dim**-0.5 + bonus  # the bonus is not scaled
     return m.output(y.flatten(2) * g)

@@ -42,8 +42,8 @@ def ranks(attention_size: int) -> Ranks:
     )
 
 
-def time_mix(m: TimeMix) -> Tensor:
-    """(B, T, C) -> (B, T, C)."""
+def time_mix(m: TimeMix, by_decay: bool = False) -> Tensor:
+    """(B, T, C) -> (B, T, C); `by_decay` is what hxa07c differs in."""
     x = m.x
     r, k, v = m.rope(m.heads("receptance", "r_norm")), m.rope(m.heads("key", "k_norm")), m.heads("value")
     m.first(v, k)  # kept for readers of the carry; no later layer uses them
@@ -52,7 +52,8 @@ def time_mix(m: TimeMix) -> Tensor:
     a = m.by_head((m["a0"] + x @ m["a1"] @ m["a2"]).sigmoid())
     g = (x @ m["g1"]).sigmoid() @ m["g2"]
     kk = m.unit(k)
-    k = k * (1 - w + a)  # w, not the decay
+    scale = (-w.exp()).exp() if by_decay else w  # the decay, or the log of -log decay
+    k = k * (1 - scale + a)
     y = m.recurrence(r, w, k, v, kk, a) * m.config.head_dim**-0.5
     return m.output(y.flatten(2) * g)
 
