@@ -100,16 +100,7 @@ class Walk:
     ) -> None:
         self.dtype, self.device = dtype, device
         self.pool = Pool(workers, device)
-        self._plans: dict[str, dict[int | None, Plan]] = {}
-        self._experts: dict[str, dict[int | None, dict[int, Plan]]] = {}
-        for role, model in models.items():
-            layers, experts = self._plans.setdefault(role, {}), self._experts.setdefault(role, {})
-            for name, recipe in model.plan.items():
-                _, layer, expert = template_of(name)
-                of_layer = layers.setdefault(layer, {})
-                (of_layer if expert is None else experts.setdefault(layer, {}).setdefault(expert, {}))[name] = recipe
-        self._tracks = {role: Track(self, role, model) for role, model in models.items()}
-        self._held: dict[str, dict[str, Held]] = {role: {} for role in models}
+        self.tracks = {role: Track(self, role, model) for role, model in models.items()}
         self._arena = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> Walk:
@@ -120,38 +111,25 @@ class Walk:
         self.pool.__exit__(*what)
 
     def __getitem__(self, role: str) -> Track:
-        return self._tracks[role]
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """Of the models."""
-        return tuple(self._tracks)
+        return self.tracks[role]
 
     def layers(self, indices: Iterable[int] | None = None) -> Iterator[int]:
         """Load one layer of all models after the other; by default from the first to the last.
 
         Weights of a layer are valid until the next one: keep none of them. Experts are read when tokens go to them.
         """
-        count = max(track.config.num_hidden_layers for track in self._tracks.values())
+        count = max(track.config.num_hidden_layers for track in self.tracks.values())
         for layer in range(count) if indices is None else indices:
-            self.hold({role: plan.get(layer, {}) for role, plan in self._plans.items()})
+            self.hold({role: track.plans.get(layer, {}) for role, track in self.tracks.items()})
             yield layer
         self.release()
 
-    def experts_of(self, role: str, layer: int) -> Mapping[int, Plan]:
-        """The tensors of each of a layer's experts."""
-        return self._experts[role].get(layer, {})
-
     def experts(self, layer: int) -> Iterator[int]:
         """Load one expert of a layer after the other, of all models, in place of what was held of the layer."""
-        plans = {role: self.experts_of(role, layer) for role in self._experts}
+        plans = {role: track.experts.get(layer, {}) for role, track in self.tracks.items()}
         for expert in sorted({expert for found in plans.values() for expert in found}):
             self.hold({role: found.get(expert, {}) for role, found in plans.items()})
             yield expert
-
-    def outside(self, role: str) -> Plan:
-        """The tensors of a model that are in no layer."""
-        return self._plans[role].get(None, {})
 
     def slices(self, recipes: Mapping[str, Recipe], name: str) -> Iterator[tuple[int, int]]:
         """Hold a large matrix of each role under one name, some rows at a time: (first row, first one after)."""
@@ -184,10 +162,10 @@ class Walk:
             for name, recipe in plan.items():
                 first = known.get(key := (name, recipe.dtype, recipe.shape))
                 if first is not None and first.recipe.make == recipe.make:
-                    self._held[role][name] = first
+                    self.tracks[role].held[name] = first
                     continue
                 held.append(one := Held(recipe, used))
-                self._held[role][name] = one
+                self.tracks[role].held[name] = one
                 used += -(-recipe.nbytes // ALIGNMENT) * ALIGNMENT
                 if first is None:
                     known[key] = one
@@ -202,7 +180,7 @@ class Walk:
         for first in known.values():
             for role, name, twin in first.twins:
                 if twin not in differing:
-                    self._held[role][name] = first
+                    self.tracks[role].held[name] = first
         self._read(list(differing))
 
     def _read(self, held: Sequence[Held]) -> set[Held]:
@@ -225,13 +203,12 @@ class Walk:
         return differing
 
     def _forget(self) -> None:
-        for track in self._tracks.values():
-            track.cast.clear()
-        self._held = {role: {} for role in self._tracks}
+        for track in self.tracks.values():
+            track.cast, track.held = {}, {}
 
     def held(self, role: str) -> Mapping[str, Held]:
         """What is in memory of a model now; nothing of one that is not there. What two have alike is one `Held`."""
-        return self._held.get(role, {})
+        return self.tracks[role].held if role in self.tracks else {}
 
     def product(self, x: Tensor, stored: Tensor) -> Tensor:
         """x (tokens, columns) times some rows of a weight as it is stored -> (tokens, rows)."""
@@ -249,14 +226,24 @@ class Track:
         self.model, self.config = model, model.config
         self.reference = reference_of(model)
         self._walk, self.role = walk, role
+        self.plans: dict[int | None, Plan] = {}
+        """Layer -> its tensors; None -> those that are in no layer."""
+        self.experts: dict[int | None, dict[int, Plan]] = {}
+        """Layer -> expert -> its tensors."""
+        for name, recipe in model.plan.items():
+            _, layer, expert = template_of(name)
+            of_layer = self.plans.setdefault(layer, {})
+            (of_layer if expert is None else self.experts.setdefault(layer, {}).setdefault(expert, {}))[name] = recipe
+        self.held: dict[str, Held] = {}
+        """What is in memory now."""
         self.cast: dict[str, Tensor] = {}
-        """Small weights of the layer at hand, in the compute dtype."""
+        """Small weights of it in the compute dtype."""
 
     def weight(self, name: str) -> Tensor:
         """A weight for the reference forward: in the compute dtype, a large one as a Matrix."""
         if name in self.cast:
             return self.cast[name]
-        held = self._walk.held(self.role).get(name)
+        held = self.held.get(name)
         stored = (tensor(self.model.plan[name]) if held is None else held.values).to(self._walk.device)
         if stored.dim() == 2 and stored.numel() > SMALL:
             return cast(Tensor, Matrix(stored, self._walk.dtype, self._walk.pool))

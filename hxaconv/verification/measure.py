@@ -42,8 +42,8 @@ class Pass:
         self, report: Report, walk: Walk, dump: Dump | None, claims: Collection[Claim], each_layer: bool
     ) -> None:
         self.report, self.walk, self.dump, self.claims, self.each_layer = report, walk, dump, claims, each_layer
-        self.left, self.right = walk[MADE], walk[ORIGIN] if ORIGIN in walk.roles else None
-        self.plans = {role: with_head(walk[role].model) for role in walk.roles}
+        self.left, self.right = walk[MADE], walk.tracks.get(ORIGIN)
+        self.plans = {role: with_head(track.model) for role, track in walk.tracks.items()}
         self.tensors: dict[str, TensorResult] = {}
         self.broken: dict[str, None] = {}
         """Tensors with NaN or infinite values."""
@@ -60,7 +60,7 @@ class Pass:
         if ids is not None:
             self._start(ids)
         with bar(progress, "verifying", sum(total_bytes(track.model.plan) for track in tracks)) as advance:
-            for name in dict.fromkeys(name for track in tracks for name in walk.outside(track.role)):
+            for name in dict.fromkeys(name for track in tracks for name in track.plans.get(None, {})):
                 if name != end:
                     for _ in self._slices(name):
                         self._look()
@@ -179,13 +179,13 @@ class Pass:
     def _same(self, right: Track, index: int, mlp: bool = False) -> bool:
         """Whether the layer at hand, or its MLP, is one and the same of both models."""
         one, two = (
-            {name: held for name, held in self.walk.held(role).items() if not (mlp and is_attention(name))}
-            for role in (MADE, ORIGIN)
+            {name: held for name, held in track.held.items() if not (mlp and is_attention(name))}
+            for track in (self.left, right)
         )
         # Experts are not held: are they read from the same places?
         mine, theirs = (
-            {name: recipe.make for plan in self.walk.experts_of(role, index).values() for name, recipe in plan.items()}
-            for role in (MADE, ORIGIN)
+            {name: recipe.make for plan in track.experts.get(index, {}).values() for name, recipe in plan.items()}
+            for track in (self.left, right)
         )
         a, b = self.left.config, right.config
         settings = a == b and self.left.reference is right.reference
