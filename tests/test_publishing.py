@@ -107,7 +107,9 @@ def test_a_command_without_an_output_says_no_success(
 
 def wrong_crc(patch: pytest.MonkeyPatch) -> None:
     real = torchzip._central_entry
-    patch.setattr(torchzip, "_central_entry", lambda record, crc: real(record, crc ^ (record.size > 1000)))
+    patch.setattr(
+        torchzip, "_central_entry", lambda record: real(record._replace(crc=record.crc ^ (record.size > 1000)))
+    )
 
 
 def header(change: Callable[[dict[str, Any]], None]) -> Callable[[pytest.MonkeyPatch], None]:

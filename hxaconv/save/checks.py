@@ -296,6 +296,6 @@ def _zip_tensors(path: Path) -> dict[str, list[Any]]:
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         for info in entries.values():
-            if info.file_size <= SMALL_BYTES or "/data/" in info.filename:
+            if info.file_size <= SMALL_BYTES or "/data/" not in info.filename:
                 archive.read(info)
     return {name: [info.CRC, info.file_size] for name, info in entries.items() if name.startswith("data/")}
