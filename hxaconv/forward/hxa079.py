@@ -72,16 +72,11 @@ def forward(ids: Tensor, get: Get, config: StudentConfig, carry: Carry | None = 
     carry = carry or Carry()
     x, hidden = embed(ids, get), []
     for index in range(config.num_hidden_layers):
-        x = layer(x, get, config, index, carry)
+        x = x + mixer(input_norm(x, get, config, index), get, config, index, carry)
+        x = feed_forward(x, get, config, index)
         hidden.append(x)
     carry.position += ids.shape[1]
     return logits(x, get, config), hidden
-
-
-def layer(x: Tensor, get: Get, config: StudentConfig, index: int, carry: Carry) -> Tensor:
-    """One block: (B, T, C) -> (B, T, C)."""
-    x = x + mixer(input_norm(x, get, config, index), get, config, index, carry)
-    return feed_forward(x, get, config, index)
 
 
 def mixer(
