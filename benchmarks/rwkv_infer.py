@@ -1,7 +1,7 @@
 """What RWKV-Infer's own Python makes of a folder and a `.pth`, on a CPU: it loads, and its logits are ours, or not.
 
     git clone https://github.com/OpenMOSE/RWKV-Infer
-    python benchmarks/rwkv_infer.py RWKV-Infer [COMMIT ...]     # commits: those of hxaconv/verification/loaders.py
+    python benchmarks/rwkv_infer.py RWKV-Infer [COMMIT ...]     # commits: those of hxaconv/model/rwkv_infer.py
 
 Nothing of RWKV-Infer is in this repository: its `rwkvengine/*.py` are taken from the clone, commit by commit, and run
 in processes of their own. Its kernels (Triton, int8 products, flash attention) are replaced by a few lines of torch of

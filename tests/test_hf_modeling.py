@@ -187,17 +187,6 @@ def test_chunked_recurrence_is_the_loop(tokens: int, size: int, decay: float) ->
         assert distance(code.wkv_chunked(*wrong)[0], expected) > 1e-3 * float(expected.abs().max())
 
 
-def test_chunked_recurrence_has_the_gradients_of_the_loop() -> None:
-    gradients = []
-    for form in (code.wkv_loop, code.wkv_chunked):
-        inputs = [x.requires_grad_() for x in recurrence_inputs(70, 8, torch.float64)]
-        y, state = form(*inputs)
-        (y.sin().sum() + state.cos().sum()).backward()
-        gradients.append([x.grad for x in inputs])
-    for one, other in zip(*gradients, strict=True):
-        assert distance(one, other) < 1e-10 * float(one.abs().max())
-
-
 STARTS = torch.zeros(2, 129, dtype=torch.bool)
 STARTS[0, [0, 3, 31, 32, 33, 70]] = STARTS[1, [1, 128]] = True  # within, at and across the bounds of chunks
 
@@ -223,16 +212,18 @@ def test_packed_recurrence_begins_anew(chunk: int) -> None:
             assert distance(form(*inputs)[0][row : row + 1], alone) > 1e-2  # one sequence after the other
 
 
-def test_packed_recurrence_has_the_gradients_of_the_loop() -> None:
+@pytest.mark.parametrize(("tokens", "starts"), [(70, None), (129, STARTS)], ids=["one sequence", "packed"])
+def test_chunked_recurrence_has_the_gradients_of_the_loop(tokens: int, starts: Any) -> None:
     gradients = []
     for form in (code.wkv_loop, code.wkv_chunked):
-        inputs = [x.requires_grad_() for x in recurrence_inputs(129, 8, torch.float64)]
-        y, state = form(*inputs, starts=STARTS)
+        inputs = [x.requires_grad_() for x in recurrence_inputs(tokens, 8, torch.float64)]
+        y, state = form(*inputs, starts=starts)
         (y.sin().sum() + state.cos().sum()).backward()
         gradients.append([x.grad for x in inputs])
     for one, other in zip(*gradients, strict=True):
         assert distance(one, other) < 1e-10 * float(one.abs().max())
-    assert distance(gradients[0][6][0], torch.zeros(())) == 0  # row 0 starts anew at once: its state has no part
+    # Packed, row 0 starts anew at once: its state has no part.
+    assert (distance(gradients[0][6][0], torch.zeros(())) == 0) == (starts is not None)
     assert distance(gradients[0][6][1], torch.zeros(())) > 0
 
 
@@ -646,13 +637,10 @@ def test_generation_goes_on_from_a_prepared_cache(model: Any) -> None:
 @pytest.mark.skipif(VERSION < (4, 53), reason="that version compiles every part, in one graph")
 def test_long_prompts_may_be_read_in_parts(reka: Any) -> None:
     tokens, mask = left_padded((50, 20))
-    whole = reka.generate(tokens, attention_mask=mask, max_new_tokens=10, **GREEDY)
-    parts = reka.generate(tokens, attention_mask=mask, max_new_tokens=10, prefill_chunk_size=16, **GREEDY)
-    assert parts.tolist() == whole.tolist()
-    every = torch.ones_like(mask)  # which recent versions drop
-    whole = reka.generate(tokens, attention_mask=every, max_new_tokens=10, **GREEDY)
-    parts = reka.generate(tokens, attention_mask=every, max_new_tokens=10, prefill_chunk_size=16, **GREEDY)
-    assert parts.tolist() == whole.tolist()
+    for seen in (mask, torch.ones_like(mask)):  # recent versions drop a mask of ones
+        settings = GREEDY | {"attention_mask": seen, "max_new_tokens": 10}
+        parts = reka.generate(tokens, prefill_chunk_size=16, **settings)
+        assert parts.tolist() == reka.generate(tokens, **settings).tolist()
 
 
 def test_speculation_is_refused_because_a_state_cannot_be_rolled_back(reka: Any) -> None:

@@ -68,10 +68,10 @@ def expert_problems(facts: Mapping[str, Any]) -> list[str]:
     """What is missing or cannot be, a line each."""
     if not facts:
         return []
+    values = {"decoder_sparse_step": 1} | dict(facts)
+    found = {key: values.get(key) for key in (*SIZES, "decoder_sparse_step")}
     problems = [
-        f"{key} is {facts.get(key)!r}, expected a positive whole number"
-        for key in (*SIZES, "decoder_sparse_step")
-        if not positive(facts.get(key, 1 if key == "decoder_sparse_step" else None))
+        f"{key} is {value!r}, expected a positive whole number" for key, value in found.items() if not positive(value)
     ]
     if not problems and facts["num_experts_per_tok"] > facts["num_experts"]:
         problems.append(f"num_experts_per_tok {facts['num_experts_per_tok']} of num_experts {facts['num_experts']}")

@@ -9,7 +9,7 @@ from hxaconv.errors import raise_all
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import StudentConfig
 from hxaconv.model.model import Model
-from hxaconv.model.names import is_attention, layer_index, mixer_prefix
+from hxaconv.model.names import is_attention, mixer_prefix
 from hxaconv.model.plan import Plan, check
 from hxaconv.options import Init
 
@@ -32,18 +32,18 @@ def parse_scale(text: str | None, preset: str) -> dict[str, float]:
     """
     factors, problems, seen = dict(PRESETS[preset]), [], set[str]()
     for part in filter(None, (text or "").split(",")):
-        name, _, value = part.partition("=")
+        name, _, value = map(str.strip, part.partition("="))
         try:
             number = float(value)
         except ValueError:
             number = float("nan")
-        if name.strip() not in factors or not abs(number) < float("inf"):
+        if name not in factors or not abs(number) < float("inf"):
             problems.append(f"{part!r} is not one of {', '.join(factors)} followed by =NUMBER")
-        elif name.strip() in seen:
-            problems.append(f"{name.strip()} is given twice")
+        elif name in seen:
+            problems.append(f"{name} is given twice")
         else:
-            factors[name.strip()] = number
-            seen.add(name.strip())
+            factors[name] = number
+        seen.add(name)
     raise_all("--scale is not understood:", problems, hint="It takes factors by name, such as receptance=0.5,value=0.3")
     return factors
 
@@ -83,15 +83,10 @@ def init_from_teacher(teacher: Plan, config: StudentConfig, settings: InitSettin
     """The student that section 5 of the specification describes; `teacher` has canonical names."""
     from hxaconv.surgery.arithmetic import cast
 
-    plan: Plan = {}
-    for name in expected_tensors(config):
-        if not is_attention(name):
-            plan[name] = cast(teacher[name], settings.dtype)
-            continue
-        layer = layer_index(name)
-        assert layer is not None
-        if name not in plan:
-            plan |= mixer_from_teacher(teacher, config, layer, settings)
+    outside = (name for name in expected_tensors(config) if not is_attention(name))
+    plan = {name: cast(teacher[name], settings.dtype) for name in outside}
+    for layer in range(config.num_hidden_layers):
+        plan |= mixer_from_teacher(teacher, config, layer, settings)
     return in_order(plan, config, "student")
 
 
