@@ -19,6 +19,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
 from hxaconv.forward.pool import Pool
+from hxaconv.forward.walk import Walk
 from hxaconv.load import load_teacher
 from hxaconv.model.architecture import expected_tensors
 from hxaconv.model.config import TeacherConfig, student_of
@@ -394,7 +395,7 @@ def test_a_teacher_that_breaks_down_is_named_and_on_request_keeps_the_plain_init
     broken, told = changed(small[0], name, lambda x: x * torch.inf), Stopping(None)
     with pytest.raises(HxaconvError, match=f"layer 1 is not finite:\n  - {name}: 480 of 480 values"):
         calibrate(broken, plain_student(broken), some_ids(broken), QUICK, progress=told)
-    assert [what for _, what in told.told if what] == ["layer 0"]
+    assert [what for _, what in told.told if what and what != "more text"] == ["layer 0"]
     found = calibrate(broken, plain_student(broken), some_ids(broken), QUICK, allow_nonfinite=True)
     assert [layer.fell_back for layer in found.report.layers] == [False, True, True]
     assert "not finite" in found.report.layers[1].warnings[0]
@@ -619,13 +620,30 @@ def test_what_cannot_be_calibrated_is_refused(small, thousand, proof):
 def test_spans_are_stretches_of_the_training_tokens_and_make_enough_of_them():
     ids = torch.arange(1, 2049).view(4, 512)
     training = training_tokens(ids)
-    rows = descent.spans(ids, training)
-    assert rows.shape == (13, 512) and torch.equal(rows, descent.spans(ids, training))
+    rows = descent.spans(ids, training, 64)
+    assert rows.shape == (13, 512) and torch.equal(rows, descent.spans(ids, training, 64))
+    assert len(descent.spans(ids, training, 192)) == 45 and len(descent.spans(ids, training, 0)) == 0
     assert int(rows.max()) <= 1536 and int(rows.min()) >= 1
     follows = (rows[:, 1:] == rows[:, :-1] + 1).double().mean()
     assert 0.9 < float(follows) < 0.99
-    assert len(descent.spans(ids.repeat(8, 1), training_tokens(ids.repeat(8, 1)))) == 0
-    assert len(descent.spans(ids.view(-1, 1), training.view(-1, 1))) == descent.MOST
+    assert len(descent.spans(ids.repeat(8, 1), training_tokens(ids.repeat(8, 1)), 64)) == 0
+    assert len(descent.spans(ids.view(-1, 1), training.view(-1, 1), 64)) == 16
+
+
+def test_steps_grow_with_the_text():
+    found = [descent.steps_of(64, training_tokens(torch.zeros(count, 512))) for count in (2, 8, 16, 32, 64)]
+    assert found == [64, 64, 96, 192, 192]
+
+
+def test_the_teacher_writes_over_half_of_the_tokens_what_it_says_there(small):
+    teacher = small[0]
+    ids = torch.randint(0, teacher.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(0))
+    found = []
+    for workers in (1, 2):
+        with torch.no_grad(), Walk({"teacher": teacher}, workers=workers) as walk:
+            found.append(descent.rewritten(ids, walk, "teacher", lambda layer: None))
+    assert torch.equal(*found) and torch.equal(found[0][:, 0], ids[:, 0])
+    assert 0.3 < float((found[0] != ids).double().mean()) < 0.6
 
 
 def test_a_narrowed_mixer_computes_the_same(small):

@@ -5,21 +5,25 @@ momentum that is made orthogonal head by head (Muon, see `polish`), and w0, a0 a
 |output - teacher's|^2 as a share of the sequence's |teacher's output|^2, on the teacher's own hidden states. The
 validation tokens choose the best moment on the way.
 
-A thousand tokens are learnt by heart within some dozen steps. `spans` makes more of them: the same text in other
-orders, about which the teacher is asked as about any text.
+A thousand tokens are learnt by heart within some dozen steps. More are made of them, about which the teacher is asked
+as about any text: the same text in other orders (`spans`), where half of the tokens are then replaced by what the
+teacher says there (`rewritten`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hxaconv.calibration.polish import OUTPUTS, TRAINED, scheduled, stepped
-from hxaconv.forward.pool import Pool
+from hxaconv.forward.pool import ROWS, Pool
+from hxaconv.forward.walk import Walk
+from hxaconv.model.names import layer_index
 
 MATRICES = tuple(f"{part}.weight" for part in TRAINED)
 RATE = 0.009
@@ -31,18 +35,31 @@ BATCH = 2
 """Sequences of a step, one for each worker."""
 LOOKS = 4
 """How often the validation tokens are looked at on the way."""
-TOKENS = 8192
-MOST = 16
-"""Fewer training tokens than TOKENS are completed to so many by `spans`, in MOST sequences at most."""
+TOKENS_OF_STEP, STEPS_OF_SEQUENCE = 128, 4
+"""Fewer training tokens than so many for each step are completed by spans, in a sequence for so many steps at most."""
 SHORTEST, LONGEST = 16, 128
 """Tokens of a span."""
+REWRITTEN = 0.5
+"""Of the tokens of added sequences, how many the teacher writes over."""
+TOKENS_OF_STEPS, MOST_STEPS = 4096, 3.0
+"""From so many training tokens on, steps grow in proportion to them, to MOST_STEPS times as many."""
 
 
-def spans(ids: Tensor, training: Tensor) -> Tensor:
-    """Sequences (count, T) of stretches of the training tokens among ids (B, T), so that there are TOKENS."""
+Best = tuple[Tensor, Tensor]
+"""Of some places, the highest noisy logit so far and its token."""
+
+
+def steps_of(steps: int, training: Tensor) -> int:
+    """How many steps are taken with these tokens of the text to train on, (B, T) as 1.0."""
+    return round(steps * min(MOST_STEPS, max(1.0, float(training.sum()) / TOKENS_OF_STEPS)))
+
+
+def spans(ids: Tensor, training: Tensor, steps: int) -> Tensor:
+    """Sequences (count, T) of stretches of the training tokens among ids (B, T), as many as so many steps want."""
     length, text = ids.shape[1], ids[training.bool().cpu()].numpy()
     random, rows = np.random.default_rng(0), []
-    for _ in range(min(MOST, -(-max(0, TOKENS - len(text)) // length))):
+    missing = -(-max(0, steps * TOKENS_OF_STEP - len(text)) // length)
+    for _ in range(min(-(-steps // STEPS_OF_SEQUENCE), missing)):
         row = np.empty(0, dtype=text.dtype)
         while len(row) < length:
             size = min(len(text), int(np.exp(random.uniform(math.log(SHORTEST), math.log(LONGEST)))))
@@ -50,6 +67,46 @@ def spans(ids: Tensor, training: Tensor) -> Tensor:
             row = np.concatenate([row, text[begin : begin + size]])
         rows.append(row[:length])
     return torch.from_numpy(np.stack(rows)) if rows else ids[:0]
+
+
+def rewritten(ids: Tensor, walk: Walk, role: str, advance: Callable[[int], None]) -> Tensor:
+    """ids (B, T) where a share REWRITTEN of the tokens is drawn from what a model says of the tokens before them.
+
+    The model is read once; `advance` is told each layer. Noise is drawn by seeds that name its place: threads change
+    nothing.
+    """
+    track, (count, length) = walk[role], ids.shape
+    streams = [track.start(row) for row in torch.split(ids, 1)]
+    for layer in range(track.config.num_hidden_layers):
+        plan = track.model.plan
+        walk.hold({role: {name: plan[name] for name in plan if layer_index(name) == layer}})
+        walk.pool.map(functools.partial(track.layer, index=layer), streams)
+        advance(layer)
+    seen = torch.split(torch.cat([track.final_norm(stream.x) for stream in streams]), ROWS)
+    best = [(x.new_full((len(x),), -torch.inf), torch.zeros(len(x), dtype=torch.long, device=x.device)) for x in seen]
+    for start, _ in walk.slices({role: track.head}, "head"):
+        block = walk.held(role)["head"].values
+
+        def drawn(i: int, start: int = start, block: Tensor = block, best: list[Best] = best) -> Best:
+            logits, (highest, token) = walk.product(seen[i], block), best[i]
+            # The largest of logits with Gumbel noise is a sample of their softmax.
+            largest, where = (logits - _uniform(logits.shape, start, i).log_().neg_().log_().to(logits)).max(dim=1)
+            better = largest > highest
+            return torch.where(better, largest, highest), torch.where(better, where + start, token)
+
+        best = walk.pool.map(drawn, range(len(seen)))
+    said = torch.cat([tokens for _, tokens in best]).view(count, length).cpu()
+    found = ids.clone()
+    over = _uniform((count, length - 1), -1, 0) < REWRITTEN
+    found[:, 1:] = torch.where(over, said[:, :-1], ids[:, 1:])
+    return found
+
+
+def _uniform(shape: Sequence[int], *place: int) -> Tensor:
+    seed = 0
+    for part in place:
+        seed = seed * 1000003 + part + 1
+    return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
 def descend(

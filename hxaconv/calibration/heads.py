@@ -56,6 +56,11 @@ STEPS = {
 """The parameters that `refine` moves, and how far a step goes, in units of STEP_SIZE; the gain's is of its own mean,
 whose size depends on the factors of the projections."""
 STEP_SIZE = 0.1
+STEPS_OF_GROUPS = 1.5
+"""Steps of a group for each step of the whole mixer that follows: they cost less."""
+MIX_PER_TOKEN = 1.5
+"""Where a head's mix has more elements (N^2) for each training token, a group takes no steps: the text would be learnt
+by heart, and `descent` comes out worse from there."""
 LAST_STEP_SIZE = 0.05
 """Of STEP_SIZE, where the cosine schedule ends."""
 MIX_PENALTY = 8.0
@@ -151,12 +156,16 @@ def start(group: Group) -> Parameters:
 
 
 def fit(group: Group, steps: int, check: Callable[[], None]) -> Parameters:
-    """The whole recipe; `check` is called before each step, and raises where the work is to end."""
+    """The whole recipe, for so many steps of the mixer that follow.
+
+    `check` is called before each step, and raises where the work is to end.
+    """
     p = start(group)
     decays = DECAYS + LONG_DECAYS * (group.q.shape[1] >= 1024)
     p = replace(p, decay_bias=choose(group, p, "decay_bias", [decay_bias_of(decay) for decay in decays]))
     p = replace(p, iclr_bias=choose(group, p, "iclr_bias", [_logit(iclr) for iclr in ICLRS]))
-    return refine(group, fit_bonus(group, p), steps, check)
+    few = group.q.shape[3] ** 2 > MIX_PER_TOKEN * float(group.training.sum())
+    return refine(group, fit_bonus(group, p), 0 if few else round(STEPS_OF_GROUPS * steps), check)
 
 
 def choose(group: Group, p: Parameters, name: str, candidates: list[float]) -> Tensor:

@@ -70,7 +70,7 @@ OPERATIONS_PER_CPU_SECOND = 5.5e10
 """5.1e10 at SmolLM2's shape, 6e10 at Reka's, on one core of a virtual machine with AVX-512."""
 M_MMAP_THRESHOLD = -3
 """Of malloc.h."""
-RECIPE = {"format": 2, "batch": BATCH, "passes": PASSES, "rate": RATE, "momentum": MOMENTUM, "looks": LOOKS}
+RECIPE = {"format": 3, "batch": BATCH, "passes": PASSES, "rate": RATE, "momentum": MOMENTUM, "looks": LOOKS}
 
 First = tuple[Tensor | None, Tensor | None]
 """v_first and k_first, or gradients of theirs; None before the first RWKV layer, and where a variant has none."""
@@ -435,10 +435,13 @@ def orthogonal(gradient: Tensor, size: int, output: bool, steps: int = 5) -> Ten
     for start in range(0, len(rows), HEADS * size):
         x = rows[start : start + HEADS * size].reshape(-1, size, rows.shape[1])
         x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-12)
+        # Every iteration multiplies x by a polynomial of x x': all of them are done on (N, N), and x moves once.
+        gram = x @ x.mT
+        whole = unit = torch.eye(gram.shape[1], dtype=x.dtype, device=x.device)
         for _ in range(steps):
-            gram = x @ x.mT
-            x = a * x + (b * gram + c * gram @ gram) @ x
-        found[start : start + HEADS * size] = x.flatten(0, 1) * rows.shape[1] ** 0.5
+            factor = a * unit + b * gram + c * gram @ gram
+            whole, gram = factor @ whole, factor @ gram @ factor
+        found[start : start + HEADS * size] = (whole @ x).flatten(0, 1) * rows.shape[1] ** 0.5
     return found.T if output else found
 
 

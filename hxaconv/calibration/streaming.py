@@ -82,9 +82,9 @@ def calibrate(
     check_enough(ids)
     count, training = len(ids), training_tokens(ids)
     trained = int(training.sum())
-    if settings.refine_steps:
-        ids = torch.cat([ids, descent.spans(ids, training)])
-    training = torch.cat([training, torch.ones(len(ids) - count, ids.shape[1])]).to(settings.device)
+    steps = descent.steps_of(settings.refine_steps, training)
+    added = descent.spans(ids, training, steps)
+    training = torch.cat([training, torch.ones(added.shape)]).to(settings.device)
     with ranks.together():
         if not allow_nonfinite and ranks.rank() == 0:
             _refuse_nonfinite(teacher, [name for name in teacher.plan if layer_index(name) is None])
@@ -100,14 +100,18 @@ def calibrate(
     with (
         ranks.together(),
         torch.no_grad(),
-        bar(progress, "calibrating", sum(sizes)) as advance,
+        bar(progress, "calibrating", sum(sizes) * (2 if len(added) else 1)) as advance,
         Walk(models, device=settings.device, workers=workers) as walk,
     ):
-        begin, x, first = kept or (0, walk[TEACHER].start(ids).x, None)
-        if begin:
-            advance(sum(sizes[:begin]), "resumed")
+        if kept is None:
+            if len(added):
+                added = descent.rewritten(added, walk, TEACHER, lambda i: advance(sizes[i], "more text"))
+            kept = 0, walk[TEACHER].start(torch.cat([ids, added])).x, None
+        else:
+            advance(sum(sizes) * bool(len(added)) + sum(sizes[: kept[0]]), "resumed")
+        begin, x, first = kept
         for layer in walk.layers(layers[begin:]):
-            one, name = _Layer(walk, layer, training, count, settings, allow_nonfinite), _name(layer)
+            one, name = _Layer(walk, layer, training, count, steps, settings, allow_nonfinite), _name(layer)
             seen = one.attention(x)
             if layer in asked and not (first and store.facts(name)):
                 fit = one.fit(seen, first)
@@ -263,7 +267,9 @@ class _Layer:
     layer: int
     training: Tensor
     text: int
-    """How many sequences are text; those after them are spans of it."""
+    """How many sequences are text; those after them are made of it."""
+    steps: int
+    """Of `descent`."""
     settings: Fit
     allow_nonfinite: bool
 
@@ -282,14 +288,15 @@ class _Layer:
         """The student's layer fitted to it; None where there is nothing to fit."""
         student, pool = self.walk[STUDENT].model, self.walk.pool
         config, rwkv = student.student, student.student.layer_kind(self.layer) == "rwkv"
-        steps = self.settings.refine_steps
-        if not rwkv and (self.layer in self.walk[TEACHER].config.nope_layers or not steps):
+        if not rwkv and (self.layer in self.walk[TEACHER].config.nope_layers or not self.steps):
             return None  # there is no RoPE to lose, or nothing is trained
         mixer, prefix = self._mixer(STUDENT), mixer_prefix(self.layer)
         dtypes = {name: torch_dtype(student.plan[prefix + name].dtype) for name in mixer}
         if not rwkv:
-            return attention.fit_kept(seen, self.text, mixer, dtypes, config, self.layer, steps, pool)
-        return RwkvLayer(seen, self.text, mixer, dtypes, first, config, self.layer, self.settings, pool).fit()
+            return attention.fit_kept(seen, self.text, mixer, dtypes, config, self.layer, self.steps, pool)
+        return RwkvLayer(
+            seen, self.text, mixer, dtypes, first, config, self.layer, self.steps, self.settings, pool
+        ).fit()
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The teacher's residual stream, moved through the second half of the layer."""

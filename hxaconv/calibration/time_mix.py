@@ -89,7 +89,7 @@ class RwkvLayer:
 
     seen: Attention
     text: int
-    """How many sequences are text; those after them are spans of it."""
+    """How many sequences are text; those after them are made of it."""
     weights: dict[str, Tensor]
     """Its plain mixer by short name (`w0`, `key.weight`), in float32."""
     dtypes: dict[str, torch.dtype]
@@ -97,6 +97,8 @@ class RwkvLayer:
     """v_first and k_first; None in the first RWKV layer."""
     config: StudentConfig
     layer: int
+    steps: int
+    """Of `descent`."""
     settings: Fit
     pool: Pool
 
@@ -211,8 +213,7 @@ class RwkvLayer:
             return hxa079.time_mix(seen.x[i : i + 1], get, self.config, self.layer, carry, chunked)[0]
 
         free = {name: weights[name] for name in (*descent.MATRICES, *descent.RATES) if name in weights}
-        steps = self.settings.refine_steps
-        return descent.descend(output, free, seen.with_bias, seen.training, self.config.head_dim, steps, self.pool)
+        return descent.descend(output, free, seen.with_bias, seen.training, self.config.head_dim, self.steps, self.pool)
 
     def _as_stored(self, seen: Attention, weights: dict[str, Tensor]) -> list[tuple[heads.Group, heads.Parameters]]:
         """The groups with their parameters as they stand in the weights: projections have the rotations in them."""
