@@ -17,9 +17,6 @@ import pytest
 import torch
 from hub_server import TOKEN, HubServer
 
-from hxaconv.errors import HxaconvError
-from hxaconv.save.run import push_folder
-
 ROOT = Path(__file__).parents[1]
 TEACHER = Path(__file__).parent / "golden" / "reka_tiny" / "teacher"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -350,8 +347,3 @@ def test_upload_refused(hub: Hub) -> None:
     found = hub.run(f"push_folder(Path({str(TEACHER)!r}), 'me/new')", token="hf_of_somebody_else")
     assert "The Hub refuses access to me/new (status 401)" in found
     assert "hf_of_somebody_else" not in found
-
-
-def test_upload_of_something_else(tmp_path: Path) -> None:
-    with pytest.raises(HxaconvError, match="is no finished model"):
-        push_folder(tmp_path, "me/new")

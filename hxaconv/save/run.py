@@ -267,15 +267,10 @@ def push_folder(path: Path, repo_id: str) -> str:
     sent again.
 
     Raises:
-        HxaconvError: when there is nothing finished at `path`, or the Hub refuses.
+        HxaconvError: when the Hub refuses.
     """
     from huggingface_hub import HfApi
 
-    if ".partial-" in path.name or not (path.is_file() or (path / "config.json").is_file()):
-        raise HxaconvError(
-            f"{path} is no finished model: expected a folder with config.json, or a .pth",
-            hint="Run the command that makes it to its end first.",
-        )
     api = HfApi()
     try:
         api.create_repo(repo_id, private=True, exist_ok=True)
