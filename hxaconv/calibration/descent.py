@@ -148,7 +148,9 @@ def descend(
     for step in range(steps):
         picked = [rows[(step * BATCH + i) % len(rows)] for i in range(min(BATCH, len(rows)))]
         found = pool.map(gradients, picked)
-        mean = {name: torch.stack(parts).mean(dim=0) for name, *parts in zip(moved, *found, strict=True)}
+        sums = (functools.reduce(Tensor.add_, parts) for parts in zip(*found, strict=True))
+        mean = {name: total.div_(len(found)) for name, total in zip(moved, sums, strict=True)}
+        del found
         update(mean, scheduled(1.0, step, steps))
         if step + 1 in looks and (error := validation()) < best:
             best, kept = error, {name: value.clone() for name, value in moved.items()}

@@ -121,7 +121,7 @@ def polish(
     Raises:
         HxaconvError: for too few tokens, and when the folder cannot be written.
     """
-    _return_large_blocks()
+    return_large_blocks()
     trained, held_out = sequences(ids, tokens)
     models = {TEACHER: teacher, STUDENT: student}
     store = Store(folder, fingerprint(models, ids.flatten()[:tokens].cpu().numpy(), {**RECIPE, "key": key}))
@@ -445,7 +445,7 @@ def orthogonal(gradient: Tensor, size: int, output: bool, steps: int = 5) -> Ten
     return found.T if output else found
 
 
-def _return_large_blocks() -> None:
+def return_large_blocks() -> None:
     """Have glibc give freed blocks of 4 MiB and more back to the system: by default each thread keeps those of up to
     32 MiB for later, which at Reka Flash 3's shape is a third of the peak."""
     if sys.platform == "linux":

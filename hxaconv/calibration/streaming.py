@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hxaconv import ranks
 from hxaconv.calibration import attention, descent
+from hxaconv.calibration.polish import return_large_blocks
 from hxaconv.calibration.report import CalibrationReport, LayerReport, settings_of
 from hxaconv.calibration.store import Store
 from hxaconv.calibration.time_mix import Attention, LayerFit, RwkvLayer
@@ -76,6 +77,7 @@ def calibrate(
         HxaconvError: when the student is not the teacher's or has been trained, for ids that are not its tokens
             or too few; at the first layer that is not finite.
     """
+    return_large_blocks()
     settings, store = settings or Fit(), store or Store(None)
     _check(teacher, student, ids)
     ids, warnings = cut(ids, settings.chunk)
