@@ -52,8 +52,8 @@ class Judge:
         from hxaconv.load import load_student, load_teacher
 
         teacher = load_teacher(str(real_model.BUILD / "teacher"))
-        student = load_student(str(real_model.BUILD / "students" / "fit"))
-        self.theirs, self.mine = real_model._Weights(teacher), real_model._Weights(student)
+        students = [load_student(str(real_model.BUILD / "students" / name)) for name in ("fit", "kept")]
+        self.theirs, (self.mine, self.kept) = real_model._Weights(teacher), map(real_model._Weights, students)
         held_out = torch.from_numpy(np.load(real_model.BUILD / "held_out.npy"))[ROWS]
         self.asked: list[tuple[str, Tensor, Tensor]] = [("kl", row, torch.arange(len(row))) for row in held_out]
         limits = {"repeat 64": 4, "repeat 256": 1, "lookup 64": 4, "lookup 256": 2}
@@ -84,7 +84,7 @@ class Judge:
         config = self.mine.config
         normed = hxa079.input_norm(x, self.mine.get, config, i)
         if kept:
-            x = x + hxa079.attention(normed, self.theirs.get, config, i, hxa079.Carry())
+            x = x + hxa079.attention(normed, self.kept.get, config, i, hxa079.Carry())
         else:
             x = x + hxa079.time_mix(normed, self.mine.get, config, i, carry, chunked)
             carry.states.clear()

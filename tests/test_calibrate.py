@@ -11,10 +11,11 @@ import torch
 from conftest import TINY_TEACHER
 from models import GOLDEN, Literal
 
-from hxaconv.calibration import descent, heads, time_mix
+from hxaconv.calibration import descent, heads, streaming, time_mix
 from hxaconv.calibration.check import RECALL, recall
 from hxaconv.calibration.store import Store, key_of, locked
 from hxaconv.calibration.streaming import calibrate, cut, training_tokens
+from hxaconv.calibration.time_mix import Attention
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079, llama
 from hxaconv.forward.chunked import chunked
@@ -500,6 +501,24 @@ def test_errors_of_kept_layers_are_those_of_the_reference_forward(proof, with_ke
             errors.append(float((mixed - wanted)[judged].square().sum() / wanted[judged].square().sum()))
     report = found.report.layers[2]
     assert [report.error_before, report.error_after] == pytest.approx(errors, rel=1e-3)
+
+
+def test_the_first_token_of_a_sequence_is_fitted_in_the_first_layer(small, monkeypatch):
+    teacher, student = small
+
+    def missed():
+        """Of every token that sees itself alone, as a share."""
+        found = calibrate(teacher, student, some_ids(teacher), replace(QUICK, refine_steps=20))
+        get, mine = weights(teacher.plan), weights({**student.plan, **found.replaced})
+        with torch.no_grad():
+            x = llama.input_norm(llama.embed(torch.arange(31)[:, None], get), get, teacher.config, 0)
+            wanted = llama.attention(x, get, teacher.config, 0)
+            mixed = hxa079.mixer(x, mine, student.student, 0, hxa079.Carry(), chunked)
+        return float((mixed - wanted).square().sum() / wanted.square().sum())
+
+    fitted = missed()
+    monkeypatch.setattr(streaming, "Attention", lambda *parts: Attention(*parts[:6]))
+    assert fitted < 0.7 * missed()
 
 
 def test_without_steps_kept_layers_stay_the_teachers(proof):

@@ -60,6 +60,12 @@ def attend(projected: Projected, config: ModelConfig, pool: Pool, *, rope: bool 
     return found.transpose(1, 2).flatten(2)
 
 
+def values(projected: Projected) -> Tensor:
+    """What attention gives of a token that sees itself alone, before the output matrix: its values, (B, T, A)."""
+    q, _, v = projected
+    return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).flatten(2)
+
+
 def fit_kept(
     seen: Attention,
     text: int,

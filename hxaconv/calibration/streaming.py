@@ -281,10 +281,12 @@ class _Layer:
         config, weights = teacher.config, self._mixer(TEACHER)
         normed = teacher.normed(x, self.layer)
         rope = self.layer not in config.nope_layers
-        heads = attention.attend(attention.project(normed, weights, config, pool.linear), config, pool, rope=rope)
-        output = pool.linear(heads, weights["o_proj.weight"])
+        projected, matrix = attention.project(normed, weights, config, pool.linear), weights["o_proj.weight"]
+        heads = attention.attend(projected, config, pool, rope=rope)
+        output = pool.linear(heads, matrix)
         self._check_finite(output)
-        return Attention(normed, heads, output, weights["o_proj.weight"], weights.get("o_proj.bias"), self.training)
+        alone = None if self.layer else pool.linear(attention.values(projected), matrix)
+        return Attention(normed, heads, output, matrix, weights.get("o_proj.bias"), self.training, alone)
 
     def fit(self, seen: Attention, first: First) -> LayerFit | None:
         """The student's layer fitted to it; None where there is nothing to fit."""

@@ -30,6 +30,11 @@ from hxaconv.model.names import mixer_prefix
 from hxaconv.options import Fit
 
 FIRST_LAYER_SHARE = -2.0
+BEGINNINGS = 128
+"""Tokens of each sequence that are, in layer 0, fitted as the first of a sequence as well, with the same weight as the
+whole of it. Its first token is one of a thousand in the loss, but trained models give it a stream a hundred times as
+long as all others', to which their attention looks where it looks for nothing. That comes of the first layer's output;
+without it, layers that stay attention do more harm than good."""
 FEW_TOKENS_PER_CHANNEL = 4
 """Below that many training tokens per channel of a head, a warning is due."""
 FEW = 2048
@@ -55,6 +60,9 @@ class Attention:
     output_bias: Tensor | None
     training: Tensor
     """1.0 for training tokens, 0.0 for validation tokens, (B, T)."""
+    alone: Tensor | None = None
+    """The output, without a bias, of each token as the first of a sequence, (B, T, C); in layer 0 alone, whose input
+    tells nothing of the tokens before."""
 
     @property
     def with_bias(self) -> Tensor:
@@ -210,10 +218,21 @@ class RwkvLayer:
                 return values[short] if short in values else narrow[short]
 
             carry = hxa079.Carry(first[0][i : i + 1], first[1][i : i + 1]) if first else hxa079.Carry()
-            return hxa079.time_mix(seen.x[i : i + 1], get, self.config, self.layer, carry, chunked)[0]
+            found = hxa079.time_mix(seen.x[i : i + 1], get, self.config, self.layer, carry, chunked)[0]
+            if seen.alone is None:
+                return found
+            beginnings = hxa079.time_mix(seen.x[i, some, None], get, self.config, self.layer, hxa079.Carry(), chunked)
+            return torch.cat([found, beginnings[:, 0] * share])
 
+        wanted, training, share = seen.with_bias, seen.training, 1.0
+        some = slice(None, None, -(-wanted.shape[1] // BEGINNINGS))
+        if seen.alone is not None:
+            alone = seen.alone[:, some] + (0.0 if seen.output_bias is None else seen.output_bias)
+            share = float((wanted.square().sum() / alone.square().sum().clamp_min(1e-30)).sqrt())
+            wanted = torch.cat([wanted, alone * share], dim=1)
+            training = torch.cat([training, training[:, some]], dim=1)
         free = {name: weights[name] for name in (*descent.MATRICES, *descent.RATES) if name in weights}
-        return descent.descend(output, free, seen.with_bias, seen.training, self.config.head_dim, self.steps, self.pool)
+        return descent.descend(output, free, wanted, training, self.config.head_dim, self.steps, self.pool)
 
     def _as_stored(self, seen: Attention, weights: dict[str, Tensor]) -> list[tuple[heads.Group, heads.Parameters]]:
         """The groups with their parameters as they stand in the weights: projections have the rotations in them."""
