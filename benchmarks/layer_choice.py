@@ -4,8 +4,8 @@
     python benchmarks/layer_choice.py planted [SEEDS]         how often each finds the planted layers of a small teacher
     python benchmarks/layer_choice.py table                   results/layer_choice.jsonl as Markdown
 
-On the real model (real_model.py builds it) a set of layers is judged as `pick-gqa-layers` writes it: the teacher's
-attention, without RoPE, put back into the student that is RWKV throughout and calibrated on 1024 tokens (case "fit").
+On the real model (real_model.py builds it) a set of layers is judged as a calibration on 1024 tokens that keeps them
+leaves it: RWKV layers of the case "fit", attention, trained to do without RoPE, of the case "kept".
 Layers are ranked on 1024 tokens that were not fitted, the gates on half of them.
 
     KL        KL(teacher || student) on 2048 held-out tokens, nats per token

@@ -58,8 +58,19 @@ TEACHER_NAMES = {
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-CONTENT4 = "18,20,23,24"  # pick-gqa-layers --strategy distance --count 4
-EVEN4, EVEN8, HALF = "8,15,22,29", "1,5,9,13,17,21,25,29", "1,3,5,7,9,11,13,15,17,19,21,23,25,27,29"
+SETS = {
+    "even4": "8,15,22,29",
+    "even8": "1,5,9,13,17,21,25,29",
+    "even15": "1,3,5,7,9,11,13,15,17,19,21,23,25,27,29",
+    "retrieval4": "17,18,20,23",
+    "retrieval8": "17,18,19,20,21,22,23,24",
+    "retrieval15": "14,15,17,18,19,20,21,22,23,24,25,26,27,28,29",
+    "gates4": "17,20,23,24",
+    "nearer8": "8,17,18,20,21,23,24,28",
+    "nearer15": "5,6,7,8,14,15,17,18,20,21,23,24,25,26,28",
+}
+"""Layers that stay attention: evenly spaced, picked by a strategy, and those where attention fitted to losing RoPE is
+nearest to the teacher's beside RWKV in its place."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Case:
     tokens: int = 0
     """To calibrate with; 0 for the plain initialisation."""
     of: str = ""
-    """The case whose student is polished, instead of a new one."""
+    """The case whose student is polished, instead of a new one, or whose layers are taken beside those that stay."""
     polish: int = 0
     """Tokens to polish on, those to calibrate with among them."""
     options: tuple[str, ...] = ()
@@ -83,13 +94,11 @@ CASES = {
     "fit+polish-16k": Case(of="fit", polish=16384),
     "fit-16k": Case(tokens=16384),
     "fit-16k+polish-16k": Case(of="fit-16k", polish=16384),
-    "even4": Case(EVEN4, 1024),
-    "even4+polish-16k": Case(EVEN4, of="even4", polish=16384),
-    "content4": Case(CONTENT4, 1024),
-    "content4+polish-16k": Case(CONTENT4, of="content4", polish=16384),
-    "even8": Case(EVEN8, 1024),
-    "half": Case(HALF, 1024),
-    "half+polish-16k": Case(HALF, of="half", polish=16384),
+    "kept": Case("1-29", tokens=1024),
+    "retrieval4, at once": Case(SETS["retrieval4"], tokens=1024),
+    # A layer's fit does not depend on which others stay attention: layer 0 is RWKV in both.
+    **{name: Case(layers, of="fit") for name, layers in SETS.items()},
+    **{f"{name}+polish-16k": Case(layers, of=name, polish=16384) for name, layers in SETS.items()},
 }
 
 
@@ -227,7 +236,10 @@ def make(name: str) -> dict[str, Any]:
     """Run the command that makes a student; its seconds."""
     case, target = CASES[name], BUILD / "students" / name
     text = ["--input-ids", str(BUILD / "fit.npy"), "--overwrite", "--no-verify"]
-    if case.of:
+    if case.of and not case.polish:
+        command = ["pick-gqa-layers", str(target.with_name(case.of)), str(target), "--layers", case.layers]
+        command += ["--from", str(target.with_name("kept")), "--overwrite", "--no-verify"]
+    elif case.of:
         command = [
             "calibrate",
             str(BUILD / "students" / case.of),
@@ -414,7 +426,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        one, two = (" / ".join(f"{nll}" for nll, _ in row["recall"][f"lookup {distance}"]) for distance in (64, 512))
+        recall = row.get("recall", {})
+        one, two = (" / ".join(f"{nll}" for nll, _ in recall.get(f"lookup {distance}", ())) for distance in (64, 512))
         figures = f"{row['kl']:.3f} | {row['perplexity']} | {row['closed']:.1%} | {row['top1']}"
         lines.append(f"| {row['case']} | {figures} | {one} | {two} | {row.get('cpu', '')} |")
     return "\n".join(lines)

@@ -547,6 +547,17 @@ def test_kept_layers_have_the_same_bytes_on_any_number_of_threads_and_resumed(sm
     assert stored_bytes(one) != stored_bytes(calibrate(teacher, student, some_ids(teacher, (4, 64), seed=1), QUICK))
 
 
+def test_a_fit_does_not_depend_on_which_other_layers_stay_attention(small):
+    """But for those before the first RWKV layer."""
+    teacher, ids = small[0], some_ids(small[0])
+    none, both, one = (
+        stored_bytes(calibrate(teacher, plain_student(teacher, n), ids, QUICK)) for n in ((), (1, 2), (1,))
+    )
+    taken = {name: held for name, held in none.items() if ".layers.1." not in name}
+    assert one == taken | {name: held for name, held in both.items() if ".layers.1." in name}
+    assert one != none
+
+
 def test_a_kept_layer_whose_fit_is_worse_stays_the_teachers(small, monkeypatch):
     teacher = small[0]
     student = plain_student(teacher, (1,))
