@@ -428,7 +428,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         recall = row.get("recall", {})
         one, two = (" / ".join(f"{nll}" for nll, _ in recall.get(f"lookup {distance}", ())) for distance in (64, 512))
-        figures = f"{row['kl']:.3f} | {row['perplexity']} | {row['closed']:.1%} | {row['top1']}"
+        figures = f"{row['kl']:.3f} | {row['perplexity']} | {row['closed']:.1%} | {row.get('top1', '')}"
         lines.append(f"| {row['case']} | {figures} | {one} | {two} | {row.get('cpu', '')} |")
     return "\n".join(lines)
 
