@@ -448,6 +448,7 @@ class Fit(Tokens):
         "auto", "Fit the output matrix too: auto, never or always.", choices=("auto", "never", "always")
     )
     refine_steps: int = option(64, "Local refinement after the closed form; 0 for none.", least=0)
+    fold_rope: bool = option(False, "Of no use any more: GQA layers are trained whole.", recorded=False)
     polish_tokens: int = option(0, "Then train all mixers together on so many tokens of the text; 0: not.", least=0)
     polish_only: bool = option(False, "Fit no layer, only polish what the student holds.")
     plot: str | None = option(None, "Draw errors and decays by layer: NAME.png, .svg or .pdf.", recorded=False)

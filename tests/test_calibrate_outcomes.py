@@ -130,6 +130,10 @@ def test_options_that_say_two_things_or_nothing_are_told(
     words = ["calibrate", plain, tmp_path / "o", "--teacher", TINY_TEACHER, *FIT, "--dry-run"]
     assert cli(*words, "--random-tokens") == 2
     assert "--random-tokens and a text both name the tokens" in capsys.readouterr().err
+    assert cli(*words, "--fold-rope") == 0
+    assert "--fold-rope changes nothing any more" in capsys.readouterr().err
+    assert cli(*words) == 0
+    assert "--fold-rope" not in capsys.readouterr().err
     assert cli("calibrate", "--help") == 0
     assert "Seed of random tokens." in capsys.readouterr().out
 

@@ -90,7 +90,8 @@ class Task:
             f"Calibration: {total} tokens{fewer} in sequences of {length}, {fit} to fit and {total - fit} to validate"
             f"{whole}; no decay can know of lags beyond {length}"
         )
-        return [note, *polish]
+        idle = ["--fold-rope changes nothing any more: layers that stay attention are trained whole"]
+        return [note, *polish, *(idle if self.settings.fold_rope else [])]
 
     @property
     def warnings(self) -> list[str]:
