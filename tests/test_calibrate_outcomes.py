@@ -207,7 +207,7 @@ def test_a_polished_student_says_so_and_can_be_polished_again(
     assert cli(*init, 63) == 2
     assert "are among them" in capsys.readouterr().err
     assert cli(*init, 2048, "--dry-run") == 0
-    assert "Polish: 3 sequences of 512, 1 held out; 8 steps" in " ".join(capsys.readouterr().err.split())
+    assert "Polish: 3 sequences of 512, 1 held out; 16 steps" in " ".join(capsys.readouterr().err.split())
     assert cli(*init, 2048, "--quiet") == 0
     story = json.loads((tmp_path / "o" / "hxaconv.json").read_text())["calibration"]
     kl = dict(story["polish"]["curve"])

@@ -16,6 +16,8 @@ MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 PROTOCOL_1 = b"L%dL\n" % MAGIC
 """How such a file begins in pickle's protocol 1; later ones begin with 0x80."""
 BIG_ENDIAN = "was written on a big-endian machine"
+_WINDOW_BYTES = 1024 * 1024
+"""Enough for the pickles of most files."""
 
 
 def read_legacy(file: SourceFile, key: str | None = None) -> Contents:
@@ -24,7 +26,15 @@ def read_legacy(file: SourceFile, key: str | None = None) -> Contents:
     Raises:
         HxaconvError: for big-endian files, globals outside the allow-list, and a damaged structure.
     """
-    data = file.read(0, min(file.size, MAX_PICKLE_BYTES))
+    try:
+        return _read(file, file.read(0, min(file.size, _WINDOW_BYTES)), key)
+    except HxaconvError:
+        if file.size <= _WINDOW_BYTES:
+            raise
+    return _read(file, file.read(0, min(file.size, MAX_PICKLE_BYTES)), key)
+
+
+def _read(file: SourceFile, data: bytes, key: str | None) -> Contents:
     stream = io.BytesIO(data)
 
     def read_next() -> Machine:
