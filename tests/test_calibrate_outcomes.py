@@ -200,14 +200,16 @@ def test_a_calibrated_student_is_held_against_its_teacher(cli: Cli, tmp_path: Pa
 
 
 def test_a_polished_student_says_so_and_can_be_polished_again(
-    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # All eight would take half a minute.
+    monkeypatch.setattr("hxaconv.calibration.polish.PASSES", 2)
     words = ["--input-ids", TOKENS, "--tokens", 64, "--refine-steps", 0, "--polish-tokens"]
     init = ["init-from-teacher", TINY_TEACHER, tmp_path / "o", "--gqa-layers", "2", "--init", "calibrated", *words]
     assert cli(*init, 63) == 2
     assert "are among them" in capsys.readouterr().err
     assert cli(*init, 2048, "--dry-run") == 0
-    assert "Polish: 3 sequences of 512, 1 held out; 16 steps" in " ".join(capsys.readouterr().err.split())
+    assert "Polish: 3 sequences of 512, 1 held out; 4 steps" in " ".join(capsys.readouterr().err.split())
     assert cli(*init, 2048, "--quiet") == 0
     story = json.loads((tmp_path / "o" / "hxaconv.json").read_text())["calibration"]
     kl = dict(story["polish"]["curve"])
