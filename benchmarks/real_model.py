@@ -90,6 +90,7 @@ class Case:
 CASES = {
     "plain": Case(),
     "fit": Case(tokens=1024),
+    "fit-256": Case(tokens=1024, options=("--refine-steps", "256")),
     "fit+polish-4k": Case(of="fit", polish=4096),
     "fit+polish-16k": Case(of="fit", polish=16384),
     "fit-16k": Case(tokens=16384),
