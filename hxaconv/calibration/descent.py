@@ -23,7 +23,6 @@ from torch import Tensor
 from hxaconv.calibration.polish import OUTPUTS, TRAINED, scheduled, stepped
 from hxaconv.forward.pool import ROWS, Pool
 from hxaconv.forward.walk import Walk
-from hxaconv.model.names import layer_index
 
 MATRICES = tuple(f"{part}.weight" for part in TRAINED)
 RATE = 0.009
@@ -75,16 +74,10 @@ def rewritten(ids: Tensor, walk: Walk, role: str, advance: Callable[[int], None]
     The model is read once; `advance` is told each layer. Noise is drawn by seeds that name its place: threads change
     nothing.
     """
-    track, (count, length) = walk[role], ids.shape
-    streams = [track.start(row) for row in torch.split(ids, 1)]
-    for layer in range(track.config.num_hidden_layers):
-        plan = track.model.plan
-        walk.hold({role: {name: plan[name] for name in plan if layer_index(name) == layer}})
-        walk.pool.map(functools.partial(track.layer, index=layer), streams)
-        advance(layer)
-    seen = torch.split(torch.cat([track.final_norm(stream.x) for stream in streams]), ROWS)
+    count, length = ids.shape
+    seen = torch.split(torch.cat(walk.hidden(role, ids, advance)), ROWS)
     best = [(x.new_full((len(x),), -torch.inf), torch.zeros(len(x), dtype=torch.long, device=x.device)) for x in seen]
-    for start, _ in walk.slices({role: track.head}, "head"):
+    for start, _ in walk.slices({role: walk[role].head}, "head"):
         block = walk.held(role)["head"].values
 
         def drawn(i: int, start: int = start, block: Tensor = block, best: list[Best] = best) -> Best:

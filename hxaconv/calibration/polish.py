@@ -244,7 +244,8 @@ class _Polish:
         """Train until the schedule ends."""
         with bar(progress, "polishing", self.steps) as advance:
             if self.store.facts(f"polish-teacher-{len(self.rows) - 1}") is None:
-                self._run_teacher()
+                for i, hidden in enumerate(self.walk.hidden(TEACHER, self.rows)):
+                    self.store.save(f"polish-teacher-{i}", {"hidden": hidden})
             if not self.curve:
                 for name in (name for names in self.trained.values() for name in names):
                     weight = tensor(self.student.plan[name], dtype=torch.float32)
@@ -269,16 +270,6 @@ class _Polish:
 
     def _keep(self, name: str, weight: Tensor, momentum: Tensor, later: int = 0) -> None:
         self.store.save(f"polish-{(self.step + later) % 2}-{name}", {"weight": weight, "momentum": momentum})
-
-    def _run_teacher(self) -> None:
-        track, ids = self.walk[TEACHER], self.rows.to(self.walk.device)
-        streams = [track.start(ids[i : i + 1]) for i in range(len(ids))]
-        for layer in range(self.config.num_hidden_layers):
-            plan = track.model.plan
-            self.walk.hold({TEACHER: {name: plan[name] for name in plan if layer_index(name) == layer}})
-            self.walk.pool.map(functools.partial(track.layer, index=layer), streams)
-        for i, stream in enumerate(streams):
-            self.store.save(f"polish-teacher-{i}", {"hidden": track.final_norm(stream.x)})
 
     def _step(self) -> float:
         """One step; its KL, before it."""

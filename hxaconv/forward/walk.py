@@ -11,7 +11,9 @@ and its NaN and infinite values are counted. A tensor that two models have with 
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -147,6 +149,20 @@ class Walk:
             self.hold({role: {name: part} for role, part in parts.items()})
             yield start, min(count, start + step)
         self.release()
+
+    def hidden(self, role: str, ids: Tensor, advance: Callable[[int], None] = lambda layer: None) -> list[Tensor]:
+        """What the head of one model sees of each sequence of ids (B, T), (T, C); `advance` is told each layer.
+
+        Sequences go through a layer at the same time, so that all of its experts are held.
+        """
+        track = self.tracks[role]
+        streams = [track.start(row) for row in torch.split(ids, 1)]
+        for layer in range(track.config.num_hidden_layers):
+            experts = track.experts.get(layer, {}).values()
+            self.hold({role: dict(ChainMap(track.plans.get(layer, {}), *experts))})
+            self.pool.map(functools.partial(track.layer, index=layer), streams)
+            advance(layer)
+        return [track.final_norm(stream.x) for stream in streams]
 
     def release(self) -> None:
         """Give the arena back."""
