@@ -94,7 +94,9 @@ CASES = {
     "fit+polish-4k": Case(of="fit", polish=4096),
     "fit+polish-16k": Case(of="fit", polish=16384),
     "fit-16k": Case(tokens=16384),
+    "fit-16k-128": Case(tokens=16384, options=("--refine-steps", "128")),
     "fit-16k+polish-16k": Case(of="fit-16k", polish=16384),
+    "fit-16k-128+polish-16k": Case(of="fit-16k-128", polish=16384),
     "kept": Case("1-29", tokens=1024),
     "retrieval4, at once": Case(SETS["retrieval4"], tokens=1024),
     # A layer's fit does not depend on which others stay attention: layer 0 is RWKV in both.

@@ -135,7 +135,7 @@ def descend(
     def validation() -> float:
         return float(torch.stack(pool.map(missed, validated)).double().sum())
 
-    best, update = validation(), _Update(moved, head_dim)
+    best, update = validation(), _Update(moved, head_dim, pool)
     kept: dict[str, Tensor] = {}
     looks = {round(steps * (i + 1) / LOOKS) for i in range(LOOKS)}
     for step in range(steps):
@@ -153,8 +153,8 @@ def descend(
 class _Update:
     """The optimizers' state; a call moves the values by one step."""
 
-    def __init__(self, moved: dict[str, Tensor], head_dim: int) -> None:
-        self.moved, self.head_dim, self.count = moved, head_dim, 0
+    def __init__(self, moved: dict[str, Tensor], head_dim: int, pool: Pool) -> None:
+        self.moved, self.head_dim, self.pool, self.count = moved, head_dim, pool, 0
         self.mean = {name: torch.zeros_like(value) for name, value in moved.items()}
         self.square = {name: torch.zeros_like(value) for name, value in moved.items() if not name.endswith(MATRICES)}
         # A bias or a norm moves by a share of its own size, as a matrix does.
@@ -162,8 +162,9 @@ class _Update:
 
     def __call__(self, gradients: Mapping[str, Tensor], rate: float) -> None:
         self.count += 1
-        for name, gradient in gradients.items():
-            value, mean = self.moved[name], self.mean[name]
+
+        def move(name: str) -> None:
+            value, mean, gradient = self.moved[name], self.mean[name], gradients[name]
             if name in self.square:
                 square = self.square[name]
                 mean.lerp_(gradient, 1 - ADAM[0])
@@ -174,3 +175,6 @@ class _Update:
                 self.moved[name], self.mean[name] = stepped(
                     value, gradient, mean, rate * RATE, self.head_dim, name.partition(".")[0] in OUTPUTS
                 )
+
+        # The large ones first, so that no thread waits long.
+        self.pool.map(move, sorted(gradients, key=lambda name: -gradients[name].numel()))

@@ -33,7 +33,7 @@ from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079
 from hxaconv.forward.chunked import chunked
 from hxaconv.forward.logits import kl_and_gradient
-from hxaconv.forward.pool import ROWS
+from hxaconv.forward.pool import ROWS, float32_by_onednn
 from hxaconv.forward.state import fingerprint
 from hxaconv.forward.walk import Walk
 from hxaconv.model.model import Model
@@ -125,7 +125,7 @@ def polish(
     trained, held_out = sequences(ids, tokens)
     models = {TEACHER: teacher, STUDENT: student}
     store = Store(folder, fingerprint(models, ids.flatten()[:tokens].cpu().numpy(), {**RECIPE, "key": key}))
-    with Walk(models, device=device, workers=workers) as walk:
+    with float32_by_onednn(), Walk(models, device=device, workers=workers) as walk:
         work = _Polish(walk, student, store, trained, held_out)
         work.run(progress)
     report = PolishReport(

@@ -26,7 +26,7 @@ from hxaconv.calibration.time_mix import Attention, LayerFit, RwkvLayer
 from hxaconv.errors import HxaconvError, raise_all
 from hxaconv.formats.dtypes import count_nonfinite
 from hxaconv.forward import llama
-from hxaconv.forward.pool import ROWS
+from hxaconv.forward.pool import ROWS, float32_by_onednn
 from hxaconv.forward.walk import First, Walk
 from hxaconv.model.model import Model
 from hxaconv.model.names import is_attention, layer_index, mixer_prefix
@@ -102,6 +102,7 @@ def calibrate(
     with (
         ranks.together(),
         torch.no_grad(),
+        float32_by_onednn(),
         bar(progress, "calibrating", sum(sizes) * (2 if len(added) else 1)) as advance,
         Walk(models, device=settings.device, workers=workers) as walk,
     ):

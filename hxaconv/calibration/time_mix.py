@@ -35,6 +35,8 @@ BEGINNINGS = 128
 whole of it. Its first token is one of a thousand in the loss, but trained models give it a stream a hundred times as
 long as all others', to which their attention looks where it looks for nothing. That comes of the first layer's output;
 without it, layers that stay attention do more harm than good."""
+BEGINNING_STEPS = 2
+"""Times as many steps as in other layers where there are such tokens: half of their error."""
 FEW_TOKENS_PER_CHANNEL = 4
 """Below that many training tokens per channel of a head, a warning is due."""
 FEW = 2048
@@ -232,7 +234,8 @@ class RwkvLayer:
             wanted = torch.cat([wanted, alone * share], dim=1)
             training = torch.cat([training, training[:, some]], dim=1)
         free = {name: weights[name] for name in (*descent.MATRICES, *descent.RATES) if name in weights}
-        return descent.descend(output, free, wanted, training, self.config.head_dim, self.steps, self.pool)
+        steps = self.steps * (1 if seen.alone is None else BEGINNING_STEPS)
+        return descent.descend(output, free, wanted, training, self.config.head_dim, steps, self.pool)
 
     def _as_stored(self, seen: Attention, weights: dict[str, Tensor]) -> list[tuple[heads.Group, heads.Parameters]]:
         """The groups with their parameters as they stand in the weights: projections have the rotations in them."""
