@@ -40,6 +40,9 @@ STRATEGIES = (
     *("uniform", "last", "random", "gates", "nll", "retrieval", "kl", "kl convert"),
     *("distance", "entropy", "mse", "influence"),
 )
+GAIN = "gain of attention"
+"""No strategy of the command line: what attention, fitted, is nearer to the teacher's than RWKV, fitted, by the reports
+of both students."""
 FIGURES = ("kl", "repeat 64", "repeat 256", "lookup 64", "lookup 256")
 ROWS = slice(0, None, 2)
 """One held-out passage of 512 tokens of each of the four texts."""
@@ -134,6 +137,12 @@ def sets_of(strategy: str) -> Iterable[tuple[int, tuple[int, ...], float]]:
             for _ in range(RANDOM_SETS):
                 yield count, tuple(sorted((random.permutation(num_layers - 1)[:count] + 1).tolist())), 0.0
         return
+    if strategy == GAIN:
+        rwkv, kept = map(errors, ("fit", "kept"))
+        best = sorted(kept, key=lambda layer: kept[layer] - rwkv[layer])
+        for count in COUNTS:
+            yield count, tuple(sorted(best[:count])), 0.0
+        return
     name, _, mode = strategy.partition(" ")
     ids = np.load(real_model.BUILD / "fit.npy")[2 : 3 if name == "gates" else 4]
     given = Given(num_layers=num_layers, teacher=teacher, student=student, ids=ids, kl_mode=mode or "restore")
@@ -151,6 +160,12 @@ def sets_of(strategy: str) -> Iterable[tuple[int, tuple[int, ...], float]]:
             print(strategy, *([round(x or 0.0, 3) for x in column.values] for column in scores[key][:1]))
         picked = pick(choice, num_layers, scores[key][0] if scores[key] else None)
         yield count, picked.layers, round(seconds[key])
+
+
+def errors(student: str) -> dict[int, float]:
+    """Layer -> the error of its fit, of all but the first layer."""
+    record = json.loads((real_model.BUILD / "students" / student / "hxaconv.json").read_text())
+    return {one["layer"]: one["error_after"] for one in record["calibration"]["layers"] if one["layer"]}
 
 
 LIMIT = float("inf")
@@ -249,7 +264,7 @@ def main() -> None:
     options = parser.parse_args()
     globals()["LIMIT"] = options.seconds
     if options.what == "real":
-        real(options.names or ("none", *STRATEGIES))
+        real(options.names or ("none", *STRATEGIES, GAIN))
     elif options.what == "planted":
         planted(int(options.names[0]) if options.names else 20)
     else:
