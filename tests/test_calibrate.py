@@ -18,8 +18,9 @@ from hxaconv.calibration.streaming import calibrate, cut, training_tokens
 from hxaconv.calibration.time_mix import Attention
 from hxaconv.errors import HxaconvError
 from hxaconv.forward import hxa079, llama
+from hxaconv.forward import pool as pools
 from hxaconv.forward.chunked import chunked
-from hxaconv.forward.pool import Pool
+from hxaconv.forward.pool import Pool, float32_by_onednn
 from hxaconv.forward.walk import Walk
 from hxaconv.load import load_teacher
 from hxaconv.model.architecture import expected_tensors
@@ -645,6 +646,25 @@ def test_what_cannot_be_calibrated_is_refused(small, thousand, proof):
         calibrate(teacher, student, torch.zeros(1, 3))
     with pytest.raises(HxaconvError, match=r"chunk: 1 is(?s:.)*sometimes"):
         Fit(chunk=1, refit_output="sometimes")
+
+
+def test_fits_multiply_in_float32_whoever_multiplies(monkeypatch):
+    products = getattr(torch.backends.mkldnn, "matmul", None)
+    if products is None:
+        pytest.skip("this PyTorch has no choice")
+    before, x = products.fp32_precision, torch.randn(300, 576, generator=torch.Generator().manual_seed(0))
+    exact = x.double() @ x.double().T
+
+    def error(found):
+        return float((found - exact).norm() / exact.norm())
+
+    with float32_by_onednn():
+        assert error(x @ x.T) < pools.FLOAT32_ERROR
+    assert error(x.bfloat16().float() @ x.bfloat16().float().T) > 100 * pools.FLOAT32_ERROR
+    assert products.fp32_precision == before
+    monkeypatch.setattr(pools, "FLOAT32_ERROR", 1e-9)  # a processor that rounds
+    with float32_by_onednn():
+        assert products.fp32_precision == before
 
 
 def test_spans_are_stretches_of_the_training_tokens_and_make_enough_of_them():
