@@ -27,7 +27,7 @@ from hxaconv.model.plan import Recipe
 from hxaconv.options import Fit
 from hxaconv.surgery.arithmetic import Computed
 
-FORMAT = 6
+FORMAT = 7
 
 
 def key_of(teacher: Model, student: Model, ids: Tensor, fit: Fit) -> str:
