@@ -66,7 +66,7 @@ SETS = {
     "retrieval8": "17,18,19,20,21,22,23,24",
     "retrieval15": "14,15,17,18,19,20,21,22,23,24,25,26,27,28,29",
     "gates4": "17,20,23,24",
-    "nearer8": "8,17,18,20,21,23,24,28",
+    "nearer8": "8,14,17,18,20,23,24,28",
     "nearer15": "5,6,7,8,14,15,17,18,20,21,23,24,25,26,28",
 }
 """Layers that stay attention: evenly spaced, picked by a strategy, and those where attention fitted to losing RoPE is
