@@ -11,7 +11,7 @@ from models import AGREEMENT, CASES, CONTAINERS, expected, student, teacher
 from torch import Tensor
 
 from hxaconv.forward import hxa079, llama
-from hxaconv.forward.chunked import chunked
+from hxaconv.forward.chunked import chunked, first_token
 from hxaconv.forward.hxa079 import Get
 from hxaconv.model.model import Model
 from hxaconv.surgery.arithmetic import tensor
@@ -128,6 +128,13 @@ def test_the_chunked_recurrence_is_the_loop(length: int, chunk: int) -> None:
     other, other_state = chunked(*inputs, chunk=chunk)
     assert (y - other).abs().max() < 1e-11
     assert (state - other_state).abs().max() < 1e-11
+
+
+def test_a_first_token_needs_no_state() -> None:
+    *inputs, state = recurrence_inputs(1, torch.float64)
+    y, _ = hxa079.loop(*inputs, torch.zeros_like(state))
+    assert (y - first_token(*inputs, state)[0]).abs().max() < 1e-13
+    assert (y - hxa079.loop(*inputs, state)[0]).abs().max() > 0.1
 
 
 def test_the_chunked_recurrence_holds_in_float32_at_the_strongest_decay() -> None:

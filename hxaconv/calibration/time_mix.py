@@ -22,7 +22,7 @@ from torch import Tensor
 from hxaconv.calibration import descent, heads
 from hxaconv.calibration.report import LayerReport
 from hxaconv.forward import hxa079
-from hxaconv.forward.chunked import chunked
+from hxaconv.forward.chunked import chunked, first_token
 from hxaconv.forward.pool import Pool
 from hxaconv.forward.walk import First, time_mix
 from hxaconv.model.config import StudentConfig
@@ -223,7 +223,9 @@ class RwkvLayer:
             found = hxa079.time_mix(seen.x[i : i + 1], get, self.config, self.layer, carry, chunked)[0]
             if seen.alone is None:
                 return found
-            beginnings = hxa079.time_mix(seen.x[i, some, None], get, self.config, self.layer, hxa079.Carry(), chunked)
+            # Contiguous: torch would else repeat every matrix for each of them.
+            single, carry = seen.x[i, some, None].contiguous(), hxa079.Carry()
+            beginnings = hxa079.time_mix(single, get, self.config, self.layer, carry, first_token)
             return torch.cat([found, beginnings[:, 0] * share])
 
         wanted, training, share = seen.with_bias, seen.training, 1.0
