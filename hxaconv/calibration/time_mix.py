@@ -228,15 +228,15 @@ class RwkvLayer:
             beginnings = hxa079.time_mix(single, get, self.config, self.layer, carry, first_token)
             return torch.cat([found, beginnings[:, 0] * share])
 
-        wanted, training, share = seen.with_bias, seen.training, 1.0
+        wanted, training, share, steps = seen.with_bias, seen.training, 1.0, self.steps
         some = slice(None, None, -(-wanted.shape[1] // BEGINNINGS))
         if seen.alone is not None:
             alone = seen.alone[:, some] + (0.0 if seen.output_bias is None else seen.output_bias)
             share = float((wanted.square().sum() / alone.square().sum().clamp_min(1e-30)).sqrt())
             wanted = torch.cat([wanted, alone * share], dim=1)
             training = torch.cat([training, training[:, some]], dim=1)
+            steps *= BEGINNING_STEPS
         free = {name: weights[name] for name in (*descent.MATRICES, *descent.RATES) if name in weights}
-        steps = self.steps * (1 if seen.alone is None else BEGINNING_STEPS)
         return descent.descend(output, free, wanted, training, self.config.head_dim, steps, self.pool)
 
     def _as_stored(self, seen: Attention, weights: dict[str, Tensor]) -> list[tuple[heads.Group, heads.Parameters]]:

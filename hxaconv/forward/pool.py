@@ -84,16 +84,16 @@ def float32_by_onednn() -> Iterator[None]:
     product is not as near as float32 can be, nothing changes. For fits; checks stay with torch's default.
     """
     products = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
-    before = None if products is None else products.fp32_precision
+    if products is None:
+        yield
+        return
+    before, products.fp32_precision = products.fp32_precision, "bf16"
     try:
-        if products is not None:
-            products.fp32_precision = "bf16"
-            if not _rounds_as_float32():
-                products.fp32_precision = before
+        if not _rounds_as_float32():
+            products.fp32_precision = before
         yield
     finally:
-        if products is not None:
-            products.fp32_precision = before
+        products.fp32_precision = before
 
 
 def _rounds_as_float32() -> bool:
