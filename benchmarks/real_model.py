@@ -411,6 +411,7 @@ def judge(name: str, made: dict[str, Any] | None = None, results: Path = RESULTS
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     row = {
         "case": name,
+        "layers": CASES[name].layers,
         **(made or {}),
         **Judge().figures(BUILD / "students" / name),
         "date": time.strftime("%Y-%m-%d"),
@@ -429,9 +430,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        recall = row.get("recall", {})
-        one, two = (" / ".join(f"{nll}" for nll, _ in recall.get(f"lookup {distance}", ())) for distance in (64, 512))
-        figures = f"{row['kl']:.3f} | {row['perplexity']} | {row['closed']:.1%} | {row.get('top1', '')}"
+        one, two = (" / ".join(f"{nll}" for nll, _ in row["recall"][f"lookup {distance}"]) for distance in (64, 512))
+        figures = f"{row['kl']:.3f} | {row['perplexity']} | {row['closed']:.1%} | {row['top1']}"
         lines.append(f"| {row['case']} | {figures} | {one} | {two} | {row.get('cpu', '')} |")
     return "\n".join(lines)
 
